@@ -1,0 +1,129 @@
+"""Gram matrices of domain vectors, streamed: a layer is never copied in float32.
+
+A domain vector is what an expert adds to the base expert, tau_i = E_i - E_m (Nguyen et al., Expert Merging in Sparse
+MoE with Nash Bargaining, section 3). The game between the experts is played on K_ij = tau_i . tau_j alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+#: 4 MiB of float32 a chunk: measured best for 60 experts of 2.9 million bf16 entries. Anything from 1 to 16 MiB stays
+#: in a shared cache and is within a few per cent; 64 MiB is a fifth slower, since each chunk goes through memory.
+CHUNK_BYTES = 4 * 2**20
+
+
+def domain_gram(
+    experts: Tensor | Sequence[Tensor],
+    base: Tensor,
+    chunk_bytes: int = CHUNK_BYTES,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Gram matrix of the domain vectors tau_i = E_i - E_m.
+
+    Args:
+        experts: [N, D...], or a sequence of N tensors [D...] (memory-mapped tensors need not be stacked). Any floating
+            dtype; read chunk by chunk, never converted as a whole.
+        base: [D...], the base expert E_m. It is not rounded to the experts' dtype: pass it in float32 if it is a mean.
+        chunk_bytes: size of the one working buffer, in bytes.
+        device: where the chunks are multiplied; by default where the experts are.
+
+    Returns:
+        float64 [N, N] on `device`, exactly symmetric. Differences and products are taken in float32 (float64 if the
+        experts or the base are float64), and the chunks' Gram matrices are summed in float64. Grams add: that of whole
+        experts is the sum over their matrices. Repeating the call repeats the bits (same device, threads, chunk size).
+
+    Memory held: one buffer of `chunk_bytes`, a chunk of the base, and three [N, N] matrices. Only where the dimensions
+    D... of an expert are not one contiguous run is a flat copy made, in the expert's own dtype.
+
+    Raises:
+        ValueError: no experts, shapes of experts and base that differ, a dtype that is not floating, chunk_bytes < 1.
+    """
+    return _stream(_rows(experts), base, chunk_bytes, device)
+
+
+def gram_of(
+    vectors: Tensor | Sequence[Tensor], chunk_bytes: int = CHUNK_BYTES, device: torch.device | str | None = None
+) -> Tensor:
+    """Gram matrix float64 [N, N] of the vectors [N, D...] themselves: `domain_gram` with a base of zero."""
+    return _stream(_rows(vectors), None, chunk_bytes, device)
+
+
+def cosine(gram: Tensor) -> Tensor:
+    """Cosines [..., N, N], within [-1, 1], between the vectors of a Gram matrix [..., N, N]; zero rows give zeros."""
+    lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    inverse = torch.where(lengths > 0, 1 / lengths, 0)
+    # One factor at a time: the product of two lengths may overflow where the cosine does not.
+    scaled = (inverse[..., :, None] * gram * inverse[..., None, :]).clamp(-1, 1)
+    return scaled + torch.diag_embed((lengths > 0).to(scaled) - scaled.diagonal(dim1=-2, dim2=-1))
+
+
+def _rows(experts: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+    if isinstance(experts, Tensor) and experts.dim() < 2:
+        raise ValueError(f"experts have the shape {list(experts.shape)}; accepted is [N, D...], or N tensors [D...]")
+    if len(experts) == 0:
+        raise ValueError("there are no experts; at least one is needed")
+    return experts
+
+
+def _check(experts: Sequence[Tensor], base: Tensor | None, chunk_bytes: int) -> None:
+    shape = experts[0].shape if base is None else base.shape
+    for index, expert in enumerate(experts):
+        if expert.shape != shape:
+            raise ValueError(f"expert {index} has the shape {list(expert.shape)}; the others have {list(shape)}")
+    for tensor in (*experts, *(() if base is None else (base,))):
+        if not tensor.is_floating_point():
+            raise ValueError(f"experts and base must be floating point, found {tensor.dtype}")
+    if chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes is {chunk_bytes}; at least 1 is needed")
+
+
+def _stream(
+    experts: Sequence[Tensor], base: Tensor | None, chunk_bytes: int, device: torch.device | str | None
+) -> Tensor:
+    _check(experts, base, chunk_bytes)
+    where = torch.device(device) if device is not None else experts[0].device
+    double = any(t.dtype == torch.float64 for t in (*experts, *(() if base is None else (base,))))
+    dtype = torch.float64 if double else torch.float32
+    stacked = experts.detach().flatten(1) if isinstance(experts, Tensor) else None
+    flat = [] if stacked is not None else [expert.detach().flatten() for expert in experts]
+    middle = None if base is None else base.detach().flatten()
+
+    count, width = len(experts), experts[0].numel()
+    columns = max(1, min(width, chunk_bytes // (count * dtype.itemsize)))
+    buffer = torch.empty(count, columns, dtype=dtype, device=where)
+    total = _UpperGram(count, dtype, where)
+    for start in range(0, width, columns):
+        stop = min(start + columns, width)
+        chunk = buffer[:, : stop - start]
+        if stacked is not None:
+            chunk.copy_(stacked[:, start:stop])
+        else:
+            for row, vector in zip(chunk, flat, strict=True):
+                row.copy_(vector[start:stop])
+        if middle is not None:
+            chunk.sub_(middle[start:stop].to(where, dtype))
+        total.add(chunk)
+    return total.symmetric()
+
+
+class _UpperGram:
+    """Sum in float64 of the chunks' Gram matrices, of which the lower left block is not computed: 3/4 of the work."""
+
+    def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.half = min(count, -(-count // 32) * 16)
+        self.sum = torch.zeros(count, count, dtype=torch.float64, device=device)
+        self.top = torch.empty(self.half, count, dtype=dtype, device=device)
+        self.corner = torch.empty(count - self.half, count - self.half, dtype=dtype, device=device)
+
+    def add(self, chunk: Tensor) -> None:
+        half = self.half
+        self.sum[:half] += torch.mm(chunk[:half], chunk.T, out=self.top)
+        if half < len(chunk):
+            self.sum[half:, half:] += torch.mm(chunk[half:], chunk[half:].T, out=self.corner)
+
+    def symmetric(self) -> Tensor:
+        return self.sum.triu() + self.sum.triu(1).T

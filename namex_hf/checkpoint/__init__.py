@@ -1,0 +1,1 @@
+"""Safetensors in and out, layer by layer; atomic and resumable."""

@@ -1,0 +1,85 @@
+"""Tensor bytes from files to memory and from files to files."""
+
+import errno
+import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+
+from ..errors import CheckpointError
+from .header import TensorSpan
+
+PIECE = 16 << 20
+NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+
+
+class Reader(AbstractContextManager["Reader"]):
+    """Reads tensor spans; keeps the files it has met open. Holds no tensor bytes of its own."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, BinaryIO] = {}
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def _file(self, path: Path) -> BinaryIO:
+        if path not in self._files:
+            self._files[path] = path.open("rb", buffering=0)
+        return self._files[path]
+
+    def read_into(self, span: TensorSpan, target: torch.Tensor) -> None:
+        """Fill a contiguous CPU tensor of the span's shape and dtype."""
+        view = target.view(-1).view(torch.uint8).numpy().data
+        number, done = self._file(span.file).fileno(), 0
+        while done < span.size:
+            count = os.preadv(number, [view[done:]], span.begin + done)
+            if count == 0:
+                raise CheckpointError(f"{span.file.name} ended at byte {span.begin + done}: it was cut while in use")
+            done += count
+
+    def read(self, span: TensorSpan) -> torch.Tensor:
+        target = torch.empty(span.shape, dtype=span.dtype)
+        self.read_into(span, target)
+        return target
+
+    def expect(self, spans: Iterable[TensorSpan]) -> None:
+        """Tell the kernel what will be read next, so that the disk works while the processor does."""
+        for span in spans:
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(self._file(span.file).fileno(), span.begin, span.size, os.POSIX_FADV_WILLNEED)
+
+    def copy(self, span: TensorSpan, target: BinaryIO) -> None:
+        """Append a span's bytes to an unbuffered file, inside the kernel where it can."""
+        copy_range(self._file(span.file).fileno(), span.begin, span.size, target.fileno(), span.file.name)
+
+
+def copy_range(source: int, begin: int, size: int, target: int, name: str) -> None:
+    """Copy bytes between file descriptors; the target is written at its own position."""
+    done, in_kernel = 0, hasattr(os, "copy_file_range")
+    while done < size:
+        try:
+            if in_kernel:
+                count = os.copy_file_range(source, target, size - done, begin + done)
+            else:
+                count = os.write(target, os.pread(source, min(PIECE, size - done), begin + done))
+        except OSError as error:
+            if not in_kernel or error.errno not in NO_KERNEL_COPY:
+                raise
+            in_kernel = False
+            continue
+        if count == 0:
+            raise CheckpointError(f"{name} ended at byte {begin + done}: it was cut while in use")
+        done += count
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file through the kernel; it appears under its name when it is whole and on disk."""
+    part = target.with_name(target.name + ".part")
+    with source.open("rb", buffering=0) as file, part.open("wb", buffering=0) as copy:
+        copy_range(file.fileno(), 0, source.stat().st_size, copy.fileno(), source.name)
+        os.fsync(copy.fileno())
+    part.replace(target)

@@ -1,0 +1,86 @@
+"""Writing safetensors files tensor by tensor: no more than one tensor is in memory beyond what its maker holds."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .bytes import Reader
+from .header import NAMES, TensorSpan
+
+Source = TensorSpan | Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A tensor to be written: its bytes in another file, or a function that makes it when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    source: Source
+
+    @classmethod
+    def of(cls, name: str, span: TensorSpan) -> "Item":
+        return cls(name, span.dtype, span.shape, span)
+
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return TensorSpan(Path(), 0, self.dtype, self.shape).size
+
+
+def write_shard(
+    path: Path,
+    items: Sequence[Item],
+    reader: Reader,
+    metadata: dict[str, str],
+    wrote: Callable[[int], None] = lambda n: None,
+) -> None:
+    """Write a safetensors file under a temporary name, sync it, and rename it: it is whole or it is not there.
+
+    Args:
+        wrote: called with the number of bytes after each tensor.
+    """
+    part = path.with_name(path.name + ".part")
+    with part.open("wb", buffering=0) as file:
+        _write_all(file.fileno(), _header(items, metadata))
+        for item in items:
+            if isinstance(item.source, TensorSpan):
+                reader.copy(item.source, file)
+            else:
+                _write_tensor(file.fileno(), item)
+            wrote(item.size)
+        os.fsync(file.fileno())
+    part.replace(path)
+
+
+def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": metadata}
+    position = 0
+    for item in items:
+        offsets = [position, position + item.size]
+        header[item.name] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": offsets}
+        position += item.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants the data to start on a multiple of eight
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_tensor(number: int, item: Item) -> None:
+    assert callable(item.source)
+    tensor = item.source().contiguous()
+    if tensor.dtype != item.dtype or tuple(tensor.shape) != item.shape:
+        raise AssertionError(
+            f"{item.name}: made {tensor.dtype} {tuple(tensor.shape)}, planned {item.dtype} {item.shape}"
+        )
+    _write_all(number, tensor.view(-1).view(torch.uint8).numpy().data)
+
+
+def _write_all(number: int, data: bytes | memoryview) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(number, view) :]

@@ -1,0 +1,218 @@
+"""The commands: parse, call, print."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from .checkpoint.companions import has_tokenizer
+from .checkpoint.resolve import packaged_models, peek, resolve
+from .checkpoint.source import Checkpoint
+from .errors import NamexError, RecipeError
+from .patching.inspect import inspection
+from .patching.patch import describe, run_plan
+from .patching.plan import make_plan
+from .recipe import RULES, Recipe, read_yaml
+from .report.report import Report, layer_summary
+
+SCORED_BYTES = 256 << 20  # a checkpoint up to this size has its perplexity measured
+SCORED_TOKENS = 8192  # of each domain
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every error here."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def patch(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``namex-patch``."""
+    parser = _patch_parser()
+    return _run(parser, arguments, _patch)
+
+
+def inspect(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``namex-inspect``."""
+    parser = Parser(prog="namex-inspect", description="Say what a checkpoint is, without reading its tensors.")
+    parser.add_argument("model", metavar="DIR_OR_ID", help=_MODEL_HELP)
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    return _run(parser, arguments, _inspect)
+
+
+_MODEL_HELP = f"a local folder, a packaged model ({', '.join(packaged_models())}), or a Hub id USER/NAME"
+
+
+def _run(parser: Parser, arguments: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
+    options = parser.parse_args(arguments)
+    try:
+        return command(options)
+    except NamexError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{parser.prog}: stopped; the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _patch_parser() -> Parser:
+    parser = Parser(
+        prog="namex-patch",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Merge the experts of a Mixture-of-Experts checkpoint with NAMEx (Nash bargaining between them).\n"
+        "One or two layers are in memory at a time. A run that was killed is continued by the same command.",
+        epilog="examples:\n"
+        "  namex-patch tiny --out out/tiny\n"
+        "  namex-patch Qwen/Qwen1.5-MoE-A2.7B --out out/qwen --recipe patches/qwen1.5-moe-a2.7b/namex-full.yaml\n"
+        "  namex-patch tiny-deepseek --out out/half --merge grouped --experts 8 --export-as qwen2_moe\n\n"
+        "what is refused:\n" + "\n".join(f"  {rule.message}" for rule in RULES),
+    )
+    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the result")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id; the report pins the commit")
+    parser.add_argument("--dry-run", action="store_true", help="say what would happen, read and write no tensor")
+    parser.add_argument("--overwrite", action="store_true", help="replace a folder of another namex-patch run")
+    parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
+    parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity")
+    recipe = parser.add_argument_group("recipe", "every field of a recipe; flags go before the file")
+    recipe.add_argument("--recipe", type=Path, metavar="FILE", help="a YAML file of the fields below")
+    for spec in fields(Recipe):
+        choices = spec.metadata.get("choices")
+        default = "" if spec.default is None else f" (default: {spec.default})"
+        recipe.add_argument(
+            f"--{spec.name.replace('_', '-')}",
+            metavar="|".join(choices) if choices else spec.metadata["kind"].__name__.upper(),
+            help=spec.metadata["help"].replace("%", "%%") + default,
+        )
+    return parser
+
+
+def recipe_of(options: argparse.Namespace) -> Recipe:
+    """The recipe file with the flags over it."""
+    values = read_yaml(options.recipe) if options.recipe else {}
+    for spec in fields(Recipe):
+        text = getattr(options, spec.name)
+        if text is not None:
+            kind = spec.metadata.get("kind", str)
+            try:
+                values[spec.name] = kind(text)
+            except ValueError as error:
+                raise RecipeError(f"recipe field '{spec.name}' is {text!r}; accepted: {kind.__name__}") from error
+    return Recipe.from_dict(values)
+
+
+def _patch(options: argparse.Namespace) -> int:
+    console = Console(stderr=True, quiet=options.quiet)
+    recipe = recipe_of(options)
+    checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
+    plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as)
+    if options.dry_run:
+        _print_dry_run(describe(plan, options.out), recipe)
+        return 0
+    if describe(plan, options.out)["complete"]:
+        report = run_plan(plan, options.out, overwrite=options.overwrite)
+        console.print(f"{options.out} is complete: this model was patched with this recipe before")
+        return 0
+    columns = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, disable=options.quiet) as progress:
+        task = progress.add_task("patching", total=None)
+        report = run_plan(
+            plan,
+            options.out,
+            overwrite=options.overwrite,
+            progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
+        )
+    if not options.quiet:
+        report = _score(checkpoint, options.out, report, console)
+        _print_report(report, options.out)
+    return 0
+
+
+def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -> Report:
+    """Perplexity before and after, where the model is small enough to run here."""
+    from .scoring.compare import compare
+
+    if not has_tokenizer(checkpoint.folder):
+        console.print("no tokenizer in the checkpoint: perplexity is skipped")
+        return report
+    if checkpoint.size > SCORED_BYTES:
+        console.print(f"{checkpoint.size / 1e9:.1f} GB is too large to score here: perplexity is skipped")
+        return report
+    with console.status("perplexity before and after"):
+        report = report.with_perplexity(compare(checkpoint.folder, out, SCORED_TOKENS))
+    from .patching.patch import rewrite_report
+
+    rewrite_report(out, report)
+    return report
+
+
+def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
+    table = Table(title="dry run: nothing was read but headers, nothing was written", show_header=False, min_width=60)
+    table.add_row("recipe", f"{recipe.merge}, {recipe.method}")
+    table.add_row("MoE layers", str(what["layers"]))
+    table.add_row("routed experts a layer", f"{what['experts']} -> {what['kept']}")
+    table.add_row("bytes in", _size(what["bytes_in"]))
+    table.add_row("bytes out", _size(what["bytes_out"]))
+    table.add_row("peak memory (estimate)", _size(what["peak_bytes"]))
+    table.add_row("disk needed / free", f"{_size(what['space_needed'])} / {_size(what['free'])}")
+    table.add_row("files carried over", ", ".join(what["carried"]) or "none")
+    Console().print(table)
+
+
+def _print_report(report: Report, out: Path) -> None:
+    console, recipe = Console(), report.run["recipe"]
+    table = Table(title=f"{report.source['name']}: {recipe['method']}, {recipe['merge']}")
+    for column in ("layer", "games", "status", "spread of weights", "residual", "seconds"):
+        table.add_column(column, justify="left" if column == "status" else "right")
+    for layer in map(layer_summary, report.layers):
+        residual = "" if layer["residual"] is None else f"{layer['residual']:.1e}"
+        spread = f"{layer['spread']:.4f}"
+        seconds = f"{layer['seconds']:.2f}"
+        table.add_row(str(layer["layer"]), str(layer["games"]), layer["status"], spread, residual, seconds)
+    if report.layers:
+        console.print(table)
+    if report.perplexity:
+        scores = Table(title=f"perplexity, the first {SCORED_TOKENS} tokens of each held-out text")
+        for column in ("domain", "before", "after", "ratio"):
+            scores.add_column(column, justify="right")
+        for domain, value in report.perplexity.items():
+            before, after = value["before"], value["after"]
+            scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{after / before:.3f}")
+        console.print(scores)
+    totals = report.totals
+    console.print(
+        f"{_size(totals['bytes_in'])} in, {_size(totals['bytes_out'])} out, {totals['seconds']:.1f} s, "
+        f"peak memory {_size(totals['peak_resident_bytes'])}: [bold]{out}[/bold]",
+        soft_wrap=True,
+    )
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    table = Table(show_header=False, min_width=60)
+    for name, value in inspection(peek(options.model, options.revision)).items():
+        table.add_row(name, _size(value) if name.startswith("bytes") else str(value))
+    Console().print(table)
+    return 0
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    raise AssertionError

@@ -1,0 +1,24 @@
+"""What goes wrong for reasons a user can mend.
+
+Every message names the file, tensor or field, what was found and what is accepted.
+"""
+
+
+class NamexError(Exception):
+    """Base of all errors of this package; the commands print it in one line and exit with status 2."""
+
+
+class RecipeError(NamexError):
+    """A field or value that a recipe cannot have, or choices that mean nothing together."""
+
+
+class FamilyError(NamexError):
+    """A model family that is not supported, or a configuration that contradicts itself."""
+
+
+class CheckpointError(NamexError):
+    """A checkpoint that is incomplete, damaged, or not what its configuration says."""
+
+
+class OutputError(NamexError):
+    """An output folder that cannot be used, or too little room for it."""

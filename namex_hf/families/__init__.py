@@ -1,0 +1,33 @@
+"""Model families by ``model_type``. A file in this folder that defines ``FAMILY`` is a family."""
+
+import importlib
+import pkgutil
+
+from ..errors import FamilyError
+from .family import PROJECTIONS, Config, Family, MoeShape, Reexpression
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY
+    for module in (importlib.import_module(f"{__name__}.{info.name}") for info in pkgutil.iter_modules(__path__))
+    if hasattr(module, "FAMILY")
+}
+
+
+def family_of(config: Config) -> Family:
+    """The family of a raw ``config.json``.
+
+    Raises:
+        FamilyError: naming the ``model_type`` found and the supported ones.
+    """
+    found = config.get("model_type")
+    if found in FAMILIES:
+        return FAMILIES[found]
+    supported = ", ".join(sorted(FAMILIES))
+    if any(found == family.patched_type for family in FAMILIES.values()):
+        raise FamilyError(
+            f"model_type {found!r}: this model is patched already; accepted: the original, of {supported}"
+        )
+    raise FamilyError(f"model_type {found!r} is not a supported family; accepted: {supported}")
+
+
+__all__ = ["FAMILIES", "PROJECTIONS", "Config", "Family", "MoeShape", "Reexpression", "family_of"]

@@ -1,0 +1,74 @@
+"""DeepSeek-MoE v1: dense first layers, shared experts without a gate.
+
+It can be re-expressed, bit for bit, as stock Qwen2-MoE: a shared-expert gate of zeros is sigmoid(0) = 1/2, which a
+doubled ``down_proj`` of the shared expert makes good. Biases of zero are written for loaders that expect Qwen's.
+"""
+
+from typing import Any
+
+from .family import Config, Family, Reexpression
+
+
+def moe_layers(config: Config) -> tuple[int, ...]:
+    first, step = config.get("first_k_dense_replace", 0), config.get("moe_layer_freq", 1)
+    return tuple(i for i in range(config["num_hidden_layers"]) if i >= first and i % step == 0)
+
+
+def refuse(config: Config) -> str | None:
+    scoring = config.get("scoring_func", "softmax")
+    return None if scoring == "softmax" else f"'scoring_func' is {scoring!r}; DeepSeek-MoE v1 has 'softmax'"
+
+
+def as_qwen2_moe(config: Config) -> dict[str, Any]:
+    """The configuration of the same model in the Qwen2-MoE form."""
+    renamed = {
+        "num_experts": config["n_routed_experts"],
+        "shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
+        "mlp_only_layers": sorted(set(range(config["num_hidden_layers"])) - set(moe_layers(config))),
+        "decoder_sparse_step": 1,
+        "router_aux_loss_coef": config.get("aux_loss_alpha", 0.001),
+        "norm_topk_prob": config.get("norm_topk_prob", False),
+        "qkv_bias": True,
+        "model_type": "qwen2_moe",
+        "architectures": ["Qwen2MoeForCausalLM"],
+    }
+    own = ("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "aux_loss_alpha")
+    gone = (*own, "seq_aux", "scoring_func", "attention_bias", "pretraining_tp", "ep_size")
+    return {name: value for name, value in config.items() if name not in gone} | renamed
+
+
+def rename(name: str) -> str:
+    return name.replace(".mlp.shared_experts.", ".mlp.shared_expert.")
+
+
+def doubled(name: str) -> bool:
+    return name.endswith(".mlp.shared_experts.down_proj.weight")
+
+
+def zeros(config: Config) -> dict[str, tuple[int, ...]]:
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    head = config.get("head_dim") or hidden // heads
+    key_heads = config.get("num_key_value_heads") or heads
+    gates: dict[str, tuple[int, ...]] = {
+        f"model.layers.{i}.mlp.shared_expert_gate.weight": (1, hidden) for i in moe_layers(config)
+    }
+    rows = {"q_proj": heads * head, "k_proj": key_heads * head, "v_proj": key_heads * head}
+    biases: dict[str, tuple[int, ...]] = {
+        f"model.layers.{i}.self_attn.{name}.bias": (size,)
+        for i in range(config["num_hidden_layers"])
+        for name, size in rows.items()
+    }
+    return gates | ({} if config.get("attention_bias") else biases)
+
+
+FAMILY = Family(
+    model_type="deepseek",
+    patched_type="namex_deepseek",
+    experts_field="n_routed_experts",
+    shared_name="shared_experts",
+    moe_layers=moe_layers,
+    shared_width=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
+    needs=("n_shared_experts",),
+    refuse=refuse,
+    as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, zeros),
+)

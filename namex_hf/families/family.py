@@ -1,0 +1,114 @@
+"""What a model family is to this package: names, shapes and configuration fields. No mathematics, no files."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import FamilyError
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class MoeShape:
+    """The numbers of a mixture-of-experts model, as its configuration states them."""
+
+    layers: tuple[int, ...]  # indices of the MoE layers
+    experts: int
+    top_k: int
+    hidden: int
+    width: int  # of one routed expert
+    shared_width: int
+    renormalises: bool  # top-k values rescaled to sum 1
+
+    def of(self, projection: str) -> tuple[int, int]:
+        """Shape of one routed expert's matrix."""
+        return (self.hidden, self.width) if projection == "down_proj" else (self.width, self.hidden)
+
+    def of_shared(self, projection: str) -> tuple[int, int]:
+        """Shape of the shared expert's matrix."""
+        return (self.hidden, self.shared_width) if projection == "down_proj" else (self.shared_width, self.hidden)
+
+
+@dataclass(frozen=True)
+class Reexpression:
+    """The same model, exactly, under another family's names."""
+
+    config: Callable[[Config], dict[str, Any]]
+    rename: Callable[[str], str]
+    doubled: Callable[[str], bool]  # by the old name: tensors to be written times two
+    zeros: Callable[[Config], dict[str, tuple[int, ...]]]  # tensors of zeros to be added
+
+
+@dataclass(frozen=True)
+class Family:
+    """One ``model_type``. Adding a family is one file beside this one that defines ``FAMILY``.
+
+    Layer, expert and projection of a tensor are told from its name alone; the fused layout of transformers 5
+    (``mlp.experts.gate_up_proj``) is the same for all families that use its fused experts.
+    """
+
+    model_type: str
+    patched_type: str
+    experts_field: str
+    shared_name: str
+    moe_layers: Callable[[Config], tuple[int, ...]]
+    shared_width: Callable[[Config], int]
+    needs: tuple[str, ...]
+    refuse: Callable[[Config], str | None] = field(default=lambda config: None)
+    as_qwen2_moe: Reexpression | None = None
+
+    def shape(self, config: Config) -> MoeShape:
+        """Read the numbers out of a raw ``config.json``.
+
+        Raises:
+            FamilyError: a field is missing or is no whole number above 0, or the family cannot be handled.
+        """
+        required = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts_per_tok")
+        for name in (*required, self.experts_field, *self.needs):
+            value = config.get(name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise FamilyError(f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from 1")
+        if reason := self.refuse(config):
+            raise FamilyError(f"config.json: {reason}")
+        experts, top_k = config[self.experts_field], config["num_experts_per_tok"]
+        if top_k > experts:
+            raise FamilyError(
+                f"config.json: 'num_experts_per_tok' is {top_k}, above '{self.experts_field}' = {experts}"
+            )
+        layers = self.moe_layers(config)
+        if not layers:
+            raise FamilyError("config.json: no layer is a mixture of experts; at least one is needed")
+        return MoeShape(
+            layers=layers,
+            experts=experts,
+            top_k=top_k,
+            hidden=config["hidden_size"],
+            width=config["moe_intermediate_size"],
+            shared_width=self.shared_width(config),
+            renormalises=bool(config.get("norm_topk_prob", False)),
+        )
+
+    def block(self, layer: int) -> str:
+        return f"model.layers.{layer}.mlp"
+
+    def expert(self, layer: int, expert: int, projection: str) -> str:
+        return f"{self.block(layer)}.experts.{expert}.{projection}.weight"
+
+    def fused(self, layer: int, name: str) -> str:
+        """Name of a fused tensor, ``gate_up_proj [N, 2 width, hidden]`` or ``down_proj [N, hidden, width]``."""
+        return f"{self.block(layer)}.experts.{name}"
+
+    def router(self, layer: int) -> str:
+        return f"{self.block(layer)}.gate.weight"
+
+    def router_norm(self, layer: int) -> str:
+        """The norm whose output the router reads."""
+        return f"model.layers.{layer}.post_attention_layernorm.weight"
+
+    def shared(self, layer: int, projection: str) -> str:
+        return f"{self.block(layer)}.{self.shared_name}.{projection}.weight"
+
+    def base(self, layer: int, projection: str) -> str:
+        return f"{self.block(layer)}.base_expert.{projection}.weight"

@@ -1,0 +1,19 @@
+"""Qwen1.5-MoE and Qwen2-MoE: every layer a mixture by default, one shared expert behind a sigmoid gate."""
+
+from .family import Config, Family
+
+
+def moe_layers(config: Config) -> tuple[int, ...]:
+    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
+    return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
+
+
+FAMILY = Family(
+    model_type="qwen2_moe",
+    patched_type="namex_qwen2_moe",
+    experts_field="num_experts",
+    shared_name="shared_expert",
+    moe_layers=moe_layers,
+    shared_width=lambda config: config["shared_expert_intermediate_size"],
+    needs=("shared_expert_intermediate_size",),
+)

@@ -1,0 +1,108 @@
+"""Tensors of a layer's experts, and the games that are played over them."""
+
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+
+from ..bargaining import domain_gram
+from ..errors import NamexError
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+CHUNK = 1 << 24  # bytes of a chunk in float32
+
+Experts = Mapping[str, torch.Tensor]
+"""A layer's routed experts by projection: gate and up ``[N, width, hidden]``, down ``[N, hidden, width]``."""
+Base = Mapping[str, torch.Tensor]
+"""One expert by projection, in float32: the base expert, kept unrounded while it is propagated."""
+
+
+class NotFiniteError(NamexError):
+    """An expert's matrix holds NaN or infinity; the caller, who knows names, says which tensor that is."""
+
+    def __init__(self, expert: int, projection: str):
+        super().__init__(f"expert {expert}: {projection} holds NaN or infinite values; finite weights are needed")
+        self.expert, self.projection = expert, projection
+
+
+def games_of(granularity: str) -> tuple[tuple[str, ...], ...]:
+    """The projections that bargain together: one game a matrix, or one a whole expert."""
+    return (PROJECTIONS,) if granularity == "expert" else tuple((name,) for name in PROJECTIONS)
+
+
+def grams(experts: Experts, base: Base, granularity: str, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Gram matrices of the domain vectors tau_i = E_i - E_m, one a game.
+
+    Memory: no copy of the layer; a chunk of every expert in float32 at a time.
+
+    Returns:
+        float64 ``[games, N, N]`` on the CPU. The Gram matrix of a whole expert is the sum of its matrices' own.
+
+    Raises:
+        NotFiniteError: naming the first expert and projection with NaN or infinite values.
+    """
+    of = {}
+    for name in PROJECTIONS:
+        of[name] = domain_gram(experts[name], base[name], device=device).cpu()
+        broken = ~of[name].diagonal().isfinite()
+        if broken.any():
+            raise NotFiniteError(_first_not_finite(experts[name], broken), name)
+    return torch.stack([torch.stack([of[name] for name in game]).sum(0) for game in games_of(granularity)])
+
+
+def _first_not_finite(matrices: torch.Tensor, suspects: torch.Tensor) -> int:
+    for index in suspects.nonzero().flatten().tolist():
+        if not matrices[index].isfinite().all():
+            return index
+    return int(suspects.nonzero()[0])
+
+
+def weighted_step(
+    matrices: torch.Tensor, base: torch.Tensor, weights: torch.Tensor, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """``sum_i w_i (E_i - E_m)``, the update of NAMEx (paper eq. 6 and 9), in float32.
+
+    Args:
+        matrices: ``[N, rows, columns]`` in any floating dtype.
+        base: ``[rows, columns]`` in float32.
+        weights: ``[N]``.
+
+    Memory: one chunk of every expert in float32 beyond the result.
+    """
+    flat, centre = matrices.flatten(1), base.flatten()
+    players = weights.nonzero().flatten()  # those without weight are not read
+    step = torch.zeros_like(centre)
+    if len(players) == 0:
+        return step.view_as(base)
+    shares = weights[players].to(device=device, dtype=torch.float32)
+    width = max(1, CHUNK // (4 * len(players)))
+    everybody = len(players) == len(flat)
+    for start in range(0, len(centre), width):
+        columns = slice(start, start + width)
+        chunk = flat[:, columns] if everybody else flat[players, columns]
+        tau = chunk.to(device=device, dtype=torch.float32) - centre[columns].to(device)
+        step[columns] = torch.mv(tau.T, shares).to(step.device)
+    return step.view_as(base)
+
+
+def mean_expert(experts: Experts) -> dict[str, torch.Tensor]:
+    """The plain mean of all experts, in float32."""
+    count = len(experts["gate_proj"])
+    uniform = torch.full((count,), 1 / count)
+    nothing = {name: torch.zeros(experts[name].shape[1:]) for name in PROJECTIONS}
+    return {name: weighted_step(experts[name], nothing[name], uniform) for name in PROJECTIONS}
+
+
+def mean_slice(shared: Experts, width: int) -> dict[str, torch.Tensor]:
+    """The mean of a shared expert's slices of the routed width, in float32.
+
+    A SwiGLU MLP of width k * ``width`` is the sum of k experts of ``width``: rows of gate and up, columns of down.
+
+    Args:
+        shared: gate and up ``[k * width, hidden]``, down ``[hidden, k * width]``.
+    """
+    result = {}
+    for name in PROJECTIONS:
+        axis: Literal[0, 1] = 1 if name == "down_proj" else 0
+        result[name] = torch.stack(shared[name].float().split(width, dim=axis)).mean(0)
+    return result

@@ -1,0 +1,14 @@
+"""Weightings by name. A file in this folder that defines ``weighting`` is one."""
+
+import importlib
+import pkgutil
+
+from .weighting import Weighting, Weights
+
+WEIGHTINGS: dict[str, Weighting] = {
+    info.name: module.weighting
+    for info in pkgutil.iter_modules(__path__)
+    if hasattr(module := importlib.import_module(f"{__name__}.{info.name}"), "weighting") and info.name != "weighting"
+}
+
+__all__ = ["WEIGHTINGS", "Weighting", "Weights"]

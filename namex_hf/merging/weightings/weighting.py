@@ -1,0 +1,24 @@
+"""What a weighting is: from the Gram matrices of the games to every player's share."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Weights:
+    """Shares of the players of one layer's games, and what the weighting has to say for them."""
+
+    values: torch.Tensor  # float64 [games, N]
+    status: tuple[str, ...]  # a game: 'agreement', 'no_agreement', or 'uniform'
+    residual: tuple[float | None, ...]  # relative, of the bargaining equation, where one was solved
+    iterations: tuple[int | None, ...]
+
+
+class Weighting(Protocol):
+    """A function of the Gram matrices alone."""
+
+    def __call__(self, gram: torch.Tensor, disagreement: str, scale: str, precision: torch.dtype) -> Weights:
+        """``gram``: float64 ``[games, N, N]``; ``precision``: the dtype that the players' vectors were stored in."""
+        ...

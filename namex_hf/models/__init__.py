@@ -1,0 +1,83 @@
+"""transformers classes: native DeepSeek-MoE v1, and the patched models with a stored base expert.
+
+Importing registers three model types with the Auto classes (``deepseek``, ``namex_deepseek``, ``namex_qwen2_moe``)
+and touches none of transformers' own. A registered class wins over a folder's remote code, also under
+``trust_remote_code=True``.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_relative_import_files
+
+from .configuration_deepseek import DeepseekConfig
+from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig
+from .loading import load_patched
+from .modeling_deepseek import DeepseekForCausalLM, DeepseekModel
+from .modeling_namex_deepseek import NamexDeepseekForCausalLM, NamexDeepseekModel
+from .modeling_namex_qwen2_moe import NamexQwen2MoeForCausalLM, NamexQwen2MoeModel
+from .residual import left_over_mass
+
+
+class RemoteCode(NamedTuple):
+    """What a folder carries so that ``trust_remote_code=True`` opens it where this package is absent."""
+
+    auto_map: dict[str, str]
+    """For ``config.json``."""
+    files: tuple[Path, ...]
+    """To be copied next to ``config.json``, sorted by name; absolute paths into this package."""
+
+
+CLASSES: dict[str, tuple[Any, Any, Any]] = {
+    "deepseek": (DeepseekConfig, DeepseekModel, DeepseekForCausalLM),
+    "namex_deepseek": (NamexDeepseekConfig, NamexDeepseekModel, NamexDeepseekForCausalLM),
+    "namex_qwen2_moe": (NamexQwen2MoeConfig, NamexQwen2MoeModel, NamexQwen2MoeForCausalLM),
+}
+"""Configuration, model and causal language model of every model type that is defined here."""
+
+PATCHED: dict[str, Any] = {"deepseek": NamexDeepseekConfig, "qwen2_moe": NamexQwen2MoeConfig}
+"""From a family's model_type to the configuration of its patched form (its model_type is the class's own)."""
+
+
+def remote_code(model_type: str) -> RemoteCode:
+    """The files and the ``auto_map`` that a folder of `model_type` needs; empty for a type of transformers itself."""
+    if model_type not in CLASSES:
+        return RemoteCode({}, ())
+    auto_map = dict(CLASSES[model_type][0].remote_classes)
+    here = Path(__file__).resolve().parent
+    roots = {here / f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
+    siblings = {Path(name).resolve() for root in roots for name in get_relative_import_files(root)}
+    return RemoteCode(auto_map, tuple(sorted(roots | siblings)))
+
+
+def _register() -> None:
+    for model_type, (config, model, causal_lm) in CLASSES.items():
+        AutoConfig.register(model_type, config, exist_ok=True)
+        AutoModel.register(config, model, exist_ok=True)
+        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        # save_pretrained then copies the defining files and writes auto_map.
+        config.register_for_auto_class()
+        model.register_for_auto_class("AutoModel")
+        causal_lm.register_for_auto_class("AutoModelForCausalLM")
+
+
+_register()
+
+__all__ = [
+    "CLASSES",
+    "PATCHED",
+    "DeepseekConfig",
+    "DeepseekForCausalLM",
+    "DeepseekModel",
+    "NamexDeepseekConfig",
+    "NamexDeepseekForCausalLM",
+    "NamexDeepseekModel",
+    "NamexQwen2MoeConfig",
+    "NamexQwen2MoeForCausalLM",
+    "NamexQwen2MoeModel",
+    "RemoteCode",
+    "left_over_mass",
+    "load_patched",
+    "remote_code",
+]

@@ -1,0 +1,99 @@
+"""Qwen2-MoE with a base expert that takes the mass which top-k leaves over (``model_type: namex_qwen2_moe``).
+
+The file imports siblings only by ``from .name import``, so that it also travels as remote code.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.qwen2_moe.modeling_qwen2_moe import (
+    Qwen2MoeAttention,
+    Qwen2MoeDecoderLayer,
+    Qwen2MoeForCausalLM,
+    Qwen2MoeModel,
+    Qwen2MoePreTrainedModel,
+    Qwen2MoeRMSNorm,
+    Qwen2MoeRotaryEmbedding,
+    Qwen2MoeSparseMoeBlock,
+    Qwen2MoeTopKRouter,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+from .configuration_namex import NamexQwen2MoeConfig
+from .residual import ResidualRouting
+
+# Without this a class defined outside transformers gets no per-expert -> fused conversion.
+register_checkpoint_conversion_mapping(
+    "namex_qwen2_moe", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
+)
+
+
+class NamexQwen2MoeSparseMoeBlock(ResidualRouting, Qwen2MoeSparseMoeBlock):
+    """Routed experts, the base expert, and the gated shared expert as in the original."""
+
+    def __init__(self, config: NamexQwen2MoeConfig):
+        super().__init__(config)
+        self.add_base_expert(config)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``."""
+        flat = hidden_states.view(-1, hidden_states.shape[-1])
+        shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
+        return (self.routed(flat) + shared).view_as(hidden_states)
+
+
+class NamexQwen2MoeDecoderLayer(Qwen2MoeDecoderLayer):
+    mlp: nn.Module
+
+    def __init__(self, config: NamexQwen2MoeConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if isinstance(self.mlp, Qwen2MoeSparseMoeBlock):
+            self.mlp = NamexQwen2MoeSparseMoeBlock(config)
+
+
+class NamexQwen2MoePreTrainedModel(Qwen2MoePreTrainedModel):
+    # The base expert is made of nn.Linear, which the inherited `_init_weights` covers.
+    config: NamexQwen2MoeConfig
+    config_class = NamexQwen2MoeConfig
+    _no_split_modules: ClassVar[list[str]] = ["NamexQwen2MoeDecoderLayer"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
+        "hidden_states": NamexQwen2MoeDecoderLayer,
+        "attentions": Qwen2MoeAttention,
+    }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the text of this file and would fall back to eager experts.
+        return True
+
+
+class NamexQwen2MoeModel(NamexQwen2MoePreTrainedModel, Qwen2MoeModel):
+    def __init__(self, config: NamexQwen2MoeConfig):
+        super(Qwen2MoeModel, self).__init__(config)  # past the parent's, which would build Qwen's layers
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([NamexQwen2MoeDecoderLayer(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Qwen2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2MoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+class NamexQwen2MoeForCausalLM(NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM):
+    def __init__(self, config: NamexQwen2MoeConfig):
+        super(Qwen2MoeForCausalLM, self).__init__(config)
+        self.model = NamexQwen2MoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
+
+
+__all__ = ["NamexQwen2MoeForCausalLM", "NamexQwen2MoeModel", "NamexQwen2MoePreTrainedModel"]

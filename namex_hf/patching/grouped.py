@@ -1,0 +1,175 @@
+"""``merge: grouped`` out of core: every layer's experts are clustered, each group becomes one, the result is stock."""
+
+import re
+import time
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from ..checkpoint.bytes import Reader
+from ..checkpoint.header import TensorSpan, read_header
+from ..checkpoint.shard import Item, write_shard
+from ..families import PROJECTIONS
+from ..merging.combine import Combination
+from ..merging.groups import MergedLayer, merge_layer
+from ..recipe import Recipe
+from .finite import check_finite
+from .layer import named, read_experts
+from .plan import LAYER, Plan, zero_items
+from .residual import METADATA, Advance, shard_names
+from .state import State
+
+NUMBERS = re.compile(r"(\d+)")
+
+
+def combination_of(recipe: Recipe) -> Combination:
+    """How a recipe makes one expert of a group."""
+    return Combination(recipe.weights_by, recipe.disagreement, recipe.granularity, recipe.device)
+
+
+@dataclass
+class LayerMaker:
+    """Merges layers on demand, the latest kept: the writer asks for one tensor after the other.
+
+    Memory: one layer's experts while it is merged, then its merged experts.
+    """
+
+    plan: Plan
+    reader: Reader
+    state: State
+    advance: Advance
+    layer: int | None = None
+    merged: MergedLayer | None = None
+
+    def get(self, layer: int) -> MergedLayer:
+        if self.layer != layer or self.merged is None:
+            self.merged = None  # the last one goes before the next comes
+            self.merged, self.layer = self._merge(layer), layer
+        return self.merged
+
+    def router(self, layer: int) -> torch.Tensor:
+        return self.get(layer).router
+
+    def expert(self, layer: int, expert: int, projection: str) -> torch.Tensor:
+        return self.get(layer).experts[expert][projection]
+
+    def _merge(self, layer: int) -> MergedLayer:
+        plan, start = self.plan, time.perf_counter()
+        router = self.reader.read(plan.spans[plan.family.router(layer)])
+        norm = self.reader.read(plan.spans[plan.family.router_norm(layer)])
+        experts = read_experts(plan, self.reader, layer)
+        later = [other for other in plan.shape.layers if other > layer]
+        if later:
+            self.reader.expect(plan.expert_spans(later[0]))
+        with named(plan, layer):
+            merged = merge_layer(
+                experts,
+                router,
+                norm,
+                plan.kept,
+                plan.shape.top_k,
+                plan.shape.renormalises,
+                combination_of(plan.recipe),
+                plan.recipe.seed,
+            )
+        record = {
+            "layer": layer,
+            **merged.record,
+            "seconds": round(time.perf_counter() - start, 4),
+            "bytes": plan.layer_bytes(layer),
+        }
+        self.state.save_layer(layer, {"cosines": merged.cosines}, record)
+        self.advance(f"layer {layer}", plan.layer_bytes(layer))
+        return merged
+
+
+def patch_grouped(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+    """Write all shards; returns the weight map (tensor name to file name)."""
+    check_finite(plan, advance)
+    with Reader() as reader:
+        maker = LayerMaker(plan, reader, state, advance)
+        packs = pack(items_of(plan, maker), plan.shard_size)
+        names = shard_names(len(packs))
+        for items, name in zip(packs, names, strict=True):
+            target = folder / name
+            if target.is_file():
+                for layer in sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))}):
+                    if layer in plan.shape.layers:
+                        advance(f"layer {layer}", plan.layer_bytes(layer))
+            else:
+                write_shard(target, items, reader, METADATA)
+    return {tensor: name for name in names for tensor in read_header(folder / name)}
+
+
+def items_of(plan: Plan, maker: LayerMaker) -> list[Item]:
+    """All tensors of the result in their natural order, layer by layer."""
+    items = []
+    gone = {
+        plan.family.expert(layer, expert, projection)
+        for layer in plan.shape.layers
+        for expert in range(plan.shape.experts)
+        for projection in PROJECTIONS
+    } | {plan.family.router(layer) for layer in plan.shape.layers}
+    items += [Item.of(name, span) for name, span in plan.spans.items() if name not in gone]
+    for layer in plan.shape.layers:
+        router = plan.spans[plan.family.router(layer)]
+        shape = (plan.kept, plan.shape.hidden)
+        name = plan.family.router(layer)
+        items.append(Item(name, router.dtype, shape, partial(maker.router, layer)))
+        for expert in range(plan.kept):
+            for projection in PROJECTIONS:
+                span = plan.spans[plan.family.expert(layer, expert, projection)]
+                items.append(
+                    Item(
+                        plan.family.expert(layer, expert, projection),
+                        span.dtype,
+                        span.shape,
+                        partial(maker.expert, layer, expert, projection),
+                    )
+                )
+    if plan.export_as:
+        items = reexpressed(plan, items, maker.reader)
+    return sorted(items, key=lambda item: natural(item.name))
+
+
+def reexpressed(plan: Plan, items: list[Item], reader: Reader) -> list[Item]:
+    """The same tensors in the form of another family."""
+    form = plan.family.as_qwen2_moe
+    assert form is not None
+    result = zero_items(plan)
+    for item in items:
+        renamed = replace(item, name=form.rename(item.name))
+        if form.doubled(item.name):
+            assert isinstance(item.source, TensorSpan)
+            renamed = replace(renamed, source=partial(_twice, reader, item.source))
+        result.append(renamed)
+    return result
+
+
+def _twice(reader: Reader, span: TensorSpan) -> torch.Tensor:
+    return reader.read(span) * 2
+
+
+def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
+    """Sort key by which layer 10 comes after layer 9."""
+    return tuple((not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in NUMBERS.split(name))
+
+
+def pack(items: list[Item], shard_size: int) -> list[list[Item]]:
+    """Fill shards up to a size. A layer is never split, so that it is merged once, even after a kill."""
+    units: dict[str, list[Item]] = {}
+    for item in items:
+        match = LAYER.match(item.name)
+        units.setdefault(match[0] if match else item.name, []).append(item)
+    packs: list[list[Item]] = [[]]
+    size = 0
+    for unit in units.values():
+        more = sum(item.size for item in unit)
+        if packs[-1] and size + more > shard_size:
+            packs.append([])
+            size = 0
+        packs[-1] += unit
+        size += more
+    return packs

@@ -1,0 +1,53 @@
+"""A layer's tensors out of a planned checkpoint."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from ..checkpoint.bytes import Reader
+from ..errors import CheckpointError
+from ..families import PROJECTIONS
+from ..merging.experts import NotFiniteError, mean_expert, mean_slice
+from .plan import Plan
+
+
+def read_experts(plan: Plan, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
+    """The routed experts of a layer by projection, stacked, in their own dtype. Every byte is read once."""
+    stacked, places = {}, []
+    for projection in PROJECTIONS:
+        first = plan.spans[plan.family.expert(layer, 0, projection)]
+        stacked[projection] = torch.empty((plan.shape.experts, *first.shape), dtype=first.dtype)
+        for expert in range(plan.shape.experts):
+            places.append((plan.spans[plan.family.expert(layer, expert, projection)], stacked[projection][expert]))
+    for span, target in sorted(places, key=lambda place: (place[0].file, place[0].begin)):
+        reader.read_into(span, target)
+    return stacked
+
+
+def first_base(plan: Plan, reader: Reader, experts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The base expert of the first MoE layer, in float32."""
+    recipe, layer = plan.recipe, plan.shape.layers[0]
+    if recipe.base == "mean":
+        return mean_expert(experts)
+    if recipe.base == "shared":
+        shared = {name: reader.read(plan.spans[plan.family.shared(layer, name)]) for name in PROJECTIONS}
+        return mean_slice(shared, plan.shape.width)
+    index = recipe.base_index
+    assert index is not None
+    return {name: experts[name][index].float() for name in PROJECTIONS}
+
+
+@contextmanager
+def named(plan: Plan, layer: int) -> Iterator[None]:
+    """Give a complaint about an expert the name of its tensor.
+
+    Raises:
+        CheckpointError: in place of `NotFiniteError`.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        tensor = plan.family.expert(layer, error.expert, error.projection)
+        file = plan.spans[tensor].file.name
+        raise CheckpointError(f"tensor {tensor} in {file} holds NaN or infinite values") from error

@@ -1,0 +1,183 @@
+"""`patch_checkpoint`: a checkpoint in, a patched model folder out, two layers in memory at most."""
+
+import json
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from ..checkpoint.companions import carry, companions
+from ..checkpoint.folder import CONFIG, REPORT, STATE, OutputFolder, write_text
+from ..checkpoint.resolve import resolve
+from ..checkpoint.source import INDEX, Checkpoint
+from ..errors import CheckpointError, OutputError
+from ..models import remote_code
+from ..recipe import Recipe
+from ..report.card import card
+from ..report.report import Report
+from .grouped import patch_grouped
+from .plan import Plan, make_plan
+from .residual import patch_residual
+from .state import State
+
+Progress = Callable[[str, int, int], None]
+"""Called with what is being done, the bytes worked through, and the bytes of the whole run."""
+MARGIN = 64 << 20
+
+
+def patch_checkpoint(
+    source: str | Path,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    revision: str | None = None,
+    export_as: str | None = None,
+    shard_size: str | int = "5GB",
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Patch a checkpoint out of core.
+
+    A run that was killed is continued by the same call; on a folder that is complete already nothing is done and its
+    report is returned.
+
+    Args:
+        source: a local folder, the name of a packaged model, or a Hub id.
+        out: a folder that is new, empty, or of the same run.
+        export_as: ``qwen2_moe``: write a grouped DeepSeek-MoE in the stock Qwen2-MoE form.
+        shard_size: of the shards that are written anew; unchanged shards are copied as they are.
+        overwrite: replace another run's folder (never one that is not ours).
+
+    Memory: one layer's experts and, for ``grouped``, up to one layer of merged ones.
+
+    Raises:
+        RecipeError, FamilyError, CheckpointError: bad input; no output folder is left.
+        OutputError: the folder cannot be used, or the disk is full (the folder stays and can be continued).
+    """
+    checkpoint = resolve(source, revision)
+    plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as)
+    return run_plan(plan, Path(out), overwrite=overwrite, progress=progress)
+
+
+def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Report:
+    """Carry out a checked plan. See `patch_checkpoint`."""
+    folder = OutputFolder(out, plan.run)
+    _keep_apart(plan.checkpoint, out)
+    folder.check(overwrite)
+    if folder.complete:
+        shutil.rmtree(out / STATE, ignore_errors=True)
+        return Report.from_json((out / REPORT).read_text("utf-8"))
+    folder.check_space(max(0, space_needed(plan) - _present(out)))
+    start = time.perf_counter()
+    with folder.claimed(overwrite):
+        state = State(out / STATE)
+        try:
+            patch = patch_grouped if plan.recipe.merge == "grouped" else patch_residual
+            weight_map = patch(plan, out, state, _counting(plan, progress))
+        except CheckpointError:
+            folder.remove()
+            raise
+        report = _report(plan, state, out, weight_map, time.perf_counter() - start)
+        _write_companions(plan, out, state, report, weight_map)
+        folder.finish(plan.config())
+    return report
+
+
+def space_needed(plan: Plan) -> int:
+    """Bytes on disk at the fullest moment of a run: the result, each layer's base, the walk's state, and a margin."""
+    return plan.bytes_out + 2 * plan.base_bytes + MARGIN
+
+
+def _present(out: Path) -> int:
+    return sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
+
+
+def _keep_apart(checkpoint: Checkpoint, out: Path) -> None:
+    source, target = checkpoint.folder.resolve(), out.resolve()
+    if target == source or source in target.parents or target in source.parents:
+        raise OutputError(f"--out {out} is the model's own folder, or inside it or around it; another folder is needed")
+
+
+def _counting(plan: Plan, progress: Progress | None) -> Callable[[str, int], None]:
+    # Looked at or merged once; where shards are carried over as they are, copied as well.
+    total = plan.checkpoint.size * (1 if plan.recipe.merge == "grouped" else 2)
+    done, lock = 0, threading.Lock()
+
+    def advance(what: str, size: int) -> None:
+        nonlocal done
+        with lock:
+            done += size
+            if progress is not None:
+                progress(what, min(done, total), total)
+
+    return advance
+
+
+def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], seconds: float) -> Report:
+    files = {name: (out / name).stat().st_size for name in sorted(set(weight_map.values()))}
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    totals = {
+        "seconds": round(seconds, 3),
+        "bytes_in": plan.checkpoint.size,
+        "bytes_out": sum(files.values()),
+        "files": len(files),
+        "tensors": len(weight_map),
+        "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
+    }
+    source = {
+        "name": plan.checkpoint.name,
+        "commit": plan.checkpoint.commit,
+        "fingerprint": plan.checkpoint.fingerprint(),
+        "bytes": plan.checkpoint.size,
+    }
+    return Report(plan.run, source, plan.family.model_type, state.records(), totals)
+
+
+def _write_companions(plan: Plan, out: Path, state: State, report: Report, weight_map: dict[str, str]) -> None:
+    if len(set(weight_map.values())) > 1:
+        index = {"metadata": {"total_size": plan.bytes_out}, "weight_map": dict(sorted(weight_map.items()))}
+        write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
+    carry(plan.checkpoint.folder, out)
+    config = plan.config()
+    for file in remote_code(config["model_type"]).files:
+        write_text(out / file.name, file.read_text("utf-8"))
+    statistics = state.statistics()
+    if statistics:
+        part = out / "namex_statistics.safetensors.part"
+        save_file(statistics, part)
+        part.replace(out / "namex_statistics.safetensors")
+    write_text(out / "namex_recipe.yaml", plan.recipe.to_yaml())
+    write_text(out / "README.md", card(report, config))
+    write_text(out / REPORT, report.to_json())
+
+
+def describe(plan: Plan, out: Path) -> dict[str, Any]:
+    """What a run would do, for ``--dry-run``."""
+    place = out
+    while not place.exists():
+        place = place.absolute().parent
+    return {
+        "layers": len(plan.shape.layers),
+        "experts": plan.shape.experts,
+        "kept": plan.kept,
+        "bytes_in": plan.checkpoint.size,
+        "bytes_out": plan.bytes_out,
+        "space_needed": space_needed(plan),
+        "free": shutil.disk_usage(place).free,
+        "peak_bytes": plan.peak_bytes,
+        "carried": [path.name for path in companions(plan.checkpoint.folder)],
+        "complete": (out / CONFIG).is_file(),
+    }
+
+
+def rewrite_report(out: Path, report: Report) -> None:
+    """Put a report with more in it (perplexity, say) in the place of the old one, and into the card."""
+    config = json.loads((out / CONFIG).read_text("utf-8"))
+    write_text(out / "README.md", card(report, config))
+    write_text(out / REPORT, report.to_json())

@@ -1,0 +1,168 @@
+"""What a run will do, known and checked before the first tensor is read or a byte is written."""
+
+import re
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from ..checkpoint.header import TensorSpan
+from ..checkpoint.layout import per_expert
+from ..checkpoint.shard import Item
+from ..checkpoint.source import Checkpoint
+from ..errors import FamilyError, RecipeError
+from ..families import FAMILIES, PROJECTIONS, Family, MoeShape, family_of
+from ..models import remote_code
+from ..recipe import Recipe
+
+LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked run."""
+
+    checkpoint: Checkpoint
+    family: Family
+    shape: MoeShape
+    recipe: Recipe
+    spans: dict[str, TensorSpan]  # under per-expert names
+    shard_size: int
+    export_as: str | None = None
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What makes this run this run."""
+        return {
+            "recipe": self.recipe.to_dict(),
+            "source": self.checkpoint.fingerprint(),
+            "shard_size": self.shard_size,
+            "export_as": self.export_as,
+        }
+
+    @property
+    def kept(self) -> int:
+        """Routed experts of a layer of the result."""
+        return self.shape.experts if self.recipe.experts is None else self.recipe.experts
+
+    def expert_spans(self, layer: int) -> list[TensorSpan]:
+        return [
+            self.spans[self.family.expert(layer, expert, projection)]
+            for expert in range(self.shape.experts)
+            for projection in PROJECTIONS
+        ]
+
+    def layer_bytes(self, layer: int) -> int:
+        """Bytes of the routed experts of a layer."""
+        return sum(span.size for span in self.expert_spans(layer))
+
+    @property
+    def base_bytes(self) -> int:
+        """Bytes of all base experts of a residual result."""
+        if self.recipe.merge != "residual" or self.recipe.method == "smoe":
+            return 0
+        return sum(self.layer_bytes(layer) for layer in self.shape.layers) // self.shape.experts
+
+    @property
+    def bytes_out(self) -> int:
+        experts = sum(self.layer_bytes(layer) for layer in self.shape.layers)
+        added = 0
+        if self.export_as:
+            added = sum(item.size for item in zero_items(self))
+        return self.checkpoint.size - experts + experts * self.kept // self.shape.experts + self.base_bytes + added
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimate of the memory held above the libraries' own: a layer, the members of its largest group once more
+        (at worst the layer), and the base expert in float32 three times over."""
+        layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
+        expert = 4 * sum(rows * columns for rows, columns in map(self.shape.of, PROJECTIONS))
+        return (2 if self.recipe.merge == "grouped" else 1) * layer + 3 * expert + (64 << 20)
+
+    def config(self) -> dict[str, Any]:
+        """``config.json`` of the result."""
+        config = {name: value for name, value in self.checkpoint.config.items() if name != "auto_map"}
+        if self.recipe.merge == "grouped":
+            config[self.family.experts_field] = self.kept
+            config["num_experts_per_tok"] = min(self.shape.top_k, self.kept)
+        elif self.recipe.method != "smoe":
+            config["model_type"] = self.family.patched_type
+        if self.export_as:
+            reexpression = FAMILIES[self.family.model_type].as_qwen2_moe
+            assert reexpression is not None
+            config = reexpression.config(config)
+        code = remote_code(config["model_type"])
+        if code.auto_map:
+            config["auto_map"] = dict(code.auto_map)
+            config["architectures"] = [code.auto_map["AutoModelForCausalLM"].rsplit(".", 1)[1]]
+        config["namex"] = self.recipe.to_dict()
+        return config
+
+
+def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: str | int, export_as: str | None = None) -> Plan:
+    """Check a recipe against a checkpoint's configuration and headers.
+
+    Raises:
+        FamilyError: an unsupported family, or one without the form asked for.
+        RecipeError: the recipe does not fit this model, or the shard size is none.
+        CheckpointError: tensors that contradict the configuration.
+    """
+    family = family_of(checkpoint.config)
+    shape = family.shape(checkpoint.config)
+    check_fit(recipe, shape)
+    if export_as is not None and (family.as_qwen2_moe is None or export_as != "qwen2_moe"):
+        able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.as_qwen2_moe))
+        raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
+    if export_as is not None and recipe.merge != "grouped":
+        raise RecipeError(
+            f"--export-as writes a stock checkpoint: it needs merge 'grouped'; found merge={recipe.merge}"
+        )
+    spans = per_expert(checkpoint, family, shape)
+    return Plan(checkpoint, family, shape, recipe, spans, _bytes(shard_size), export_as)
+
+
+def check_fit(recipe: Recipe, shape: MoeShape) -> None:
+    """Check a recipe against the numbers of a model.
+
+    Raises:
+        RecipeError: naming the field, its value, and what this model allows.
+    """
+    if recipe.experts is not None and recipe.experts > shape.experts:
+        raise RecipeError(f"recipe field 'experts' is {recipe.experts}; this model has {shape.experts} a layer")
+    if recipe.base_index is not None and recipe.base_index >= shape.experts:
+        raise RecipeError(
+            f"recipe field 'base' is {recipe.base!r}; accepted here: index:0 to index:{shape.experts - 1}"
+        )
+    if recipe.base == "shared" and shape.shared_width % shape.width:
+        raise RecipeError(
+            f"recipe field 'base' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of the "
+            f"routed width {shape.width}"
+        )
+    if recipe.merge == "residual" and recipe.method != "smoe" and shape.renormalises:
+        raise RecipeError(
+            "merge 'residual' gives the base expert the mass that top-k leaves over; this model has norm_topk_prob = "
+            "true and leaves none"
+        )
+
+
+def _bytes(size: str | int) -> int:
+    if isinstance(size, int):
+        return size
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", size.strip(), re.IGNORECASE)
+    if match is None or float(match[1]) == 0:
+        raise RecipeError(f"--shard-size is {size!r}; accepted: a size such as 5GB or 500MB")
+    return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def zero_items(plan: Plan) -> list[Item]:
+    """The tensors of zeros that a re-expression adds, in the dtype of their layer's norm."""
+    assert plan.family.as_qwen2_moe is not None
+    items = []
+    for name, shape in plan.family.as_qwen2_moe.zeros(plan.checkpoint.config).items():
+        match = LAYER.match(name)
+        assert match is not None
+        dtype = plan.spans[plan.family.router_norm(int(match[1]))].dtype
+        items.append(Item(name, dtype, shape, partial(torch.zeros, shape, dtype=dtype)))
+    return items

@@ -1,0 +1,149 @@
+"""``merge: residual`` out of core: every shard is carried over, and a base expert per layer is added."""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from ..checkpoint.bytes import Reader, copy_file
+from ..checkpoint.header import read_header
+from ..checkpoint.shard import Item, write_shard
+from ..families import PROJECTIONS
+from ..merging.propagation import Propagation, propagate
+from ..recipe import Recipe
+from .finite import check_finite
+from .layer import first_base, named, read_experts
+from .plan import Plan
+from .state import State
+
+Advance = Callable[[str, int], None]
+METADATA = {"format": "pt"}
+
+
+def propagation_of(recipe: Recipe) -> Propagation:
+    """How a recipe moves its base expert."""
+    return Propagation(
+        weighting=recipe.weights_by,
+        disagreement=recipe.disagreement,
+        granularity=recipe.granularity,
+        scale=recipe.scale,
+        gamma=recipe.gamma,
+        every=None if recipe.method == "namex" else recipe.every,
+        device=recipe.device,
+    )
+
+
+def carried_items(plan: Plan, shard: Path) -> list[Item]:
+    """A source shard's tensors under per-expert names, in the order of their bytes."""
+    spans = sorted((s.begin, n, s) for n, s in plan.spans.items() if s.file == shard)
+    return [Item.of(name, span) for _, name, span in spans]
+
+
+def is_unchanged(plan: Plan, shard: Path) -> bool:
+    """Whether a source shard is in the per-expert layout as it is."""
+    return all(plan.checkpoint.spans.get(item.name) == item.source for item in carried_items(plan, shard))
+
+
+def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance) -> None:
+    """Bring every source shard into the folder: by the kernel where it is unchanged, else by spans of bytes."""
+    with Reader() as reader:
+        for shard, name in zip(plan.checkpoint.shards, names, strict=True):
+            target = folder / name
+            if not target.is_file():
+                if is_unchanged(plan, shard):
+                    copy_file(shard, target)
+                else:
+                    write_shard(target, carried_items(plan, shard), reader, METADATA)
+            advance("copying", target.stat().st_size)
+
+
+def walk(plan: Plan, state: State, advance: Advance) -> None:
+    """Propagate the base expert through all MoE layers and leave each layer's base in the state folder.
+
+    Memory: one layer's experts in their own dtype, the base in float32 twice, one chunk.
+
+    Raises:
+        CheckpointError: an expert holds NaN or infinity.
+    """
+    choice, layers = propagation_of(plan.recipe), plan.shape.layers
+    found = state.load_walk()
+    position, base, weights = found if found is not None else (0, None, None)
+    with Reader() as reader:
+        for done in layers[:position]:
+            advance(f"layer {done}", plan.layer_bytes(done))
+        for place, layer in list(enumerate(layers))[position:]:
+            start = time.perf_counter()
+            experts = read_experts(plan, reader, layer)
+            if place + 1 < len(layers):
+                reader.expect(plan.expert_spans(layers[place + 1]))
+            with named(plan, layer):
+                if base is None:
+                    base = first_base(plan, reader, experts)
+                step = propagate(experts, base, choice, place, weights)
+            dtype = experts["gate_proj"].dtype
+            record = {
+                "layer": layer,
+                "games": step.record,
+                "seconds": round(time.perf_counter() - start, 4),
+                "bytes": plan.layer_bytes(layer),
+            }
+            stored = {f"base.{name}": base[name].to(dtype) for name in PROJECTIONS}
+            state.save_layer(layer, stored | {"cosines": step.cosines}, record)
+            base, weights = step.next_base, step.weights
+            state.save_walk(place + 1, base, weights)
+            advance(f"layer {layer}", plan.layer_bytes(layer))
+
+
+def base_items(plan: Plan, state: State) -> dict[int, list[Item]]:
+    """The base experts that `walk` left, as spans of the state files, by layer."""
+    items = {}
+    for layer in plan.shape.layers:
+        spans = read_header(state.layer_file(layer))
+        items[layer] = [Item.of(plan.family.base(layer, name), spans[f"base.{name}"]) for name in PROJECTIONS]
+    return items
+
+
+def patch_residual(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+    """Write all shards; returns the weight map (tensor name to file name).
+
+    The copy runs beside the arithmetic: one waits for the disk, the other for the processor.
+    """
+    merged = plan.recipe.method != "smoe"
+    packs = _packs(plan) if merged else []
+    names = shard_names(len(plan.checkpoint.shards) + len(packs))
+    carried = len(plan.checkpoint.shards)
+    with ThreadPoolExecutor(1) as pool:
+        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance)
+        check_finite(plan, advance)
+        if merged:
+            walk(plan, state, advance)
+        copying.result()
+    if merged:
+        items = base_items(plan, state)
+        with Reader() as reader:
+            for pack, name in zip(packs, names[carried:], strict=True):
+                target = folder / name
+                if not target.is_file():
+                    write_shard(target, [item for layer in pack for item in items[layer]], reader, METADATA)
+    return {tensor: name for name in names for tensor in read_header(folder / name)}
+
+
+def shard_names(count: int) -> list[str]:
+    """transformers' names: one file, or numbered ones that go with an index."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _packs(plan: Plan) -> list[list[int]]:
+    """MoE layers whose base experts go into one shard, at most ``shard_size`` bytes unless one alone is larger."""
+    packs: list[list[int]] = [[]]
+    size = 0
+    for layer in plan.shape.layers:
+        more = plan.layer_bytes(layer) // plan.shape.experts
+        if packs[-1] and size + more > plan.shard_size:
+            packs.append([])
+            size = 0
+        packs[-1].append(layer)
+        size += more
+    return packs

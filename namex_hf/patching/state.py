@@ -1,0 +1,61 @@
+"""What a run has finished, layer by layer, so that a killed one goes on where it was."""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from ..checkpoint.header import read_metadata
+
+WALK = "walk.safetensors"
+
+
+@dataclass(frozen=True)
+class State:
+    """The folder of a run's own files. Bases are kept unrounded: a resumed run is the undisturbed one, bit for bit."""
+
+    folder: Path
+
+    def layer_file(self, layer: int) -> Path:
+        return self.folder / f"layer-{layer:05d}.safetensors"
+
+    def save_layer(self, layer: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        _save(self.layer_file(layer), tensors, record)
+
+    def save_walk(self, position: int, base: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
+        """The base (float32) and the last weights on arrival at the ``position``-th MoE layer."""
+        _save(self.folder / WALK, {**base, "weights": weights}, {"position": position})
+
+    def load_walk(self) -> tuple[int, dict[str, torch.Tensor], torch.Tensor] | None:
+        path = self.folder / WALK
+        if not path.is_file():
+            return None
+        tensors = load_file(path)
+        weights = tensors.pop("weights")
+        return json.loads(read_metadata(path)["record"])["position"], tensors, weights
+
+    def records(self) -> list[dict[str, Any]]:
+        """What was written down about each finished layer, in order."""
+        return [json.loads(read_metadata(path)["record"]) for path in sorted(self.folder.glob("layer-*.safetensors"))]
+
+    def statistics(self) -> dict[str, torch.Tensor]:
+        """``layers.L.cosines`` of each finished layer."""
+        found: dict[str, torch.Tensor] = {}
+        for path in sorted(self.folder.glob("layer-*.safetensors")):
+            layer = json.loads(read_metadata(path)["record"])["layer"]
+            found |= {
+                f"layers.{layer}.{name}": t for name, t in load_file(path).items() if not name.startswith("base.")
+            }
+        return found
+
+
+def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    part = path.with_name(path.name + ".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"record": json.dumps(record)})
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
+    part.replace(path)

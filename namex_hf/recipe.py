@@ -1,0 +1,222 @@
+"""The recipe: every choice that makes a patched model, validated once.
+
+The same fields serve YAML files, the command line and ``config.json["namex"]``. A field or value that is not known, and
+choices that mean nothing together, are refused before any tensor is read.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .errors import RecipeError
+
+UNSTORED = ("device",)
+
+
+def _choice(default: str | None, choices: tuple[str, ...], text: str) -> Any:
+    return field(default=default, metadata={"choices": choices, "help": text})
+
+
+def _value(default: Any, kind: type, text: str) -> Any:
+    return field(default=default, metadata={"kind": kind, "help": text})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to do to a checkpoint. All fields have defaults; `Recipe()` is NAMEx-Full in its residual form.
+
+    Raises:
+        RecipeError: naming the field, the value found and what is accepted.
+    """
+
+    merge: str = _choice(
+        "residual",
+        ("residual", "grouped"),
+        "where the merged expert acts. residual: top-k experts stay and the base expert takes the mass that top-k "
+        "leaves over; grouped: experts are clustered and each group becomes one, a smaller stock checkpoint",
+    )
+    method: str = _choice(
+        "namex-full",
+        ("namex-full", "namex", "ep-camex", "smoe"),
+        "how weights and base come about. namex-full: a Nash bargain in every layer; namex: one at the first layer, "
+        "reused; ep-camex: plain mean; smoe: no merging, the sparse original",
+    )
+    weighting: str | None = _choice(
+        None, ("nash", "uniform"), "grouped: weights inside a group (default: what the method implies)"
+    )
+    experts: int | None = _value(None, int, "grouped: how many experts stay in every layer")
+    grouping: str = _choice("weights", ("weights",), "grouped: how groups are found")
+    routing: str = _choice("linear", ("linear",), "how tokens find experts; linear: the pretrained router")
+    disagreement: str = _choice(
+        "zero", ("zero", "mean"), "what players get without agreement: nothing, or the step of the plain mean"
+    )
+    base: str = _value(
+        "first",
+        str,
+        "base expert of the first MoE layer: first, shared (mean slice of the shared expert), mean, index:K",
+    )
+    granularity: str = _choice(
+        "matrix", ("matrix", "expert"), "a game for each of gate, up and down, or one for the whole expert"
+    )
+    scale: str = _choice(
+        "simplex", ("simplex", "lemma"), "weights that sum to 1, or the raw solution of the bargaining equation"
+    )
+    gamma: float = _value(1.0, float, "step size of the base expert's propagation")
+    every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
+    seed: int = _value(0, int, "grouped: seed of the directions that the kept routed mass is estimated on")
+    device: str = _value("cpu", str, "torch device of the arithmetic; never stored in outputs")
+
+    def __post_init__(self) -> None:
+        for spec in fields(self):
+            _check_value(spec.name, getattr(self, spec.name), spec.metadata, spec.default)
+        if self.gamma <= 0:
+            raise RecipeError(f"recipe field 'gamma' is {self.gamma}; accepted: a number above 0")
+        for name in ("every", "experts"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")
+        _check_base(self.base)
+        for rule in RULES:
+            if rule.broken(self):
+                raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
+        """Build from plain values; unknown fields are refused with the list of known ones."""
+        known = [spec.name for spec in fields(cls)]
+        unknown = sorted(set(map(str, values)) - set(known))
+        if unknown:
+            raise RecipeError(f"unknown recipe field '{unknown[0]}'; accepted: {', '.join(known)}")
+        return cls(**values)
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **overrides: Any) -> "Recipe":
+        """Read a YAML mapping of fields; keyword arguments go before what the file says."""
+        return cls.from_dict({**read_yaml(path), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """All stored fields as plain values, in their order here."""
+        return {name: value for name, value in asdict(self).items() if name not in UNSTORED}
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+    @property
+    def weights_by(self) -> str:
+        """The weighting in force: the stated one, or what the method implies."""
+        return self.weighting or ("uniform" if self.method == "ep-camex" else "nash")
+
+    @property
+    def base_index(self) -> int | None:
+        """Which expert the base is copied from, if it is one."""
+        if self.base == "first":
+            return 0
+        return int(self.base.removeprefix("index:")) if self.base.startswith("index:") else None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Choices that mean nothing together: when ``broken``, the message says why and which fields to look at."""
+
+    broken: Callable[[Recipe], bool]
+    message: str
+    fields: tuple[str, ...]
+
+
+def _rules_for(
+    names: tuple[str, ...], applies: Callable[[Recipe], bool], why: str, shown: tuple[str, ...]
+) -> list[Rule]:
+    """Fields that may differ from their defaults only where they apply."""
+
+    def broken_for(name: str) -> Callable[[Recipe], bool]:
+        default = next(spec.default for spec in fields(Recipe) if spec.name == name)
+        return lambda recipe: not applies(recipe) and getattr(recipe, name) != default
+
+    return [Rule(broken_for(name), f"'{name}' {why}", (*shown, name)) for name in names]
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        lambda r: r.merge == "grouped" and r.method != "smoe" and r.experts is None,
+        "merge 'grouped' needs 'experts', the number that stays",
+        ("experts",),
+    ),
+    Rule(
+        lambda r: r.method == "smoe" and r.merge == "grouped",
+        "method 'smoe' merges nothing, so nothing can be grouped",
+        ("method", "merge"),
+    ),
+    Rule(
+        lambda r: r.merge == "grouped" and r.method == "namex",
+        "method 'namex' reuses weights across layers, whose groups differ: use 'namex-full' or 'ep-camex'",
+        ("method", "merge"),
+    ),
+    *_rules_for(
+        ("experts", "weighting", "grouping", "seed"),
+        lambda r: r.merge == "grouped",
+        "belongs to merge 'grouped'",
+        ("merge",),
+    ),
+    *_rules_for(
+        ("base", "gamma"),
+        lambda r: r.merge == "residual" and r.method != "smoe",
+        "is a choice of the propagated base expert, which this recipe does not have",
+        ("merge", "method"),
+    ),
+    *_rules_for(
+        ("every",),
+        lambda r: r.merge == "residual" and r.method == "namex-full",
+        "belongs to method 'namex-full' with merge 'residual'",
+        ("merge", "method"),
+    ),
+    *_rules_for(
+        ("disagreement", "granularity", "scale"),
+        lambda r: r.method != "smoe" and r.weights_by == "nash",
+        "is a choice of the Nash bargain, which this recipe does not play",
+        ("method",),
+    ),
+    Rule(
+        lambda r: r.merge == "grouped" and r.scale == "lemma",
+        "merge 'grouped' replaces its members, so its weights are a share of each: scale 'lemma' has no meaning there",
+        ("merge", "scale"),
+    ),
+)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """The mapping in a recipe file.
+
+    Raises:
+        RecipeError: no such file, not YAML, or not a mapping of fields.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text("utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise RecipeError(f"recipe file {path} holds {type(values).__name__}; accepted: a mapping of fields to values")
+    return values
+
+
+def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -> None:
+    if value is None and (default is None or default is MISSING):
+        return
+    if "choices" in spec:
+        if value not in spec["choices"]:
+            raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: {', '.join(spec['choices'])}")
+        return
+    kind = spec["kind"]
+    accepted = (int, float) if kind is float else kind
+    if not isinstance(value, accepted) or isinstance(value, bool) or value != value or value in (float("inf"),):
+        raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: a finite {kind.__name__}")
+
+
+def _check_base(base: str) -> None:
+    digits = base.removeprefix("index:")
+    if base not in ("first", "shared", "mean") and not (base != digits and digits.isdecimal()):
+        raise RecipeError(f"recipe field 'base' is {base!r}; accepted: first, shared, mean, index:K with K from 0")

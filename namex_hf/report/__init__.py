@@ -1,0 +1,1 @@
+"""What a run reports: the record, the table, the model card."""

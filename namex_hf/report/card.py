@@ -1,0 +1,76 @@
+"""The model card of a patched folder, plain."""
+
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from .report import Report, layer_summary
+
+TITLES = {
+    "residual": "top-k experts as they were, and a propagated base expert for the mass that top-k leaves over",
+    "grouped": "fewer experts: each is made of a group of the original's",
+}
+
+
+def card(report: Report, config: dict[str, Any]) -> str:
+    """Markdown with the Hub's metadata block on top."""
+    recipe, name = report.run["recipe"], report.source["name"]
+    hub_id = name if report.source["commit"] else None
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=hub_id,
+        tags=["namex", "moe", "merge", report.family],
+    )
+    what = "the sparse original" if recipe["method"] == "smoe" else TITLES[recipe["merge"]]
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# {name.rsplit('/', 1)[-1]}, patched by namex_hf",
+        "",
+        f"`{recipe['method']}`, `{recipe['merge']}`: {what}.",
+        "",
+        "## Load it",
+        "",
+        "```python",
+        *_loading(config),
+        "```",
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        *(f"{field}: {'null' if value is None else value}" for field, value in recipe.items()),
+        "```",
+        "",
+        "## Layers",
+        "",
+        "| layer | games | status | spread of weights | residual |",
+        "|---|---|---|---|---|",
+    ]
+    for layer in map(layer_summary, report.layers):
+        residual = "" if layer["residual"] is None else f"{layer['residual']:.1e}"
+        lines.append(
+            f"| {layer['layer']} | {layer['games']} | {layer['status']} | {layer['spread']:.4f} | {residual} |"
+        )
+    if report.perplexity:
+        lines += ["", "## Perplexity on held-out text", "", "| domain | before | after |", "|---|---|---|"]
+        lines += [f"| {d} | {v['before']:.2f} | {v['after']:.2f} |" for d, v in report.perplexity.items()]
+    lines += [
+        "",
+        "Made with `namex_hf` " + report.versions["namex_hf"] + "; method: Nguyen et al., *Expert Merging in Sparse "
+        "Mixture of Experts with Nash Bargaining*. Details in `namex_report.json`.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _loading(config: dict[str, Any]) -> list[str]:
+    remote = ", trust_remote_code=True" if "auto_map" in config else ""
+    return [
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("PATH_OR_ID"{remote})',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_ID")',
+    ]

@@ -1,0 +1,1 @@
+"""Scores of a model: perplexity over text, exact answers by generation."""

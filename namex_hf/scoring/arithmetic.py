@@ -1,0 +1,42 @@
+"""Word problems answered by generation, scored by the number after ``####``."""
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
+ANSWER = re.compile(r"####\s*(-?[\d,]+)")
+
+
+def held_out_problems() -> list[dict[str, str]]:
+    """The packaged problems: ``question`` and worked ``answer``, with operands that no training text has."""
+    return [json.loads(line) for line in PROBLEMS.read_text("utf-8").splitlines()]
+
+
+def final_number(text: str) -> str | None:
+    """The first number that follows ``####``."""
+    match = ANSWER.search(text)
+    return match[1].replace(",", "") if match else None
+
+
+@torch.no_grad()
+def exact_answers(
+    model: Any, tokenizer: Any, problems: Sequence[dict[str, str]], batch: int = 32, new_tokens: int = 110
+) -> list[bool]:
+    """Whether the greedy answer to each problem ends in the right number."""
+    tokenizer.padding_side = "left"
+    right = []
+    for start in range(0, len(problems), batch):
+        part = problems[start : start + batch]
+        prompts = [f"Question: {problem['question']}\nAnswer:" for problem in part]
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+        output = model.generate(
+            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+        )
+        texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+        right += [final_number(text) == final_number(p["answer"]) for text, p in zip(texts, part, strict=True)]
+    return right

@@ -1,0 +1,57 @@
+"""Perplexity of a causal language model over text."""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+HELD_OUT = Path(__file__).parent.parent / "packaged" / "held_out"
+
+
+def held_out_texts() -> dict[str, str]:
+    """The packaged held-out text of every domain, by the domain's name."""
+    return {path.stem: path.read_text("utf-8") for path in sorted(HELD_OUT.glob("*.txt"))}
+
+
+@torch.no_grad()
+def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch: int = 8) -> float:
+    """exp of the mean negative log-likelihood a token.
+
+    Text is cut into windows that do not overlap; the first token of each is context only.
+
+    Args:
+        model: a causal language model of transformers, in eval mode or not (it is left as it was).
+        tokens: ``[n]`` ids.
+
+    Raises:
+        ValueError: fewer tokens than one window of two.
+    """
+    window = min(window, len(tokens))
+    if window < 2:
+        raise ValueError(f"{len(tokens)} tokens; at least 2 are needed")
+    rows = tokens[: len(tokens) // window * window].view(-1, window).to(model.device)
+    training, total = model.training, 0.0
+    model.eval()
+    for ids in rows.split(batch):
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+    model.train(training)
+    return math.exp(total / (rows.shape[0] * (window - 1)))
+
+
+def perplexities(
+    model: Any, tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None, window: int = 512
+) -> dict[str, float]:
+    """Perplexity of each text, and their geometric mean under ``mean``.
+
+    Args:
+        tokens: of each text, from its beginning; all by default.
+    """
+    found = {}
+    for name, text in texts.items():
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+        found[name] = perplexity(model, ids if tokens is None else ids[:tokens], window)
+    found["mean"] = math.exp(sum(map(math.log, found.values())) / len(found))
+    return found

@@ -1,0 +1,130 @@
+"""A patched folder where the package is absent: works with ``trust_remote_code=True``, fails loudly without."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+ABSENT = """
+import importlib.abc, json, sys
+
+class Absent(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "namex_hf":
+            raise ModuleNotFoundError("No module named 'namex_hf'", name=name)
+
+sys.meta_path.insert(0, Absent())
+try:
+    import namex_hf
+    sys.exit("namex_hf is importable here")
+except ModuleNotFoundError:
+    pass
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+folders, out = json.loads(sys.argv[1]), sys.argv[2]
+"""
+
+TRUSTED = """
+tokens = torch.tensor(json.loads(sys.argv[3]))
+logits = {}
+for kind, folder in folders.items():
+    kwargs = {"trust_remote_code": True, "dtype": torch.float32}
+    model = AutoModelForCausalLM.from_pretrained(folder, **kwargs).eval()
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
+    assert model.config._experts_implementation == "grouped_mm"
+    logits[kind] = model(tokens).logits.detach()
+    headless = AutoModel.from_pretrained(folder, **kwargs).eval()
+    hidden = headless(tokens).last_hidden_state
+    assert torch.equal(model.lm_head(hidden), logits[kind])
+    model.save_pretrained(f"{out}/{kind}")
+save_file(logits, f"{out}/logits.safetensors")
+"""
+
+UNTRUSTED = """
+for kind, folder in folders.items():
+    for auto in (AutoModel, AutoModelForCausalLM):
+        try:
+            model = auto.from_pretrained(folder)
+            print("LOADED", kind, type(model))
+        except Exception as error:
+            print("REFUSED", kind, type(error).__name__, str(error).replace("\\n", " "))
+            last = error
+raise last
+"""
+
+
+def child(code: str, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess:
+    """Run `code` where nothing of this checkout is on the path, the cache is empty and the network is off."""
+    cwd.mkdir(exist_ok=True)
+    (cwd / "child.py").write_text(ABSENT + code)
+    environment = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
+    environment |= {
+        "HF_HOME": f"{cwd}/hf",
+        "HF_MODULES_CACHE": f"{cwd}/modules",
+        "HF_HUB_OFFLINE": "1",
+        "HOME": f"{cwd}",
+    }
+    command = [sys.executable, "-I", "child.py", *arguments]
+    return subprocess.run(
+        command, cwd=cwd, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture(scope="module")
+def folders(hub_folder, patched_folder, tmp_path_factory) -> dict[str, str]:
+    """One folder a model type; the plain DeepSeek as this package saves it, its name with characters to escape."""
+    plain = tmp_path_factory.mktemp("saved") / "deepseek-moe.v1"
+    AutoModelForCausalLM.from_pretrained(hub_folder("deepseek"), dtype=torch.float32).save_pretrained(plain)
+    return {
+        "deepseek": str(plain),
+        "namex_qwen2_moe": str(patched_folder("qwen2_moe")),
+        "namex_deepseek": str(patched_folder("deepseek")),
+    }
+
+
+def test_trusted_code_gives_equal_logits_and_saves_itself(folders, tokens, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    done = child(TRUSTED, [json.dumps(folders), str(out), json.dumps(tokens.tolist())], tmp_path / "cwd")
+    assert done.returncode == 0, done.stderr
+    logits = load_file(out / "logits.safetensors")
+    for kind, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert type(model).__module__.startswith("namex_hf.models")
+        assert torch.equal(model(tokens).logits, logits[kind]), kind
+        before, after = load_file(f"{folder}/model.safetensors"), load_file(out / kind / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert {p.name for p in Path(folder).glob("*.py")} == {p.name for p in (out / kind).glob("*.py")}
+        configs = [json.loads(Path(f, "config.json").read_text()) for f in (folder, out / kind)]
+        assert configs[0]["auto_map"] == configs[1]["auto_map"]
+        assert configs[0].get("namex") == configs[1].get("namex")
+
+
+def test_without_trust_nothing_is_loaded(folders, tmp_path):
+    # a folder without code and without auto_map, as a careless copy leaves it, must not pass for the stock model either
+    bare = tmp_path / "qwen2_moe"
+    bare.mkdir()
+    source = Path(folders["namex_qwen2_moe"])
+    config = json.loads((source / "config.json").read_text())
+    del config["auto_map"]
+    (bare / "config.json").write_text(json.dumps(config))
+    (bare / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    cases = folders | {"bare": str(bare)}
+    done = child(UNTRUSTED, [json.dumps(cases), str(tmp_path)], tmp_path / "cwd")
+    assert done.returncode != 0
+    assert "LOADED" not in done.stdout
+    refusals = re.findall(r"REFUSED (\S+) (.*)", done.stdout)
+    assert [kind for kind, _ in refusals] == [kind for kind in cases for _ in range(2)]
+    for kind, message in refusals:
+        assert ("model type `namex_qwen2_moe`" if kind == "bare" else "trust_remote_code=True") in message
+    assert "ValueError: The checkpoint you are trying to load has model type `namex_qwen2_moe`" in done.stderr
