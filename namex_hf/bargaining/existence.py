@@ -45,8 +45,8 @@ class Tolerance:
     def of(cls, precision: torch.dtype, gram: torch.dtype) -> Tolerance:
         """From the dtype of the players' vectors and that of their Gram matrix.
 
-        The floor is what arithmetic does to the Gram matrix: vectors of less than 64 bits are multiplied in float32. The
-        other term is what rounding does to the players: errors of relative length eps in each, independent, so that
+        The floor is what arithmetic does to the Gram matrix: vectors of less than 64 bits are multiplied in float32.
+        The other term is what rounding does to the players: errors of relative length eps in each, independent, so that
         they add in squares. A Gram matrix that is itself kept in 16 bits has errors of eps where it is large, on its
         diagonal, and those add up to eps sum v_i^2 as well.
         """

@@ -42,14 +42,14 @@ def domain_gram(
     Raises:
         ValueError: no experts, shapes of experts and base that differ, a dtype that is not floating, chunk_bytes < 1.
     """
-    return _stream(_rows(experts), base, chunk_bytes, device)
+    return _stream(experts, base, chunk_bytes, device)
 
 
 def gram_of(
     vectors: Tensor | Sequence[Tensor], chunk_bytes: int = CHUNK_BYTES, device: torch.device | str | None = None
 ) -> Tensor:
     """Gram matrix float64 [N, N] of the vectors [N, D...] themselves: `domain_gram` with a base of zero."""
-    return _stream(_rows(vectors), None, chunk_bytes, device)
+    return _stream(vectors, None, chunk_bytes, device)
 
 
 def cosine(gram: Tensor) -> Tensor:
@@ -61,15 +61,11 @@ def cosine(gram: Tensor) -> Tensor:
     return scaled + torch.diag_embed((lengths > 0).to(scaled) - scaled.diagonal(dim1=-2, dim2=-1))
 
 
-def _rows(experts: Tensor | Sequence[Tensor]) -> Sequence[Tensor]:
+def _check(experts: Tensor | Sequence[Tensor], base: Tensor | None, chunk_bytes: int) -> None:
     if isinstance(experts, Tensor) and experts.dim() < 2:
         raise ValueError(f"experts have the shape {list(experts.shape)}; accepted is [N, D...], or N tensors [D...]")
     if len(experts) == 0:
         raise ValueError("there are no experts; at least one is needed")
-    return experts
-
-
-def _check(experts: Sequence[Tensor], base: Tensor | None, chunk_bytes: int) -> None:
     shape = experts[0].shape if base is None else base.shape
     for index, expert in enumerate(experts):
         if expert.shape != shape:
@@ -82,7 +78,7 @@ def _check(experts: Sequence[Tensor], base: Tensor | None, chunk_bytes: int) -> 
 
 
 def _stream(
-    experts: Sequence[Tensor], base: Tensor | None, chunk_bytes: int, device: torch.device | str | None
+    experts: Tensor | Sequence[Tensor], base: Tensor | None, chunk_bytes: int, device: torch.device | str | None
 ) -> Tensor:
     _check(experts, base, chunk_bytes)
     where = torch.device(device) if device is not None else experts[0].device

@@ -34,7 +34,8 @@ class NashSolution:
         and for all without agreement.
     residual: float64 [...], the certificate: max_i |K a - p / a - d|_i / (p_i / a_i + |d_i|) over the players in the
         game. Rescaling players leaves it unchanged. 1 without agreement, its limit as a goes to 0.
-    iterations: int64 [...], Newton steps taken; 0 where nobody has a stake, or the start already shows that none agrees.
+    iterations: int64 [...], Newton steps taken; 0 where nobody has a stake, or where the start already
+        shows that there is no agreement.
     status: 'agreement' or 'no_agreement'; for a batch a flat list of these, in the row-major order of the leading axes.
     """
 
@@ -66,8 +67,11 @@ def nash_bargaining(
     No agreement exists exactly when some v >= 0, v != 0 has K v = 0 and d . v >= 0 (for d = 0: 0 lies in the convex
     hull of the players), for instance when the base is the mean of the experts. That does not depend on the players'
     scales, so it is decided with every player scaled to length 1: the shortest convex combination counts as 0 up to
-    what `precision` explains (see `existence`). Weights are then 0, and the caller leaves the base where it is. What the
-    base lost by being stored is not in `precision`: a mean of nearly equal experts must come unrounded.
+    what `precision` explains (see `existence`). Weights are then 0, and the caller leaves the base where it is. What
+    the base lost by being stored is not in `precision`: a mean of nearly equal experts must come unrounded.
+
+    Also 'no_agreement': a game that float64 cannot solve to a residual of 1e-3 (powers 1e-15 of the
+    others' come to that).
 
     Computed in float64 on the Gram's device (on the CPU where the device has no float64), not differentiable. The
     residual that float64 can attain is about 1e-16 / m, m the squared length of that shortest combination.

@@ -25,7 +25,7 @@ FULL_STEPS = 8
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where Newton's method stopped: the point [B, N], the steps taken [B], and the problems it was told to leave [B]."""
+    """Where Newton's method stopped: the point [B, N], the steps taken [B], the problems it was told to leave [B]."""
 
     point: Tensor
     steps: Tensor
@@ -44,11 +44,12 @@ def minimise(
         leave: called with b and C b (both [B, N]); says [B] which problems are not worth a further step, because they
             are seen to have no minimum.
 
-    A step is t times the Newton direction. With r = direction / b and w = max(0, max(-r)), -log(1 + t r) + t r is at most
-    t^2 r^2 / (2 (1 - t w)), so f falls by at least g^2 t - g^2 t^2 / (2 (1 - t w)), g the Newton decrement. Hence t = 1
-    is safe for w <= 1/4, and t = 1 / (1 + w) always: f falls by g^2 / (2 (1 + w)) whatever the powers are, b stays
-    positive, and no line search is needed. Steps far from the end are followed by the exact minimisation along the ray
-    through b, which is in closed form and spares the many doublings that a small start would take.
+    A step is t times the Newton direction. With r = direction / b and w = max(0, max(-r)), -log(1 + t r) + t r is at
+    most t^2 r^2 / (2 (1 - t w)), so f falls by at least g^2 t - g^2 t^2 / (2 (1 - t w)), g the Newton decrement. Hence
+    t = 1 is safe for w <= 1/4, t = 1 / (1 + w) always: f falls by g^2 / (2 (1 + w)) whatever the powers are, b stays
+    positive, and no line search is needed. The start is the minimum along the ray through sqrt(p), which is in closed
+    form and exact for players that are all alike; minimising along the ray again after every step was tried, and took a
+    tenth more steps.
     """
     point = _on_ray(power.sqrt(), _apply(matrix, power.sqrt()), linear, power)
     steps = torch.zeros(len(point), dtype=torch.int64, device=point.device)
@@ -69,8 +70,6 @@ def minimise(
         moved = point * (1 + length[:, None] * relative)
         longest = relative.abs().amax(-1)
         near = longest <= 0.25
-        scaled = _on_ray(moved, _apply(matrix, moved), linear, power)
-        moved = torch.where(near[:, None], moved, scaled)  # Close to the end the ray adds only rounding.
         point = torch.where(running[:, None], moved, point)
         steps = steps + running
         full = full + (running & near)

@@ -66,7 +66,9 @@ def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
         header[item.name] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": offsets}
         position += item.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the format wants the data to start on a multiple of eight
+    # The format wants the data to start on a multiple of 8; on a multiple of 64 mapped tensors are aligned for the
+    # processor's kernels, whose rounding can depend on it.
+    text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
 
 

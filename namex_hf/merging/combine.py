@@ -51,20 +51,19 @@ def merge_group(
 
     A group of one is its expert, bit for bit, and plays no game.
 
-    Memory: the members' matrices once more (not where the group is the whole layer), and one expert in float32.
+    Memory: one expert in float32 and one in its dtype.
     """
     if len(members) == 1:
         return {name: experts[name][members[0]] for name in PROJECTIONS}, []
-    everybody = len(members) == len(experts["gate_proj"])
-    inside = {name: experts[name] if everybody else experts[name][list(members)] for name in PROJECTIONS}
+    inside = {name: [experts[name][member] for member in members] for name in PROJECTIONS}
     base: Base = {name: inside[name][0].float() for name in PROJECTIONS}
     gram = grams(inside, base, choice.granularity, choice.device)
-    weights = shares(gram, choice, inside["gate_proj"].dtype)
+    weights = shares(gram, choice, inside["gate_proj"][0].dtype)
     merged, games = {}, games_of(choice.granularity)
     for index, game in enumerate(games):
         for name in game:
             step = weighted_step(inside[name], base[name], weights.values[index], choice.device)
-            merged[name] = (base[name] + step).to(inside[name].dtype)
+            merged[name] = (base[name] + step).to(inside[name][0].dtype)
     return merged, [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
 
 

@@ -1,18 +1,19 @@
 """Tensors of a layer's experts, and the games that are played over them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 
-from ..bargaining import domain_gram
+from ..bargaining import CHUNK_BYTES, domain_gram
 from ..errors import NamexError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-CHUNK = 1 << 24  # bytes of a chunk in float32
 
-Experts = Mapping[str, torch.Tensor]
-"""A layer's routed experts by projection: gate and up ``[N, width, hidden]``, down ``[N, hidden, width]``."""
+Matrices = torch.Tensor | Sequence[torch.Tensor]
+"""One matrix an expert, stacked or not; they are read in place, never copied as a whole."""
+Experts = Mapping[str, Matrices]
+"""Routed experts by projection: N gates and ups of ``[width, hidden]``, N downs of ``[hidden, width]``."""
 Base = Mapping[str, torch.Tensor]
 """One expert by projection, in float32: the base expert, kept unrounded while it is propagated."""
 
@@ -50,7 +51,7 @@ def grams(experts: Experts, base: Base, granularity: str, device: str | torch.de
     return torch.stack([torch.stack([of[name] for name in game]).sum(0) for game in games_of(granularity)])
 
 
-def _first_not_finite(matrices: torch.Tensor, suspects: torch.Tensor) -> int:
+def _first_not_finite(matrices: Matrices, suspects: torch.Tensor) -> int:
     for index in suspects.nonzero().flatten().tolist():
         if not matrices[index].isfinite().all():
             return index
@@ -58,29 +59,32 @@ def _first_not_finite(matrices: torch.Tensor, suspects: torch.Tensor) -> int:
 
 
 def weighted_step(
-    matrices: torch.Tensor, base: torch.Tensor, weights: torch.Tensor, device: str | torch.device = "cpu"
+    matrices: Matrices, base: torch.Tensor, weights: torch.Tensor, device: str | torch.device = "cpu"
 ) -> torch.Tensor:
     """``sum_i w_i (E_i - E_m)``, the update of NAMEx (paper eq. 6 and 9), in float32.
 
     Args:
-        matrices: ``[N, rows, columns]`` in any floating dtype.
+        matrices: N of ``[rows, columns]``, in any floating dtype.
         base: ``[rows, columns]`` in float32.
         weights: ``[N]``.
 
     Memory: one chunk of every expert in float32 beyond the result.
     """
-    flat, centre = matrices.flatten(1), base.flatten()
-    players = weights.nonzero().flatten()  # those without weight are not read
+    players = weights.nonzero().flatten().tolist()  # those without weight are not read
+    centre = base.flatten()
     step = torch.zeros_like(centre)
-    if len(players) == 0:
+    if not players:
         return step.view_as(base)
+    flat = [matrices[player].flatten() for player in players]
     shares = weights[players].to(device=device, dtype=torch.float32)
-    width = max(1, CHUNK // (4 * len(players)))
-    everybody = len(players) == len(flat)
+    width = max(1, CHUNK_BYTES // (4 * len(players)))
+    buffer = torch.empty(len(players), min(width, len(centre)), device=device)
     for start in range(0, len(centre), width):
         columns = slice(start, start + width)
-        chunk = flat[:, columns] if everybody else flat[players, columns]
-        tau = chunk.to(device=device, dtype=torch.float32) - centre[columns].to(device)
+        tau = buffer[:, : len(centre[columns])]
+        for row, vector in zip(tau, flat, strict=True):
+            row.copy_(vector[columns])
+        tau.sub_(centre[columns].to(device))
         step[columns] = torch.mv(tau.T, shares).to(step.device)
     return step.view_as(base)
 
@@ -89,11 +93,11 @@ def mean_expert(experts: Experts) -> dict[str, torch.Tensor]:
     """The plain mean of all experts, in float32."""
     count = len(experts["gate_proj"])
     uniform = torch.full((count,), 1 / count)
-    nothing = {name: torch.zeros(experts[name].shape[1:]) for name in PROJECTIONS}
+    nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
     return {name: weighted_step(experts[name], nothing[name], uniform) for name in PROJECTIONS}
 
 
-def mean_slice(shared: Experts, width: int) -> dict[str, torch.Tensor]:
+def mean_slice(shared: Base, width: int) -> dict[str, torch.Tensor]:
     """The mean of a shared expert's slices of the routed width, in float32.
 
     A SwiGLU MLP of width k * ``width`` is the sum of k experts of ``width``: rows of gate and up, columns of down.

@@ -39,12 +39,12 @@ def merge_layer(
         norm: ``[hidden]``, the weight of the norm before the router.
         top_k: of the original; the result's is min(top_k, count).
 
-    Memory: the ``count`` merged experts, and the members of one group once more.
+    Memory: the ``count`` merged experts.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    nothing = {name: torch.zeros(experts[name].shape[1:]) for name in PROJECTIONS}
+    nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
     gram = grams(experts, nothing, "expert", choice.device)
     groups = groups_by_weights(gram[0], count)
     rows = average_rows(router, groups)

@@ -58,7 +58,7 @@ def propagate(
     """
     gram = grams(experts, base, choice.granularity, choice.device)
     if reused is None or choice.solves_at(position):
-        precision = experts["gate_proj"].dtype
+        precision = experts["gate_proj"][0].dtype
         weights = WEIGHTINGS[choice.weighting](gram, choice.disagreement, choice.scale, precision)
     else:
         count = len(gram)

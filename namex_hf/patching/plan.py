@@ -75,11 +75,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Estimate of the memory held above the libraries' own: a layer, the members of its largest group once more
-        (at worst the layer), and the base expert in float32 three times over."""
+        """Estimate of the memory held above the libraries' own: a layer's experts, what they become, three experts in
+        float32, and chunks."""
         layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
         expert = 4 * sum(rows * columns for rows, columns in map(self.shape.of, PROJECTIONS))
-        return (2 if self.recipe.merge == "grouped" else 1) * layer + 3 * expert + (64 << 20)
+        merged = layer * self.kept // self.shape.experts if self.recipe.merge == "grouped" else 0
+        return layer + merged + 3 * expert + (64 << 20)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""

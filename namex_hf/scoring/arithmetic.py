@@ -25,14 +25,23 @@ def final_number(text: str) -> str | None:
 
 @torch.no_grad()
 def exact_answers(
-    model: Any, tokenizer: Any, problems: Sequence[dict[str, str]], batch: int = 32, new_tokens: int = 110
+    model: Any,
+    tokenizer: Any,
+    problems: Sequence[dict[str, str]],
+    batch: int = 32,
+    new_tokens: int = 110,
+    chat: bool = False,
 ) -> list[bool]:
-    """Whether the greedy answer to each problem ends in the right number."""
+    """Whether the greedy answer to each problem ends in the right number.
+
+    Args:
+        chat: ask through the tokenizer's chat template instead of ``Question: ... Answer:``.
+    """
     tokenizer.padding_side = "left"
     right = []
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
-        prompts = [f"Question: {problem['question']}\nAnswer:" for problem in part]
+        prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
         output = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
@@ -40,3 +49,10 @@ def exact_answers(
         texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         right += [final_number(text) == final_number(p["answer"]) for text, p in zip(texts, part, strict=True)]
     return right
+
+
+def _prompt(tokenizer: Any, question: str, chat: bool) -> str:
+    if not chat:
+        return f"Question: {question}\nAnswer:"
+    turns = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

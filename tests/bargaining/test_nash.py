@@ -254,6 +254,36 @@ def test_nearly_antiparallel_players_are_judged_by_precision() -> None:
     assert_none(nash_bargaining(k.float()))
 
 
+def test_two_quarrel_among_many() -> None:
+    # The weights at the solution do not show it (their combination is too long); the closer test does.
+    k = torch.eye(64, dtype=torch.float64)
+    k[0, 1] = k[1, 0] = -1 + 1e-5
+    assert_none(nash_bargaining(k, precision=torch.float32))
+    assert_solves(nash_bargaining(k), k)
+
+
+def test_what_coarse_formats_lose() -> None:
+    vectors = players(8, 4000, seed=6)
+    vectors = vectors - vectors.mean(0)
+    stored = vectors.to(torch.float8_e4m3fn).double()
+    assert nash_bargaining(gram_of(stored), precision=torch.bfloat16).status == AGREEMENT
+    assert_none(nash_bargaining(gram_of(stored), precision=torch.float8_e4m3fn))
+    assert_solves(nash_bargaining(torch.eye(256), precision=torch.float8_e4m3fn), torch.eye(256))
+    assert_none(nash_bargaining(gram_of(vectors).bfloat16()))
+
+
+def test_gains_of_the_size_of_rounding_are_none() -> None:
+    k = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], dtype=torch.float64)
+    assert_none(nash_bargaining(k, torch.full((2,), -1e-14)))
+    assert nash_bargaining(k, torch.full((2,), -1e-3)).status == AGREEMENT
+
+
+def test_weights_without_a_certificate_are_not_handed_out() -> None:
+    k = torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64)
+    assert nash_bargaining(k, power=torch.tensor([1.0, 1e-9])).status == AGREEMENT
+    assert_none(nash_bargaining(k, power=torch.tensor([1.0, 1e-20])))
+
+
 def test_scales_of_players_do_not_change_who_agrees() -> None:
     vectors = players(12, 200, seed=3)
     vectors = vectors - vectors.mean(0)

@@ -86,8 +86,9 @@ def test_zero_base_is_the_original_bit_for_bit(hub_folder, patched_folder, token
 
 
 def test_left_over_mass(family):
-    scores = torch.tensor([[0.5, 0.25], [0.5, 0.5], [0.50390625, 0.5]])
-    expected = torch.tensor([[0.25], [0.0], [0.0]])  # never negative, where rounding brings the sum above 1
+    scores = torch.tensor([[0.5, 0.25], [0.5, 0.5], [0.50390625, 0.5], [0.5, 0.498046875]])
+    # never negative, where rounding brings the sum above 1; summed in float32, where bfloat16 would round it to 1
+    expected = torch.tensor([[0.25], [0.0], [0.0], [0.001953125]])
     for dtype in (torch.float32, torch.bfloat16):
         mass = left_over_mass(scores.to(dtype))
         assert mass.dtype == dtype

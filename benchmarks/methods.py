@@ -1,0 +1,86 @@
+"""What each method does to the packaged models: ``python benchmarks/methods.py [--quick]``.
+
+Perplexity on the packaged held-out text and held-out word problems answered exactly, for the original, two controls
+(routed experts removed; all routed experts replaced by their plain average) and the methods in their residual form.
+"""
+
+import argparse
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from namex_hf import Recipe, patch_model
+from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
+from namex_hf.scoring.compare import load
+from namex_hf.scoring.perplexity import held_out_texts, perplexities
+
+Change = Callable[[Any], Any]
+
+
+def without_routed_experts(model: Any) -> Any:
+    """The shared expert alone: what the routed experts are worth."""
+    for name, weight in model.named_parameters():
+        if name.endswith("mlp.experts.down_proj"):
+            torch.nn.init.zeros_(weight)
+    return model
+
+
+def patched(**fields: Any) -> Change:
+    return lambda model: patch_model(model, Recipe(**fields))
+
+
+ROWS: dict[str, Change] = {
+    "original": lambda model: model,
+    "routed experts removed": without_routed_experts,
+    "plain average, one expert": patched(merge="grouped", experts=1, method="ep-camex"),
+    "EP-CAMEx, residual": patched(method="ep-camex"),
+    "NAMEx, residual": patched(method="namex"),
+    "NAMEx-Full, residual": patched(),
+}
+MORE: dict[str, Change] = {
+    "NAMEx-Full, residual, mean disagreement": patched(disagreement="mean"),
+    "NAMEx-Full, residual, base: shared": patched(base="shared"),
+    "EP-CAMEx, 12 of 16": patched(merge="grouped", experts=12, method="ep-camex"),
+    "NAMEx-Full, 12 of 16": patched(merge="grouped", experts=12),
+    "EP-CAMEx, 8 of 16": patched(merge="grouped", experts=8, method="ep-camex"),
+    "NAMEx-Full, 8 of 16": patched(merge="grouped", experts=8),
+    "NAMEx-Full, one expert": patched(merge="grouped", experts=1),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, problems and rows: under two minutes")
+    parser.add_argument("--models", nargs="+", default=packaged_models(), metavar="MODEL")
+    arguments = parser.parse_args()
+    tokens, count = (2048, 32) if arguments.quick else (None, None)
+    rows = ROWS if arguments.quick else ROWS | MORE
+    texts, problems = held_out_texts(), held_out_problems()[:count]
+    console = Console()
+    for name in arguments.models:
+        folder = local_folder(name)
+        assert folder is not None
+        original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+        shown = f"the first {tokens} tokens" if tokens else "all"
+        table = Table(
+            title=f"{name}: perplexity on {shown} of each held-out text; word problems exact, of {len(problems)}"
+        )
+        for column in ("", *texts, "mean", "exact"):
+            table.add_column(column, justify="right" if column else "left")
+        for row, change in rows.items():
+            with console.status(f"{name}: {row}"):
+                model = change(copy.deepcopy(original))
+                scores = perplexities(model, tokenizer, texts, tokens)
+                right = sum(exact_answers(model, tokenizer, problems))
+            table.add_row(row, *(f"{scores[domain]:.2f}" for domain in (*texts, "mean")), str(right))
+        console.print(table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,51 @@
+"""Toy checkpoints and the commands, run in this process."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from namex_hf import cli
+from tests.cli.toy import save_toy
+
+Refused = Callable[..., str]
+
+
+@pytest.fixture(scope="session")
+def toys(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One checkpoint a family, without tokenizer; not to be changed."""
+    folder = tmp_path_factory.mktemp("toys")
+    return {family: save_toy(folder / family, family) for family in ("qwen2_moe", "deepseek")}
+
+
+@pytest.fixture
+def toy(toys: dict[str, Path]) -> Path:
+    return toys["qwen2_moe"]
+
+
+@pytest.fixture
+def copied(toys: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the Qwen2-MoE toy that a test may damage."""
+    return Path(shutil.copytree(toys["qwen2_moe"], tmp_path / "copied"))
+
+
+@pytest.fixture
+def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
+    """Run namex-patch on bad input and return its complaint, after checking what holds for every one."""
+
+    def run(model: object, *flags: str, out: Path | None = None) -> str:
+        before = {path for path in tmp_path.rglob("*")}
+        try:
+            status = cli.patch([str(model), "--out", str(out or tmp_path / "out"), *flags])
+        except SystemExit as ended:  # argparse's own complaints
+            status = ended.code
+        said = capsys.readouterr()
+        assert status == 2
+        assert said.out == ""
+        assert said.err.startswith("namex-patch: error: ")
+        assert said.err.count("\n") == 1, said.err
+        assert {path for path in tmp_path.rglob("*")} == before, "something was left"
+        return said.err
+
+    return run

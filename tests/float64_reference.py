@@ -1,0 +1,188 @@
+"""NAMEx in numpy and scipy, in float64, whole matrices at once: slow, plain, and sharing no code with the package."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from odd_checkpoints import PROJECTIONS, experts_of, moe_layers, read_config, read_tensors, shared_name
+from scipy.optimize import least_squares, nnls
+
+Matrices = dict[str, np.ndarray]
+
+
+def double(tensor: torch.Tensor) -> np.ndarray:
+    return tensor.to(torch.float64).numpy()
+
+
+def experts_at(folder: Path, layer: int) -> Matrices:
+    """Routed experts of a layer, ``[N, rows, columns]`` by projection, from either layout."""
+    config, tensors = read_config(folder), read_tensors(folder)
+    block, width = f"model.layers.{layer}.mlp.experts", config["moe_intermediate_size"]
+    if f"{block}.gate_up_proj" in tensors:
+        both = double(tensors[f"{block}.gate_up_proj"])
+        return {
+            "gate_proj": both[:, :width],
+            "up_proj": both[:, width:],
+            "down_proj": double(tensors[f"{block}.down_proj"]),
+        }
+    return {
+        name: np.stack([double(tensors[f"{block}.{i}.{name}.weight"]) for i in range(experts_of(config))])
+        for name in PROJECTIONS
+    }
+
+
+def nash(gram: np.ndarray, mean_point: bool = False) -> np.ndarray:
+    """``a`` of K a = 1/a (or 1/a + K 1/N, where the mean of the diagonal is made 1); zeros where there is no agreement.
+
+    Players without stake get 0. There is no agreement where some convex combination of the players vanishes.
+    """
+    count = len(gram)
+    weights = np.zeros(count)
+    stake = np.diag(gram) > 0
+    if not stake.any():
+        return weights
+    unit = np.sqrt(np.diag(gram).mean())
+    matrix = gram / unit**2
+    point = matrix.mean(1) if mean_point else np.zeros(count)
+    matrix, point = matrix[np.ix_(stake, stake)], point[stake]
+    if vanishes(matrix):
+        return weights
+
+    def equation(x: np.ndarray) -> np.ndarray:
+        return np.exp(x) * (matrix @ np.exp(x) - point) - 1
+
+    def slope(x: np.ndarray) -> np.ndarray:
+        a = np.exp(x)
+        return a[:, None] * matrix * a[None, :] + np.diag(a * (matrix @ a - point))
+
+    start = -np.log(np.diag(matrix)) / 2
+    found = least_squares(equation, start, slope, method="lm", xtol=1e-15, ftol=1e-15, gtol=1e-15, max_nfev=10_000)
+    assert np.abs(found.fun).max() < 1e-10, "the reference has not solved its own equation"
+    weights[stake] = np.exp(found.x) / unit
+    return weights
+
+
+def vanishes(matrix: np.ndarray) -> bool:
+    """Whether 0 lies in the convex hull of the players, made unit vectors: non-negative least squares says how far."""
+    length = np.sqrt(np.diag(matrix))
+    values, vectors = np.linalg.eigh(matrix / length[:, None] / length[None, :])
+    players = (vectors * np.sqrt(values.clip(min=0))).T
+    left = np.vstack([players, np.ones(len(length))])
+    shares, _ = nnls(left, np.append(np.zeros(len(length)), 1.0))
+    return float(np.linalg.norm(players @ shares)) < 1e-3 * shares.sum()
+
+
+def game_weights(experts: Matrices, base: Matrices, names: tuple[str, ...], recipe: dict[str, Any]) -> np.ndarray:
+    """Weights of one game: EP-CAMEx's 1/N, or the bargain on the simplex or as the lemma has it."""
+    count = len(experts["gate_proj"])
+    if recipe.get("method") == "ep-camex" or recipe.get("weighting") == "uniform":
+        return np.full(count, 1 / count)
+    tau = np.concatenate([(experts[name] - base[name]).reshape(count, -1) for name in names], axis=1)
+    weights = nash(tau @ tau.T, recipe.get("disagreement") == "mean")
+    if recipe.get("scale", "simplex") == "simplex" and weights.sum() > 0:
+        weights = weights / weights.sum()
+    return weights
+
+
+def games(recipe: dict[str, Any]) -> list[tuple[str, ...]]:
+    return [PROJECTIONS] if recipe.get("granularity") == "expert" else [(name,) for name in PROJECTIONS]
+
+
+def first_base(folder: Path, layer: int, base: str) -> Matrices:
+    experts = experts_at(folder, layer)
+    if base == "mean":
+        return {name: experts[name].mean(0) for name in PROJECTIONS}
+    if base == "shared":
+        config, tensors = read_config(folder), read_tensors(folder)
+        width, result = config["moe_intermediate_size"], {}
+        for name in PROJECTIONS:
+            whole = double(tensors[f"model.layers.{layer}.mlp.{shared_name(config)}.{name}.weight"])
+            if name == "down_proj":
+                result[name] = np.mean([whole[:, k : k + width] for k in range(0, whole.shape[1], width)], axis=0)
+            else:
+                result[name] = np.mean([whole[k : k + width] for k in range(0, whole.shape[0], width)], axis=0)
+        return result
+    index = 0 if base == "first" else int(base.split(":")[1])
+    return {name: experts[name][index] for name in PROJECTIONS}
+
+
+def base_experts(folder: Path, recipe: dict[str, Any]) -> dict[int, Matrices]:
+    """E_m of every MoE layer, unrounded."""
+    layers = moe_layers(read_config(folder))
+    base = first_base(folder, layers[0], recipe.get("base", "first"))
+    result, weights = {}, {}
+    for position, layer in enumerate(layers):
+        result[layer] = base
+        experts = experts_at(folder, layer)
+        solves = position == 0 if recipe.get("method") == "namex" else position % recipe.get("every", 1) == 0
+        following = {}
+        for names in games(recipe):
+            if solves:
+                weights[names] = game_weights(experts, base, names, recipe)
+            for name in names:
+                step = sum(w * (expert - base[name]) for w, expert in zip(weights[names], experts[name], strict=True))
+                following[name] = base[name] + recipe.get("gamma", 1.0) * step
+        base = following
+    return result
+
+
+def merged_group(experts: Matrices, members: list[int], recipe: dict[str, Any]) -> Matrices:
+    """A group's merged expert: its first member keeps 1/n, the others share the rest by the bargain around it."""
+    count = len(members)
+    inside = {name: experts[name][members] for name in PROJECTIONS}
+    base = {name: inside[name][0] for name in PROJECTIONS}
+    result = {}
+    for names in games(recipe):
+        shares = game_weights(inside, base, names, recipe)
+        if recipe.get("weighting") != "uniform" and recipe.get("method") != "ep-camex":
+            shares = shares * (count - 1) / count
+            shares[0] = 1 / count
+            if np.isclose(shares.sum(), 1 / count):
+                shares = np.full(count, 1 / count)
+        for name in names:
+            result[name] = np.tensordot(shares, inside[name], 1)
+    return result
+
+
+def average_linkage(experts: Matrices, count: int) -> list[list[int]]:
+    """Agglomerative clustering of whole experts by 1 - cosine, the mean distance between members deciding."""
+    flat = np.concatenate([experts[name].reshape(len(experts[name]), -1) for name in PROJECTIONS], axis=1)
+    flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
+    distance = 1 - flat @ flat.T
+    groups = [[index] for index in range(len(flat))]
+    while len(groups) > count:
+        pairs = [(i, j) for i in range(len(groups)) for j in range(i)]
+        i, j = min(pairs, key=lambda pair: distance[np.ix_(groups[pair[0]], groups[pair[1]])].mean())
+        groups[j] += groups.pop(i)
+    return sorted(sorted(group) for group in groups)
+
+
+def routed_mass(router: np.ndarray, norm: np.ndarray, top_k: int, directions: int = 20_000) -> float:
+    """Mean over random directions of the sum of the top-k softmax values."""
+    inputs = np.random.default_rng(5).standard_normal((directions, router.shape[1])) * norm
+    logits = inputs @ router.T
+    shares = np.exp(logits - logits.max(1, keepdims=True))
+    shares /= shares.sum(1, keepdims=True)
+    return float(np.sort(shares, axis=1)[:, -top_k:].sum(1).mean())
+
+
+def spacing(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """The unit in the last place of each value."""
+    info = torch.finfo(dtype)
+    size = np.maximum(np.abs(values), info.tiny)
+    return info.eps * 2.0 ** np.floor(np.log2(size))
+
+
+def assert_rounded(found: torch.Tensor, wanted: np.ndarray, roundings: float = 1) -> None:
+    """``found`` is ``wanted`` rounded to its dtype, up to what float32 arithmetic may lose.
+
+    float32: to 1e-5 of the matrix. Else: to half a unit in the last place (for one rounding) and 2e-6 of the matrix.
+    """
+    values, size = double(found), float(np.sqrt((wanted**2).mean()))
+    assert values.shape == wanted.shape
+    error = np.abs(values - wanted)
+    if found.dtype == torch.float32:
+        assert error.max() <= 1e-5 * size
+    else:
+        assert (error <= roundings / 2 * spacing(wanted, found.dtype) + 2e-6 * size).all()

@@ -1,0 +1,82 @@
+"""The base expert of every layer, as written, against a float64 computation that shares no code with the package."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from float64_reference import assert_rounded, base_experts
+from odd_checkpoints import PROJECTIONS, read_tensors
+
+from namex_hf import Recipe, patch_checkpoint
+
+ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
+    ("qwen2_moe", torch.bfloat16, {}, {}),
+    ("deepseek", torch.float32, {}, {}),
+    ("deepseek", torch.bfloat16, {"shards": 4}, {"base": "shared", "gamma": 0.5}),
+    ("qwen2_moe", torch.float16, {"num_experts": 9, "num_hidden_layers": 6}, {"granularity": "expert", "every": 2}),
+    ("qwen2_moe", torch.float32, {"num_hidden_layers": 6, "decoder_sparse_step": 2}, {"base": "index:4"}),
+    ("deepseek", torch.float32, {"num_hidden_layers": 7, "moe_layer_freq": 2, "n_routed_experts": 9}, {"every": 3}),
+    ("deepseek", torch.bfloat16, {"fuse": True}, {"disagreement": "mean"}),
+    ("qwen2_moe", torch.float32, {}, {"disagreement": "mean", "granularity": "expert", "scale": "lemma"}),
+    ("qwen2_moe", torch.float32, {"fuse": True, "shards": 2}, {"scale": "lemma", "gamma": 0.25}),
+    ("deepseek", torch.float32, {}, {"base": "mean"}),
+    ("qwen2_moe", torch.float32, {"num_hidden_layers": 5}, {"method": "namex", "base": "shared"}),
+    ("deepseek", torch.float16, {"num_hidden_layers": 5}, {"method": "namex", "granularity": "expert"}),
+    ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 6}, {"method": "ep-camex"}),
+    ("deepseek", torch.float32, {}, {"method": "ep-camex", "base": "mean", "gamma": 1.5}),
+    ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 9, "mlp_only_layers": [1, 4]}, {"gamma": 0.7}),
+]
+
+
+@pytest.mark.parametrize(("family", "dtype", "changes", "recipe"), ROWS)
+def test_base_expert_of_every_layer(odd, tmp_path: Path, family: str, dtype: torch.dtype, changes, recipe) -> None:
+    """``base_expert`` is the reference rounded to the dtype once: the walk itself is never rounded."""
+    source = odd(family, dtype, **changes)
+    patch_checkpoint(source, tmp_path / "out", Recipe(**recipe))
+    written, wanted = read_tensors(tmp_path / "out"), base_experts(source, recipe)
+    stored = {name for name in written if ".base_expert." in name}
+    block = "model.layers.{}.mlp.base_expert.{}.weight"
+    assert stored == {block.format(layer, name) for layer in wanted for name in PROJECTIONS}
+    for layer, base in wanted.items():
+        for name in PROJECTIONS:
+            tensor = written[block.format(layer, name)]
+            assert tensor.dtype == dtype
+            assert_rounded(tensor, base[name])
+
+
+def test_reference_would_notice(odd, tmp_path: Path) -> None:
+    """The comparison is sharp: another base, step, point or game is told apart."""
+    source = odd("deepseek", torch.float32)
+    patch_checkpoint(source, tmp_path / "out", Recipe())
+    written, last = read_tensors(tmp_path / "out"), "model.layers.3.mlp.base_expert.up_proj.weight"
+    others = ({"base": "index:1"}, {"gamma": 0.999}, {"disagreement": "mean"}, {"granularity": "expert"})
+    for other in (*others, {"every": 2}, {"method": "namex"}, {"method": "ep-camex"}, {"scale": "lemma"}):
+        with pytest.raises(AssertionError):
+            assert_rounded(written[last], base_experts(source, other)[3]["up_proj"])
+
+
+def test_no_agreement_carries_the_base_on(odd, tmp_path: Path) -> None:
+    """Around the mean of all experts nobody can gain: the base stays, the report says why, and the walk goes on."""
+    report = patch_checkpoint(odd("deepseek", torch.float32), tmp_path / "out", Recipe(base="mean"))
+    first, second = report.layers[:2]
+    assert {game["status"] for game in first["games"]} == {"no_agreement"}
+    assert all(weight == 0 for game in first["games"] for weight in game["weights"])
+    assert {game["status"] for game in second["games"]} == {"agreement"}
+    tensors = read_tensors(tmp_path / "out")
+    for name in PROJECTIONS:
+        block = "model.layers.{}.mlp.base_expert.{}.weight"
+        assert torch.equal(tensors[block.format(1, name)], tensors[block.format(2, name)])
+
+
+def test_report_tells_the_weights(odd, tmp_path: Path) -> None:
+    """An expert taken as base has no stake; the others' shares sum to 1 and solve the bargaining equation."""
+    report = patch_checkpoint(odd("qwen2_moe", torch.float32), tmp_path / "out", Recipe(base="index:2"))
+    assert [layer["layer"] for layer in report.layers] == [0, 2, 3]
+    assert [game["projections"] for game in report.layers[0]["games"]] == [[name] for name in PROJECTIONS]
+    for layer in report.layers:
+        for game in layer["games"]:
+            assert game["status"] == "agreement"
+            assert game["residual"] < 1e-8
+            assert sum(game["weights"]) == pytest.approx(1)
+            assert (game["weights"][2] == 0) == (layer["layer"] == 0)

@@ -1,0 +1,269 @@
+"""The recipe: values, refusals, the validity table, YAML."""
+
+from dataclasses import FrozenInstanceError, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from namex_hf.errors import NamexError, RecipeError
+from namex_hf.recipe import RULES, Recipe, read_yaml
+
+GROUPED = {"merge": "grouped", "experts": 4}
+SPECS = {spec.name: spec for spec in fields(Recipe)}
+CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.metadata.get("choices", ())]
+# What a value needs around it to mean something.
+AROUND: dict[str, dict[str, Any]] = {
+    "grouped": {"experts": 4},
+    "uniform": GROUPED,
+    "nash": GROUPED,
+}
+VALUES = [
+    ("experts", 1, {"merge": "grouped"}),
+    ("experts", 60, {"merge": "grouped"}),
+    ("base", "first", {}),
+    ("base", "shared", {}),
+    ("base", "mean", {}),
+    ("base", "index:0", {}),
+    ("base", "index:59", {}),
+    ("gamma", 0.5, {}),
+    ("gamma", 2, {}),
+    ("every", 1, {}),
+    ("every", 24, {}),
+    ("seed", 0, {}),
+    ("seed", 17, GROUPED),
+    ("device", "cuda", {}),
+]
+
+
+def test_the_default_is_namex_full_in_residual_form():
+    recipe = Recipe()
+    assert (recipe.merge, recipe.method, recipe.routing) == ("residual", "namex-full", "linear")
+    assert (recipe.disagreement, recipe.weights_by, recipe.base_index) == ("zero", "nash", 0)
+
+
+def test_a_recipe_cannot_be_changed():
+    with pytest.raises(FrozenInstanceError):
+        Recipe().gamma = 2.0  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("name", "choice"), CHOICES)
+def test_every_choice_is_accepted(name: str, choice: str):
+    around = {} if (name, choice) == ("merge", "residual") else AROUND.get(choice, {})
+    assert getattr(Recipe.from_dict({**around, name: choice}), name) == choice
+
+
+@pytest.mark.parametrize(("name", "value", "around"), VALUES)
+def test_every_plain_field_accepts(name: str, value: Any, around: dict[str, Any]):
+    assert getattr(Recipe.from_dict({**around, name: value}), name) == value
+
+
+def test_no_field_is_left_out_here():
+    assert {name for name, _ in CHOICES} | {name for name, _, _ in VALUES} == set(SPECS)
+
+
+@pytest.mark.parametrize("name", sorted({name for name, _ in CHOICES}))
+@pytest.mark.parametrize("value", ["no-such-value", 3, True, ["zero"], {}, 0.5])
+def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: Any):
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict({name: value})
+    assert f"'{name}'" in str(error.value)
+    assert repr(value) in str(error.value)
+    for choice in SPECS[name].metadata["choices"]:
+        assert choice in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "accepted"),
+    [
+        ("experts", 0, "a whole number from 1"),
+        ("experts", -3, "a whole number from 1"),
+        ("experts", 4.0, "int"),
+        ("experts", "4", "int"),
+        ("experts", True, "int"),
+        ("every", 0, "a whole number from 1"),
+        ("every", None, "int"),
+        ("gamma", 0.0, "a number above 0"),
+        ("gamma", -1, "a number above 0"),
+        ("gamma", float("nan"), "float"),
+        ("gamma", float("inf"), "float"),
+        ("gamma", float("-inf"), "float"),
+        ("gamma", 10**400, "float"),
+        ("gamma", "1", "float"),
+        ("gamma", None, "float"),
+        ("seed", 1.5, "int"),
+        ("seed", None, "int"),
+        ("seed", -1, "a whole number from 0"),
+        ("seed", 2**64, "a whole number from 0"),
+        ("base", 3, "str"),
+        ("base", "last", "first, shared, mean, index:K"),
+        ("base", "index:", "first, shared, mean, index:K"),
+        ("base", "index:-1", "first, shared, mean, index:K"),
+        ("base", "index:one", "first, shared, mean, index:K"),
+        ("base", "index:" + "9" * 5000, "first, shared, mean, index:K"),
+        ("device", 0, "str"),
+    ],
+)
+def test_bad_values_are_answered_with_field_and_what_is_accepted(name: str, value: Any, accepted: str):
+    around = GROUPED if name == "seed" else {"merge": "grouped"} if name == "experts" else {}
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict({**around, name: value})
+    assert f"'{name}'" in str(error.value)
+    assert "accepted" in str(error.value)
+    assert accepted in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["metod", "", "Merge", "top_k", 7, None])
+def test_unknown_fields_are_answered_with_the_known_ones(name: Any):
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict({name: 1})
+    assert f"unknown recipe field '{name}'" in str(error.value)
+    for known in SPECS:
+        assert known in str(error.value)
+
+
+# A recipe for each line of the validity table that breaks that line.
+BROKEN: dict[str, dict[str, Any]] = {
+    "merge 'grouped' needs 'experts'": {"merge": "grouped"},
+    "method 'smoe' merges nothing": {"method": "smoe", "merge": "grouped"},
+    "method 'namex' reuses weights": {"method": "namex", **GROUPED},
+    "'experts' belongs": {"experts": 4},
+    "'weighting' belongs": {"weighting": "uniform"},
+    "'seed' belongs": {"seed": 1},
+    "'base' is a choice of the propagated": {"base": "mean", **GROUPED},
+    "'gamma' is a choice of the propagated": {"gamma": 0.5, "method": "smoe"},
+    "'every' belongs": {"every": 2, "method": "namex"},
+    "'disagreement' is a choice of the Nash": {"disagreement": "mean", "method": "ep-camex"},
+    "'granularity' is a choice of the Nash": {"granularity": "expert", **GROUPED, "weighting": "uniform"},
+    "'scale' is a choice of the Nash": {"scale": "lemma", "method": "smoe"},
+    "merge 'grouped' replaces its members": {"scale": "lemma", **GROUPED},
+}
+# A field with one value cannot differ from its default; the table has its line for the values to come.
+UNBREAKABLE = [f"'{name}' " for name, spec in SPECS.items() if len(spec.metadata.get("choices", "12")) == 1]
+
+
+@pytest.mark.parametrize(("start", "values"), BROKEN.items())
+def test_every_rule_can_be_broken(start: str, values: dict[str, Any]):
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict(values)
+    assert str(error.value).startswith(start)
+    (rule,) = (rule for rule in RULES if rule.message.startswith(start))
+    for name in rule.fields:
+        assert f"{name}={values.get(name, SPECS[name].default)}" in str(error.value)
+
+
+def test_every_rule_is_broken_above():
+    for rule in RULES:
+        covered = any(rule.message.startswith(start) for start in BROKEN)
+        assert covered != rule.message.startswith(tuple(UNBREAKABLE)), rule.message
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {},
+        {"method": "namex", "base": "index:3", "gamma": 0.25, "scale": "lemma"},
+        {"method": "ep-camex", "base": "shared"},
+        {"method": "smoe"},
+        {**GROUPED, "weighting": "nash", "disagreement": "mean", "granularity": "expert", "seed": 3},
+        {"every": 3, "device": "cuda:1"},
+    ],
+)
+def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, Any]):
+    recipe, file = Recipe.from_dict(values), tmp_path / "recipe.yaml"
+    file.write_text(recipe.to_yaml())
+    assert Recipe.from_yaml(file) == Recipe.from_dict({**values, "device": "cpu"})
+    assert "device" not in recipe.to_dict()
+    assert "device" not in recipe.to_yaml()
+    assert list(yaml.safe_load(recipe.to_yaml())) == [name for name in SPECS if name != "device"]
+
+
+def test_equal_recipes_are_stored_alike():
+    assert Recipe(gamma=1).to_yaml() == Recipe(gamma=1.0).to_yaml() == Recipe().to_yaml()
+
+
+def test_keywords_go_before_the_file(tmp_path: Path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: ep-camex\ngamma: 0.5\n")
+    assert Recipe.from_yaml(file, gamma=0.75) == Recipe(method="ep-camex", gamma=0.75)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("- merge\n- grouped\n", "list"),
+        ("grouped", "str"),
+        ("merge: [", "cannot be read"),
+        ("merge: \tgrouped: x", "cannot be read"),
+        ("seed: 2001-99-99", "cannot be read"),
+        ("!!python/object:os.system {}", "cannot be read"),
+        ("? [a]\n: b", "cannot be read"),
+    ],
+)
+def test_files_that_are_no_recipe(tmp_path: Path, text: str, says: str):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    with pytest.raises(RecipeError) as error:
+        read_yaml(file)
+    assert says in str(error.value)
+    assert str(file) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path):
+    with pytest.raises(RecipeError, match=r"absent\.yaml cannot be read"):
+        read_yaml(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="cannot be read"):
+        read_yaml(tmp_path)
+    (tmp_path / "bytes.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(RecipeError, match=r"bytes\.yaml cannot be read"):
+        read_yaml(tmp_path / "bytes.yaml")
+
+
+def test_an_empty_file_is_the_default_recipe(tmp_path: Path):
+    (tmp_path / "empty.yaml").write_text("# nothing yet\n")
+    assert Recipe.from_yaml(tmp_path / "empty.yaml") == Recipe()
+
+
+ANYTHING = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=12),
+    st.binary(max_size=3),
+    st.lists(st.integers(), max_size=2),
+    st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
+    st.from_regex(r"\Aindex:[0-9]{1,3}\Z"),
+)
+SENSIBLE = st.fixed_dictionaries(
+    {},
+    optional={
+        name: st.sampled_from(spec.metadata["choices"])
+        if "choices" in spec.metadata
+        else {
+            "experts": st.integers(0, 70),
+            "base": st.sampled_from(("first", "shared", "mean", "index:7")),
+            "gamma": st.floats(0, 4),
+            "every": st.integers(0, 30),
+            "seed": st.integers(0, 9),
+            "device": st.just("cpu"),
+        }[name]
+        for name, spec in SPECS.items()
+    },
+)
+
+
+@given(st.one_of(SENSIBLE, st.dictionaries(st.one_of(st.sampled_from(sorted(SPECS)), st.text(max_size=8)), ANYTHING)))
+def test_any_values_build_or_are_refused_as_a_recipe(values: dict[str, Any]):
+    try:
+        recipe = Recipe.from_dict(values)
+    except NamexError as error:
+        assert type(error) is RecipeError  # noqa: PT017  (any other exception fails by itself)
+        return
+    assert not any(rule.broken(recipe) for rule in RULES)
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == Recipe.from_dict({**values, "device": "cpu"})
+    assert recipe.weights_by in ("nash", "uniform")
