@@ -4,6 +4,8 @@ The same fields serve YAML files, the command line and ``config.json["namex"]``.
 choices that mean nothing together, are refused before any tensor is read.
 """
 
+import re
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
@@ -14,6 +16,7 @@ import yaml
 from .errors import RecipeError
 
 UNSTORED = ("device",)
+BASES = re.compile(r"first|shared|mean|index:[0-9]{1,9}")
 
 
 def _choice(default: str | None, choices: tuple[str, ...], text: str) -> Any:
@@ -78,7 +81,13 @@ class Recipe:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")
-        _check_base(self.base)
+        if not 0 <= self.seed < 1 << 64:
+            raise RecipeError(f"recipe field 'seed' is {self.seed}; accepted: a whole number from 0 below 2**64")
+        if not BASES.fullmatch(self.base):
+            raise RecipeError(
+                f"recipe field 'base' is {self.base!r}; accepted: first, shared, mean, index:K with K from 0"
+            )
+        object.__setattr__(self, "gamma", float(self.gamma))  # 1 and 1.0 are stored alike
         for rule in RULES:
             if rule.broken(self):
                 raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
@@ -194,7 +203,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise RecipeError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from error
     if values is None:
         return {}
@@ -212,11 +221,6 @@ def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -
         return
     kind = spec["kind"]
     accepted = (int, float) if kind is float else kind
-    if not isinstance(value, accepted) or isinstance(value, bool) or value != value or value in (float("inf"),):
+    known = isinstance(value, accepted) and not isinstance(value, bool)
+    if not known or (kind is float and not abs(value) <= sys.float_info.max):
         raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: a finite {kind.__name__}")
-
-
-def _check_base(base: str) -> None:
-    digits = base.removeprefix("index:")
-    if base not in ("first", "shared", "mean") and not (base != digits and digits.isdecimal()):
-        raise RecipeError(f"recipe field 'base' is {base!r}; accepted: first, shared, mean, index:K with K from 0")

@@ -246,6 +246,17 @@ def differing(one: Tensors, other: Tensors) -> list[str]:
     )
 
 
+def aligned(model: Any) -> Any:
+    """The model with its parameters in fresh memory.
+
+    Parameters mapped from a file lie wherever their header's length puts them, and matrix kernels round differently
+    by alignment: equal numbers would give logits that differ in the last bit.
+    """
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    return model
+
+
 def settled_files(folder: Path) -> dict[str, bytes]:
     """What has to be byte-identical however often a run was killed: weights, index, configuration, recipe, statistics."""
     patterns: Iterable[str] = ("model*", "config.json", "namex_recipe.yaml", "namex_statistics.safetensors")

@@ -1,7 +1,6 @@
 """Tensors of a layer's experts, and the games that are played over them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
 
 import torch
 
@@ -87,26 +86,3 @@ def weighted_step(
         tau.sub_(centre[columns].to(device))
         step[columns] = torch.mv(tau.T, shares).to(step.device)
     return step.view_as(base)
-
-
-def mean_expert(experts: Experts) -> dict[str, torch.Tensor]:
-    """The plain mean of all experts, in float32."""
-    count = len(experts["gate_proj"])
-    uniform = torch.full((count,), 1 / count)
-    nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
-    return {name: weighted_step(experts[name], nothing[name], uniform) for name in PROJECTIONS}
-
-
-def mean_slice(shared: Base, width: int) -> dict[str, torch.Tensor]:
-    """The mean of a shared expert's slices of the routed width, in float32.
-
-    A SwiGLU MLP of width k * ``width`` is the sum of k experts of ``width``: rows of gate and up, columns of down.
-
-    Args:
-        shared: gate and up ``[k * width, hidden]``, down ``[hidden, k * width]``.
-    """
-    result = {}
-    for name in PROJECTIONS:
-        axis: Literal[0, 1] = 1 if name == "down_proj" else 0
-        result[name] = torch.stack(shared[name].float().split(width, dim=axis)).mean(0)
-    return result

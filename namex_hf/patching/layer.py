@@ -8,7 +8,7 @@ import torch
 from ..checkpoint.bytes import Reader
 from ..errors import CheckpointError
 from ..families import PROJECTIONS
-from ..merging.experts import NotFiniteError, mean_expert, mean_slice
+from ..merging.experts import NotFiniteError
 from .plan import Plan
 
 
@@ -25,17 +25,9 @@ def read_experts(plan: Plan, reader: Reader, layer: int) -> dict[str, torch.Tens
     return stacked
 
 
-def first_base(plan: Plan, reader: Reader, experts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The base expert of the first MoE layer, in float32."""
-    recipe, layer = plan.recipe, plan.shape.layers[0]
-    if recipe.base == "mean":
-        return mean_expert(experts)
-    if recipe.base == "shared":
-        shared = {name: reader.read(plan.spans[plan.family.shared(layer, name)]) for name in PROJECTIONS}
-        return mean_slice(shared, plan.shape.width)
-    index = recipe.base_index
-    assert index is not None
-    return {name: experts[name][index].float() for name in PROJECTIONS}
+def read_shared(plan: Plan, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
+    """The shared expert of a layer by projection."""
+    return {name: reader.read(plan.spans[plan.family.shared(layer, name)]) for name in PROJECTIONS}
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """`patch_model`: the same merge in memory, on a live model, in place."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,7 +8,7 @@ from torch import nn
 
 from ..errors import FamilyError
 from ..families import PROJECTIONS, Family, MoeShape, family_of
-from ..merging.experts import mean_expert, mean_slice
+from ..merging.base import first_base
 from ..merging.groups import merge_layer
 from ..merging.propagation import propagate
 from ..models.convert import patch_classes
@@ -57,17 +58,9 @@ def _experts(block: Any, width: int) -> dict[str, torch.Tensor]:
     return {"gate_proj": gate_up[:, :width], "up_proj": gate_up[:, width:], "down_proj": down}
 
 
-def _first_base(
-    block: Any, family: Family, shape: MoeShape, recipe: Recipe, experts: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    if recipe.base == "mean":
-        return mean_expert(experts)
-    if recipe.base == "shared":
-        shared = getattr(block, family.shared_name)
-        return mean_slice({name: getattr(shared, name).weight.detach().cpu() for name in PROJECTIONS}, shape.width)
-    index = recipe.base_index
-    assert index is not None
-    return {name: experts[name][index].float() for name in PROJECTIONS}
+def _shared(block: Any, family: Family) -> dict[str, torch.Tensor]:
+    shared = getattr(block, family.shared_name)
+    return {name: getattr(shared, name).weight.detach().cpu() for name in PROJECTIONS}
 
 
 def _add_bases(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
@@ -75,7 +68,7 @@ def _add_bases(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> N
     for position, layer in enumerate(shape.layers):
         experts = _experts(_block(model, layer), shape.width)
         if base is None:
-            base = _first_base(_block(model, layer), family, shape, recipe, experts)
+            base = first_base(recipe.base, experts, partial(_shared, _block(model, layer), family), shape.width)
         bases[layer] = {name: base[name].to(experts[name].dtype) for name in PROJECTIONS}
         step = propagate(experts, base, choice, position, weights)
         base, weights = step.next_base, step.weights

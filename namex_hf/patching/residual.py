@@ -3,16 +3,19 @@
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from threading import Event
 
 from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
 from ..families import PROJECTIONS
+from ..merging.base import first_base
 from ..merging.propagation import Propagation, propagate
 from ..recipe import Recipe
 from .finite import check_finite
-from .layer import first_base, named, read_experts
+from .layer import named, read_experts, read_shared
 from .plan import Plan
 from .state import State
 
@@ -44,10 +47,12 @@ def is_unchanged(plan: Plan, shard: Path) -> bool:
     return all(plan.checkpoint.spans.get(item.name) == item.source for item in carried_items(plan, shard))
 
 
-def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance) -> None:
+def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance, stop: Event) -> None:
     """Bring every source shard into the folder: by the kernel where it is unchanged, else by spans of bytes."""
     with Reader() as reader:
         for shard, name in zip(plan.checkpoint.shards, names, strict=True):
+            if stop.is_set():
+                return
             target = folder / name
             if not target.is_file():
                 if is_unchanged(plan, shard):
@@ -78,7 +83,8 @@ def walk(plan: Plan, state: State, advance: Advance) -> None:
                 reader.expect(plan.expert_spans(layers[place + 1]))
             with named(plan, layer):
                 if base is None:
-                    base = first_base(plan, reader, experts)
+                    shared = partial(read_shared, plan, reader, layer)
+                    base = first_base(plan.recipe.base, experts, shared, plan.shape.width)
                 step = propagate(experts, base, choice, place, weights)
             dtype = experts["gate_proj"].dtype
             record = {
@@ -92,6 +98,7 @@ def walk(plan: Plan, state: State, advance: Advance) -> None:
             base, weights = step.next_base, step.weights
             state.save_walk(place + 1, base, weights)
             advance(f"layer {layer}", plan.layer_bytes(layer))
+            del experts  # before the next layer comes
 
 
 def base_items(plan: Plan, state: State) -> dict[int, list[Item]]:
@@ -112,11 +119,16 @@ def patch_residual(plan: Plan, folder: Path, state: State, advance: Advance) -> 
     packs = _packs(plan) if merged else []
     names = shard_names(len(plan.checkpoint.shards) + len(packs))
     carried = len(plan.checkpoint.shards)
+    stop = Event()
     with ThreadPoolExecutor(1) as pool:
-        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance)
-        check_finite(plan, advance)
-        if merged:
-            walk(plan, state, advance)
+        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop)
+        try:
+            check_finite(plan, advance)
+            if merged:
+                walk(plan, state, advance)
+        except BaseException:
+            stop.set()  # bad input or an interrupt: no further shard is begun
+            raise
         copying.result()
     if merged:
         items = base_items(plan, state)

@@ -6,8 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import INDEX, VOCAB, all_files, differing, fused, odd_config, odd_tensors, read_config
-from odd_checkpoints import read_tensors, same_bits, write_folder
+from odd_checkpoints import (
+    INDEX,
+    VOCAB,
+    aligned,
+    all_files,
+    differing,
+    fused,
+    odd_config,
+    odd_tensors,
+    read_config,
+    read_tensors,
+    same_bits,
+    write_folder,
+)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
@@ -25,7 +37,7 @@ def load(folder: Path) -> Any:
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    return model
+    return aligned(model)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])

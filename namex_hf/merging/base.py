@@ -1,0 +1,47 @@
+"""The base expert of the first MoE layer."""
+
+from collections.abc import Callable
+
+import torch
+
+from .experts import PROJECTIONS, Base, Experts, weighted_step
+
+
+def first_base(choice: str, experts: Experts, shared: Callable[[], Base], width: int) -> dict[str, torch.Tensor]:
+    """The base expert that the propagation starts from, in float32.
+
+    Args:
+        choice: ``first``, ``index:K``, ``mean`` or ``shared``.
+        experts: of the first MoE layer.
+        shared: reads that layer's shared expert, where it is asked for.
+        width: of a routed expert.
+    """
+    if choice == "mean":
+        return mean_expert(experts)
+    if choice == "shared":
+        return mean_slice(shared(), width)
+    index = 0 if choice == "first" else int(choice.removeprefix("index:"))
+    return {name: experts[name][index].float() for name in PROJECTIONS}
+
+
+def mean_expert(experts: Experts) -> dict[str, torch.Tensor]:
+    """The plain mean of all experts, in float32."""
+    count = len(experts["gate_proj"])
+    uniform = torch.full((count,), 1 / count)
+    nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
+    return {name: weighted_step(experts[name], nothing[name], uniform) for name in PROJECTIONS}
+
+
+def mean_slice(shared: Base, width: int) -> dict[str, torch.Tensor]:
+    """The mean of a shared expert's slices of the routed width, in float32.
+
+    A SwiGLU MLP of width k * ``width`` is the sum of k experts of ``width``: rows of gate and up, columns of down.
+
+    Args:
+        shared: gate and up ``[k * width, hidden]``, down ``[hidden, k * width]``.
+    """
+    result = {}
+    for name in PROJECTIONS:
+        axis = 1 if name == "down_proj" else 0
+        result[name] = torch.stack(shared[name].float().split(width, dim=axis)).mean(0)
+    return result
