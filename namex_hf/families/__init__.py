@@ -20,7 +20,7 @@ def family_of(config: Config) -> Family:
         FamilyError: naming the ``model_type`` found and the supported ones.
     """
     found = config.get("model_type")
-    if found in FAMILIES:
+    if isinstance(found, str) and found in FAMILIES:
         return FAMILIES[found]
     supported = ", ".join(sorted(FAMILIES))
     if any(found == family.patched_type for family in FAMILIES.values()):

@@ -68,7 +68,8 @@ FAMILY = Family(
     shared_name="shared_experts",
     moe_layers=moe_layers,
     shared_width=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
-    needs=("n_shared_experts",),
+    needs=("n_shared_experts", "num_attention_heads"),
+    optional={"first_k_dense_replace": 0, "moe_layer_freq": 1},
     refuse=refuse,
     as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, zeros),
 )

@@ -56,6 +56,7 @@ class Family:
     moe_layers: Callable[[Config], tuple[int, ...]]
     shared_width: Callable[[Config], int]
     needs: tuple[str, ...]
+    optional: Mapping[str, int]  # whole numbers that may be absent, with the least that each can be
     refuse: Callable[[Config], str | None] = field(default=lambda config: None)
     as_qwen2_moe: Reexpression | None = None
 
@@ -66,10 +67,13 @@ class Family:
             FamilyError: a field is missing or is no whole number above 0, or the family cannot be handled.
         """
         required = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts_per_tok")
-        for name in (*required, self.experts_field, *self.needs):
+        least = dict.fromkeys((*required, self.experts_field, *self.needs), 1)
+        for name, lowest in {**least, **{n: low for n, low in self.optional.items() if n in config}}.items():
             value = config.get(name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise FamilyError(f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from 1")
+            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+                raise FamilyError(
+                    f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from {lowest}"
+                )
         if reason := self.refuse(config):
             raise FamilyError(f"config.json: {reason}")
         experts, top_k = config[self.experts_field], config["num_experts_per_tok"]

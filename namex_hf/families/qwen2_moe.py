@@ -8,6 +8,13 @@ def moe_layers(config: Config) -> tuple[int, ...]:
     return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
+def refuse(config: Config) -> str | None:
+    dense = config.get("mlp_only_layers") or []
+    if isinstance(dense, list) and all(type(layer) is int for layer in dense):
+        return None
+    return f"'mlp_only_layers' is {dense!r}; accepted: a list of layer numbers"
+
+
 FAMILY = Family(
     model_type="qwen2_moe",
     patched_type="namex_qwen2_moe",
@@ -16,4 +23,6 @@ FAMILY = Family(
     moe_layers=moe_layers,
     shared_width=lambda config: config["shared_expert_intermediate_size"],
     needs=("shared_expert_intermediate_size",),
+    optional={"decoder_sparse_step": 1},
+    refuse=refuse,
 )

@@ -67,11 +67,12 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        experts = sum(self.layer_bytes(layer) for layer in self.shape.layers)
+        routers = sum(self.spans[self.family.router(layer)].size for layer in self.shape.layers)
+        routed = routers + sum(self.layer_bytes(layer) for layer in self.shape.layers)
         added = 0
         if self.export_as:
             added = sum(item.size for item in zero_items(self))
-        return self.checkpoint.size - experts + experts * self.kept // self.shape.experts + self.base_bytes + added
+        return self.checkpoint.size - routed + routed * self.kept // self.shape.experts + self.base_bytes + added
 
     @property
     def peak_bytes(self) -> int:

@@ -1,0 +1,391 @@
+"""Bad checkpoints: each is answered by one `CheckpointError` that names the file or tensor, and no folder is left."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from odd_checkpoints import (
+    INDEX,
+    differing,
+    fused,
+    odd_checkpoint,
+    odd_config,
+    odd_tensors,
+    read_tensors,
+    rewrite_tensors,
+    write_folder,
+)
+
+from namex_hf import Recipe, patch_checkpoint
+from namex_hf.checkpoint.header import read_header
+from namex_hf.errors import CheckpointError
+
+SHARD = "model-00002-of-00003.safetensors"
+RECIPES = {"residual": Recipe(), "grouped": Recipe(merge="grouped", experts=3), "smoe": Recipe(method="smoe")}
+
+
+def refused(source: Path, *words: str, recipes: tuple[str, ...] = ("residual", "grouped", "smoe")) -> None:
+    """Every form of the patch refuses ``source`` with all of ``words`` in one line and leaves no folder."""
+    for name in recipes:
+        out = source.parent / f"out-{name}"
+        with pytest.raises(CheckpointError) as caught:
+            patch_checkpoint(source, out, RECIPES[name])
+        message = str(caught.value)
+        assert all(word in message for word in words), message
+        assert "\n" not in message
+        assert not out.exists()
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return odd_checkpoint(tmp_path / "model", "qwen2_moe")
+
+
+@pytest.fixture
+def single(tmp_path: Path) -> Path:
+    return odd_checkpoint(tmp_path / "model", "deepseek", shards=1)
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, str]], None]) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    change(index["weight_map"])
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def edit_config(folder: Path, **changes: Any) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+# Files and index
+
+
+def test_missing_shard(sharded: Path) -> None:
+    (sharded / SHARD).unlink()
+    refused(sharded, SHARD, "missing")
+
+
+def test_dangling_symlink(sharded: Path) -> None:
+    (sharded / SHARD).unlink()
+    (sharded / SHARD).symlink_to("nowhere.safetensors")
+    refused(sharded, SHARD)
+
+
+@pytest.mark.parametrize("place", ["../x.safetensors", "/abs/x.safetensors", "a\\b.safetensors", "sub/x", "..", "", 7])
+def test_index_leaves_the_folder(sharded: Path, place: Any) -> None:
+    edit_index(sharded, lambda names: names.update({"lm_head.weight": place}))
+    refused(sharded, INDEX, "lm_head.weight", repr(place))
+
+
+def test_index_leaves_the_folder_for_a_file_that_is_there(sharded: Path) -> None:
+    """It is the name that counts: a file outside is not read though it exists and would fit."""
+    os.rename(sharded / SHARD, sharded.parent / SHARD)
+    edit_index(sharded, lambda names: names.update({t: f"../{f}" for t, f in names.items() if f == SHARD}))
+    refused(sharded, INDEX, f"../{SHARD}")
+
+
+def test_index_names_what_a_shard_does_not_hold(sharded: Path) -> None:
+    edit_index(sharded, lambda names: names.update({"model.extra.weight": SHARD}))
+    refused(sharded, "model.extra.weight", SHARD)
+
+
+def test_index_leaves_a_tensor_out(sharded: Path) -> None:
+    edit_index(sharded, lambda names: names.pop("lm_head.weight"))
+    refused(sharded, INDEX, "lm_head.weight")
+
+
+def test_index_names_the_wrong_shard(sharded: Path) -> None:
+    held = json.loads((sharded / INDEX).read_text())["weight_map"]["lm_head.weight"]
+    other = next(f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3) if f"0000{k}-" not in held)
+    edit_index(sharded, lambda names: names.update({"lm_head.weight": other}))
+    refused(sharded, INDEX, "lm_head.weight", other)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "[" * 100_000, "\udc80"])
+def test_broken_index(sharded: Path, text: str) -> None:
+    (sharded / INDEX).write_text(text, errors="surrogateescape")
+    refused(sharded, INDEX, recipes=("residual",))
+
+
+@pytest.mark.parametrize("text", ["", "{", "3", "[" * 100_000])
+def test_broken_config(sharded: Path, text: str) -> None:
+    (sharded / "config.json").write_text(text)
+    refused(sharded, "config.json", recipes=("residual",))
+
+
+def test_no_config(sharded: Path) -> None:
+    (sharded / "config.json").unlink()
+    refused(sharded, "config.json")
+
+
+def test_no_weights(sharded: Path) -> None:
+    for path in sharded.glob("model*"):
+        path.unlink()
+    refused(sharded, "model.safetensors", INDEX)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "consolidated.00.pth"])
+def test_pickles_only(sharded: Path, name: str) -> None:
+    """Named, refused, and not opened: loading this one would stop the test."""
+    for path in sharded.glob("model*"):
+        path.unlink()
+    (sharded / name).write_bytes(b"cos\n_exit\n(I3\ntR.")
+    refused(sharded, name, "pickle", "safetensors")
+
+
+def test_neither_folder_nor_name(tmp_path: Path) -> None:
+    for source in (tmp_path / "nowhere", tmp_path, "no-such-model"):
+        with pytest.raises(CheckpointError):
+            patch_checkpoint(source, tmp_path.parent / "out-of-nothing")
+    assert not (tmp_path.parent / "out-of-nothing").exists()
+
+
+def test_folder_of_symlinks(sharded: Path, tmp_path: Path) -> None:
+    """A Hub cache keeps its files elsewhere under names of hashes; the result is made of bytes, not of links."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "0" / "model"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    patch_checkpoint(sharded, tmp_path / "plain")
+    for number, path in enumerate(sorted(sharded.iterdir())):
+        path.rename(blobs / f"{number:040x}")
+        (snapshot / path.name).symlink_to(Path("../../../blobs") / f"{number:040x}")
+    patch_checkpoint(snapshot, tmp_path / "linked")
+    assert not any(path.is_symlink() for path in (tmp_path / "linked").iterdir())
+    assert differing(read_tensors(tmp_path / "plain"), read_tensors(tmp_path / "linked")) == []
+
+
+# Headers
+
+
+def with_header(folder: Path, change: Callable[[dict[str, Any]], Any], pad: bytes = b"") -> None:
+    """Change a one-file checkpoint's header and leave its data."""
+    path = folder / "model.safetensors"
+    data = path.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    changed = change(header)
+    text = json.dumps(header if changed is None else changed).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :] + pad)
+
+
+def in_order(header: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted((e for n, e in header.items() if n != "__metadata__"), key=lambda entry: entry["data_offsets"])
+
+
+def test_truncated(single: Path) -> None:
+    path = single / "model.safetensors"
+    data = path.read_bytes()
+    for keep in (0, 5, 8, 100, len(data) // 2, len(data) - 1):
+        path.write_bytes(data[:keep])
+        refused(single, "model.safetensors", recipes=("residual",))
+
+
+def test_padded(single: Path) -> None:
+    with_header(single, lambda header: None, b"\0")
+    refused(single, "model.safetensors", "padded")
+
+
+@pytest.mark.parametrize("length", [10**9, 2**63, 2**64 - 1])
+def test_header_longer_than_the_file(single: Path, length: int) -> None:
+    path = single / "model.safetensors"
+    path.write_bytes(length.to_bytes(8, "little") + path.read_bytes()[8:])
+    refused(single, "model.safetensors", str(length))
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[1]", b"null", b"[" * 100_000])
+def test_header_is_no_object(single: Path, text: bytes) -> None:
+    (single / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text)
+    refused(single, "model.safetensors", "header", recipes=("residual",))
+
+
+def overlap(header: dict[str, Any]) -> None:
+    one, other = in_order(header)[3:5]
+    size = other["data_offsets"][1] - other["data_offsets"][0]
+    other["data_offsets"] = [one["data_offsets"][0], one["data_offsets"][0] + size]
+
+
+def hole(header: dict[str, Any]) -> None:
+    last = in_order(header)[-1]
+    last["data_offsets"] = [offset + 8 for offset in last["data_offsets"]]
+
+
+def hole_in_between(header: dict[str, Any]) -> None:
+    header.pop("model.layers.2.input_layernorm.weight")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"), [(overlap, "overlaps"), (hole, "hole"), (hole_in_between, "hole")], ids=lambda v: str(v)[:20]
+)
+def test_layout_lies(single: Path, change: Callable[[dict[str, Any]], None], word: str) -> None:
+    with_header(single, change)
+    refused(single, "model.safetensors", word)
+
+
+NAME = "model.layers.2.mlp.gate.weight"
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        {"dtype": "F7"},
+        {"dtype": 3},
+        {"dtype": ["BF16"]},
+        {"shape": [7, -16]},
+        {"shape": [7.0, 16]},
+        {"shape": [True, 112]},
+        {"shape": "7x16"},
+        {"shape": None},
+        {"shape": [7, 17]},
+        {"shape": [2**62, 2**62]},
+        {"data_offsets": [0]},
+        {"data_offsets": [224, 0]},
+        {"data_offsets": [-224, 0]},
+        {"data_offsets": [10**15, 10**15 + 224]},
+        {"data_offsets": "ab"},
+        {"dtype": "F32"},
+    ],
+    ids=str,
+)
+def test_entry_lies(single: Path, entry: dict[str, Any]) -> None:
+    with_header(single, lambda header: header[NAME].update(entry))
+    refused(single, "model.safetensors", recipes=("residual",))
+
+
+@pytest.mark.parametrize("entry", [None, 3, "x", [], {}, {"dtype": "BF16"}], ids=str)
+def test_entry_is_none(single: Path, entry: Any) -> None:
+    with_header(single, lambda header: {**header, NAME: entry})
+    refused(single, "model.safetensors", NAME, recipes=("residual",))
+
+
+def test_sound_header_is_read(single: Path) -> None:
+    """The edits above start from a header that is accepted, and that says where the bytes are."""
+    with_header(single, lambda header: None)
+    tensors, spans = read_tensors(single), read_header(single / "model.safetensors")
+    assert spans.keys() == tensors.keys()
+    data = (single / "model.safetensors").read_bytes()
+    for name, span in spans.items():
+        assert (span.shape, span.dtype) == (tuple(tensors[name].shape), tensors[name].dtype)
+        assert data[span.begin : span.begin + span.size] == tensors[name].view(torch.uint8).numpy().tobytes()
+
+
+# Tensors against the configuration
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.experts.5.up_proj.weight",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.3.mlp.shared_experts.down_proj.weight",
+    ],
+)
+def test_missing_tensor(single: Path, name: str) -> None:
+    rewrite_tensors(single, lambda tensors: tensors.pop(name))
+    refused(single, name, "missing")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.2.mlp.experts.5.down_proj.weight",
+        "model.layers.1.mlp.gate.weight",
+        "model.layers.3.mlp.shared_experts.up_proj.weight",
+    ],
+)
+def test_wrong_shape(single: Path, name: str) -> None:
+    rewrite_tensors(single, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    refused(single, name, "config.json")
+
+
+@pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
+def test_wrong_fused_shape(tmp_path: Path, name: str) -> None:
+    source, tensor = odd_checkpoint(tmp_path / "model", "deepseek", fuse=True, shards=1), f"model.layers.2.mlp.experts.{name}"
+    rewrite_tensors(source, lambda tensors: tensors.update({tensor: tensors[tensor].mT.contiguous()}))
+    refused(source, tensor, "config.json")
+    rewrite_tensors(source, lambda tensors: tensors.pop(tensor))
+    refused(source, "model.layers.2.mlp.experts.0", "missing")
+
+
+def test_more_experts_than_counted(single: Path) -> None:
+    """Also where the router fits: what the configuration does not count would be lost without a word."""
+    edit_config(single, n_routed_experts=6)
+    rewrite_tensors(single, lambda ts: ts.update({n: t[:6].clone() for n, t in ts.items() if ".mlp.gate.w" in n}))
+    refused(single, "model.layers.1.mlp.experts.6", "config.json")
+
+
+@pytest.mark.parametrize("layout", ["per expert", "fused"])
+def test_experts_in_a_dense_layer(tmp_path: Path, layout: str) -> None:
+    config = odd_config("deepseek", torch.bfloat16)
+    tensors = odd_tensors(config, torch.bfloat16)
+    config["first_k_dense_replace"] = 1
+    source = write_folder(tmp_path / "model", config, fused(config, tensors) if layout == "fused" else tensors)
+    edit_config(source, first_k_dense_replace=2)
+    refused(source, "model.layers.1.mlp.experts", "layer 1", "config.json")
+
+
+def test_mixed_or_unfit_dtypes(single: Path) -> None:
+    name = "model.layers.2.mlp.experts.4.gate_proj.weight"
+    rewrite_tensors(single, lambda tensors: tensors.update({name: tensors[name].float()}))
+    refused(single, "layer 2", "bfloat16", "float32")
+
+
+def test_integer_experts(single: Path) -> None:
+    def whole(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({n: t.to(torch.int8) for n, t in tensors.items() if "layers.2.mlp.experts." in n})
+
+    rewrite_tensors(single, whole)
+    refused(single, "layer 2", "int8")
+
+
+# NaN and infinity
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.3.mlp.experts.6.down_proj.weight",
+        "model.layers.1.mlp.experts.0.gate_proj.weight",
+        "model.layers.2.mlp.gate.weight",
+        "model.embed_tokens.weight",
+        "model.layers.0.mlp.up_proj.weight",
+        "model.layers.2.mlp.shared_experts.gate_proj.weight",
+        "model.norm.weight",
+    ],
+)
+def test_not_finite(single: Path, name: str, value: float) -> None:
+    """Wherever it is, the last place of a tensor included, and whether the tensor is merged or carried over."""
+    rewrite_tensors(single, lambda tensors: tensors[name].view(-1)[-1].fill_(value))
+    refused(single, name, "model.safetensors", "NaN")
+
+
+@pytest.mark.parametrize("method", ["ep-camex", "namex"])
+def test_not_finite_where_nothing_is_solved(single: Path, method: str) -> None:
+    """Weights that are uniform or reused do not let it pass."""
+    name = "model.layers.3.mlp.experts.2.up_proj.weight"
+    rewrite_tensors(single, lambda tensors: tensors[name].view(-1)[3].fill_(float("nan")))
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")):
+        patch_checkpoint(single, single.parent / "out", Recipe(method=method))
+    assert not (single.parent / "out").exists()
+
+
+def test_not_finite_in_a_fused_tensor(tmp_path: Path) -> None:
+    """Named by layer, expert and projection, though the file has one tensor for all."""
+    source = odd_checkpoint(tmp_path / "model", "qwen2_moe", fuse=True, shards=1)
+    fill = float("nan")
+    rewrite_tensors(source, lambda ts: ts["model.layers.2.mlp.experts.gate_up_proj"][4, 9, 2].fill_(fill))
+    refused(source, "model.layers.2.mlp.experts.4.up_proj", "NaN")
+
+
+def test_unread_bytes_may_be_anything(single: Path) -> None:
+    """Integers are no numbers to check: a buffer of another dtype is carried over."""
+    buffer = torch.arange(-4, 4)
+    rewrite_tensors(single, lambda tensors: tensors.update({"model.buffer": buffer}))
+    patch_checkpoint(single, single.parent / "out")
+    assert torch.equal(read_tensors(single.parent / "out")["model.buffer"], buffer)
+
+
