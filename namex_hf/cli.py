@@ -7,16 +7,19 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from .checkpoint.companions import has_tokenizer
+from .checkpoint.folder import OutputFolder
 from .checkpoint.resolve import packaged_models, peek, resolve
 from .checkpoint.source import Checkpoint
 from .errors import NamexError, RecipeError
 from .patching.inspect import inspection
-from .patching.patch import describe, run_plan
+from .patching.patch import describe, rewrite_report, run_plan
 from .patching.plan import make_plan
 from .recipe import RULES, Recipe, read_yaml
 from .report.report import Report, layer_summary
@@ -54,7 +57,7 @@ def _run(parser: Parser, arguments: Sequence[str] | None, command: Callable[[arg
     options = parser.parse_args(arguments)
     try:
         return command(options)
-    except NamexError as error:
+    except (NamexError, OSError) as error:  # an OSError names its file itself
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -112,15 +115,20 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
 
 def _patch(options: argparse.Namespace) -> int:
     console = Console(stderr=True, quiet=options.quiet)
+    if options.quiet:
+        disable_progress_bars()  # of downloads
     recipe = recipe_of(options)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as)
+    folder = OutputFolder(options.out, plan.run)
     if options.dry_run:
+        # Whose run a folder is cannot be told from a Hub id's headers alone.
+        folder.check(options.overwrite or checkpoint.commit is not None)
         _print_dry_run(describe(plan, options.out), recipe)
         return 0
-    if describe(plan, options.out)["complete"]:
-        report = run_plan(plan, options.out, overwrite=options.overwrite)
-        console.print(f"{options.out} is complete: this model was patched with this recipe before")
+    if folder.complete:
+        run_plan(plan, options.out, overwrite=options.overwrite)
+        console.print(f"{escape(str(options.out))} is complete: this model was patched with this recipe before")
         return 0
     columns = (
         TextColumn("{task.description:>12}"),
@@ -129,7 +137,8 @@ def _patch(options: argparse.Namespace) -> int:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=options.quiet) as progress:
+    hidden = options.quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task("patching", total=None)
         report = run_plan(
             plan,
@@ -153,10 +162,12 @@ def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) 
     if checkpoint.size > SCORED_BYTES:
         console.print(f"{checkpoint.size / 1e9:.1f} GB is too large to score here: perplexity is skipped")
         return report
-    with console.status("perplexity before and after"):
-        report = report.with_perplexity(compare(checkpoint.folder, out, SCORED_TOKENS))
-    from .patching.patch import rewrite_report
-
+    try:
+        with console.status("perplexity before and after"):
+            report = report.with_perplexity(compare(checkpoint.folder, out, SCORED_TOKENS))
+    except Exception as error:  # whatever a foreign tokenizer raises: the patched folder itself is whole
+        console.print(f"perplexity cannot be measured and is skipped: {escape(f'{type(error).__name__}: {error}')}")
+        return report
     rewrite_report(out, report)
     return report
 
@@ -170,13 +181,13 @@ def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
     table.add_row("bytes out", _size(what["bytes_out"]))
     table.add_row("peak memory (estimate)", _size(what["peak_bytes"]))
     table.add_row("disk needed / free", f"{_size(what['space_needed'])} / {_size(what['free'])}")
-    table.add_row("files carried over", ", ".join(what["carried"]) or "none")
+    table.add_row("files carried over", escape(", ".join(what["carried"])) or "none")
     Console().print(table)
 
 
 def _print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
-    table = Table(title=f"{report.source['name']}: {recipe['method']}, {recipe['merge']}")
+    table = Table(title=f"{escape(report.source['name'])}: {recipe['method']}, {recipe['merge']}")
     for column in ("layer", "games", "status", "spread of weights", "residual", "seconds"):
         table.add_column(column, justify="left" if column == "status" else "right")
     for layer in map(layer_summary, report.layers):
@@ -197,7 +208,7 @@ def _print_report(report: Report, out: Path) -> None:
     totals = report.totals
     console.print(
         f"{_size(totals['bytes_in'])} in, {_size(totals['bytes_out'])} out, {totals['seconds']:.1f} s, "
-        f"peak memory {_size(totals['peak_resident_bytes'])}: [bold]{out}[/bold]",
+        f"peak memory {_size(totals['peak_resident_bytes'])}: [bold]{escape(str(out))}[/bold]",
         soft_wrap=True,
     )
 
@@ -205,7 +216,7 @@ def _print_report(report: Report, out: Path) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     table = Table(show_header=False, min_width=60)
     for name, value in inspection(peek(options.model, options.revision)).items():
-        table.add_row(name, _size(value) if name.startswith("bytes") else str(value))
+        table.add_row(name, _size(value) if name.startswith("bytes") else escape(str(value)))
     Console().print(table)
     return 0
 

@@ -22,3 +22,11 @@ class CheckpointError(NamexError):
 
 class OutputError(NamexError):
     """An output folder that cannot be used, or too little room for it."""
+
+
+class MissingExtraError(NamexError):
+    """A choice that needs packages which are not installed; the message names the extra that brings them."""
+
+    def __init__(self, what: str, extra: str):
+        super().__init__(f"{what} needs packages of an extra: pip install 'namex-hf[{extra}]'")
+        self.extra = extra

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from .folder import write_text
 
@@ -37,12 +38,21 @@ def has_tokenizer(folder: Path) -> bool:
     )
 
 
+def _json_object(data: bytes) -> dict[str, Any]:
+    """Empty for what is none: a broken file of small use is carried as it is, not a reason to refuse the weights."""
+    try:
+        values = json.loads(data)
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 def carry(folder: Path, out: Path) -> None:
     """Copy the companions; a tokenizer configuration that points to code of others loses the pointer."""
     for path in companions(folder):
         data = path.read_bytes()
         if path.name == "tokenizer_config.json":
-            values = json.loads(data)
+            values = _json_object(data)
             if values.pop("auto_map", None) is not None:
                 write_text(out / path.name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
                 continue

@@ -36,7 +36,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
             values = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
             continue
-        run = values if key is None else values.get(key)
+        run = values.get(key) if key and isinstance(values, dict) else values
         if isinstance(run, dict):
             return run
     return None
@@ -66,7 +66,7 @@ class OutputFolder:
             return
         if not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; --out needs a folder that is new, empty, or of the same run")
-        if not any(self.path.iterdir()):
+        if self._hardly_claimed():
             return
         found = read_run(self.path)
         if found is None:
@@ -122,9 +122,15 @@ class OutputFolder:
         """Take back what a run with bad input has written."""
         shutil.rmtree(self.path, ignore_errors=True)
 
+    def _hardly_claimed(self) -> bool:
+        """Whether there is nothing, or what a run leaves that was killed before it could say which run it is."""
+        start = {self.state, self.state / LOCK, self.state / (RUN + ".part")}
+        return set(self.path.rglob("*")) <= start
+
     def _empty(self) -> None:
         # Marked first as ours and as nobody's run: killed half-way, what is left over can pass for neither run's work.
         write_text(self.state / RUN, json.dumps({"overwritten": True}))
+        (self.path / CONFIG).unlink(missing_ok=True)  # no model any more, before a part of it goes
         for entry in self.path.iterdir():
             if entry.name != STATE:
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()

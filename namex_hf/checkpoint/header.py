@@ -69,7 +69,7 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
             entries = json.loads(file.read(length))
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name}: its header is no JSON ({error})") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path.name}: its header is {type(entries).__name__}; a JSON object is needed")

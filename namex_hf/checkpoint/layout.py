@@ -48,21 +48,24 @@ def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[
 
 
 def _split_fused(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> dict[str, TensorSpan]:
-    result = dict(spans)
+    whole, parts = dict(spans), {}
     for layer in shape.layers:
-        gate_up, down = result.pop(family.fused(layer, "gate_up_proj"), None), None
-        down = result.pop(family.fused(layer, "down_proj"), None)
+        gate_up = whole.pop(family.fused(layer, "gate_up_proj"), None)
+        down = whole.pop(family.fused(layer, "down_proj"), None)
         if gate_up is not None:
             _expect(gate_up, family.fused(layer, "gate_up_proj"), (shape.experts, 2 * shape.width, shape.hidden))
             for expert in range(shape.experts):
                 gate, up = slice(0, shape.width), slice(shape.width, 2 * shape.width)
-                result[family.expert(layer, expert, "gate_proj")] = gate_up.part(expert, gate)
-                result[family.expert(layer, expert, "up_proj")] = gate_up.part(expert, up)
+                parts[family.expert(layer, expert, "gate_proj")] = gate_up.part(expert, gate)
+                parts[family.expert(layer, expert, "up_proj")] = gate_up.part(expert, up)
         if down is not None:
             _expect(down, family.fused(layer, "down_proj"), (shape.experts, shape.hidden, shape.width))
             for expert in range(shape.experts):
-                result[family.expert(layer, expert, "down_proj")] = down.part(expert)
-    return result
+                parts[family.expert(layer, expert, "down_proj")] = down.part(expert)
+    for name in parts:
+        if name in whole:
+            raise CheckpointError(f"tensor {name} is there twice: by itself, and within a fused tensor")
+    return whole | parts
 
 
 def _expect(span: TensorSpan, name: str, shape: tuple[int, ...]) -> None:

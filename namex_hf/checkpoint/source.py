@@ -48,7 +48,7 @@ def read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text("utf-8"))
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read in {path.parent} ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path.name} is no JSON ({error})") from error
     if not isinstance(values, dict):
         raise CheckpointError(f"{path.name} holds {type(values).__name__}; a JSON object is needed")
@@ -73,7 +73,7 @@ def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> 
     if missing:
         raise CheckpointError(f"{INDEX} places {missing[0]} in {named[missing[0]]}, which does not hold it")
     shards = tuple(sorted({span.file for span in spans.values()}))
-    return Checkpoint(folder, config, shards, spans, commit, name or folder.name)
+    return Checkpoint(folder, config, shards, spans, commit, name or folder.name or folder.resolve().name)
 
 
 def _shards_named(folder: Path) -> dict[str, str]:

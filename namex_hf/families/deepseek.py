@@ -58,7 +58,11 @@ def zeros(config: Config) -> dict[str, tuple[int, ...]]:
         for i in range(config["num_hidden_layers"])
         for name, size in rows.items()
     }
-    return gates | ({} if config.get("attention_bias") else biases)
+    return gates | biases
+
+
+def refuse_as_qwen2_moe(config: Config) -> str | None:
+    return "'attention_bias' is true; Qwen2-MoE has no bias on o_proj" if config.get("attention_bias") else None
 
 
 FAMILY = Family(
@@ -71,5 +75,5 @@ FAMILY = Family(
     needs=("n_shared_experts", "num_attention_heads"),
     optional={"first_k_dense_replace": 0, "moe_layer_freq": 1},
     refuse=refuse,
-    as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, zeros),
+    as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, zeros, refuse_as_qwen2_moe),
 )

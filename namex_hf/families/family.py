@@ -39,6 +39,7 @@ class Reexpression:
     rename: Callable[[str], str]
     doubled: Callable[[str], bool]  # by the old name: tensors to be written times two
     zeros: Callable[[Config], dict[str, tuple[int, ...]]]  # tensors of zeros to be added
+    refuse: Callable[[Config], str | None]  # why a model of this configuration cannot be written so
 
 
 @dataclass(frozen=True)

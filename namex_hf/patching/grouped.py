@@ -42,6 +42,7 @@ class LayerMaker:
     advance: Advance
     layer: int | None = None
     merged: MergedLayer | None = None
+    room: dict[str, torch.Tensor] | None = None  # the latest layer's experts; groups of one are views of them
 
     def get(self, layer: int) -> MergedLayer:
         if self.layer != layer or self.merged is None:
@@ -59,7 +60,7 @@ class LayerMaker:
         plan, start = self.plan, time.perf_counter()
         router = self.reader.read(plan.spans[plan.family.router(layer)])
         norm = self.reader.read(plan.spans[plan.family.router_norm(layer)])
-        experts = read_experts(plan, self.reader, layer)
+        self.room = experts = read_experts(plan, self.reader, layer, self.room)
         later = [other for other in plan.shape.layers if other > layer]
         if later:
             self.reader.expect(plan.expert_spans(later[0]))

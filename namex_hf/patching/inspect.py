@@ -15,8 +15,8 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     config = checkpoint.config
     originals = {family.patched_type: name for name, family in FAMILIES.items()}
-    patched = config["model_type"] in originals if "model_type" in config else False
-    family = family_of({**config, "model_type": originals[config["model_type"]]} if patched else config)
+    found = config.get("model_type")
+    family = family_of({**config, "model_type": originals[found]} if found in [*originals] else config)
     shape = family.shape(config)
     spans = per_expert(checkpoint, family, shape)
     kinds = {"routed experts": 0, "base experts": 0, "shared experts": 0, "the rest": 0}
@@ -30,12 +30,13 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         else:
             kinds["the rest"] += span.size
     recipe = config.get("namex")
+    recipe = recipe if isinstance(recipe, dict) else {}
     fused = any(family.fused(layer, "gate_up_proj") in checkpoint.spans for layer in shape.layers)
     return {
         "model": checkpoint.name,
         "commit": checkpoint.commit or "none (local)",
         "family": family.model_type,
-        "patched": f"{recipe['merge']}, {recipe['method']}" if recipe else "no",
+        "patched": f"{recipe.get('merge')}, {recipe.get('method')}" if recipe else "no",
         **({"recipe": ", ".join(f"{name}={value}" for name, value in recipe.items())} if recipe else {}),
         "layers": f"{config['num_hidden_layers']}, of which {len(shape.layers)} are MoE",
         "experts a layer": f"{shape.experts} of width {shape.width}, top-{shape.top_k}",

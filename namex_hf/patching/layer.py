@@ -12,14 +12,21 @@ from ..merging.experts import NotFiniteError
 from .plan import Plan
 
 
-def read_experts(plan: Plan, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
-    """The routed experts of a layer by projection, stacked, in their own dtype. Every byte is read once."""
+def read_experts(
+    plan: Plan, reader: Reader, layer: int, room: dict[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The routed experts of a layer by projection, stacked, in their own dtype. Every byte is read once.
+
+    Args:
+        room: an earlier layer's tensors that nobody needs any more; they are filled again where they fit.
+    """
     stacked, places = {}, []
     for projection in PROJECTIONS:
-        first = plan.spans[plan.family.expert(layer, 0, projection)]
-        stacked[projection] = torch.empty((plan.shape.experts, *first.shape), dtype=first.dtype)
-        for expert in range(plan.shape.experts):
-            places.append((plan.spans[plan.family.expert(layer, expert, projection)], stacked[projection][expert]))
+        spans = [plan.spans[plan.family.expert(layer, e, projection)] for e in range(plan.shape.experts)]
+        shape, dtype = (len(spans), *spans[0].shape), spans[0].dtype
+        fits = room is not None and room[projection].dtype == dtype
+        stacked[projection] = room[projection] if room and fits else torch.empty(shape, dtype=dtype)
+        places += list(zip(spans, stacked[projection], strict=True))
     for span, target in sorted(places, key=lambda place: (place[0].file, place[0].begin)):
         reader.read_into(span, target)
     return stacked

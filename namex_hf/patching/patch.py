@@ -10,11 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
-
 from ..checkpoint.companions import carry, companions
 from ..checkpoint.folder import CONFIG, REPORT, STATE, OutputFolder, write_text
 from ..checkpoint.resolve import resolve
+from ..checkpoint.shard import write_tensors
 from ..checkpoint.source import INDEX, Checkpoint
 from ..errors import CheckpointError, OutputError
 from ..models import remote_code
@@ -23,7 +22,7 @@ from ..report.card import card
 from ..report.report import Report
 from .grouped import patch_grouped
 from .plan import Plan, make_plan
-from .residual import patch_residual
+from .residual import METADATA, patch_residual
 from .state import State
 
 Progress = Callable[[str, int, int], None]
@@ -149,9 +148,7 @@ def _write_companions(plan: Plan, out: Path, state: State, report: Report, weigh
         write_text(out / file.name, file.read_text("utf-8"))
     statistics = state.statistics()
     if statistics:
-        part = out / "namex_statistics.safetensors.part"
-        save_file(statistics, part)
-        part.replace(out / "namex_statistics.safetensors")
+        write_tensors(out / "namex_statistics.safetensors", statistics, METADATA)
     write_text(out / "namex_recipe.yaml", plan.recipe.to_yaml())
     write_text(out / "README.md", card(report, config))
     write_text(out / REPORT, report.to_json())
@@ -172,7 +169,6 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "free": shutil.disk_usage(place).free,
         "peak_bytes": plan.peak_bytes,
         "carried": [path.name for path in companions(plan.checkpoint.folder)],
-        "complete": (out / CONFIG).is_file(),
     }
 
 

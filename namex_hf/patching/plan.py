@@ -85,7 +85,8 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
-        config = {name: value for name, value in self.checkpoint.config.items() if name != "auto_map"}
+        foreign = ("auto_map", "_name_or_path")  # code of others, and a path on the machine of whoever saved it
+        config = {name: value for name, value in self.checkpoint.config.items() if name not in foreign}
         if self.recipe.merge == "grouped":
             config[self.family.experts_field] = self.kept
             config["num_experts_per_tok"] = min(self.shape.top_k, self.kept)
@@ -121,6 +122,8 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: str | int, exp
         raise RecipeError(
             f"--export-as writes a stock checkpoint: it needs merge 'grouped'; found merge={recipe.merge}"
         )
+    if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
+        raise FamilyError(f"--export-as {export_as}: config.json: {reason}")
     spans = per_expert(checkpoint, family, shape)
     return Plan(checkpoint, family, shape, recipe, spans, _bytes(shard_size), export_as)
 
@@ -129,8 +132,14 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
     """Check a recipe against the numbers of a model.
 
     Raises:
-        RecipeError: naming the field, its value, and what this model allows.
+        RecipeError: naming the field, its value, and what this model, or this machine, allows.
     """
+    try:
+        torch.ones((), device=recipe.device).item()
+    except (RuntimeError, AssertionError) as error:  # torch's answers to a device it has not
+        raise RecipeError(
+            f"recipe field 'device' is {recipe.device!r}; accepted: a torch device that this machine has, such as cpu"
+        ) from error
     if recipe.experts is not None and recipe.experts > shape.experts:
         raise RecipeError(f"recipe field 'experts' is {recipe.experts}; this model has {shape.experts} a layer")
     if recipe.base_index is not None and recipe.base_index >= shape.experts:

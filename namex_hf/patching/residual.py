@@ -73,12 +73,13 @@ def walk(plan: Plan, state: State, advance: Advance) -> None:
     choice, layers = propagation_of(plan.recipe), plan.shape.layers
     found = state.load_walk()
     position, base, weights = found if found is not None else (0, None, None)
+    experts = None
     with Reader() as reader:
         for done in layers[:position]:
             advance(f"layer {done}", plan.layer_bytes(done))
         for place, layer in list(enumerate(layers))[position:]:
             start = time.perf_counter()
-            experts = read_experts(plan, reader, layer)
+            experts = read_experts(plan, reader, layer, experts)
             if place + 1 < len(layers):
                 reader.expect(plan.expert_spans(layers[place + 1]))
             with named(plan, layer):
@@ -98,7 +99,6 @@ def walk(plan: Plan, state: State, advance: Advance) -> None:
             base, weights = step.next_base, step.weights
             state.save_walk(place + 1, base, weights)
             advance(f"layer {layer}", plan.layer_bytes(layer))
-            del experts  # before the next layer comes
 
 
 def base_items(plan: Plan, state: State) -> dict[int, list[Item]]:

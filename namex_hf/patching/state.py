@@ -1,15 +1,15 @@
 """What a run has finished, layer by layer, so that a killed one goes on where it was."""
 
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ..checkpoint.header import read_metadata
+from ..checkpoint.shard import write_tensors
 
 WALK = "walk.safetensors"
 
@@ -54,8 +54,4 @@ class State:
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    part = path.with_name(path.name + ".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part, {"record": json.dumps(record)})
-    with part.open("rb+") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    write_tensors(path, tensors, {"record": json.dumps(record)})

@@ -35,7 +35,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run namex-patch on bad input and return its complaint, after checking what holds for every one."""
 
     def run(model: object, *flags: str, out: Path | None = None) -> str:
-        before = {path for path in tmp_path.rglob("*")}
+        before = set(tmp_path.rglob("*"))
         try:
             status = cli.patch([str(model), "--out", str(out or tmp_path / "out"), *flags])
         except SystemExit as ended:  # argparse's own complaints
@@ -45,7 +45,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
         assert said.out == ""
         assert said.err.startswith("namex-patch: error: ")
         assert said.err.count("\n") == 1, said.err
-        assert {path for path in tmp_path.rglob("*")} == before, "something was left"
+        assert set(tmp_path.rglob("*")) == before, "something was left"
         return said.err
 
     return run

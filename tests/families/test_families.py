@@ -255,4 +255,10 @@ def test_zeros_that_the_form_of_qwen_adds(change: dict[str, Any], rows_of: tuple
     assert biases == {
         f"model.layers.{layer}.self_attn.{name}.bias": shape for layer in range(7) for name, shape in expected.items()
     }
-    assert form.zeros({**config, "attention_bias": True}) == gates
+
+
+def test_biases_on_the_output_projection_have_no_place_in_qwen():
+    form, config = FAMILIES["deepseek"].as_qwen2_moe, ROWS["deepseek"].config
+    assert form is not None
+    assert form.refuse(config) is form.refuse({**config, "attention_bias": False}) is None
+    assert "'attention_bias' is true" in str(form.refuse({**config, "attention_bias": True}))

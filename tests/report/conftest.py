@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+
+from namex_hf import patch_checkpoint
+from namex_hf.recipe import Recipe
+from tests.cli.toy import save_toy
+
+GROUPED = Recipe(merge="grouped", experts=5)
+FORMS = {
+    "qwen2_moe residual": ("qwen2_moe", Recipe(), None),
+    "qwen2_moe grouped": ("qwen2_moe", GROUPED, None),
+    "qwen2_moe sparse": ("qwen2_moe", Recipe(method="smoe"), None),
+    "deepseek residual": ("deepseek", Recipe(base="shared", every=2), None),
+    "deepseek grouped": ("deepseek", GROUPED, None),
+    "deepseek as qwen2_moe": ("deepseek", GROUPED, "qwen2_moe"),
+}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of everything here, by whose path a leak is known."""
+    return tmp_path_factory.mktemp("here-and-nowhere-else")
+
+
+@pytest.fixture(scope="session")
+def patched(root: Path) -> dict[str, Path]:
+    """Both families in every form."""
+    models = {family: save_toy(root / family, family, tokenizer=True) for family in ("qwen2_moe", "deepseek")}
+    folders = {}
+    for form, (family, recipe, export_as) in FORMS.items():
+        folders[form] = root / form.replace(" ", "-")
+        patch_checkpoint(models[family], folders[form], recipe, export_as=export_as)
+    return folders

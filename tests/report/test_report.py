@@ -1,0 +1,124 @@
+"""The record and the card of patched folders."""
+
+import json
+import struct
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from namex_hf.recipe import Recipe
+from namex_hf.report.card import card
+from namex_hf.report.report import Report, layer_summary
+from tests.report.conftest import FORMS
+
+NEEDS_CODE = ("qwen2_moe residual", "deepseek residual", "deepseek grouped")
+
+
+def forms() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("form", FORMS)
+
+
+def report_of(folder: Path) -> Report:
+    return Report.from_json((folder / "namex_report.json").read_text())
+
+
+@forms()
+def test_the_card_is_one_of_the_hub(patched: dict[str, Path], form: str):
+    family, recipe, _ = FORMS[form]
+    made = ModelCard.load(patched[form] / "README.md")
+    assert made.data.library_name == "transformers"
+    assert made.data.pipeline_tag == "text-generation"
+    assert made.data.tags == ["namex", "moe", "merge", family]
+    assert made.data.base_model is None  # a folder of this machine
+    assert yaml.safe_load(made.text.split("```yaml\n")[1].split("```")[0]) == recipe.to_dict()
+    assert recipe.method in made.text
+    rows = [line for line in made.text.splitlines() if line.startswith("| ") and line[2].isdigit()]
+    assert len(rows) == len(report_of(patched[form]).layers)
+
+
+@forms()
+def test_remote_code_is_asked_for_where_it_is_needed(patched: dict[str, Path], form: str):
+    text, config = (patched[form] / "README.md").read_text(), json.loads((patched[form] / "config.json").read_text())
+    assert ("trust_remote_code=True" in text) == ("auto_map" in config) == (form in NEEDS_CODE)
+    assert bool(list(patched[form].glob("*.py"))) == (form in NEEDS_CODE)
+
+
+@forms()
+def test_the_report_holds_what_was_decided(patched: dict[str, Path], form: str):
+    family, recipe, export_as = FORMS[form]
+    report = report_of(patched[form])
+    assert report.family == family
+    assert report.run["recipe"] == recipe.to_dict()
+    assert report.run["export_as"] == export_as
+    assert report.source["name"] == family
+    assert report.source["commit"] is None
+    assert report.source["fingerprint"] == report.run["source"]
+    layers = [] if recipe.method == "smoe" else [0, 1, 2] if family == "qwen2_moe" else [1, 2]
+    assert [layer["layer"] for layer in report.layers] == layers
+    assert {"namex_hf", "python", "torch", "transformers"} <= set(report.versions)
+    assert report.totals["bytes_in"] == report.source["bytes"]
+    weights = list(patched[form].glob("model*.safetensors"))
+    assert report.totals["files"] == len(weights)
+    assert report.totals["bytes_out"] == sum(path.stat().st_size for path in weights)
+    assert Report.from_json(report.to_json()) == report
+    for summary in map(layer_summary, report.layers):
+        assert set(summary["status"].split(", ")) <= {"agreement", "no_agreement", "no game", "reused", "uniform"}
+        assert summary["spread"] >= 0
+        assert summary["seconds"] >= 0
+
+
+def headers(path: Path) -> str:
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    return data[8 : 8 + length].decode()
+
+
+@forms()
+def test_no_local_path_is_left_anywhere(patched: dict[str, Path], root: Path, form: str):
+    for path in patched[form].rglob("*"):
+        text = headers(path) if path.suffix == ".safetensors" else path.read_text()
+        assert root.name not in text, path.name
+        assert str(Path.home()) + "/" not in text, path.name
+    assert not (patched[form] / ".namex").exists()
+
+
+def example(**changes: Any) -> Report:
+    values: dict[str, Any] = {
+        "run": {"recipe": Recipe().to_dict()},
+        "source": {"name": "somebody/model", "commit": "c" * 40},
+        "family": "qwen2_moe",
+        "layers": [],
+        "totals": {},
+    }
+    return Report(**(values | changes))
+
+
+def test_the_card_names_the_model_of_the_hub():
+    made = ModelCard(card(example(), {"auto_map": {}}))
+    assert made.data.base_model == "somebody/model"
+    assert "# model, patched by namex_hf" in made.text
+
+
+def test_the_card_shows_perplexity_where_it_was_measured():
+    assert "Perplexity" not in card(example(), {})
+    scored = example().with_perplexity({"prose": {"before": 12.345, "after": 13.0}})
+    assert "| prose | 12.35 | 13.00 |" in card(scored, {}) or "| prose | 12.34 | 13.00 |" in card(scored, {})
+    assert asdict(scored) | {"perplexity": None} == asdict(example())
+
+
+def test_a_layer_in_a_line():
+    games = [
+        {"status": "agreement", "spread": 0.2, "residual": 1e-12},
+        {"status": "no_agreement", "spread": 0.0, "residual": None},
+        {"status": "agreement", "spread": 0.1, "residual": 1e-9},
+    ]
+    summary = layer_summary({"layer": 4, "games": games, "seconds": 0.5, "groups": [[0, 1], [2]]})
+    assert (summary["layer"], summary["games"], summary["groups"]) == (4, 3, 2)
+    assert summary["status"] == "agreement, no_agreement"
+    assert (summary["spread"], summary["residual"]) == (0.2, 1e-9)
+    empty = layer_summary({"layer": 0, "games": [], "seconds": 0.1})
+    assert (empty["status"], empty["spread"], empty["residual"], empty["groups"]) == ("no game", 0.0, None, None)
