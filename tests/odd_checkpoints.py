@@ -96,48 +96,67 @@ def odd_config(family: str, dtype: torch.dtype, **changes: Any) -> dict[str, Any
     return {"model_type": family, **COMMON, **OWN[family], "torch_dtype": named, **changes}
 
 
+class Lot(Tensors):
+    """Tensors by name, drawn one after the other."""
+
+    def __init__(self, hidden: int, seed: int) -> None:
+        super().__init__()
+        self.hidden, self.draw = hidden, torch.Generator().manual_seed(seed)
+
+    def random(self, *shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=self.draw)
+
+    def linear(self, name: str, rows: int, columns: int) -> None:
+        self[f"{name}.weight"] = self.random(rows, columns) / columns**0.5
+
+    def mlp(self, name: str, inner: int) -> None:
+        self.linear(f"{name}.gate_proj", inner, self.hidden)
+        self.linear(f"{name}.up_proj", inner, self.hidden)
+        self.linear(f"{name}.down_proj", self.hidden, inner)
+
+    def norm(self, name: str) -> None:
+        self[f"{name}.weight"] = 1 + 0.1 * self.random(self.hidden)
+
+    def attention(self, name: str, biased: tuple[str, ...]) -> None:
+        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            self.linear(f"{name}.{projection}", self.hidden, self.hidden)
+            if projection in biased:
+                self[f"{name}.{projection}.bias"] = 0.1 * self.random(self.hidden)
+
+    def mixture(self, name: str, config: dict[str, Any]) -> None:
+        width, experts = config["moe_intermediate_size"], experts_of(config)
+        shared = config.get("shared_expert_intermediate_size") or width * config["n_shared_experts"]
+        self.linear(f"{name}.gate", experts, self.hidden)
+        self.mlp(f"{name}.{shared_name(config)}", shared)
+        if config["model_type"] == "qwen2_moe":
+            self.linear(f"{name}.shared_expert_gate", 1, self.hidden)
+        for expert in range(experts):
+            self.mlp(f"{name}.experts.{expert}", width)
+            for projection in PROJECTIONS:
+                tensor = f"{name}.experts.{expert}.{projection}.weight"
+                size = 0.3 + torch.rand((), generator=self.draw)
+                self[tensor] = size * self[tensor] + 0.5 * self[f"{name}.experts.0.{projection}.weight"]
+
+
 def odd_tensors(config: dict[str, Any], dtype: torch.dtype, seed: int = 0) -> Tensors:
     """Random tensors under the Hub's per-expert names; experts of a layer differ in size and share a common part."""
-    draw = torch.Generator().manual_seed(seed)
-    hidden, width, experts = config["hidden_size"], config["moe_intermediate_size"], experts_of(config)
-    shared = config.get("shared_expert_intermediate_size") or width * config.get("n_shared_experts", 0)
-    made: Tensors = {}
-
-    def linear(name: str, rows: int, columns: int) -> None:
-        made[f"{name}.weight"] = torch.randn(rows, columns, generator=draw) / columns**0.5
-
-    def mlp(name: str, inner: int) -> None:
-        linear(f"{name}.gate_proj", inner, hidden)
-        linear(f"{name}.up_proj", inner, hidden)
-        linear(f"{name}.down_proj", hidden, inner)
-
-    def norm(name: str) -> None:
-        made[f"{name}.weight"] = 1 + 0.1 * torch.randn(hidden, generator=draw)
-
-    made["model.embed_tokens.weight"] = torch.randn(config["vocab_size"], hidden, generator=draw)
+    made = Lot(config["hidden_size"], seed)
+    biased = ("q_proj", "k_proj", "v_proj") if config["model_type"] == "qwen2_moe" else ()
+    if config.get("attention_bias"):
+        biased = ("q_proj", "k_proj", "v_proj", "o_proj")
+    made["model.embed_tokens.weight"] = made.random(config["vocab_size"], config["hidden_size"])
     for layer in range(config["num_hidden_layers"]):
         name = f"model.layers.{layer}"
-        for projection in ("q_proj", "k_proj", "v_proj", "o_proj"):
-            linear(f"{name}.self_attn.{projection}", hidden, hidden)
-            if config["model_type"] == "qwen2_moe" and projection != "o_proj":
-                made[f"{name}.self_attn.{projection}.bias"] = 0.1 * torch.randn(hidden, generator=draw)
-        norm(f"{name}.input_layernorm")
-        norm(f"{name}.post_attention_layernorm")
-        if layer not in moe_layers(config):
-            mlp(f"{name}.mlp", config["intermediate_size"])
-            continue
-        linear(f"{name}.mlp.gate", experts, hidden)
-        mlp(f"{name}.mlp.{shared_name(config)}", shared)
-        if config["model_type"] == "qwen2_moe":
-            linear(f"{name}.mlp.shared_expert_gate", 1, hidden)
-        for expert in range(experts):
-            mlp(f"{name}.mlp.experts.{expert}", width)
-            for projection in PROJECTIONS:
-                tensor = f"{name}.mlp.experts.{expert}.{projection}.weight"
-                size = 0.3 + torch.rand((), generator=draw)
-                made[tensor] = size * made[tensor] + 0.5 * made[f"{name}.mlp.experts.0.{projection}.weight"]
-    norm("model.norm")
-    linear("lm_head", config["vocab_size"], hidden)
+        made.attention(f"{name}.self_attn", biased)
+        made.norm(f"{name}.input_layernorm")
+        made.norm(f"{name}.post_attention_layernorm")
+        if layer in moe_layers(config):
+            made.mixture(f"{name}.mlp", config)
+        else:
+            made.mlp(f"{name}.mlp", config["intermediate_size"])
+    made.norm("model.norm")
+    if not config["tie_word_embeddings"]:
+        made.linear("lm_head", config["vocab_size"], config["hidden_size"])
     return {name: tensor.to(dtype).contiguous() for name, tensor in made.items()}
 
 
@@ -234,9 +253,7 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     """Equal dtype, shape and bytes."""
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
-    return torch.equal(
-        one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8)
-    )
+    return torch.equal(one.contiguous().view(-1).view(torch.uint8), other.contiguous().view(-1).view(torch.uint8))
 
 
 def differing(one: Tensors, other: Tensors) -> list[str]:
@@ -258,7 +275,7 @@ def aligned(model: Any) -> Any:
 
 
 def settled_files(folder: Path) -> dict[str, bytes]:
-    """What has to be byte-identical however often a run was killed: weights, index, configuration, recipe, statistics."""
+    """What has to be byte-identical however often a run was killed: weights, index, config, recipe, statistics."""
     patterns: Iterable[str] = ("model*", "config.json", "namex_recipe.yaml", "namex_statistics.safetensors")
     return {path.name: path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
 

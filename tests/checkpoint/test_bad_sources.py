@@ -1,7 +1,6 @@
 """Bad checkpoints: each is answered by one `CheckpointError` that names the file or tensor, and no folder is left."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,7 +82,7 @@ def test_index_leaves_the_folder(sharded: Path, place: Any) -> None:
 
 def test_index_leaves_the_folder_for_a_file_that_is_there(sharded: Path) -> None:
     """It is the name that counts: a file outside is not read though it exists and would fit."""
-    os.rename(sharded / SHARD, sharded.parent / SHARD)
+    (sharded / SHARD).rename(sharded.parent / SHARD)
     edit_index(sharded, lambda names: names.update({t: f"../{f}" for t, f in names.items() if f == SHARD}))
     refused(sharded, INDEX, f"../{SHARD}")
 
@@ -303,11 +302,24 @@ def test_wrong_shape(single: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 def test_wrong_fused_shape(tmp_path: Path, name: str) -> None:
-    source, tensor = odd_checkpoint(tmp_path / "model", "deepseek", fuse=True, shards=1), f"model.layers.2.mlp.experts.{name}"
-    rewrite_tensors(source, lambda tensors: tensors.update({tensor: tensors[tensor].mT.contiguous()}))
+    source = odd_checkpoint(tmp_path / "model", "deepseek", fuse=True, shards=1)
+    tensor = f"model.layers.2.mlp.experts.{name}"
+    rewrite_tensors(source, lambda tensors: tensors.update({tensor: tensors[tensor].flatten(1)}))
     refused(source, tensor, "config.json")
     rewrite_tensors(source, lambda tensors: tensors.pop(tensor))
     refused(source, "model.layers.2.mlp.experts.0", "missing")
+
+
+def test_experts_in_both_layouts(single: Path) -> None:
+    """Which of the two is meant nobody can know: a tensor that is there twice is refused."""
+    name = "model.layers.2.mlp.experts"
+
+    def add(tensors: dict[str, torch.Tensor]) -> None:
+        downs = [tensors[f"{name}.{expert}.down_proj.weight"] for expert in range(7)]
+        tensors[f"{name}.down_proj"] = torch.stack(downs)
+
+    rewrite_tensors(single, add)
+    refused(single, f"{name}.0.down_proj.weight", "twice")
 
 
 def test_more_experts_than_counted(single: Path) -> None:
@@ -387,5 +399,3 @@ def test_unread_bytes_may_be_anything(single: Path) -> None:
     rewrite_tensors(single, lambda tensors: tensors.update({"model.buffer": buffer}))
     patch_checkpoint(single, single.parent / "out")
     assert torch.equal(read_tensors(single.parent / "out")["model.buffer"], buffer)
-
-

@@ -28,6 +28,7 @@ from odd_checkpoints import (
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, patch_checkpoint
+from namex_hf.errors import FamilyError
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -206,6 +207,17 @@ def test_export_as_qwen2_moe_opens_without_the_package(odd, tmp_path: Path) -> N
         assert type(native).__name__ == "DeepseekForCausalLM"
         with torch.no_grad():
             assert same_bits(native.eval()(TOKENS).logits, torch.load(tmp_path / f"stock_{name}" / "logits.pt"))
+
+
+def test_export_that_would_not_be_exact(odd, tmp_path: Path) -> None:
+    """A bias that the stock form has no place for: refused, not dropped; the native form takes it."""
+    source, recipe = odd("deepseek", torch.bfloat16, attention_bias=True), Recipe(merge="grouped", experts=4)
+    with pytest.raises(FamilyError, match="attention_bias"):
+        patch_checkpoint(source, tmp_path / "out", recipe, export_as="qwen2_moe")
+    assert not (tmp_path / "out").exists()
+    patch_checkpoint(source, tmp_path / "out", recipe)
+    _, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["unexpected_keys"]
 
 
 def test_statistics(odd, tmp_path: Path) -> None:
