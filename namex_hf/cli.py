@@ -206,6 +206,10 @@ def _print_report(report: Report, out: Path) -> None:
             scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{after / before:.3f}")
         console.print(scores)
     totals = report.totals
+    if "spectral_radius" in totals:
+        radius, over = totals["spectral_radius"], totals["spectral_radius_over_layers"]
+        warning = "" if radius < 1 else " [bold red]warning: 1 or more, the walk of the base does not settle[/bold red]"
+        console.print(f"spectral radius of the walk: {radius:.3f} a layer, {over:.3g} over its layers{warning}")
     console.print(
         f"{_size(totals['bytes_in'])} in, {_size(totals['bytes_out'])} out, {totals['seconds']:.1f} s, "
         f"peak memory {_size(totals['peak_resident_bytes'])}: [bold]{escape(str(out))}[/bold]",

@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
+from .momentum import parse_momentum
 
 UNSTORED = ("device",)
 BASES = re.compile(r"first|shared|mean|index:[0-9]{1,9}")
@@ -68,16 +69,31 @@ class Recipe:
         "simplex", ("simplex", "lemma"), "weights that sum to 1, or the raw solution of the bargaining equation"
     )
     gamma: float = _value(1.0, float, "step size of the base expert's propagation")
+    momentum: str = _choice(
+        "none", ("none", "complex", "quaternion"), "momentum of the base expert's walk (paper eq. 11, section 5)"
+    )
+    beta: str | None = _value(
+        None,
+        str,
+        "complex: 0.9, or 0.9,0.2618 (modulus, radians); quaternion: four numbers "
+        "(default: 0.9, or the paper's 0.8,0.3,0.3,0.3)",
+    )
+    solver: str = _choice(
+        "newton", ("newton", "ccp"), "of the bargaining equation; ccp: the paper's procedure, extra 'ccp'"
+    )
+    ccp_iterations: int = _value(2, int, "ccp: convex problems a game")
     every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
     seed: int = _value(0, int, "grouped: seed of the directions that the kept routed mass is estimated on")
     device: str = _value("cpu", str, "torch device of the arithmetic; never stored in outputs")
 
     def __post_init__(self) -> None:
+        if isinstance(self.beta, (int, float)) and not isinstance(self.beta, bool):  # YAML reads 0.9 as a number
+            object.__setattr__(self, "beta", str(self.beta))
         for spec in fields(self):
             _check_value(spec.name, getattr(self, spec.name), spec.metadata, spec.default)
         if self.gamma <= 0:
             raise RecipeError(f"recipe field 'gamma' is {self.gamma}; accepted: a number above 0")
-        for name in ("every", "experts"):
+        for name in ("every", "experts", "ccp_iterations"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")
@@ -91,6 +107,7 @@ class Recipe:
         for rule in RULES:
             if rule.broken(self):
                 raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
+        _ = self.complex_beta  # refuses what is none
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
@@ -117,6 +134,18 @@ class Recipe:
     def weights_by(self) -> str:
         """The weighting in force: the stated one, or what the method implies."""
         return self.weighting or ("uniform" if self.method == "ep-camex" else "nash")
+
+    @property
+    def complex_beta(self) -> complex:
+        """The momentum coefficient, of a quaternion its complex equivalent; 0 without momentum.
+
+        Raises:
+            RecipeError: a beta of another form, or of modulus 1 or more.
+        """
+        try:
+            return parse_momentum(self.momentum, self.beta).complex_beta
+        except ValueError as error:
+            raise RecipeError(f"recipe field 'beta'{str(error).removeprefix('beta')}") from error
 
     @property
     def base_index(self) -> int | None:
@@ -170,7 +199,13 @@ RULES: tuple[Rule, ...] = (
         ("merge",),
     ),
     *_rules_for(
-        ("base", "gamma"),
+        ("beta",),
+        lambda r: r.momentum != "none",
+        "belongs to a momentum",
+        ("momentum",),
+    ),
+    *_rules_for(
+        ("base", "gamma", "momentum"),
         lambda r: r.merge == "residual" and r.method != "smoe",
         "is a choice of the propagated base expert, which this recipe does not have",
         ("merge", "method"),
@@ -182,10 +217,21 @@ RULES: tuple[Rule, ...] = (
         ("merge", "method"),
     ),
     *_rules_for(
-        ("disagreement", "granularity", "scale"),
+        ("disagreement", "granularity", "scale", "solver"),
         lambda r: r.method != "smoe" and r.weights_by == "nash",
         "is a choice of the Nash bargain, which this recipe does not play",
         ("method",),
+    ),
+    *_rules_for(
+        ("ccp_iterations",),
+        lambda r: r.solver == "ccp",
+        "belongs to solver 'ccp'",
+        ("solver",),
+    ),
+    Rule(
+        lambda r: r.solver == "ccp" and r.disagreement == "mean",
+        "solver 'ccp' was published for the zero disagreement point alone",
+        ("solver", "disagreement"),
     ),
     Rule(
         lambda r: r.merge == "grouped" and r.scale == "lemma",

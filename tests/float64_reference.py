@@ -107,11 +107,35 @@ def first_base(folder: Path, layer: int, base: str) -> Matrices:
     return {name: experts[name][index] for name in PROJECTIONS}
 
 
+def quaternion_of(recipe: dict[str, Any]) -> tuple[float, ...]:
+    """Any momentum as a quaternion, taken literally: modulus and phase give its first two components."""
+    kind, beta = recipe.get("momentum", "none"), recipe.get("beta")
+    if kind == "none":
+        return (0.0, 0.0, 0.0, 0.0)
+    numbers = [float(part) for part in (beta or {"complex": "0.9", "quaternion": "0.8,0.3,0.3,0.3"}[kind]).split(",")]
+    if kind == "quaternion":
+        return tuple(numbers)
+    modulus, phase = [*numbers, 0.0][:2]
+    return (modulus * np.cos(phase), modulus * np.sin(phase), 0.0, 0.0)
+
+
+def quaternion_product(a: tuple[float, ...], b: np.ndarray) -> np.ndarray:
+    """Hamilton's product, components on the first axis of ``b``."""
+    return np.stack(
+        [
+            a[0] * b[0] - a[1] * b[1] - a[2] * b[2] - a[3] * b[3],
+            a[0] * b[1] + a[1] * b[0] + a[2] * b[3] - a[3] * b[2],
+            a[0] * b[2] - a[1] * b[3] + a[2] * b[0] + a[3] * b[1],
+            a[0] * b[3] + a[1] * b[2] - a[2] * b[1] + a[3] * b[0],
+        ]
+    )
+
+
 def base_experts(folder: Path, recipe: dict[str, Any]) -> dict[int, Matrices]:
     """E_m of every MoE layer, unrounded."""
     layers = moe_layers(read_config(folder))
     base = first_base(folder, layers[0], recipe.get("base", "first"))
-    result, weights = {}, {}
+    result, weights, buffers, beta = {}, {}, {}, quaternion_of(recipe)
     for position, layer in enumerate(layers):
         result[layer] = base
         experts = experts_at(folder, layer)
@@ -122,7 +146,9 @@ def base_experts(folder: Path, recipe: dict[str, Any]) -> dict[int, Matrices]:
                 weights[names] = game_weights(experts, base, names, recipe)
             for name in names:
                 step = sum(w * (expert - base[name]) for w, expert in zip(weights[names], experts[name], strict=True))
-                following[name] = base[name] + recipe.get("gamma", 1.0) * step
+                buffers[name] = quaternion_product(beta, buffers.get(name, np.zeros((4, *step.shape))))
+                buffers[name][0] += step
+                following[name] = base[name] + recipe.get("gamma", 1.0) * buffers[name][0]
         base = following
     return result
 

@@ -1,6 +1,6 @@
 """One expert out of a group, and one router row out of its rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from .experts import PROJECTIONS, Base, Experts, games_of, grams, weighted_step
 from .grouping import Groups
 from .record import game_record
-from .weightings import WEIGHTINGS, Weights
+from .weightings import WEIGHTINGS, Bargain, Weights
 
 
 @dataclass(frozen=True)
@@ -16,8 +16,7 @@ class Combination:
     """How the members of a group become one."""
 
     weighting: str = "nash"
-    disagreement: str = "zero"
-    granularity: str = "matrix"
+    rules: Bargain = field(default_factory=Bargain)
     device: str = "cpu"
 
 
@@ -32,7 +31,7 @@ def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype) -> W
     Args:
         gram: float64 ``[games, n, n]`` of the members' domain vectors around the first.
     """
-    found = WEIGHTINGS[choice.weighting](gram, choice.disagreement, "simplex", precision)
+    found = WEIGHTINGS[choice.weighting](gram, choice.rules, precision)
     if choice.weighting == "uniform":
         return found
     size = gram.shape[-1]
@@ -57,9 +56,9 @@ def merge_group(
         return {name: experts[name][members[0]] for name in PROJECTIONS}, []
     inside = {name: [experts[name][member] for member in members] for name in PROJECTIONS}
     base: Base = {name: inside[name][0].float() for name in PROJECTIONS}
-    gram = grams(inside, base, choice.granularity, choice.device)
+    gram = grams(inside, base, choice.rules.granularity, choice.device)
     weights = shares(gram, choice, inside["gate_proj"][0].dtype)
-    merged, games = {}, games_of(choice.granularity)
+    merged, games = {}, games_of(choice.rules.granularity)
     for index, game in enumerate(games):
         for name in game:
             step = weighted_step(inside[name], base[name], weights.values[index], choice.device)

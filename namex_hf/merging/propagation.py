@@ -1,13 +1,15 @@
 """The base expert's walk through the layers (paper eq. 3, 7 and 9)."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .experts import PROJECTIONS, Base, Experts, games_of, grams, weighted_step
+from .momentum import advance
 from .record import cosines, game_record
-from .weightings import WEIGHTINGS, Weights
+from .weightings import WEIGHTINGS, Bargain, Weights
 
 
 @dataclass(frozen=True)
@@ -15,11 +17,10 @@ class Propagation:
     """How the base expert moves from a layer to the next."""
 
     weighting: str = "nash"
-    disagreement: str = "zero"
-    granularity: str = "matrix"
-    scale: str = "simplex"
+    rules: Bargain = field(default_factory=Bargain)
     gamma: float = 1.0
     every: int | None = 1  # solve at every n-th MoE layer; None: at the first alone
+    beta: complex = 0j  # of the momentum; 0 without
     device: str = "cpu"
 
     def solves_at(self, position: int) -> bool:
@@ -28,45 +29,49 @@ class Propagation:
 
 
 @dataclass(frozen=True)
-class Step:
-    """One layer passed: the base of the next, the weights used, and the record."""
+class Walk:
+    """What the base expert takes from a MoE layer to the next."""
 
-    next_base: dict[str, torch.Tensor]
-    weights: torch.Tensor  # float64 [games, N]
+    base: Base  # E_m, float32, unrounded
+    weights: torch.Tensor | None = None  # float64 [games, N], of the layer where they were solved for last
+    momentum: Mapping[str, torch.Tensor] = field(default_factory=dict)  # buffers, float32
+
+
+@dataclass(frozen=True)
+class Step:
+    """One layer passed: on to the next, and what is written down."""
+
+    walk: Walk
     record: list[dict[str, Any]]
     cosines: torch.Tensor  # float32 [games, N, N]
 
 
-def propagate(
-    experts: Experts, base: Base, choice: Propagation, position: int, reused: torch.Tensor | None = None
-) -> Step:
-    """E_m' = E_m + gamma * sum_i w_i (E_i - E_m).
+def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int) -> Step:
+    """E_m' = E_m + gamma * sum_i w_i (E_i - E_m), or by way of a momentum buffer (paper eq. 11).
 
-    Without agreement the weights are zero and the base is carried on as it is.
+    Without agreement the weights are zero: the base is carried on as it is, or as its momentum carries it.
 
     Args:
         experts: the layer's, in their own dtype; read twice, once for the games and once for the step.
-        base: E_m of this layer, float32, unrounded.
+        walk: as the layer before left it. Its weights are reused, by expert index, where none are solved for. Expert
+            indices of different layers do not correspond; the paper reuses them so.
         position: of the layer among the MoE layers.
-        reused: weights of an earlier layer, by expert index, for where none are solved for. Expert indices of
-            different layers do not correspond; the paper reuses them so.
 
-    Memory: the next base in float32, and a chunk of every expert.
+    Memory: the step and the next base in float32, new momentum buffers, and a chunk of every expert.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    gram = grams(experts, base, choice.granularity, choice.device)
-    if reused is None or choice.solves_at(position):
+    gram = grams(experts, walk.base, choice.rules.granularity, choice.device)
+    if walk.weights is None or choice.solves_at(position):
         precision = experts["gate_proj"][0].dtype
-        weights = WEIGHTINGS[choice.weighting](gram, choice.disagreement, choice.scale, precision)
+        weights = WEIGHTINGS[choice.weighting](gram, choice.rules, precision)
     else:
         count = len(gram)
-        weights = Weights(reused, ("reused",) * count, (None,) * count, (None,) * count)
-    next_base, games = {}, games_of(choice.granularity)
-    for index, game in enumerate(games):
-        for name in game:
-            step = weighted_step(experts[name], base[name], weights.values[index], choice.device)
-            next_base[name] = base[name] + choice.gamma * step
+        weights = Weights(walk.weights, ("reused",) * count, (None,) * count, (None,) * count)
+    games = games_of(choice.rules.granularity)
+    of_game = {name: weights.values[index] for index, game in enumerate(games) for name in game}
+    step = {name: weighted_step(experts[name], walk.base[name], of_game[name], choice.device) for name in PROJECTIONS}
+    base, momentum = advance(walk.base, step, walk.momentum, choice.gamma, choice.beta)
     record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
-    return Step({name: next_base[name] for name in PROJECTIONS}, weights.values, record, cosines(gram))
+    return Step(Walk(base, weights.values, momentum), record, cosines(gram))

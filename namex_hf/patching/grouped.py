@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from .finite import check_finite
 from .layer import named, read_experts
 from .plan import LAYER, Plan, zero_items
-from .residual import METADATA, Advance, shard_names
+from .residual import METADATA, Advance, rules_of, shard_names
 from .state import State
 
 NUMBERS = re.compile(r"(\d+)")
@@ -26,7 +26,7 @@ NUMBERS = re.compile(r"(\d+)")
 
 def combination_of(recipe: Recipe) -> Combination:
     """How a recipe makes one expert of a group."""
-    return Combination(recipe.weights_by, recipe.disagreement, recipe.granularity, recipe.device)
+    return Combination(recipe.weights_by, rules_of(recipe), recipe.device)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from ..errors import FamilyError
 from ..families import PROJECTIONS, Family, MoeShape, family_of
 from ..merging.base import first_base
 from ..merging.groups import merge_layer
-from ..merging.propagation import propagate
+from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
 from ..recipe import Recipe
 from .grouped import combination_of
@@ -64,14 +64,14 @@ def _shared(block: Any, family: Family) -> dict[str, torch.Tensor]:
 
 
 def _add_bases(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
-    choice, bases, weights, base = propagation_of(recipe), {}, None, None
+    choice, bases, walk = propagation_of(recipe), {}, None
     for position, layer in enumerate(shape.layers):
         experts = _experts(_block(model, layer), shape.width)
-        if base is None:
-            base = first_base(recipe.base, experts, partial(_shared, _block(model, layer), family), shape.width)
-        bases[layer] = {name: base[name].to(experts[name].dtype) for name in PROJECTIONS}
-        step = propagate(experts, base, choice, position, weights)
-        base, weights = step.next_base, step.weights
+        if walk is None:
+            shared = partial(_shared, _block(model, layer), family)
+            walk = Walk(first_base(recipe.base, experts, shared, shape.width))
+        bases[layer] = {name: walk.base[name].to(experts[name].dtype) for name in PROJECTIONS}
+        walk = propagate(experts, walk, choice, position).walk
     patch_classes(model)
     for layer, stored in bases.items():
         expert = _block(model, layer).base_expert

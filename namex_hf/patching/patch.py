@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ..bargaining import spectral_radius
 from ..checkpoint.companions import carry, companions
 from ..checkpoint.folder import CONFIG, REPORT, STATE, OutputFolder, write_text
 from ..checkpoint.resolve import resolve
@@ -129,6 +130,8 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "tensors": len(weight_map),
         "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
     }
+    if plan.recipe.momentum != "none":
+        totals |= _stability(plan, state.records())
     source = {
         "name": plan.checkpoint.name,
         "commit": plan.checkpoint.commit,
@@ -136,6 +139,13 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "bytes": plan.checkpoint.size,
     }
     return Report(plan.run, source, plan.family.model_type, state.records(), totals)
+
+
+def _stability(plan: Plan, layers: list[dict[str, Any]]) -> dict[str, float]:
+    """How the walk's distance to its fixed point changes in a layer in the long run, and over this model's layers."""
+    sums = [sum(game["weights"]) for layer in layers for game in layer["games"]]
+    radius = spectral_radius(plan.recipe.complex_beta, plan.recipe.gamma, sum(sums) / len(sums))
+    return {"spectral_radius": radius, "spectral_radius_over_layers": radius ** len(layers)}
 
 
 def _write_companions(plan: Plan, out: Path, state: State, report: Report, weight_map: dict[str, str]) -> None:

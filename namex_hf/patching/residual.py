@@ -12,7 +12,8 @@ from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
 from ..families import PROJECTIONS
 from ..merging.base import first_base
-from ..merging.propagation import Propagation, propagate
+from ..merging.propagation import Propagation, Walk, propagate
+from ..merging.weightings import Bargain
 from ..recipe import Recipe
 from .finite import check_finite
 from .layer import named, read_experts, read_shared
@@ -23,15 +24,19 @@ Advance = Callable[[str, int], None]
 METADATA = {"format": "pt"}
 
 
+def rules_of(recipe: Recipe) -> Bargain:
+    """The rules of a recipe's games."""
+    return Bargain(recipe.disagreement, recipe.scale, recipe.granularity, recipe.solver, recipe.ccp_iterations)
+
+
 def propagation_of(recipe: Recipe) -> Propagation:
     """How a recipe moves its base expert."""
     return Propagation(
         weighting=recipe.weights_by,
-        disagreement=recipe.disagreement,
-        granularity=recipe.granularity,
-        scale=recipe.scale,
+        rules=rules_of(recipe),
         gamma=recipe.gamma,
         every=None if recipe.method == "namex" else recipe.every,
+        beta=recipe.complex_beta,
         device=recipe.device,
     )
 
@@ -62,17 +67,17 @@ def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance, sto
             advance("copying", target.stat().st_size)
 
 
-def walk(plan: Plan, state: State, advance: Advance) -> None:
+def walk_through(plan: Plan, state: State, advance: Advance) -> None:
     """Propagate the base expert through all MoE layers and leave each layer's base in the state folder.
 
-    Memory: one layer's experts in their own dtype, the base in float32 twice, one chunk.
+    Memory: one layer's experts in their own dtype, the base in float32 three times, momentum buffers, one chunk.
 
     Raises:
         CheckpointError: an expert holds NaN or infinity.
     """
     choice, layers = propagation_of(plan.recipe), plan.shape.layers
     found = state.load_walk()
-    position, base, weights = found if found is not None else (0, None, None)
+    position, walk = found if found is not None else (0, None)
     experts = None
     with Reader() as reader:
         for done in layers[:position]:
@@ -83,10 +88,10 @@ def walk(plan: Plan, state: State, advance: Advance) -> None:
             if place + 1 < len(layers):
                 reader.expect(plan.expert_spans(layers[place + 1]))
             with named(plan, layer):
-                if base is None:
+                if walk is None:
                     shared = partial(read_shared, plan, reader, layer)
-                    base = first_base(plan.recipe.base, experts, shared, plan.shape.width)
-                step = propagate(experts, base, choice, place, weights)
+                    walk = Walk(first_base(plan.recipe.base, experts, shared, plan.shape.width))
+                step = propagate(experts, walk, choice, place)
             dtype = experts["gate_proj"].dtype
             record = {
                 "layer": layer,
@@ -94,15 +99,15 @@ def walk(plan: Plan, state: State, advance: Advance) -> None:
                 "seconds": round(time.perf_counter() - start, 4),
                 "bytes": plan.layer_bytes(layer),
             }
-            stored = {f"base.{name}": base[name].to(dtype) for name in PROJECTIONS}
+            stored = {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
             state.save_layer(layer, stored | {"cosines": step.cosines}, record)
-            base, weights = step.next_base, step.weights
-            state.save_walk(place + 1, base, weights)
+            walk = step.walk
+            state.save_walk(place + 1, walk)
             advance(f"layer {layer}", plan.layer_bytes(layer))
 
 
 def base_items(plan: Plan, state: State) -> dict[int, list[Item]]:
-    """The base experts that `walk` left, as spans of the state files, by layer."""
+    """The base experts that `walk_through` left, as spans of the state files, by layer."""
     items = {}
     for layer in plan.shape.layers:
         spans = read_header(state.layer_file(layer))
@@ -125,7 +130,7 @@ def patch_residual(plan: Plan, folder: Path, state: State, advance: Advance) -> 
         try:
             check_finite(plan, advance)
             if merged:
-                walk(plan, state, advance)
+                walk_through(plan, state, advance)
         except BaseException:
             stop.set()  # bad input or an interrupt: no further shard is begun
             raise

@@ -10,6 +10,8 @@ from safetensors.torch import load_file
 
 from ..checkpoint.header import read_metadata
 from ..checkpoint.shard import write_tensors
+from ..merging.experts import PROJECTIONS
+from ..merging.propagation import Walk
 
 WALK = "walk.safetensors"
 
@@ -26,17 +28,19 @@ class State:
     def save_layer(self, layer: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         _save(self.layer_file(layer), tensors, record)
 
-    def save_walk(self, position: int, base: dict[str, torch.Tensor], weights: torch.Tensor) -> None:
-        """The base (float32) and the last weights on arrival at the ``position``-th MoE layer."""
-        _save(self.folder / WALK, {**base, "weights": weights}, {"position": position})
+    def save_walk(self, position: int, walk: Walk) -> None:
+        """The walk on arrival at the ``position``-th MoE layer."""
+        assert walk.weights is not None
+        tensors = {**walk.base, **walk.momentum, "weights": walk.weights}
+        _save(self.folder / WALK, tensors, {"position": position})
 
-    def load_walk(self) -> tuple[int, dict[str, torch.Tensor], torch.Tensor] | None:
+    def load_walk(self) -> tuple[int, Walk] | None:
         path = self.folder / WALK
         if not path.is_file():
             return None
         tensors = load_file(path)
-        weights = tensors.pop("weights")
-        return json.loads(read_metadata(path)["record"])["position"], tensors, weights
+        base, weights = {name: tensors.pop(name) for name in PROJECTIONS}, tensors.pop("weights")
+        return json.loads(read_metadata(path)["record"])["position"], Walk(base, weights, tensors)
 
     def records(self) -> list[dict[str, Any]]:
         """What was written down about each finished layer, in order."""

@@ -12,7 +12,8 @@ from namex_hf.merging.combine import Combination, average_rows, merge_group
 from namex_hf.merging.experts import PROJECTIONS, NotFiniteError, games_of, grams, weighted_step
 from namex_hf.merging.grouping import groups_by_weights
 from namex_hf.merging.mass import expected_mass
-from namex_hf.merging.propagation import Propagation, propagate
+from namex_hf.merging.propagation import Propagation, Walk, propagate
+from namex_hf.merging.weightings import Bargain
 
 WIDTH, HIDDEN = 5, 6
 GRANULARITIES = ("matrix", "expert")
@@ -39,9 +40,12 @@ def a_base(seed: int) -> dict[str, torch.Tensor]:
 CHOICES = st.builds(
     Propagation,
     weighting=st.sampled_from(["nash", "uniform"]),
-    disagreement=st.sampled_from(["zero", "mean"]),
-    granularity=st.sampled_from(GRANULARITIES),
-    scale=st.sampled_from(["simplex", "lemma"]),
+    rules=st.builds(
+        Bargain,
+        disagreement=st.sampled_from(["zero", "mean"]),
+        granularity=st.sampled_from(GRANULARITIES),
+        scale=st.sampled_from(["simplex", "lemma"]),
+    ),
     gamma=st.floats(0.1, 2),
 )
 
@@ -55,11 +59,11 @@ def test_scale_of_all_leaves_the_shares(choice: Propagation, count: int, seed: i
     experts = layer(count, seed)
     base = first(experts) if own else a_base(seed)
     larger = ({n: scale * t for n, t in experts.items()}, {n: scale * t for n, t in base.items()})
-    one, other = propagate(experts, base, choice, 0), propagate(*larger, choice, 0)
-    raw = choice.scale == "lemma" and choice.weighting == "nash"
-    torch.testing.assert_close(other.weights * (scale if raw else 1), one.weights, rtol=1e-4, atol=1e-6)
+    one, other = propagate(experts, Walk(base), choice, 0), propagate(larger[0], Walk(larger[1]), choice, 0)
+    raw = choice.rules.scale == "lemma" and choice.weighting == "nash"
+    torch.testing.assert_close(other.walk.weights * (scale if raw else 1), one.walk.weights, rtol=1e-4, atol=1e-6)
     for name in PROJECTIONS:
-        step, larger_step = one.next_base[name] - base[name], other.next_base[name] - larger[1][name]
+        step, larger_step = one.walk.base[name] - base[name], other.walk.base[name] - larger[1][name]
         torch.testing.assert_close(larger_step / (1 if raw else scale), step, rtol=1e-3, atol=1e-4)
 
 
@@ -68,23 +72,25 @@ def test_order_of_experts(choice: Propagation, count: int, seed: int, lot) -> No
     """Experts in another order: weights in that order, the same step of the base, the same cosines."""
     experts, base, order = layer(count, seed), a_base(seed), list(range(count))
     lot.shuffle(order)
-    one = propagate(experts, base, choice, 0)
-    other = propagate({name: tensor[order] for name, tensor in experts.items()}, base, choice, 0)
-    torch.testing.assert_close(other.weights, one.weights[:, order], rtol=1e-5, atol=1e-8)
+    one = propagate(experts, Walk(base), choice, 0)
+    other = propagate({name: tensor[order] for name, tensor in experts.items()}, Walk(base), choice, 0)
+    torch.testing.assert_close(other.walk.weights, one.walk.weights[:, order], rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(other.cosines, one.cosines[:, order][:, :, order], rtol=1e-5, atol=1e-6)
     for name in PROJECTIONS:
-        torch.testing.assert_close(other.next_base[name], one.next_base[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.walk.base[name], one.walk.base[name], rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(1, 9), st.integers(0, 99), st.sampled_from(GRANULARITIES), st.sampled_from(["zero", "mean"]))
 def test_weights_are_the_bargain(count: int, seed: int, granularity: str, point: str) -> None:
     """Against the reference's solution of K a = 1/a + d, and each weight where it belongs."""
     experts, base = layer(count, seed), a_base(seed)
-    found = propagate(experts, base, Propagation(granularity=granularity, disagreement=point, scale="lemma"), 0)
+    found = propagate(
+        experts, Walk(base), Propagation(rules=Bargain(granularity=granularity, disagreement=point, scale="lemma")), 0
+    )
     for index, names in enumerate(games({"granularity": granularity})):
         tau = np.concatenate([double(experts[n] - base[n]).reshape(count, -1) for n in names], axis=1)
         wanted = nash(tau @ tau.T, point == "mean")
-        np.testing.assert_allclose(found.weights[index].numpy(), wanted, rtol=1e-4)
+        np.testing.assert_allclose(found.walk.weights[index].numpy(), wanted, rtol=1e-4)
 
 
 @given(st.integers(2, 9), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -168,7 +174,9 @@ def test_merged_group(count: int, seed: int, weighting: str, point: str, granula
     """A group within a layer against the reference; shares are on the simplex, the first member's is 1/n."""
     experts = layer(count, seed)
     members = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=2)))
-    merged, records = merge_group(experts, tuple(members), Combination(weighting, point, granularity))
+    merged, records = merge_group(
+        experts, tuple(members), Combination(weighting, Bargain(point, granularity=granularity))
+    )
     recipe = {"weighting": weighting, "disagreement": point, "granularity": granularity}
     wanted = merged_group({name: double(tensor) for name, tensor in experts.items()}, members, recipe)
     for name in PROJECTIONS:
@@ -193,7 +201,7 @@ def test_members_that_pull_apart_fall_back() -> None:
     experts = {name: tensor.clone() for name, tensor in layer(3, 5).items()}
     for name in PROJECTIONS:
         experts[name][2] = 2 * experts[name][0] - experts[name][1]
-    merged, records = merge_group(experts, (0, 1, 2), Combination(granularity="expert"))
+    merged, records = merge_group(experts, (0, 1, 2), Combination(rules=Bargain(granularity="expert")))
     assert records[0]["status"] == "uniform_fallback"
     assert records[0]["weights"] == pytest.approx([1 / 3] * 3)
     for name in PROJECTIONS:
@@ -205,12 +213,12 @@ def test_not_finite_is_named(count: int, seed: int, name: str, value: str) -> No
     """The expert and projection with NaN or infinity in it, not one that it has spoilt."""
     experts, expert = layer(count, seed), seed % count
     experts[name].view(count, -1)[expert, -1] = float(value)
-    for choice in (Propagation(), Propagation(weighting="uniform"), Propagation(granularity="expert")):
+    for choice in (Propagation(), Propagation(weighting="uniform"), Propagation(rules=Bargain(granularity="expert"))):
         with pytest.raises(NotFiniteError) as caught:
-            propagate(experts, a_base(seed), choice, 0)
+            propagate(experts, Walk(a_base(seed)), choice, 0)
         assert (caught.value.expert, caught.value.projection) == (expert, name)
         with pytest.raises(NotFiniteError) as caught:
-            propagate(experts, a_base(seed), choice, 1, torch.full((3, count), 1 / count, dtype=torch.float64))
+            propagate(experts, Walk(a_base(seed), torch.full((3, count), 1 / count, dtype=torch.float64)), choice, 1)
         assert (caught.value.expert, caught.value.projection) == (expert, name)
 
 
@@ -218,12 +226,12 @@ def test_reused_weights_move_by_index() -> None:
     """Weights of an earlier layer are taken as they are, by expert index, and recorded as reused."""
     experts, base = layer(4, 1), a_base(1)
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 3, dtype=torch.float64)
-    step = propagate(experts, base, Propagation(every=2, gamma=0.5), 3, weights)
+    step = propagate(experts, Walk(base, weights), Propagation(every=2, gamma=0.5), 3)
     assert {game["status"] for game in step.record} == {"reused"}
     for name in PROJECTIONS:
         wanted = base[name] + 0.5 * (weights[0, :, None, None] * (experts[name] - base[name])).sum(0)
-        torch.testing.assert_close(step.next_base[name], wanted.float())
-    solved = propagate(experts, base, Propagation(every=2), 2, weights)
+        torch.testing.assert_close(step.walk.base[name], wanted.float())
+    solved = propagate(experts, Walk(base, weights), Propagation(every=2), 2)
     assert {game["status"] for game in solved.record} == {"agreement"}
 
 

@@ -26,6 +26,10 @@ ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
     ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 6}, {"method": "ep-camex"}),
     ("deepseek", torch.float32, {}, {"method": "ep-camex", "base": "mean", "gamma": 1.5}),
     ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 9, "mlp_only_layers": [1, 4]}, {"gamma": 0.7}),
+    ("qwen2_moe", torch.float32, {"num_hidden_layers": 6}, {"momentum": "complex"}),
+    ("deepseek", torch.float32, {"num_hidden_layers": 6}, {"momentum": "complex", "beta": "0.9,-0.5236", "gamma": 0.5}),
+    ("deepseek", torch.bfloat16, {"num_hidden_layers": 6}, {"momentum": "quaternion", "method": "namex"}),
+    ("qwen2_moe", torch.float32, {"num_hidden_layers": 6}, {"momentum": "quaternion", "method": "ep-camex"}),
 ]
 
 
@@ -51,6 +55,7 @@ def test_reference_would_notice(odd, tmp_path: Path) -> None:
     patch_checkpoint(source, tmp_path / "out", Recipe())
     written, last = read_tensors(tmp_path / "out"), "model.layers.3.mlp.base_expert.up_proj.weight"
     others = ({"base": "index:1"}, {"gamma": 0.999}, {"disagreement": "mean"}, {"granularity": "expert"})
+    others += ({"momentum": "complex", "beta": "0.01"}, {"momentum": "complex", "beta": "0.5,1.5"})
     for other in (*others, {"every": 2}, {"method": "namex"}, {"method": "ep-camex"}, {"scale": "lemma"}):
         with pytest.raises(AssertionError):
             assert_rounded(written[last], base_experts(source, other)[3]["up_proj"])
@@ -80,3 +85,24 @@ def test_report_tells_the_weights(odd, tmp_path: Path) -> None:
             assert game["residual"] < 1e-8
             assert sum(game["weights"]) == pytest.approx(1)
             assert (game["weights"][2] == 0) == (layer["layer"] == 0)
+
+
+def test_stability_is_reported(odd, tmp_path: Path) -> None:
+    """The spectral radius of the walk with this momentum, and its power over the MoE layers; none without momentum."""
+    source = odd("deepseek", torch.float32)
+    report = patch_checkpoint(source, tmp_path / "steady", Recipe(momentum="complex"))
+    assert report.totals["spectral_radius"] == pytest.approx(0.949, abs=1e-3)
+    assert report.totals["spectral_radius_over_layers"] == pytest.approx(0.949 ** len(report.layers), abs=1e-2)
+    report = patch_checkpoint(source, tmp_path / "growing", Recipe(momentum="quaternion"))
+    assert report.totals["spectral_radius"] == pytest.approx(1.036, abs=1e-3)
+    assert "spectral_radius" not in patch_checkpoint(source, tmp_path / "plain", Recipe()).totals
+
+
+def test_convex_concave_procedure_is_asked(odd, tmp_path: Path) -> None:
+    """Near the exact weights, as these games are easy, and not the exact solver's own."""
+    pytest.importorskip("cvxpy", reason="the extra 'ccp' is not installed")
+    source = odd("qwen2_moe", torch.float32)
+    exact = patch_checkpoint(source, tmp_path / "exact", Recipe()).layers[-1]["games"][0]["weights"]
+    recipe = Recipe(solver="ccp", ccp_iterations=20)
+    game = patch_checkpoint(source, tmp_path / "ccp", recipe).layers[-1]["games"][0]
+    assert 0 < max(abs(a - b) for a, b in zip(game["weights"], exact, strict=True)) < 1e-3

@@ -41,7 +41,7 @@ def weights(out: Path) -> dict[str, int]:
 @pytest.mark.parametrize(
     ("recipe", "options"),
     [
-        (Recipe(base="shared", every=2), {"shard_size": "60KB"}),
+        (Recipe(base="shared", every=2, momentum="quaternion"), {"shard_size": "60KB"}),
         (Recipe(merge="grouped", experts=4), {"shard_size": "200KB"}),
         (Recipe(merge="grouped", experts=2), {"shard_size": "300KB", "export_as": "qwen2_moe"}),
     ],

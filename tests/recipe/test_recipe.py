@@ -35,6 +35,11 @@ VALUES = [
     ("every", 24, {}),
     ("seed", 0, {}),
     ("seed", 17, GROUPED),
+    ("beta", "0.9", {"momentum": "complex"}),
+    ("beta", "0.9,0.2618", {"momentum": "complex"}),
+    ("beta", "0.8,0.3,0.3,0.3", {"momentum": "quaternion"}),
+    ("ccp_iterations", 2, {}),
+    ("ccp_iterations", 60, {"solver": "ccp"}),
     ("device", "cuda", {}),
 ]
 
@@ -43,6 +48,14 @@ def test_the_default_is_namex_full_in_residual_form():
     recipe = Recipe()
     assert (recipe.merge, recipe.method, recipe.routing) == ("residual", "namex-full", "linear")
     assert (recipe.disagreement, recipe.weights_by, recipe.base_index) == ("zero", "nash", 0)
+
+
+def test_beta_may_be_a_number_and_a_quaternion_becomes_complex(tmp_path: Path):
+    (tmp_path / "recipe.yaml").write_text("momentum: complex\nbeta: 0.5\n")
+    assert Recipe.from_yaml(tmp_path / "recipe.yaml") == Recipe(momentum="complex", beta="0.5")
+    assert Recipe(momentum="complex", beta="0.5").complex_beta == 0.5
+    assert Recipe(momentum="quaternion").complex_beta == pytest.approx(0.8 + 0.27**0.5 * 1j)
+    assert Recipe().complex_beta == 0
 
 
 def test_a_recipe_cannot_be_changed():
@@ -104,15 +117,21 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
         ("base", "index:-1", "first, shared, mean, index:K"),
         ("base", "index:one", "first, shared, mean, index:K"),
         ("base", "index:" + "9" * 5000, "first, shared, mean, index:K"),
+        ("beta", "1.0", "a modulus below 1"),
+        ("beta", "0.9;0.2", "0.9,0.2618"),
+        ("beta", "0.8,0.3,0.3,0.3", "0.9,0.2618"),
+        ("beta", True, "str"),
+        ("ccp_iterations", 0, "a whole number from 1"),
         ("device", 0, "str"),
     ],
 )
 def test_bad_values_are_answered_with_field_and_what_is_accepted(name: str, value: Any, accepted: str):
-    around = GROUPED if name == "seed" else {"merge": "grouped"} if name == "experts" else {}
+    neighbours = {"seed": GROUPED, "experts": {"merge": "grouped"}, "beta": {"momentum": "complex"}}
+    around = neighbours.get(name, {})
     with pytest.raises(RecipeError) as error:
         Recipe.from_dict({**around, name: value})
     assert f"'{name}'" in str(error.value)
-    assert "accepted" in str(error.value)
+    assert "accept" in str(error.value)
     assert accepted in str(error.value)
 
 
@@ -139,6 +158,11 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'disagreement' is a choice of the Nash": {"disagreement": "mean", "method": "ep-camex"},
     "'granularity' is a choice of the Nash": {"granularity": "expert", **GROUPED, "weighting": "uniform"},
     "'scale' is a choice of the Nash": {"scale": "lemma", "method": "smoe"},
+    "'beta' belongs": {"beta": "0.5"},
+    "'momentum' is a choice of the propagated": {"momentum": "complex", **GROUPED},
+    "'solver' is a choice of the Nash": {"solver": "ccp", "method": "ep-camex"},
+    "'ccp_iterations' belongs": {"ccp_iterations": 5},
+    "solver 'ccp' was published for": {"solver": "ccp", "disagreement": "mean"},
     "merge 'grouped' replaces its members": {"scale": "lemma", **GROUPED},
 }
 # A field with one value cannot differ from its default; the table has its line for the values to come.
@@ -170,6 +194,8 @@ def test_every_rule_is_broken_above():
         {"method": "smoe"},
         {**GROUPED, "weighting": "nash", "disagreement": "mean", "granularity": "expert", "seed": 3},
         {"every": 3, "device": "cuda:1"},
+        {"momentum": "quaternion", "solver": "ccp", "ccp_iterations": 5},
+        {"momentum": "complex", "beta": "0.9,-0.5236"},
     ],
 )
 def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, Any]):
@@ -250,6 +276,8 @@ SENSIBLE = st.fixed_dictionaries(
             "gamma": st.floats(0, 4),
             "every": st.integers(0, 30),
             "seed": st.integers(0, 9),
+            "beta": st.sampled_from(("0.9", "1.1", "0.5,0.5", "0.1,0.2,0.3,0.4")),
+            "ccp_iterations": st.integers(0, 9),
             "device": st.just("cpu"),
         }[name]
         for name, spec in SPECS.items()
@@ -267,3 +295,13 @@ def test_any_values_build_or_are_refused_as_a_recipe(values: dict[str, Any]):
     assert not any(rule.broken(recipe) for rule in RULES)
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == Recipe.from_dict({**values, "device": "cpu"})
     assert recipe.weights_by in ("nash", "uniform")
+
+
+def test_the_docs_print_the_fields_and_the_validity_table():
+    page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text("utf-8")
+    for name, spec in SPECS.items():
+        assert f"| `{name}` |" in page
+        for choice in spec.metadata.get("choices", ()):
+            assert f"`{choice}`" in page
+    for rule in RULES:
+        assert f"| {rule.message} |" in page

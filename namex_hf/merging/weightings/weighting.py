@@ -16,9 +16,20 @@ class Weights:
     iterations: tuple[int | None, ...]
 
 
+@dataclass(frozen=True)
+class Bargain:
+    """The rules of a game."""
+
+    disagreement: str = "zero"
+    scale: str = "simplex"
+    granularity: str = "matrix"
+    solver: str = "newton"
+    ccp_iterations: int = 2
+
+
 class Weighting(Protocol):
     """A function of the Gram matrices alone."""
 
-    def __call__(self, gram: torch.Tensor, disagreement: str, scale: str, precision: torch.dtype) -> Weights:
+    def __call__(self, gram: torch.Tensor, rules: Bargain, precision: torch.dtype) -> Weights:
         """``gram``: float64 ``[games, N, N]``; ``precision``: the dtype that the players' vectors were stored in."""
         ...
