@@ -42,9 +42,12 @@ ROWS: dict[str, Change] = {
     "EP-CAMEx, residual": patched(method="ep-camex"),
     "NAMEx, residual": patched(method="namex"),
     "NAMEx-Full, residual": patched(),
+    "NAMEx-Full, residual, momentum 0.9": patched(momentum="complex"),
 }
 MORE: dict[str, Change] = {
     "NAMEx-Full, residual, mean disagreement": patched(disagreement="mean"),
+    "NAMEx-Full, residual, momentum 0.9, pi/12": patched(momentum="complex", beta="0.9,0.2618"),
+    "NAMEx-Full, residual, the paper's quaternion": patched(momentum="quaternion"),
     "NAMEx-Full, residual, base: shared": patched(base="shared"),
     "EP-CAMEx, 12 of 16": patched(merge="grouped", experts=12, method="ep-camex"),
     "NAMEx-Full, 12 of 16": patched(merge="grouped", experts=12),

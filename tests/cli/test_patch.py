@@ -122,8 +122,13 @@ def test_flags_go_before_the_recipe_file(toy: Path, tmp_path: Path):
 def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags = "--merge grouped --method namex-full --weighting nash --experts 4 --grouping weights --routing linear "
     flags += "--disagreement mean --base first --granularity expert --scale simplex --gamma 1 --every 1 --seed 3"
-    flags += " --device cpu"
-    assert {flag for flag in flags.split() if flag.startswith("--")} == {f"--{spec.name}" for spec in fields(Recipe)}
+    flags += " --device cpu --momentum none --solver newton --ccp-iterations 2"
+    walking = "--momentum complex --beta 0.9,0.25 --quiet"
+    given = {flag for flag in f"{flags} {walking}".split() if flag.startswith("--")}
+    assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in fields(Recipe)}
+    assert ran(toy, "--out", tmp_path / "walking", *walking.split()) == 0
+    config = json.loads((tmp_path / "walking" / "config.json").read_text())
+    assert config["namex"] == Recipe(momentum="complex", beta="0.9,0.25").to_dict()
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     wanted = Recipe(merge="grouped", experts=4, weighting="nash", disagreement="mean", granularity="expert", seed=3)
@@ -226,3 +231,14 @@ def test_the_model_is_left_as_it_was(copied: Path, tmp_path: Path):
     assert ran(copied, "--out", tmp_path / "out", "--quiet") == 0
     assert files(copied) == before
     shutil.rmtree(tmp_path / "out")
+
+
+def test_momentum_tells_whether_the_walk_settles(toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert ran(toy, "--out", tmp_path / "steady", "--momentum", "complex") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "spectral radius of the walk: 0.949 a layer" in said
+    assert "warning" not in said
+    assert ran(toy, "--out", tmp_path / "growing", "--momentum", "quaternion") == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "spectral radius of the walk: 1.036 a layer" in said
+    assert "warning: 1 or more" in said
