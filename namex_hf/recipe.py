@@ -136,6 +136,11 @@ class Recipe:
         return self.weighting or ("uniform" if self.method == "ep-camex" else "nash")
 
     @property
+    def has_base(self) -> bool:
+        """Whether a base expert walks through the layers and is stored in each."""
+        return self.merge != "grouped" and self.method != "smoe"
+
+    @property
     def complex_beta(self) -> complex:
         """The momentum coefficient, of a quaternion its complex equivalent; 0 without momentum.
 
@@ -206,14 +211,14 @@ RULES: tuple[Rule, ...] = (
     ),
     *_rules_for(
         ("base", "gamma", "momentum"),
-        lambda r: r.merge == "residual" and r.method != "smoe",
+        lambda r: r.has_base,
         "is a choice of the propagated base expert, which this recipe does not have",
         ("merge", "method"),
     ),
     *_rules_for(
         ("every",),
-        lambda r: r.merge == "residual" and r.method == "namex-full",
-        "belongs to method 'namex-full' with merge 'residual'",
+        lambda r: r.has_base and r.method == "namex-full",
+        "belongs to method 'namex-full' and a propagated base expert",
         ("merge", "method"),
     ),
     *_rules_for(

@@ -18,8 +18,8 @@ from ..recipe import Recipe
 from .finite import check_finite
 from .layer import named, read_experts
 from .plan import LAYER, Plan, zero_items
-from .residual import METADATA, Advance, rules_of, shard_names
 from .state import State
+from .walk import METADATA, Advance, rules_of, shard_names
 
 NUMBERS = re.compile(r"(\d+)")
 

@@ -15,7 +15,7 @@ from ..models.convert import patch_classes
 from ..recipe import Recipe
 from .grouped import combination_of
 from .plan import check_fit
-from .residual import propagation_of
+from .walk import propagation_of
 
 
 @torch.no_grad()
@@ -27,7 +27,8 @@ def patch_model(model: Any, recipe: Recipe | None = None) -> Any:
     Args:
         model: a ``*ForCausalLM`` of a supported family.
 
-    Memory: beyond the model one base expert a layer (``residual``), or the merged experts of one layer (``grouped``).
+    Memory: beyond the model one base expert a layer (where the recipe has one), or the merged experts of one layer
+    (``grouped``).
 
     Raises:
         FamilyError: the model is of no supported family.
@@ -42,7 +43,7 @@ def patch_model(model: Any, recipe: Recipe | None = None) -> Any:
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
     if recipe.merge == "grouped":
         _group(model, family, shape, recipe)
-    elif recipe.method != "smoe":
+    elif recipe.has_base:
         _add_bases(model, family, shape, recipe)
     model.config.namex = recipe.to_dict()
     return model

@@ -23,8 +23,8 @@ from ..report.card import card
 from ..report.report import Report
 from .grouped import patch_grouped
 from .plan import Plan, make_plan
-from .residual import METADATA, patch_residual
 from .state import State
+from .walk import METADATA, patch_walking
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, the bytes worked through, and the bytes of the whole run."""
@@ -78,7 +78,7 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
     with folder.claimed(overwrite):
         state = State(out / STATE)
         try:
-            patch = patch_grouped if plan.recipe.merge == "grouped" else patch_residual
+            patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
             weight_map = patch(plan, out, state, _counting(plan, progress))
         except CheckpointError:
             folder.remove()

@@ -60,8 +60,8 @@ class Plan:
 
     @property
     def base_bytes(self) -> int:
-        """Bytes of all base experts of a residual result."""
-        if self.recipe.merge != "residual" or self.recipe.method == "smoe":
+        """Bytes of all base experts of the result."""
+        if not self.recipe.has_base:
             return 0
         return sum(self.layer_bytes(layer) for layer in self.shape.layers) // self.shape.experts
 
@@ -90,7 +90,7 @@ class Plan:
         if self.recipe.merge == "grouped":
             config[self.family.experts_field] = self.kept
             config["num_experts_per_tok"] = min(self.shape.top_k, self.kept)
-        elif self.recipe.method != "smoe":
+        elif self.recipe.has_base:
             config["model_type"] = self.family.patched_type
         if self.export_as:
             reexpression = FAMILIES[self.family.model_type].as_qwen2_moe
@@ -151,7 +151,7 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
             f"recipe field 'base' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of the "
             f"routed width {shape.width}"
         )
-    if recipe.merge == "residual" and recipe.method != "smoe" and shape.renormalises:
+    if recipe.merge == "residual" and recipe.has_base and shape.renormalises:
         raise RecipeError(
             "merge 'residual' gives the base expert the mass that top-k leaves over; this model has norm_topk_prob = "
             "true and leaves none"

@@ -1,4 +1,4 @@
-"""``merge: residual`` out of core: every shard is carried over, and a base expert per layer is added."""
+"""Recipes with a base expert, out of core: every shard is carried over, and each layer's base is added."""
 
 import time
 from collections.abc import Callable
@@ -115,13 +115,12 @@ def base_items(plan: Plan, state: State) -> dict[int, list[Item]]:
     return items
 
 
-def patch_residual(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
     """Write all shards; returns the weight map (tensor name to file name).
 
     The copy runs beside the arithmetic: one waits for the disk, the other for the processor.
     """
-    merged = plan.recipe.method != "smoe"
-    packs = _packs(plan) if merged else []
+    packs = _packs(plan) if plan.recipe.has_base else []
     names = shard_names(len(plan.checkpoint.shards) + len(packs))
     carried = len(plan.checkpoint.shards)
     stop = Event()
@@ -129,13 +128,13 @@ def patch_residual(plan: Plan, folder: Path, state: State, advance: Advance) -> 
         copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop)
         try:
             check_finite(plan, advance)
-            if merged:
+            if packs:
                 walk_through(plan, state, advance)
         except BaseException:
             stop.set()  # bad input or an interrupt: no further shard is begun
             raise
         copying.result()
-    if merged:
+    if packs:
         items = base_items(plan, state)
         with Reader() as reader:
             for pack, name in zip(packs, names[carried:], strict=True):
