@@ -152,11 +152,20 @@ def train(name: str, work: Path, steps: int, tokens: int, tokenizer: PreTrainedT
     return model
 
 
+def make_plain(folder: Path) -> None:
+    """Leave a folder as a family's stock checkpoint is: without code and without a pointer to code."""
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("auto_map", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for path in folder.glob("*.py"):
+        path.unlink()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(SEEDS))
     parser.add_argument("--work", type=Path, default=Path("packaged/work"), help="sources, states, result")
-    parser.add_argument("--steps", type=int, default=3600)
+    parser.add_argument("--steps", type=int, default=3600, help="of the packaged models: 3600")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens a step")
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
@@ -164,8 +173,10 @@ def main() -> None:
     corpora.fetch(arguments.work / "sources")
     tokenizer = data.build_tokenizer(arguments.work / "sources", CONTEXT)
     model = train(arguments.name, arguments.work, arguments.steps, arguments.tokens, tokenizer)
-    model.to(torch.bfloat16).save_pretrained(arguments.work / arguments.name)
-    tokenizer.save_pretrained(arguments.work / arguments.name)
+    out = arguments.work / arguments.name
+    model.to(torch.bfloat16).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    make_plain(out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""The packaged models, as a newcomer uses them."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import namex_hf
+from namex_hf import cli, load_patched
+from namex_hf.checkpoint.resolve import packaged_models
+from namex_hf.scoring.compare import load
+
+MODELS = {"tiny": ("qwen2_moe", 5), "tiny-deepseek": ("deepseek", 4)}
+DOMAINS = ["arithmetic", "code", "dictionary", "manual", "prose", "mean"]
+PACKAGED = Path(namex_hf.__file__).parent / "packaged"
+
+
+def test_both_are_there():
+    assert packaged_models() == sorted(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_they_are_plain_folders_of_the_hub(name: str, capsys: pytest.CaptureFixture[str]):
+    folder = PACKAGED / name
+    family, layers = MODELS[name]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["model_type"] == family
+    assert not {"namex", "auto_map", "_name_or_path"} & set(config)
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 16 << 20
+    assert not list(folder.glob("*.py"))
+    assert "/" not in (folder / "tokenizer_config.json").read_text().replace("<|", "").replace("</", "")
+    assert cli.inspect([name]) == 0
+    said = capsys.readouterr().out
+    assert family in said
+    assert f"of which {layers} are MoE" in said
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_default_patch_from_beginning_to_end(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.patch([name, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert all(domain in said for domain in DOMAINS)
+    report = json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    assert report["source"]["name"] == name
+    assert len(report["layers"]) == MODELS[name][1]
+    assert list(report["perplexity"]) == DOMAINS
+    mean = report["perplexity"]["mean"]
+    assert 1 < mean["before"] < 40
+    assert 0.8 < mean["after"] / mean["before"] < 1.25
+    model = load_patched(tmp_path / "out", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    inputs = tokenizer("Question: Anna has 4 apples", return_tensors="pt")
+    output = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    assert tokenizer.decode(output[0]).startswith("Question: Anna has 4 apples")
+
+
+def test_half_of_a_deepseek_opens_as_stock_qwen(tmp_path: Path):
+    flags = ["--merge", "grouped", "--experts", "8", "--export-as", "qwen2_moe", "--quiet"]
+    assert cli.patch(["tiny-deepseek", "--out", str(tmp_path / "half"), *flags]) == 0
+    model = load(tmp_path / "half")
+    assert type(model).__module__.startswith("transformers.models.qwen2_moe")
+    assert model(input_ids=torch.arange(20)[None]).logits.isfinite().all()
+
+
+def test_a_bare_name_is_the_packaged_model_and_a_path_is_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """So the result may have the model's own name, and the command can be given again."""
+    monkeypatch.chdir(tmp_path)
+    command = ["tiny", "--out", "tiny", "--method", "ep-camex"]
+    assert cli.patch([*command, "--quiet"]) == 0
+    assert cli.patch(command) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert cli.patch(["./tiny", "--out", "other"]) == 2
+    assert "patched already" in capsys.readouterr().err
+
+
+def test_help_names_them(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit):
+        cli.patch(["--help"])
+    assert "tiny, tiny-deepseek" in capsys.readouterr().out
