@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer
@@ -65,15 +66,14 @@ def main() -> None:
     tokens, count = (2048, 32) if arguments.quick else (None, None)
     rows = ROWS if arguments.quick else ROWS | MORE
     texts, problems = held_out_texts(), held_out_problems()[:count]
-    console = Console()
+    console = Console(width=120)
     for name in arguments.models:
         folder = local_folder(name)
         assert folder is not None
         original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
         shown = f"the first {tokens} tokens" if tokens else "all"
-        table = Table(
-            title=f"{name}: perplexity on {shown} of each held-out text; word problems exact, of {len(problems)}"
-        )
+        title = f"{name}: perplexity on {shown} of each held-out text; word problems exact, of {len(problems)}"
+        table = Table(title=title, box=box.MARKDOWN)
         for column in ("", *texts, "mean", "exact"):
             table.add_column(column, justify="right" if column else "left")
         for row, change in rows.items():

@@ -38,9 +38,10 @@ class Recipe:
 
     merge: str = _choice(
         "residual",
-        ("residual", "grouped"),
+        ("residual", "soft", "grouped"),
         "where the merged expert acts. residual: top-k experts stay and the base expert takes the mass that top-k "
-        "leaves over; grouped: experts are clustered and each group becomes one, a smaller stock checkpoint",
+        "leaves over; soft: one merged expert processes a causal segment (paper eq. 9); grouped: experts are clustered "
+        "and each group becomes one, a smaller stock checkpoint",
     )
     method: str = _choice(
         "namex-full",
@@ -82,6 +83,14 @@ class Recipe:
         "newton", ("newton", "ccp"), "of the bargaining equation; ccp: the paper's procedure, extra 'ccp'"
     )
     ccp_iterations: int = _value(2, int, "ccp: convex problems a game")
+    eta: float = _value(1.0, float, "soft: step size of the merge")
+    segment: int = _value(64, int, "soft: tokens that share a merged expert")
+    top_k: int | None = _value(None, int, "soft: experts a token counts for (default: the model's own number)")
+    routing_span: str = _choice(
+        "all",
+        ("all", "previous", "prompt"),
+        "soft: which tokens route a segment: all before it, the segment before it, or (after the prompt) the prompt",
+    )
     every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
     seed: int = _value(0, int, "grouped: seed of the directions that the kept routed mass is estimated on")
     device: str = _value("cpu", str, "torch device of the arithmetic; never stored in outputs")
@@ -91,19 +100,9 @@ class Recipe:
             object.__setattr__(self, "beta", str(self.beta))
         for spec in fields(self):
             _check_value(spec.name, getattr(self, spec.name), spec.metadata, spec.default)
-        if self.gamma <= 0:
-            raise RecipeError(f"recipe field 'gamma' is {self.gamma}; accepted: a number above 0")
-        for name in ("every", "experts", "ccp_iterations"):
-            number = getattr(self, name)
-            if number is not None and number < 1:
-                raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")
-        if not 0 <= self.seed < 1 << 64:
-            raise RecipeError(f"recipe field 'seed' is {self.seed}; accepted: a whole number from 0 below 2**64")
-        if not BASES.fullmatch(self.base):
-            raise RecipeError(
-                f"recipe field 'base' is {self.base!r}; accepted: first, shared, mean, index:K with K from 0"
-            )
-        object.__setattr__(self, "gamma", float(self.gamma))  # 1 and 1.0 are stored alike
+        for name in ("gamma", "eta"):  # 1 and 1.0 are stored alike
+            object.__setattr__(self, name, float(getattr(self, name)))
+        _check_ranges(self)
         for rule in RULES:
             if rule.broken(self):
                 raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
@@ -188,8 +187,8 @@ RULES: tuple[Rule, ...] = (
         ("experts",),
     ),
     Rule(
-        lambda r: r.method == "smoe" and r.merge == "grouped",
-        "method 'smoe' merges nothing, so nothing can be grouped",
+        lambda r: r.method == "smoe" and r.merge != "residual",
+        "method 'smoe' merges nothing: it leaves the experts and 'merge' alone",
         ("method", "merge"),
     ),
     Rule(
@@ -201,6 +200,12 @@ RULES: tuple[Rule, ...] = (
         ("experts", "weighting", "grouping", "seed"),
         lambda r: r.merge == "grouped",
         "belongs to merge 'grouped'",
+        ("merge",),
+    ),
+    *_rules_for(
+        ("eta", "segment", "top_k", "routing_span"),
+        lambda r: r.merge == "soft",
+        "belongs to merge 'soft'",
         ("merge",),
     ),
     *_rules_for(
@@ -275,3 +280,19 @@ def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -
     known = isinstance(value, accepted) and not isinstance(value, bool)
     if not known or (kind is float and not abs(value) <= sys.float_info.max):
         raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: a finite {kind.__name__}")
+
+
+def _check_ranges(recipe: Recipe) -> None:
+    for name in ("gamma", "eta"):
+        if getattr(recipe, name) <= 0:
+            raise RecipeError(f"recipe field '{name}' is {getattr(recipe, name)}; accepted: a number above 0")
+    for name in ("every", "experts", "ccp_iterations", "segment", "top_k"):
+        number = getattr(recipe, name)
+        if number is not None and number < 1:
+            raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")
+    if not 0 <= recipe.seed < 1 << 64:
+        raise RecipeError(f"recipe field 'seed' is {recipe.seed}; accepted: a whole number from 0 below 2**64")
+    if not BASES.fullmatch(recipe.base):
+        raise RecipeError(
+            f"recipe field 'base' is {recipe.base!r}; accepted: first, shared, mean, index:K with K from 0"
+        )

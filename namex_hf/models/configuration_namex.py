@@ -1,27 +1,73 @@
 """Configurations of the patched models: the family's own fields, and the recipe under ``namex``."""
 
-from typing import Any, ClassVar
+import math
+from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 
 from .configuration_deepseek import DeepseekConfig
 
+SPANS = ("all", "previous", "prompt")
 
-def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool) -> None:
-    """Refuse what the residual block cannot compute; no recipe means its default, ``merge: residual``.
+
+class SoftChoice(NamedTuple):
+    """The fields of the recipe that ``merge: soft`` reads."""
+
+    eta: float
+    """Step of the merge."""
+    segment: int
+    """Tokens that share a merged expert."""
+    top_k: int | None
+    """Experts a token counts for; None: the model's own number."""
+    span: str
+    """Whose routing a segment's expert is made from: `SPANS`."""
+
+
+def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
+    """What a recipe says about ``merge: soft``, with its defaults; None where it states another merge."""
+    if recipe is None or recipe.get("merge") != "soft":
+        return None
+    return SoftChoice(
+        recipe.get("eta", 1.0), recipe.get("segment", 64), recipe.get("top_k"), recipe.get("routing_span", "all")
+    )
+
+
+def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: int | None = None) -> None:
+    """Refuse what the blocks cannot compute; no recipe means its default, ``merge: residual``.
 
     Raises:
-        ValueError: another merge, or a router that renormalises its top-k.
+        ValueError: another merge, a router that renormalises its top-k under ``residual``, or a field of ``soft`` out
+            of range (`experts` is the bound of its ``top_k``).
     """
     merge = (recipe or {}).get("merge", "residual")
-    if merge != "residual":
-        raise ValueError(f"namex.merge is {merge!r}; this model class computes 'residual' only")
-    if norm_topk_prob:
+    if merge == "residual" and norm_topk_prob:
         raise ValueError(
             "norm_topk_prob is true: the top-k weights then sum to 1 and leave no mass for the base expert of "
             "'merge: residual'; accepted is norm_topk_prob: false"
         )
+    choice = soft_choice(recipe)
+    if choice is not None:
+        _check_soft(choice, experts)
+    elif merge != "residual":
+        raise ValueError(f"namex.merge is {merge!r}; this model class computes 'residual' and 'soft' only")
+
+
+def _check_soft(choice: SoftChoice, experts: int | None) -> None:
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+    number = isinstance(choice.eta, (int, float)) and not isinstance(choice.eta, bool)
+    if not (number and math.isfinite(choice.eta)):
+        raise ValueError(f"namex.eta is {choice.eta!r}; accepted: a finite number")
+    if not whole(choice.segment):
+        raise ValueError(f"namex.segment is {choice.segment!r}; accepted: a whole number from 1")
+    if choice.top_k is not None and not (whole(choice.top_k) and choice.top_k <= (experts or choice.top_k)):
+        raise ValueError(
+            f"namex.top_k is {choice.top_k!r}; accepted: a whole number from 1 to {experts or 'all'} experts"
+        )
+    if choice.span not in SPANS:
+        raise ValueError(f"namex.routing_span is {choice.span!r}; accepted: {', '.join(SPANS)}")
 
 
 @strict
@@ -38,7 +84,7 @@ class NamexQwen2MoeConfig(Qwen2MoeConfig):
     namex: dict | None = None
 
     def __post_init__(self, **kwargs):
-        check_merge(self.namex, self.norm_topk_prob)
+        check_merge(self.namex, self.norm_topk_prob, self.num_experts)
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -61,7 +107,7 @@ class NamexDeepseekConfig(DeepseekConfig):
     namex: dict | None = None
 
     def __post_init__(self, **kwargs):
-        check_merge(self.namex, self.norm_topk_prob)
+        check_merge(self.namex, self.norm_topk_prob, self.num_experts)
         super().__post_init__(**kwargs)
 
 

@@ -9,22 +9,25 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
-from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig, check_merge
+from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig, check_merge, soft_choice
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekMoeBlock
 from .modeling_namex_deepseek import (
     NamexDeepseekDecoderLayer,
     NamexDeepseekForCausalLM,
     NamexDeepseekModel,
     NamexDeepseekMoeBlock,
+    SoftDeepseekMoeBlock,
 )
 from .modeling_namex_qwen2_moe import (
     NamexQwen2MoeDecoderLayer,
     NamexQwen2MoeForCausalLM,
     NamexQwen2MoeModel,
     NamexQwen2MoeSparseMoeBlock,
+    SoftQwen2MoeSparseMoeBlock,
 )
+from .soft import SoftExperts
 
-FORMS: dict[type, tuple[type, type, type, type, type, type]] = {
+FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
     Qwen2MoeForCausalLM: (
         NamexQwen2MoeConfig,
         NamexQwen2MoeForCausalLM,
@@ -32,6 +35,7 @@ FORMS: dict[type, tuple[type, type, type, type, type, type]] = {
         NamexQwen2MoeDecoderLayer,
         Qwen2MoeSparseMoeBlock,
         NamexQwen2MoeSparseMoeBlock,
+        SoftQwen2MoeSparseMoeBlock,
     ),
     DeepseekForCausalLM: (
         NamexDeepseekConfig,
@@ -40,24 +44,31 @@ FORMS: dict[type, tuple[type, type, type, type, type, type]] = {
         NamexDeepseekDecoderLayer,
         DeepseekMoeBlock,
         NamexDeepseekMoeBlock,
+        SoftDeepseekMoeBlock,
     ),
 }
 
 
-def patch_classes(model: Any) -> None:
+def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
     """Give every MoE block of `model` a base expert (not yet initialised) and its modules their patched classes.
+
+    Args:
+        model: of a class in `FORMS`.
+        namex: the recipe, which becomes ``model.config.namex``; its `merge` decides on the class of the blocks, and
+            its other fields on how a ``soft`` one works. None: ``residual``.
 
     Raises:
         TypeError: the model is of none of the classes that have a patched form.
-        ValueError: its router renormalises the top-k, so that no mass is left for a base expert.
+        ValueError: the patched form does not fit it, such as a router that renormalises the top-k under ``residual``.
     """
     if type(model) not in FORMS:
         accepted = ", ".join(known.__name__ for known in FORMS)
         raise TypeError(f"found a {type(model).__name__}; accepted: {accepted}")
-    check_merge(None, model.config.norm_topk_prob)
-    config, causal_lm, inner, layer_class, block, patched_block = FORMS[type(model)]
+    check_merge(namex, model.config.norm_topk_prob, model.config.num_experts)
+    config, causal_lm, inner, layer_class, block, residual_block, soft_block = FORMS[type(model)]
+    soft = soft_choice(namex) is not None
     model.config.__class__ = config  # one object, shared by all modules
-    model.config.namex = None
+    model.config.namex = namex
     model.__class__, model.model.__class__ = causal_lm, inner
     for part in (model, model.model):
         # transformers looks up by the class's name what to record, and enters it only when a model is constructed;
@@ -67,10 +78,13 @@ def patch_classes(model: Any) -> None:
         layer.__class__ = layer_class
         mlp: Any = layer.mlp
         if type(layer.mlp) is block:
-            mlp.__class__ = patched_block
+            mlp.__class__ = soft_block if soft else residual_block
             weight = mlp.gate.weight
             expert = Qwen2MoeMLP(model.config, intermediate_size=model.config.moe_intermediate_size)
             mlp.base_expert = expert.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+            if soft:
+                mlp.experts.__class__ = SoftExperts
+                mlp.route_softly(model.config)
 
 
 __all__ = ["patch_classes"]

@@ -1,4 +1,4 @@
-"""Qwen2-MoE with a base expert that takes the mass which top-k leaves over (``model_type: namex_qwen2_moe``).
+"""Qwen2-MoE with a base expert in every MoE layer, under ``merge: residual`` or ``soft`` (``namex_qwen2_moe``).
 
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """
@@ -22,8 +22,11 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_namex import NamexQwen2MoeConfig
+from .configuration_namex import NamexQwen2MoeConfig, soft_choice
 from .residual import ResidualRouting
+from .soft import SegmentedLayer, SegmentedModel, SoftRouting
+from .soft_cache import LayerMemory
+from .soft_segments import Segments
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
 register_checkpoint_conversion_mapping(
@@ -45,13 +48,28 @@ class NamexQwen2MoeSparseMoeBlock(ResidualRouting, Qwen2MoeSparseMoeBlock):
         return (self.routed(flat) + shared).view_as(hidden_states)
 
 
-class NamexQwen2MoeDecoderLayer(Qwen2MoeDecoderLayer):
+class SoftQwen2MoeSparseMoeBlock(SoftRouting, Qwen2MoeSparseMoeBlock):
+    """One merged expert a segment, and the gated shared expert as in the original."""
+
+    def __init__(self, config: NamexQwen2MoeConfig):
+        super().__init__(config)
+        self.add_soft(config)
+
+    def forward(self, hidden_states: torch.Tensor, segments: Segments, memory: LayerMemory | None) -> torch.Tensor:
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
+        return (self.routed(flat, segments, memory) + shared).view_as(hidden_states)
+
+
+class NamexQwen2MoeDecoderLayer(SegmentedLayer, Qwen2MoeDecoderLayer):
     mlp: nn.Module
 
     def __init__(self, config: NamexQwen2MoeConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if isinstance(self.mlp, Qwen2MoeSparseMoeBlock):
-            self.mlp = NamexQwen2MoeSparseMoeBlock(config)
+            soft = soft_choice(config.namex) is not None
+            self.mlp = SoftQwen2MoeSparseMoeBlock(config) if soft else NamexQwen2MoeSparseMoeBlock(config)
 
 
 class NamexQwen2MoePreTrainedModel(Qwen2MoePreTrainedModel):
@@ -71,7 +89,7 @@ class NamexQwen2MoePreTrainedModel(Qwen2MoePreTrainedModel):
         return True
 
 
-class NamexQwen2MoeModel(NamexQwen2MoePreTrainedModel, Qwen2MoeModel):
+class NamexQwen2MoeModel(SegmentedModel, NamexQwen2MoePreTrainedModel, Qwen2MoeModel):
     def __init__(self, config: NamexQwen2MoeConfig):
         super(Qwen2MoeModel, self).__init__(config)  # past the parent's, which would build Qwen's layers
         self.padding_idx = config.pad_token_id

@@ -73,7 +73,7 @@ def _add_bases(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> N
             walk = Walk(first_base(recipe.base, experts, shared, shape.width))
         bases[layer] = {name: walk.base[name].to(experts[name].dtype) for name in PROJECTIONS}
         walk = propagate(experts, walk, choice, position).walk
-    patch_classes(model)
+    patch_classes(model, recipe.to_dict())
     for layer, stored in bases.items():
         expert = _block(model, layer).base_expert
         for name in PROJECTIONS:

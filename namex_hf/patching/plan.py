@@ -142,6 +142,8 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
         ) from error
     if recipe.experts is not None and recipe.experts > shape.experts:
         raise RecipeError(f"recipe field 'experts' is {recipe.experts}; this model has {shape.experts} a layer")
+    if recipe.top_k is not None and recipe.top_k > shape.experts:
+        raise RecipeError(f"recipe field 'top_k' is {recipe.top_k}; this model has {shape.experts} experts a layer")
     if recipe.base_index is not None and recipe.base_index >= shape.experts:
         raise RecipeError(
             f"recipe field 'base' is {recipe.base!r}; accepted here: index:0 to index:{shape.experts - 1}"

@@ -8,6 +8,7 @@ from .report import Report, layer_summary
 
 TITLES = {
     "residual": "top-k experts as they were, and a propagated base expert for the mass that top-k leaves over",
+    "soft": "one merged expert processes the tokens of a causal segment",
     "grouped": "fewer experts: each is made of a group of the original's",
 }
 

@@ -80,4 +80,4 @@ def test_a_bare_name_is_the_packaged_model_and_a_path_is_the_folder(
 def test_help_names_them(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.patch(["--help"])
-    assert "tiny, tiny-deepseek" in capsys.readouterr().out
+    assert "tiny,tiny-deepseek" in "".join(capsys.readouterr().out.split())

@@ -123,12 +123,14 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags = "--merge grouped --method namex-full --weighting nash --experts 4 --grouping weights --routing linear "
     flags += "--disagreement mean --base first --granularity expert --scale simplex --gamma 1 --every 1 --seed 3"
     flags += " --device cpu --momentum none --solver newton --ccp-iterations 2"
-    walking = "--momentum complex --beta 0.9,0.25 --quiet"
+    flags += " --routing-span all"
+    walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
     given = {flag for flag in f"{flags} {walking}".split() if flag.startswith("--")}
     assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in fields(Recipe)}
     assert ran(toy, "--out", tmp_path / "walking", *walking.split()) == 0
     config = json.loads((tmp_path / "walking" / "config.json").read_text())
-    assert config["namex"] == Recipe(momentum="complex", beta="0.9,0.25").to_dict()
+    wanted = Recipe(merge="soft", momentum="complex", beta="0.9,0.25", eta=0.5, segment=8, top_k=2)
+    assert config["namex"] == wanted.to_dict()
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     wanted = Recipe(merge="grouped", experts=4, weighting="nash", disagreement="mean", granularity="expert", seed=3)

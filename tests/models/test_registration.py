@@ -65,6 +65,9 @@ def test_remote_code_lists_what_travels():
         "configuration_namex.py",
         "modeling_namex_qwen2_moe.py",
         "residual.py",
+        "soft.py",
+        "soft_cache.py",
+        "soft_segments.py",
     ]
     assert names["namex_deepseek"] == [
         "configuration_deepseek.py",
@@ -72,6 +75,9 @@ def test_remote_code_lists_what_travels():
         "modeling_deepseek.py",
         "modeling_namex_deepseek.py",
         "residual.py",
+        "soft.py",
+        "soft_cache.py",
+        "soft_segments.py",
     ]
     for kind, (config, model, causal_lm) in CLASSES.items():
         for auto, cls in (("AutoConfig", config), ("AutoModel", model), ("AutoModelForCausalLM", causal_lm)):

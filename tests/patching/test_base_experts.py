@@ -7,8 +7,10 @@ import pytest
 import torch
 from float64_reference import assert_rounded, base_experts
 from odd_checkpoints import PROJECTIONS, read_tensors
+from transformers import AutoModelForCausalLM
 
-from namex_hf import Recipe, patch_checkpoint
+from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
+from namex_hf.models.modeling_namex_deepseek import SoftDeepseekMoeBlock
 
 ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
     ("qwen2_moe", torch.bfloat16, {}, {}),
@@ -106,3 +108,22 @@ def test_convex_concave_procedure_is_asked(odd, tmp_path: Path) -> None:
     recipe = Recipe(solver="ccp", ccp_iterations=20)
     game = patch_checkpoint(source, tmp_path / "ccp", recipe).layers[-1]["games"][0]
     assert 0 < max(abs(a - b) for a, b in zip(game["weights"], exact, strict=True)) < 1e-3
+
+
+def test_soft_has_the_bases_of_residual_and_its_own_class(odd, tmp_path: Path) -> None:
+    """The merge decides where the base acts, not what it is; the folder and the live model agree bit for bit."""
+    source = odd("deepseek", torch.float32)
+    patch_checkpoint(source, tmp_path / "residual", Recipe(base="shared"))
+    recipe = Recipe(merge="soft", base="shared", segment=4, eta=0.5)
+    patch_checkpoint(source, tmp_path / "soft", recipe)
+    one, other = read_tensors(tmp_path / "residual"), read_tensors(tmp_path / "soft")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    loaded = load_patched(tmp_path / "soft")
+    live = patch_model(AutoModelForCausalLM.from_pretrained(source), recipe)
+    assert type(loaded.model.layers[1].mlp) is type(live.model.layers[1].mlp) is SoftDeepseekMoeBlock
+    ids = torch.arange(2, 22)[None]
+    for model in (loaded, live):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()  # out of the file's mapping, whose alignment rounds otherwise
+    assert torch.equal(loaded(input_ids=ids).logits, live(input_ids=ids).logits)

@@ -13,6 +13,7 @@ from namex_hf.errors import NamexError, RecipeError
 from namex_hf.recipe import RULES, Recipe, read_yaml
 
 GROUPED = {"merge": "grouped", "experts": 4}
+SOFT = {"merge": "soft"}
 SPECS = {spec.name: spec for spec in fields(Recipe)}
 CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.metadata.get("choices", ())]
 # What a value needs around it to mean something.
@@ -20,6 +21,8 @@ AROUND: dict[str, dict[str, Any]] = {
     "grouped": {"experts": 4},
     "uniform": GROUPED,
     "nash": GROUPED,
+    "previous": SOFT,
+    "prompt": SOFT,
 }
 VALUES = [
     ("experts", 1, {"merge": "grouped"}),
@@ -35,6 +38,9 @@ VALUES = [
     ("every", 24, {}),
     ("seed", 0, {}),
     ("seed", 17, GROUPED),
+    ("eta", 0.5, SOFT),
+    ("segment", 16, SOFT),
+    ("top_k", 2, SOFT),
     ("beta", "0.9", {"momentum": "complex"}),
     ("beta", "0.9,0.2618", {"momentum": "complex"}),
     ("beta", "0.8,0.3,0.3,0.3", {"momentum": "quaternion"}),
@@ -117,6 +123,10 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
         ("base", "index:-1", "first, shared, mean, index:K"),
         ("base", "index:one", "first, shared, mean, index:K"),
         ("base", "index:" + "9" * 5000, "first, shared, mean, index:K"),
+        ("eta", 0, "a number above 0"),
+        ("segment", 0, "a whole number from 1"),
+        ("top_k", 0, "a whole number from 1"),
+        ("top_k", "2", "int"),
         ("beta", "1.0", "a modulus below 1"),
         ("beta", "0.9;0.2", "0.9,0.2618"),
         ("beta", "0.8,0.3,0.3,0.3", "0.9,0.2618"),
@@ -127,6 +137,7 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
 )
 def test_bad_values_are_answered_with_field_and_what_is_accepted(name: str, value: Any, accepted: str):
     neighbours = {"seed": GROUPED, "experts": {"merge": "grouped"}, "beta": {"momentum": "complex"}}
+    neighbours |= {"eta": SOFT, "segment": SOFT, "top_k": SOFT}
     around = neighbours.get(name, {})
     with pytest.raises(RecipeError) as error:
         Recipe.from_dict({**around, name: value})
@@ -135,7 +146,7 @@ def test_bad_values_are_answered_with_field_and_what_is_accepted(name: str, valu
     assert accepted in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["metod", "", "Merge", "top_k", 7, None])
+@pytest.mark.parametrize("name", ["metod", "", "Merge", "curvature", 7, None])
 def test_unknown_fields_are_answered_with_the_known_ones(name: Any):
     with pytest.raises(RecipeError) as error:
         Recipe.from_dict({name: 1})
@@ -158,6 +169,10 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'disagreement' is a choice of the Nash": {"disagreement": "mean", "method": "ep-camex"},
     "'granularity' is a choice of the Nash": {"granularity": "expert", **GROUPED, "weighting": "uniform"},
     "'scale' is a choice of the Nash": {"scale": "lemma", "method": "smoe"},
+    "'eta' belongs": {"eta": 0.5},
+    "'segment' belongs": {"segment": 16, **GROUPED},
+    "'top_k' belongs": {"top_k": 2},
+    "'routing_span' belongs": {"routing_span": "previous"},
     "'beta' belongs": {"beta": "0.5"},
     "'momentum' is a choice of the propagated": {"momentum": "complex", **GROUPED},
     "'solver' is a choice of the Nash": {"solver": "ccp", "method": "ep-camex"},
@@ -196,6 +211,7 @@ def test_every_rule_is_broken_above():
         {"every": 3, "device": "cuda:1"},
         {"momentum": "quaternion", "solver": "ccp", "ccp_iterations": 5},
         {"momentum": "complex", "beta": "0.9,-0.5236"},
+        {"merge": "soft", "eta": 0.5, "segment": 32, "top_k": 4, "routing_span": "prompt", "base": "shared"},
     ],
 )
 def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, Any]):
@@ -276,6 +292,9 @@ SENSIBLE = st.fixed_dictionaries(
             "gamma": st.floats(0, 4),
             "every": st.integers(0, 30),
             "seed": st.integers(0, 9),
+            "eta": st.floats(0, 2),
+            "segment": st.integers(0, 99),
+            "top_k": st.integers(0, 9),
             "beta": st.sampled_from(("0.9", "1.1", "0.5,0.5", "0.1,0.2,0.3,0.4")),
             "ccp_iterations": st.integers(0, 9),
             "device": st.just("cpu"),

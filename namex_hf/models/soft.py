@@ -1,0 +1,276 @@
+"""``merge: soft``, shared by the families: the tokens of a causal segment go through one merged expert.
+
+NAMEx eq. 9 with M_i = I, a segment at a time: ``E^ = E_m + eta sum_i s_i (E_i - E_m)``, which is
+``(1 - eta sum_i s_i) E_m + eta sum_i s_i E_i``, where s is the mean of the router's top-k softmax values (zero for the
+experts that are not among them, not renormalised) over the unpadded tokens of the same document
+
+* before the segment (``routing_span: all``), or of the segment before it alone (``previous``); or
+* ``prompt``, Lory's rule for inference: the tokens of the first pass with a cache are processed as under ``all``; those
+  that come after it all go through one expert, whose s is the mean over that whole prompt. **Cached and uncached
+  generation then differ**, because without a cache every pass is a first one.
+
+The first segment of a document has nothing before it: s = 0, the base expert. No token's expert depends on the token
+itself or on a later one.
+"""
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP
+from transformers.utils.generic import merge_with_config_defaults
+
+from .configuration_namex import SoftChoice, check_merge, soft_choice
+from .soft_cache import LayerMemory, Merged, SoftCache, soft_cache
+from .soft_segments import History, Segments, plan_segments
+
+LARGEST = 1 << 30
+"""Bytes of merged experts that may exist at once; beyond it they are made and used in slices of their neurons."""
+FEW = 3
+"""Copying the experts in use out first pays where they are at most one in so many (measured: break-even at 2 to 3)."""
+
+
+def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
+    """The matrix that `linear` applies, an adapter's part or one that is off the device included."""
+    if type(linear) is nn.Linear and not linear.weight.is_meta:
+        return linear.weight
+    return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
+
+
+def swiglu(tokens: torch.Tensor, merged: Merged, activation) -> torch.Tensor:
+    """Every group through its own expert, ``[groups, tokens, hidden] -> [groups, tokens, hidden]``."""
+    gate, up, down = merged
+    inner = activation(tokens.bmm(gate.mT)) * tokens.bmm(up.mT)
+    return inner.bmm(down.mT)
+
+
+def merge_experts(shares: torch.Tensor, rest: torch.Tensor, experts: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """``rest base + sum_i shares_i experts_i`` of all groups: one product over the expert axis, one rank-one term.
+
+    Args:
+        shares: ``[groups, experts]``.
+        rest: ``[groups]``.
+        experts: ``[experts, rows, columns]``.
+        base: ``[rows, columns]``.
+    """
+    return torch.outer(rest, base.flatten()).addmm_(shares, experts.flatten(1)).view(-1, *base.shape)
+
+
+class SoftExperts(Qwen2MoeExperts):
+    """The routed experts, merged where they are stored: adapters on the fused tensors act on what is read here."""
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        shares: torch.Tensor,
+        base: Merged,
+        carried: Merged | None = None,
+        keep: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, Merged]:
+        """Merge the experts of the fresh groups and send every group through its own.
+
+        Args:
+            tokens: ``[groups, tokens, hidden]``, the carried groups first.
+            shares: ``[fresh groups, experts]``, eta s.
+            base: gate, up and down matrix of the base expert.
+            carried: experts made earlier.
+            keep: groups whose expert is returned; None: all.
+
+        Returns:
+            The output, as `tokens`, and the experts kept.
+        """
+        gate_up, down, width = self.gate_up_proj, self.down_proj, self.intermediate_dim
+        shares = shares.to(gate_up.dtype)
+        rest = 1 - shares.to(torch.promote_types(shares.dtype, torch.float32)).sum(-1)
+        rest = rest.to(gate_up.dtype)
+        if not torch.is_grad_enabled():
+            used = shares.any(0).nonzero()[:, 0]
+            if FEW * len(used) <= self.num_experts:
+                gate_up, down, shares = gate_up[used], down[used], shares[:, used]
+        step = max(LARGEST // (3 * len(tokens) * self.hidden_dim * gate_up.element_size()), 1)
+        parts, output = [], torch.zeros_like(tokens)
+        for start in range(0, width, step):
+            rows = slice(start, min(start + step, width))
+            up_rows = slice(width + rows.start, width + rows.stop)
+            merged: Merged = (
+                merge_experts(shares, rest, gate_up[:, rows], base[0][rows]),
+                merge_experts(shares, rest, gate_up[:, up_rows], base[1][rows]),
+                merge_experts(shares, rest, down[:, :, rows], base[2][:, rows]),
+            )
+            if carried is not None:
+                old = carried[0][:, rows], carried[1][:, rows], carried[2][:, :, rows]
+                merged = _each(merged, lambda new, place, old=old: torch.cat([old[place], new]))
+            part = swiglu(tokens, merged, self.act_fn)
+            output = part if step >= width else output + part
+            parts.append(merged if keep is None else _each(merged, lambda t, _: t[keep]))
+        if len(parts) == 1:
+            return output, parts[0]
+        return output, _each(parts[0], lambda _, place: torch.cat([p[place] for p in parts], 2 if place == 2 else 1))
+
+
+def _each(merged: Merged, change) -> Merged:
+    gate, up, down = merged
+    return change(gate, 0), change(up, 1), change(down, 2)
+
+
+class SoftRouting:
+    """Mixin for a MoE block of `gate`, `experts` and `base_expert`, a SwiGLU MLP of the routed width."""
+
+    gate: Any
+    experts: nn.Module
+    base_expert: Any
+    eta: float
+    number: int
+    """Of routed experts."""
+
+    def add_soft(self, config) -> None:
+        """Give the block what it needs beyond the stock one."""
+        self.experts = SoftExperts(config)
+        self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
+        self.route_softly(config)
+
+    def route_softly(self, config) -> None:
+        """Take what the recipe says about routing and step."""
+        # A field changed after the configuration was built has not passed its check.
+        check_merge(config.namex, config.norm_topk_prob, config.num_experts)
+        choice = soft_choice(config.namex)
+        if choice is None:
+            raise ValueError("namex.merge is not 'soft'")
+        self.eta = choice.eta
+        self.number = config.num_experts  # an adapter around the gate has another number under that name
+        self.gate.top_k = choice.top_k or config.num_experts_per_tok
+        self.gate.norm_topk_prob = False
+
+    def routed(self, flat: torch.Tensor, segments: Segments, memory: LayerMemory | None) -> torch.Tensor:
+        """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; zeros at padding."""
+        _, value, index = self.gate(flat)
+        batch, new = len(segments.run), segments.run.shape[1] - segments.past
+        index, value = index.view(batch, new, -1), value.view(batch, new, -1)
+        if segments.past != (0 if memory is None else memory.columns):
+            raise ValueError(
+                f"this pass goes on after {segments.past} tokens whose routing did not arrive with it: a cache cannot "
+                "be continued under gradient checkpointing, nor after a pass that broke off"
+            )
+        carried = None
+        if memory is not None:
+            index, value = memory.extend(index, value)
+            carried, memory.merged = memory.merged, None
+            if carried is not None and segments.carried is not None:
+                carried = _each(carried, lambda t, _: t[segments.carried])
+        tokens = flat[segments.table]
+        if len(segments.fresh):
+            shares = self.eta * segments.shares(index, value, self.number)
+            projections = self.base_expert.gate_proj, self.base_expert.up_proj, self.base_expert.down_proj
+            gate, up, down = (dense_weight(linear, flat) for linear in projections)
+            output, merged = self.experts(tokens, shares, (gate, up, down), carried, segments.keep)
+        elif carried is not None:
+            output, merged = swiglu(tokens, carried, self.base_expert.act_fn), carried
+            if segments.keep is not None:
+                merged = _each(carried, lambda t, _: t[segments.keep])
+        else:  # nothing but padding
+            return torch.zeros_like(flat)
+        if memory is not None:
+            memory.merged = merged
+        output = output.flatten(0, 1)[segments.place]
+        return output.new_zeros(flat.shape).index_copy(0, segments.tokens, output)
+
+
+class SegmentedLayer:
+    """Mixin for a decoder layer: the layout of the pass reaches a MoE block that merges by segments."""
+
+    self_attn: Any
+    mlp: Any
+    input_layernorm: nn.Module
+    post_attention_layernorm: nn.Module
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        use_cache: bool | None = False,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        segments: Segments | None = None,
+        **kwargs,
+    ) -> torch.Tensor:
+        """As the stock layer's; `segments` goes to the block and not on to attention."""
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            hidden_states=self.input_layernorm(hidden_states),
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        hidden_states = residual + hidden_states
+        normed = self.post_attention_layernorm(hidden_states)
+        if segments is None or not hasattr(self.mlp, "routed"):  # residual, or a dense layer
+            return hidden_states + self.mlp(normed)
+        memory = None if past_key_values is None else past_key_values.memory(self.self_attn.layer_idx)
+        return hidden_states + self.mlp(normed, segments, memory)
+
+
+class SegmentedModel:
+    """Mixin for a model without its head: lays the pass out, once for all layers."""
+
+    config: Any
+    training: bool
+
+    @merge_with_config_defaults
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values=None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs,
+    ):
+        """As the stock model's. Under ``merge: soft`` padding is known from a 2D `attention_mask` alone.
+
+        A `DynamicCache` that is passed in becomes a `SoftCache`, in place.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        choice = soft_choice(self.config.namex)
+        if given is not None and choice is not None:
+            if past_key_values is not None:
+                past_key_values = soft_cache(past_key_values)
+            elif use_cache:
+                past_key_values = SoftCache(config=self.config)
+            kwargs["segments"] = self._lay_out(choice, given, attention_mask, position_ids, past_key_values)
+        return super().forward(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+
+    @torch.no_grad()
+    def _lay_out(
+        self, choice: SoftChoice, given: torch.Tensor, attention_mask, position_ids, cache: SoftCache | None
+    ) -> Segments:
+        batch, new = given.shape[:2]
+        real = torch.ones(batch, new, dtype=torch.bool, device=given.device)
+        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+            real = attention_mask[:, -new:].to(given.device) != 0
+        if position_ids is not None:
+            position_ids = position_ids.to(given.device).expand(batch, -1)
+        history = None if cache is None else cache.history
+        if history is None:
+            history = History.empty(batch, given.device)
+        # In training the cache is a by-product: merged experts would be held in it until the step ends.
+        keep = cache is not None and not self.training
+        segments, history = plan_segments(history, real, position_ids, choice.segment, choice.span, keep)
+        if cache is not None:
+            cache.history = history
+        return segments
+
+
+__all__ = ["SegmentedLayer", "SegmentedModel", "SoftExperts", "SoftRouting"]

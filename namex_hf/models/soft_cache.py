@@ -1,0 +1,136 @@
+"""The cache of ``merge: soft``: beside keys and values, what routing needs of the tokens that went before.
+
+Every layer keeps each token's top-k (a few numbers a token, against thousands of keys and values) rather than running
+sums alone: a mean over any earlier stretch is then exact, after `crop` too. The merged experts of the segments in
+progress are kept until these end, one for all rows that have the same.
+"""
+
+from collections.abc import Callable
+
+import torch
+from transformers.cache_utils import Cache, DynamicCache
+
+from .soft_segments import History
+
+Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+"""Gate ``[experts, width, hidden]``, up alike, down ``[experts, hidden, width]``."""
+
+
+class LayerMemory:
+    """One MoE layer's share of the cache."""
+
+    def __init__(self) -> None:
+        self.index: torch.Tensor | None = None
+        self.value: torch.Tensor | None = None
+        self.merged: Merged | None = None
+
+    @property
+    def columns(self) -> int:
+        return 0 if self.index is None else self.index.shape[1]
+
+    def extend(self, index: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append what this pass's tokens are routed to, ``[batch, tokens, top_k]``; returns the same of all tokens."""
+        index = index.to(torch.int16)
+        if self.index is not None and self.value is not None:
+            index, value = torch.cat([self.index, index], 1), torch.cat([self.value, value], 1)
+        self.index, self.value = index, value
+        return index, value
+
+    def rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.index is not None and self.value is not None:
+            self.index, self.value = pick(self.index), pick(self.value)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [t for t in (self.index, self.value, *(self.merged or ())) if t is not None]
+
+
+class SoftCache(DynamicCache):
+    """A `DynamicCache` that also holds the state of ``merge: soft``, changed along with keys and values.
+
+    `crop` is exact at any length: after it the model goes on as if the removed tokens had never been there.
+    """
+
+    history: History | None
+    memories: dict[int, LayerMemory]
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.forget()
+
+    def forget(self) -> None:
+        """As before the first token."""
+        self.history, self.memories = None, {}
+
+    def memory(self, layer: int) -> LayerMemory:
+        return self.memories.setdefault(layer, LayerMemory())
+
+    @property
+    def routing_bytes(self) -> int:
+        """What this class adds to the bytes of keys and values."""
+        tensors = [t for memory in self.memories.values() for t in memory.tensors()]
+        if self.history is not None:
+            tensors += [self.history.position, self.history.slot, self.history.since]
+        return sum(t.nbytes for t in tensors)
+
+    def _rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        if self.history is not None:
+            self.history = self.history.rows(pick)
+        for memory in self.memories.values():
+            memory.rows(pick)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rows(lambda t: t[indices.to(t.device)])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rows(lambda t: t.repeat_interleave(repeats, dim=0))
+
+    def crop(self, tokens_to_remove: int) -> None:
+        super().crop(tokens_to_remove)
+        if self.history is None or not tokens_to_remove:
+            return
+        columns = max(self.history.columns - abs(tokens_to_remove), 0)
+        self.history = self.history.cropped(columns)
+        for memory in self.memories.values():
+            memory.rows(lambda t: t[:, :columns])
+
+    def reset(self) -> None:
+        super().reset()
+        self.forget()
+
+
+def soft_cache(cache: Cache) -> SoftCache:
+    """`cache` itself, able to hold the state: `generate` and users make a plain one and expect to find it filled.
+
+    Raises:
+        TypeError: a cache of another kind, whose rows and tokens this state would not follow.
+        ValueError: one that holds tokens whose routing is not known.
+    """
+    if not isinstance(cache, SoftCache):
+        if type(cache) is not DynamicCache:
+            raise TypeError(
+                f"found a {type(cache).__name__}; merge 'soft' keeps its routing in the cache and accepts a "
+                "DynamicCache"
+            )
+        if cache.get_seq_length():
+            raise ValueError(
+                f"the cache holds {cache.get_seq_length()} tokens that no model with merge 'soft' has routed; "
+                "accepted: an empty DynamicCache, or one that such a model has filled"
+            )
+        cache.__class__ = SoftCache
+        cache.forget()
+    known = 0 if cache.history is None else cache.history.columns
+    if known != cache.get_seq_length():
+        raise ValueError(
+            f"the cache holds keys of {cache.get_seq_length()} tokens and the routing of {known}: it was changed other "
+            "than by its own methods, or a pass broke off"
+        )
+    return cache
+
+
+__all__ = ["LayerMemory", "Merged", "SoftCache", "soft_cache"]
