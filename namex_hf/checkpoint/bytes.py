@@ -3,8 +3,10 @@
 import errno
 import os
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
+from threading import Lock
 from typing import BinaryIO
 
 import torch
@@ -21,15 +23,19 @@ class Reader(AbstractContextManager["Reader"]):
 
     def __init__(self) -> None:
         self._files: dict[Path, BinaryIO] = {}
+        self._opening = Lock()  # a writer's thread copies while another reads
+        self._ahead = ThreadPoolExecutor(1)
 
     def __exit__(self, *_: object) -> None:
+        self._ahead.shutdown()
         for file in self._files.values():
             file.close()
 
     def _file(self, path: Path) -> BinaryIO:
-        if path not in self._files:
-            self._files[path] = path.open("rb", buffering=0)
-        return self._files[path]
+        with self._opening:
+            if path not in self._files:
+                self._files[path] = path.open("rb", buffering=0)
+            return self._files[path]
 
     def read_into(self, span: TensorSpan, target: torch.Tensor) -> None:
         """Fill a contiguous CPU tensor of the span's shape and dtype."""
@@ -48,9 +54,12 @@ class Reader(AbstractContextManager["Reader"]):
 
     def expect(self, spans: Iterable[TensorSpan]) -> None:
         """Tell the kernel what will be read next, so that the disk works while the processor does."""
+        if hasattr(os, "posix_fadvise"):
+            self._ahead.submit(self._advise, list(spans))  # the call waits where the disk's queue is full
+
+    def _advise(self, spans: list[TensorSpan]) -> None:
         for span in spans:
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._file(span.file).fileno(), span.begin, span.size, os.POSIX_FADV_WILLNEED)
+            os.posix_fadvise(self._file(span.file).fileno(), span.begin, span.size, os.POSIX_FADV_WILLNEED)
 
     def copy(self, span: TensorSpan, target: BinaryIO) -> None:
         """Append a span's bytes to an unbuffered file, inside the kernel where it can."""

@@ -1,8 +1,10 @@
-"""Writing safetensors files tensor by tensor: no more than one tensor is in memory beyond what its maker holds."""
+"""Writing safetensors files tensor by tensor: a few are in memory at a time, beyond what their maker holds."""
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from .bytes import Reader
 from .header import NAMES, TensorSpan
 
+AHEAD = 6
 Source = TensorSpan | Callable[[], torch.Tensor]
 
 
@@ -39,22 +42,25 @@ def write_shard(
     items: Sequence[Item],
     reader: Reader,
     metadata: dict[str, str],
-    wrote: Callable[[int], None] = lambda n: None,
 ) -> None:
     """Write a safetensors file under a temporary name, sync it, and rename it: it is whole or it is not there.
 
-    Args:
-        wrote: called with the number of bytes after each tensor.
+    Tensors are made here, one after the other, while another thread writes those before.
+
+    Memory: at most ``AHEAD`` tensors that wait to be written.
     """
-    part = path.with_name(path.name + ".part")
-    with part.open("wb", buffering=0) as file:
+    part, waiting = path.with_name(path.name + ".part"), deque[Future[None]]()
+    with part.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
         _write_all(file.fileno(), _header(items, metadata))
         for item in items:
             if isinstance(item.source, TensorSpan):
-                reader.copy(item.source, file)
+                waiting.append(writer.submit(reader.copy, item.source, file))
             else:
-                _write_tensor(file.fileno(), item)
-            wrote(item.size)
+                waiting.append(writer.submit(_write_tensor, file.fileno(), item, item.source()))
+            if len(waiting) > AHEAD:
+                waiting.popleft().result()
+        for written in waiting:
+            written.result()
         os.fsync(file.fileno())
     part.replace(path)
 
@@ -84,9 +90,8 @@ def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(number: int, item: Item) -> None:
-    assert callable(item.source)
-    tensor = item.source().contiguous()
+def _write_tensor(number: int, item: Item, tensor: torch.Tensor) -> None:
+    tensor = tensor.contiguous()
     if tensor.dtype != item.dtype or tuple(tensor.shape) != item.shape:
         raise AssertionError(
             f"{item.name}: made {tensor.dtype} {tuple(tensor.shape)}, planned {item.dtype} {item.shape}"

@@ -43,27 +43,51 @@ def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype) -> W
     return Weights(values, tuple(status), found.residual, found.iterations)
 
 
-def merge_group(
-    experts: Experts, members: tuple[int, ...], choice: Combination
-) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The merged expert of one group, in the experts' dtype, with a record a game.
+@dataclass(frozen=True)
+class Group:
+    """A group whose game has been played."""
 
-    A group of one is its expert, bit for bit, and plays no game.
+    members: tuple[int, ...]
+    shares: torch.Tensor  # float64 [games, n]
+    record: list[dict[str, Any]]  # one a game; none for a group of one
 
-    Memory: one expert in float32 and one in its dtype.
+
+def play(experts: Experts, members: tuple[int, ...], choice: Combination) -> Group:
+    """Settle the shares of one group's members. A group of one plays no game.
+
+    Raises:
+        NotFiniteError: a member holds NaN or infinity.
     """
+    games = games_of(choice.rules.granularity)
     if len(members) == 1:
-        return {name: experts[name][members[0]] for name in PROJECTIONS}, []
+        return Group(members, torch.ones(len(games), 1, dtype=torch.float64), [])
     inside = {name: [experts[name][member] for member in members] for name in PROJECTIONS}
     base: Base = {name: inside[name][0].float() for name in PROJECTIONS}
     gram = grams(inside, base, choice.rules.granularity, choice.device)
     weights = shares(gram, choice, inside["gate_proj"][0].dtype)
-    merged, games = {}, games_of(choice.rules.granularity)
-    for index, game in enumerate(games):
+    record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
+    return Group(members, weights.values, [{"members": list(members), **one} for one in record])
+
+
+def merged_expert(experts: Experts, group: Group, choice: Combination, factor: float = 1.0) -> dict[str, torch.Tensor]:
+    """The one expert of a group, in the experts' dtype; a group of one is its expert, bit for bit.
+
+    Args:
+        factor: on ``down_proj``, of groups of more than one.
+
+    Memory: the expert, and one matrix in float32.
+    """
+    if len(group.members) == 1:
+        return {name: experts[name][group.members[0]].clone() for name in PROJECTIONS}
+    merged = {}
+    for index, game in enumerate(games_of(choice.rules.granularity)):
         for name in game:
-            step = weighted_step(inside[name], base[name], weights.values[index], choice.device)
-            merged[name] = (base[name] + step).to(inside[name][0].dtype)
-    return merged, [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
+            inside = [experts[name][member] for member in group.members]
+            base = inside[0].float()
+            step = weighted_step(inside, base, group.shares[index], choice.device)
+            scale = factor if name == "down_proj" else 1.0
+            merged[name] = step.add_(base).mul_(scale).to(inside[0].dtype)
+    return merged
 
 
 def average_rows(router: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -74,6 +74,9 @@ def weighted_step(
     step = torch.zeros_like(centre)
     if not players:
         return step.view_as(base)
+    together = None
+    if isinstance(matrices, torch.Tensor) and len(players) == len(matrices):
+        together = matrices.flatten(1)  # one strided copy a chunk instead of one a player
     flat = [matrices[player].flatten() for player in players]
     shares = weights[players].to(device=device, dtype=torch.float32)
     width = max(1, CHUNK_BYTES // (4 * len(players)))
@@ -81,8 +84,11 @@ def weighted_step(
     for start in range(0, len(centre), width):
         columns = slice(start, start + width)
         tau = buffer[:, : len(centre[columns])]
-        for row, vector in zip(tau, flat, strict=True):
-            row.copy_(vector[columns])
+        if together is not None:
+            tau.copy_(together[:, columns])
+        else:
+            for row, vector in zip(tau, flat, strict=True):
+                row.copy_(vector[columns])
         tau.sub_(centre[columns].to(device))
         step[columns] = torch.mv(tau.T, shares).to(step.device)
     return step.view_as(base)

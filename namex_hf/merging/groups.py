@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .combine import Combination, average_rows, merge_group
+from .combine import Combination, Group, average_rows, merged_expert, play
 from .experts import PROJECTIONS, Experts, grams
 from .grouping import groups_by_weights
 from .mass import expected_mass
@@ -14,12 +14,19 @@ from .record import cosines
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What a layer becomes."""
+    """What a layer becomes. Experts are made when they are asked for: none is held here but the layer's own."""
 
-    experts: list[dict[str, torch.Tensor]]  # K, by projection; a group of one is a view of its expert
+    source: Experts
+    groups: list[Group]
+    choice: Combination
+    factor: float  # on ``down_proj`` of groups of more than one
     router: torch.Tensor  # [K, hidden]
     record: dict[str, Any]
     cosines: torch.Tensor  # float32 [1, N, N], between whole experts
+
+    def expert(self, index: int) -> dict[str, torch.Tensor]:
+        """The ``index``-th of the K experts, by projection."""
+        return merged_expert(self.source, self.groups[index], self.choice, self.factor)
 
 
 def merge_layer(
@@ -39,7 +46,7 @@ def merge_layer(
         norm: ``[hidden]``, the weight of the norm before the router.
         top_k: of the original; the result's is min(top_k, count).
 
-    Memory: the ``count`` merged experts.
+    Memory: nothing but what the games need; experts are merged on demand.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
@@ -52,12 +59,10 @@ def merge_layer(
     if not renormalises and count < len(router):
         before = expected_mass(router, norm, top_k, seed)
         factor = before / expected_mass(rows, norm, min(top_k, count), seed)
-    merged, games = [], []
-    for members in groups:
-        expert, records = merge_group(experts, members, choice)
-        if len(members) > 1 and factor != 1.0:
-            expert["down_proj"] = (expert["down_proj"].float() * factor).to(expert["down_proj"].dtype)
-        merged.append(expert)
-        games += [{"members": list(members), **record} for record in records]
-    record = {"groups": [list(members) for members in groups], "mass_factor": factor, "games": games}
-    return MergedLayer(merged, rows, record, cosines(gram))
+    played = [play(experts, members, choice) for members in groups]
+    record = {
+        "groups": [list(members) for members in groups],
+        "mass_factor": factor,
+        "games": [game for group in played for game in group.record],
+    }
+    return MergedLayer(experts, played, choice, factor, rows, record, cosines(gram))

@@ -2,7 +2,7 @@
 
 import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ def combination_of(recipe: Recipe) -> Combination:
 class LayerMaker:
     """Merges layers on demand, the latest kept: the writer asks for one tensor after the other.
 
-    Memory: one layer's experts while it is merged, then its merged experts.
+    Memory: one layer's experts, and the merged one that is being written.
     """
 
     plan: Plan
@@ -42,7 +42,9 @@ class LayerMaker:
     advance: Advance
     layer: int | None = None
     merged: MergedLayer | None = None
-    room: dict[str, torch.Tensor] | None = None  # the latest layer's experts; groups of one are views of them
+    room: dict[str, torch.Tensor] | None = None  # the latest layer's experts
+    latest: tuple[int, int] | None = None  # layer and index of the expert that was made last
+    made: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def get(self, layer: int) -> MergedLayer:
         if self.layer != layer or self.merged is None:
@@ -54,7 +56,9 @@ class LayerMaker:
         return self.get(layer).router
 
     def expert(self, layer: int, expert: int, projection: str) -> torch.Tensor:
-        return self.get(layer).experts[expert][projection]
+        if self.latest != (layer, expert):
+            self.made, self.latest = self.get(layer).expert(expert), (layer, expert)
+        return self.made[projection]
 
     def _merge(self, layer: int) -> MergedLayer:
         plan, start = self.plan, time.perf_counter()

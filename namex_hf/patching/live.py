@@ -15,6 +15,7 @@ from ..models.convert import patch_classes
 from ..recipe import Recipe
 from .grouped import combination_of
 from .plan import check_fit
+from .threads import one_thread_less
 from .walk import propagation_of
 
 
@@ -44,7 +45,8 @@ def patch_model(model: Any, recipe: Recipe | None = None) -> Any:
     if recipe.merge == "grouped":
         _group(model, family, shape, recipe)
     elif recipe.has_base:
-        _add_bases(model, family, shape, recipe)
+        with one_thread_less():
+            _add_bases(model, family, shape, recipe)
     model.config.namex = recipe.to_dict()
     return model
 
@@ -97,9 +99,10 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
             recipe.seed,
         )
         place = block.gate.weight.device
-        fused = [torch.cat([one["gate_proj"], one["up_proj"]]) for one in merged.experts]
+        experts = [merged.expert(index) for index in range(recipe.experts)]
+        fused = [torch.cat([one["gate_proj"], one["up_proj"]]) for one in experts]
         block.experts.gate_up_proj = nn.Parameter(torch.stack(fused).to(place))
-        block.experts.down_proj = nn.Parameter(torch.stack([one["down_proj"] for one in merged.experts]).to(place))
+        block.experts.down_proj = nn.Parameter(torch.stack([one["down_proj"] for one in experts]).to(place))
         block.gate.weight = nn.Parameter(merged.router.to(place))
         block.experts.num_experts = block.gate.num_experts = recipe.experts
         block.gate.top_k = top_k

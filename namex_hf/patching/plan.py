@@ -76,12 +76,11 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """Estimate of the memory held above the libraries' own: a layer's experts, what they become, three experts in
-        float32, and chunks."""
+        """Estimate of the memory held above the libraries' own: a layer's experts, a few more, half of them in float32,
+        and chunks."""
         layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
         expert = 4 * sum(rows * columns for rows, columns in map(self.shape.of, PROJECTIONS))
-        merged = layer * self.kept // self.shape.experts if self.recipe.merge == "grouped" else 0
-        return layer + merged + 3 * expert + (64 << 20)
+        return layer + 5 * expert + (64 << 20)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""

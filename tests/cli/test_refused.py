@@ -16,7 +16,7 @@ FLAGS = [
     ("--meth namex", "--meth"),
     ("--method", "expected one argument"),
     ("--method nash", "accepted: namex-full, namex, ep-camex, smoe"),
-    ("--merge blended", "accepted: residual, grouped"),
+    ("--merge blended", "accepted: residual, soft, grouped"),
     ("--routing cosine", "accepted: linear"),
     ("--gamma abc", "'gamma' is 'abc'; accepted: float"),
     ("--gamma nan", "accepted: a finite float"),

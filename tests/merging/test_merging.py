@@ -8,7 +8,7 @@ from float64_reference import double, games, merged_group, nash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from namex_hf.merging.combine import Combination, average_rows, merge_group
+from namex_hf.merging.combine import Combination, average_rows, merged_expert, play
 from namex_hf.merging.experts import PROJECTIONS, NotFiniteError, games_of, grams, weighted_step
 from namex_hf.merging.grouping import groups_by_weights
 from namex_hf.merging.mass import expected_mass
@@ -174,9 +174,9 @@ def test_merged_group(count: int, seed: int, weighting: str, point: str, granula
     """A group within a layer against the reference; shares are on the simplex, the first member's is 1/n."""
     experts = layer(count, seed)
     members = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=2)))
-    merged, records = merge_group(
-        experts, tuple(members), Combination(weighting, Bargain(point, granularity=granularity))
-    )
+    choice = Combination(weighting, Bargain(point, granularity=granularity))
+    group = play(experts, tuple(members), choice)
+    merged, records = merged_expert(experts, group, choice), group.record
     recipe = {"weighting": weighting, "disagreement": point, "granularity": granularity}
     wanted = merged_group({name: double(tensor) for name, tensor in experts.items()}, members, recipe)
     for name in PROJECTIONS:
@@ -191,8 +191,9 @@ def test_merged_group(count: int, seed: int, weighting: str, point: str, granula
 def test_a_group_of_one(dtype: torch.dtype) -> None:
     """It is its expert, bit for bit, and plays no game."""
     experts = layer(4, 0, dtype)
-    merged, records = merge_group(experts, (2,), Combination())
-    assert records == []
+    group = play(experts, (2,), Combination())
+    merged = merged_expert(experts, group, Combination(), factor=0.5)
+    assert group.record == []
     assert all(torch.equal(merged[name], experts[name][2]) for name in PROJECTIONS)
 
 
@@ -201,9 +202,11 @@ def test_members_that_pull_apart_fall_back() -> None:
     experts = {name: tensor.clone() for name, tensor in layer(3, 5).items()}
     for name in PROJECTIONS:
         experts[name][2] = 2 * experts[name][0] - experts[name][1]
-    merged, records = merge_group(experts, (0, 1, 2), Combination(rules=Bargain(granularity="expert")))
-    assert records[0]["status"] == "uniform_fallback"
-    assert records[0]["weights"] == pytest.approx([1 / 3] * 3)
+    choice = Combination(rules=Bargain(granularity="expert"))
+    group = play(experts, (0, 1, 2), choice)
+    merged = merged_expert(experts, group, choice)
+    assert group.record[0]["status"] == "uniform_fallback"
+    assert group.record[0]["weights"] == pytest.approx([1 / 3] * 3)
     for name in PROJECTIONS:
         torch.testing.assert_close(merged[name], experts[name].mean(0))
 
