@@ -1,7 +1,7 @@
 """What each method does to the packaged models: ``python benchmarks/methods.py [--quick]``.
 
 Perplexity on the packaged held-out text and held-out word problems answered exactly, for the original, two controls
-(routed experts removed; all routed experts replaced by their plain average) and the methods in their residual form.
+(routed experts removed; all routed experts replaced by their plain average) and the methods.
 """
 
 import argparse
@@ -44,11 +44,15 @@ ROWS: dict[str, Change] = {
     "NAMEx, residual": patched(method="namex"),
     "NAMEx-Full, residual": patched(),
     "NAMEx-Full, residual, momentum 0.9": patched(momentum="complex"),
+    "NAMEx-Full, soft": patched(merge="soft"),
+    "NAMEx-Full, soft, momentum 0.9": patched(merge="soft", momentum="complex"),
 }
 MORE: dict[str, Change] = {
     "NAMEx-Full, residual, mean disagreement": patched(disagreement="mean"),
     "NAMEx-Full, residual, momentum 0.9, pi/12": patched(momentum="complex", beta="0.9,0.2618"),
     "NAMEx-Full, residual, the paper's quaternion": patched(momentum="quaternion"),
+    "NAMEx-Full, soft, segment 16": patched(merge="soft", segment=16),
+    "NAMEx-Full, soft, routed by the segment before": patched(merge="soft", routing_span="previous"),
     "NAMEx-Full, residual, base: shared": patched(base="shared"),
     "EP-CAMEx, 12 of 16": patched(merge="grouped", experts=12, method="ep-camex"),
     "NAMEx-Full, 12 of 16": patched(merge="grouped", experts=12),
@@ -63,7 +67,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer tokens, problems and rows: under two minutes")
     parser.add_argument("--models", nargs="+", default=packaged_models(), metavar="MODEL")
     arguments = parser.parse_args()
-    tokens, count = (2048, 32) if arguments.quick else (None, None)
+    tokens, count = (2048, 32) if arguments.quick else (8192, None)
     rows = ROWS if arguments.quick else ROWS | MORE
     texts, problems = held_out_texts(), held_out_problems()[:count]
     console = Console(width=120)
@@ -71,8 +75,7 @@ def main() -> None:
         folder = local_folder(name)
         assert folder is not None
         original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-        shown = f"the first {tokens} tokens" if tokens else "all"
-        title = f"{name}: perplexity on {shown} of each held-out text; word problems exact, of {len(problems)}"
+        title = f"{name}: perplexity, first {tokens} tokens of each held-out text; problems exact, of {len(problems)}"
         table = Table(title=title, box=box.MARKDOWN)
         for column in ("", *texts, "mean", "exact"):
             table.add_column(column, justify="right" if column else "left")

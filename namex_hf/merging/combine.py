@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .experts import PROJECTIONS, Base, Experts, games_of, grams, weighted_step
+from .experts import PROJECTIONS, Base, Experts, each_projection, games_of, grams, weighted_sum
 from .grouping import Groups
 from .record import game_record
 from .weightings import WEIGHTINGS, Bargain, Weights
@@ -62,7 +62,7 @@ def play(experts: Experts, members: tuple[int, ...], choice: Combination) -> Gro
     if len(members) == 1:
         return Group(members, torch.ones(len(games), 1, dtype=torch.float64), [])
     inside = {name: [experts[name][member] for member in members] for name in PROJECTIONS}
-    base: Base = {name: inside[name][0].float() for name in PROJECTIONS}
+    base: Base = {name: inside[name][0] for name in PROJECTIONS}
     gram = grams(inside, base, choice.rules.granularity, choice.device)
     weights = shares(gram, choice, inside["gate_proj"][0].dtype)
     record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
@@ -75,19 +75,19 @@ def merged_expert(experts: Experts, group: Group, choice: Combination, factor: f
     Args:
         factor: on ``down_proj``, of groups of more than one.
 
-    Memory: the expert, and one matrix in float32.
+    Memory: the expert, and chunks.
     """
     if len(group.members) == 1:
         return {name: experts[name][group.members[0]].clone() for name in PROJECTIONS}
-    merged = {}
-    for index, game in enumerate(games_of(choice.rules.granularity)):
-        for name in game:
-            inside = [experts[name][member] for member in group.members]
-            base = inside[0].float()
-            step = weighted_step(inside, base, group.shares[index], choice.device)
-            scale = factor if name == "down_proj" else 1.0
-            merged[name] = step.add_(base).mul_(scale).to(inside[0].dtype)
-    return merged
+    of_game = {
+        name: group.shares[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game
+    }
+
+    def merged(name: str) -> torch.Tensor:
+        inside = [experts[name][member] for member in group.members]
+        return weighted_sum(inside, of_game[name], factor if name == "down_proj" else 1.0, choice.device)
+
+    return each_projection(merged)
 
 
 def average_rows(router: torch.Tensor, groups: Groups) -> torch.Tensor:

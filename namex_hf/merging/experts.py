@@ -1,6 +1,7 @@
 """Tensors of a layer's experts, and the games that are played over them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
@@ -30,6 +31,12 @@ def games_of(granularity: str) -> tuple[tuple[str, ...], ...]:
     return (PROJECTIONS,) if granularity == "expert" else tuple((name,) for name in PROJECTIONS)
 
 
+def each_projection(make: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
+    """``make`` of gate, up and down, side by side: torch's own threads split a chunk less well than three matrices."""
+    with ThreadPoolExecutor(len(PROJECTIONS)) as pool:
+        return dict(zip(PROJECTIONS, pool.map(make, PROJECTIONS), strict=True))
+
+
 def grams(experts: Experts, base: Base, granularity: str, device: str | torch.device = "cpu") -> torch.Tensor:
     """Gram matrices of the domain vectors tau_i = E_i - E_m, one a game.
 
@@ -41,12 +48,15 @@ def grams(experts: Experts, base: Base, granularity: str, device: str | torch.de
     Raises:
         NotFiniteError: naming the first expert and projection with NaN or infinite values.
     """
-    of = {}
-    for name in PROJECTIONS:
-        of[name] = domain_gram(experts[name], base[name], device=device).cpu()
-        broken = ~of[name].diagonal().isfinite()
+
+    def of_projection(name: str) -> torch.Tensor:
+        gram = domain_gram(experts[name], base[name], device=device).cpu()
+        broken = ~gram.diagonal().isfinite()
         if broken.any():
             raise NotFiniteError(_first_not_finite(experts[name], broken), name)
+        return gram
+
+    of = each_projection(of_projection)
     return torch.stack([torch.stack([of[name] for name in game]).sum(0) for game in games_of(granularity)])
 
 
@@ -55,6 +65,29 @@ def _first_not_finite(matrices: Matrices, suspects: torch.Tensor) -> int:
         if not matrices[index].isfinite().all():
             return index
     return int(suspects.nonzero()[0])
+
+
+def weighted_sum(
+    matrices: Matrices, weights: torch.Tensor, factor: float = 1.0, device: str | torch.device = "cpu"
+) -> torch.Tensor:
+    """``factor * sum_i w_i E_i``, summed in float32 and rounded once, in the matrices' own dtype.
+
+    With weights that sum to 1 this is ``E_m + sum_i w_i (E_i - E_m)``, whichever of them E_m is.
+
+    Memory: one chunk of every matrix in float32 beyond the result.
+    """
+    flat = [matrix.flatten() for matrix in matrices]
+    result = torch.empty_like(flat[0])
+    shares = (weights * factor).to(device=device, dtype=torch.float32)[None]
+    width = max(1, CHUNK_BYTES // (4 * len(flat)))
+    buffer = torch.empty(len(flat), min(width, len(result)), device=device)
+    for start in range(0, len(result), width):
+        columns = slice(start, start + width)
+        chunk = buffer[:, : len(result[columns])]
+        for row, vector in zip(chunk, flat, strict=True):
+            row.copy_(vector[columns])
+        result[columns] = torch.mm(shares, chunk)[0]
+    return result.view_as(matrices[0])
 
 
 def weighted_step(

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from .experts import PROJECTIONS, Base, Experts, games_of, grams, weighted_step
+from .experts import Base, Experts, each_projection, games_of, grams, weighted_step
 from .momentum import advance
 from .record import cosines, game_record
 from .weightings import WEIGHTINGS, Bargain, Weights
@@ -71,7 +71,7 @@ def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int) 
         weights = Weights(walk.weights, ("reused",) * count, (None,) * count, (None,) * count)
     games = games_of(choice.rules.granularity)
     of_game = {name: weights.values[index] for index, game in enumerate(games) for name in game}
-    step = {name: weighted_step(experts[name], walk.base[name], of_game[name], choice.device) for name in PROJECTIONS}
+    step = each_projection(lambda name: weighted_step(experts[name], walk.base[name], of_game[name], choice.device))
     base, momentum = advance(walk.base, step, walk.momentum, choice.gamma, choice.beta)
     record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
     return Step(Walk(base, weights.values, momentum), record, cosines(gram))

@@ -15,7 +15,7 @@ from ..models.convert import patch_classes
 from ..recipe import Recipe
 from .grouped import combination_of
 from .plan import check_fit
-from .threads import one_thread_less
+from .threads import shared_out
 from .walk import propagation_of
 
 
@@ -42,10 +42,10 @@ def patch_model(model: Any, recipe: Recipe | None = None) -> Any:
     check_fit(recipe, shape)
     if not hasattr(model, "model") or not hasattr(model, "lm_head"):
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
-    if recipe.merge == "grouped":
-        _group(model, family, shape, recipe)
-    elif recipe.has_base:
-        with one_thread_less():
+    with shared_out():
+        if recipe.merge == "grouped":
+            _group(model, family, shape, recipe)
+        elif recipe.has_base:
             _add_bases(model, family, shape, recipe)
     model.config.namex = recipe.to_dict()
     return model

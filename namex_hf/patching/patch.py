@@ -24,6 +24,7 @@ from ..report.report import Report
 from .grouped import patch_grouped
 from .plan import Plan, make_plan
 from .state import State
+from .threads import shared_out
 from .walk import METADATA, patch_walking
 
 Progress = Callable[[str, int, int], None]
@@ -79,7 +80,8 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
         state = State(out / STATE)
         try:
             patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
-            weight_map = patch(plan, out, state, _counting(plan, progress))
+            with shared_out():
+                weight_map = patch(plan, out, state, _counting(plan, progress))
         except CheckpointError:
             folder.remove()
             raise

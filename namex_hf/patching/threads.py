@@ -1,20 +1,23 @@
-"""How many threads the arithmetic of a walk uses."""
+"""How many threads the arithmetic uses."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 
+from ..families import PROJECTIONS
+
 
 @contextmanager
-def one_thread_less() -> Iterator[None]:
-    """Leave a core to the thread that copies shards: torch's threads wait for each other, and would all wait for it.
+def shared_out() -> Iterator[None]:
+    """Split torch's threads between the three matrices that are worked on side by side.
 
-    In memory, where nothing is copied, a walk is run so as well: sums are then split in the same way on both paths, and
-    their results agree bit for bit.
+    The copy of shards and the writer have threads of their own. Threads of torch wait for each other at every
+    operation, and would all wait for one that has lost its core. On both paths, over a checkpoint and in memory, so
+    that sums are split in the same way and results agree bit for bit.
     """
     before = torch.get_num_threads()
-    torch.set_num_threads(max(1, before - 1))
+    torch.set_num_threads(max(1, before // len(PROJECTIONS)))
     try:
         yield
     finally:

@@ -19,7 +19,6 @@ from .finite import check_finite
 from .layer import named, read_experts, read_shared
 from .plan import Plan
 from .state import State
-from .threads import one_thread_less
 
 Advance = Callable[[str, int], None]
 METADATA = {"format": "pt"}
@@ -125,7 +124,7 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
     names = shard_names(len(plan.checkpoint.shards) + len(packs))
     carried = len(plan.checkpoint.shards)
     stop = Event()
-    with one_thread_less(), ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool:
         copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop)
         try:
             check_finite(plan, advance)
