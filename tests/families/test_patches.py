@@ -94,7 +94,7 @@ EXPERT = 3 * 1408 * 2048 * 2  # bytes of a routed expert in bfloat16, in both
 LAYERS = {"qwen1.5-moe-a2.7b": 24, "deepseek-moe-16b": 27}
 EXPERTS = {"qwen1.5-moe-a2.7b": 60, "deepseek-moe-16b": 64}
 TOTAL = {"qwen1.5-moe-a2.7b": 28.63e9, "deepseek-moe-16b": 32.75e9}
-METHODS = ("namex-full", "namex-full-mean", "namex", "ep-camex", "smoe")
+METHODS = ("namex-full", "namex-full-mean", "soft-namex-full", "namex", "ep-camex", "smoe")
 
 
 def mlp(name: str, width: int) -> dict[str, tuple[int, ...]]:
@@ -180,7 +180,8 @@ def test_files_say_what_they_are(file: Path):
     assert first.startswith("# ")
     assert len(first) <= 160
     recipe, stated = Recipe.from_yaml(file), read_yaml(file)
-    assert recipe.merge == ("grouped" if file.stem.startswith("grouped") else "residual")
+    start = file.stem.split("-")[0]
+    assert recipe.merge == (start if start in ("grouped", "soft") else "residual")
     assert file.stem.removesuffix("-mean").endswith(recipe.method)
     assert recipe.disagreement == ("mean" if file.stem.endswith("-mean") else "zero")
     assert stated == {name: value for name, value in recipe.to_dict().items() if name in stated}
