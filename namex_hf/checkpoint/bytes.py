@@ -3,7 +3,7 @@
 import errno
 import os
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Lock
@@ -85,10 +85,22 @@ def copy_range(source: int, begin: int, size: int, target: int, name: str) -> No
         done += count
 
 
-def copy_file(source: Path, target: Path) -> None:
-    """Copy a file through the kernel; it appears under its name when it is whole and on disk."""
+def copy_file(source: Path, target: Path, settling: Executor) -> Future[None]:
+    """Copy a file through the kernel; it appears under its name when it is whole and on disk.
+
+    Args:
+        settling: waits for the disk while the caller copies the next file.
+
+    Returns:
+        Done when the file has its name.
+    """
     part = target.with_name(target.name + ".part")
     with source.open("rb", buffering=0) as file, part.open("wb", buffering=0) as copy:
         copy_range(file.fileno(), 0, source.stat().st_size, copy.fileno(), source.name)
-        os.fsync(copy.fileno())
+    return settling.submit(_settle, part, target)
+
+
+def _settle(part: Path, target: Path) -> None:
+    with part.open("rb+") as file:
+        os.fsync(file.fileno())
     part.replace(target)

@@ -54,17 +54,20 @@ def is_unchanged(plan: Plan, shard: Path) -> bool:
 
 def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance, stop: Event) -> None:
     """Bring every source shard into the folder: by the kernel where it is unchanged, else by spans of bytes."""
-    with Reader() as reader:
+    settled = []
+    with Reader() as reader, ThreadPoolExecutor(1) as settling:
         for shard, name in zip(plan.checkpoint.shards, names, strict=True):
             if stop.is_set():
                 return
             target = folder / name
             if not target.is_file():
                 if is_unchanged(plan, shard):
-                    copy_file(shard, target)
+                    settled.append(copy_file(shard, target, settling))
                 else:
                     write_shard(target, carried_items(plan, shard), reader, METADATA)
-            advance("copying", target.stat().st_size)
+            advance("copying", shard.stat().st_size)
+        for future in settled:
+            future.result()
 
 
 def walk_through(plan: Plan, state: State, advance: Advance) -> None:
