@@ -78,6 +78,7 @@ def merged_expert(experts: Experts, group: Group, choice: Combination, factor: f
     Memory: the expert, and chunks.
     """
     if len(group.members) == 1:
+        # A copy: the layer's own memory may be filled again while this one waits to be written.
         return {name: experts[name][group.members[0]].clone() for name in PROJECTIONS}
     of_game = {
         name: group.shares[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game

@@ -15,7 +15,7 @@ Matrices = torch.Tensor | Sequence[torch.Tensor]
 Experts = Mapping[str, Matrices]
 """Routed experts by projection: N gates and ups of ``[width, hidden]``, N downs of ``[hidden, width]``."""
 Base = Mapping[str, torch.Tensor]
-"""One expert by projection, in float32: the base expert, kept unrounded while it is propagated."""
+"""The base expert by projection: in float32, unrounded, while it is propagated; in a group the member that it is."""
 
 
 class NotFiniteError(NamexError):

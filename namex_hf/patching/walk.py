@@ -73,7 +73,7 @@ def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance, sto
 def walk_through(plan: Plan, state: State, advance: Advance) -> None:
     """Propagate the base expert through all MoE layers and leave each layer's base in the state folder.
 
-    Memory: one layer's experts in their own dtype, the base in float32 three times, momentum buffers, one chunk.
+    Memory: one layer's experts in their own dtype, the base in float32 three times, momentum buffers, chunks.
 
     Raises:
         CheckpointError: an expert holds NaN or infinity.

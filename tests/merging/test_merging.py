@@ -194,6 +194,8 @@ def test_a_group_of_one(dtype: torch.dtype) -> None:
     group = play(experts, (2,), Combination())
     merged = merged_expert(experts, group, Combination(), factor=0.5)
     assert group.record == []
+    for name in PROJECTIONS:  # of its own: the layer's memory is filled again while it waits to be written
+        assert merged[name].untyped_storage().data_ptr() != experts[name].untyped_storage().data_ptr()
     assert all(torch.equal(merged[name], experts[name][2]) for name in PROJECTIONS)
 
 
