@@ -24,6 +24,10 @@ class OutputError(NamexError):
     """An output folder that cannot be used, or too little room for it."""
 
 
+class CalibrationError(NamexError):
+    """Calibration data that cannot be found or read, or too little of it."""
+
+
 class MissingExtraError(NamexError):
     """A choice that needs packages which are not installed; the message names the extra that brings them."""
 

@@ -88,17 +88,21 @@ def batch(rows: dict[str, torch.Tensor], step: int, size: int, length: int, seed
     return torch.stack(windows).long()
 
 
+def openings(documents: list[str], size: int) -> str:
+    """The openings of whole documents in a fixed random order, a blank line between them, at most ``size`` bytes."""
+    random.Random(0).shuffle(documents)
+    chosen, held = [], 0
+    for document in documents:
+        opening = document[:DOCUMENT_BYTES].rstrip()
+        if held + len(opening.encode()) <= size:
+            chosen.append(opening)
+            held += len(opening.encode()) + 2
+    return "\n\n".join(chosen) + "\n"
+
+
 def held_out(folder: Path) -> dict[str, str]:
-    """Held-out text of every domain, the openings of whole documents, at most ``HELD_OUT_BYTES`` each."""
-    texts = {}
-    for name, read in corpora.DOMAINS.items():
-        documents = [text for text, is_held_out in read(folder) if is_held_out]
-        random.Random(0).shuffle(documents)
-        chosen, size = [], 0
-        for document in documents:
-            opening = document[:DOCUMENT_BYTES].rstrip()
-            if size + len(opening.encode()) <= HELD_OUT_BYTES:
-                chosen.append(opening)
-                size += len(opening.encode()) + 2
-        texts[name] = "\n\n".join(chosen) + "\n"
-    return texts
+    """Held-out text of every domain, at most ``HELD_OUT_BYTES`` each."""
+    return {
+        name: openings([text for text, is_held_out in read(folder) if is_held_out], HELD_OUT_BYTES)
+        for name, read in corpora.DOMAINS.items()
+    }

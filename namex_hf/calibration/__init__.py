@@ -1,0 +1,1 @@
+"""Calibration: text of the user's choice as token sequences."""

@@ -1,0 +1,116 @@
+"""From what a user names to documents: the packaged text, a file, a folder of files, or a data set of the Hub.
+
+A source is an iterator of documents in random order that reads no further than it is asked.
+"""
+
+import json
+import random
+from collections.abc import Iterator, Mapping
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from ..errors import CalibrationError
+from .hub_source import FORM, hub_rows, is_hub_name
+
+PACKAGED = Path(__file__).parent.parent / "packaged" / "calibration"
+ACCEPTED = f"'packaged', a text file, a .jsonl file, a folder of these, or a Hub data set {FORM}"
+
+Documents = Iterator[str]
+
+
+def open_sources(source: str, tokenizer: Any, seed: int) -> tuple[str, list[Documents]]:
+    """The name under which ``source`` may be recorded, never a path, and its sources: one a file, one for a data set.
+
+    ``packaged`` is the packaged text whatever the working directory has, without its chats where the tokenizer has no
+    chat template; a path that exists is no Hub data set.
+
+    Raises:
+        CalibrationError: nothing that is accepted, or a Hub data set that cannot be had. While documents are read:
+            bytes that are not UTF-8, lines that are not JSON, records without text or that the chat template refuses.
+        MissingExtraError: a Hub data set without the library that reads it.
+    """
+    check_source(source)
+    if source == "packaged":
+        files = [file for file in _files(PACKAGED) if tokenizer.chat_template or file.suffix != ".jsonl"]
+        return source, [_documents(file, tokenizer, random.Random(seed)) for file in files]
+    path = Path(source)
+    if path.exists():
+        return path.resolve().name, [_documents(file, tokenizer, random.Random(seed)) for file in _files(path)]
+    name, rows = hub_rows(source, seed)
+    return name, [(_text(row, tokenizer, f"a row of {source}") for row in rows)]
+
+
+def check_source(source: str) -> None:
+    """Raises:
+    CalibrationError: nothing that is accepted, as far as can be said without reading it.
+    """
+    if not source or not (source == "packaged" or Path(source).exists() or is_hub_name(source)):
+        raise CalibrationError(f"calibration data {source}: no such file or folder; accepted: {ACCEPTED}")
+
+
+def _files(path: Path) -> list[Path]:
+    """The file itself, or all below a folder in sorted order, but for hidden ones and those in hidden folders."""
+    if path.is_file():
+        return [path]
+    files = [file for file in sorted(path.rglob("*")) if file.is_file()]
+    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+
+
+def _documents(file: Path, tokenizer: Any, draw: random.Random) -> Documents:
+    if file.suffix.lower() != ".jsonl":
+        yield _decoded(file.read_bytes(), str(file))
+        return
+    for number, line in _lines(file, draw):
+        where = f"{file}, line {number}"
+        if text := _decoded(line, where).strip():
+            try:
+                record = json.loads(text)
+            except ValueError as error:
+                raise CalibrationError(f"{where} is not JSON: {error}") from error
+            yield _text(record, tokenizer, where)
+
+
+def _lines(file: Path, draw: random.Random) -> Iterator[tuple[int, bytes]]:
+    """Lines and their numbers in random order. Memory: the beginnings of the lines, and one line."""
+    with file.open("rb") as lines:
+        order = list(enumerate([0, *accumulate(map(len, lines))][:-1], 1))
+    draw.shuffle(order)
+    for number, start in order:
+        with file.open("rb") as lines:
+            lines.seek(start)
+            yield number, lines.readline()
+
+
+def _decoded(data: bytes, where: str) -> str:
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
+def _text(record: Any, tokenizer: Any, where: str) -> str:
+    """The text of a record, or its messages as the chat template writes them."""
+    fields = record if isinstance(record, Mapping) else {}
+    if isinstance(fields.get("messages"), list):
+        text = _chat(fields["messages"], tokenizer, where)
+    elif isinstance(fields.get("text"), str):
+        text = fields["text"]
+    else:
+        found = ", ".join(fields) or "neither"
+        raise CalibrationError(f"{where}: accepted: a list of 'messages' or a 'text'; found: {found}")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes
+        raise CalibrationError(f"{where} is not text: {error.reason}") from error
+    return text
+
+
+def _chat(messages: list[Any], tokenizer: Any, where: str) -> str:
+    if not tokenizer.chat_template:
+        raise CalibrationError(f"{where} is a chat, and the tokenizer has no chat template; accepted then: a 'text'")
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is a program: what it raises is no closed set
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise CalibrationError(f"{where}: the tokenizer's chat template refuses it: {reason}") from error
