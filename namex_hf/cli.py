@@ -22,7 +22,7 @@ from .patching.inspect import inspection
 from .patching.patch import describe, rewrite_report, run_plan
 from .patching.plan import make_plan
 from .recipe import RULES, Recipe, read_yaml
-from .report.report import Report, layer_summary
+from .report.report import Report, layer_table
 
 SCORED_BYTES = 256 << 20  # a checkpoint up to this size has its perplexity measured
 SCORED_TOKENS = 8192  # of each domain
@@ -119,11 +119,11 @@ def _patch(options: argparse.Namespace) -> int:
         disable_progress_bars()  # of downloads
     recipe = recipe_of(options)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
-    plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as)
+    plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
     folder = OutputFolder(options.out, plan.run)
     if options.dry_run:
-        # Whose run a folder is cannot be told from a Hub id's headers alone.
-        folder.check(options.overwrite or checkpoint.commit is not None)
+        # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.
+        folder.check(options.overwrite or checkpoint.commit is not None or recipe.calibrated)
         _print_dry_run(describe(plan, options.out), recipe)
         return 0
     if folder.complete:
@@ -131,7 +131,7 @@ def _patch(options: argparse.Namespace) -> int:
         console.print(f"{escape(str(options.out))} is complete: this model was patched with this recipe before")
         return 0
     columns = (
-        TextColumn("{task.description:>12}"),
+        TextColumn("{task.description:>16}"),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -149,6 +149,8 @@ def _patch(options: argparse.Namespace) -> int:
     if not options.quiet:
         report = _score(checkpoint, options.out, report, console)
         _print_report(report, options.out)
+        if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
+            console.print("merged without calibration text; --fit router reads some, and keeps far more of the model")
     return 0
 
 
@@ -180,6 +182,9 @@ def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
     table.add_row("bytes in", _size(what["bytes_in"]))
     table.add_row("bytes out", _size(what["bytes_out"]))
     table.add_row("peak memory (estimate)", _size(what["peak_bytes"]))
+    if what["calibration_tokens"]:
+        text = f"{what['calibration_tokens']} tokens of {recipe.calibration_data}, not read yet"
+        table.add_row("calibration text", escape(text))
     table.add_row("disk needed / free", f"{_size(what['space_needed'])} / {_size(what['free'])}")
     table.add_row("files carried over", escape(", ".join(what["carried"])) or "none")
     Console().print(table)
@@ -188,15 +193,20 @@ def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
 def _print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
     table = Table(title=f"{escape(report.source['name'])}: {recipe['method']}, {recipe['merge']}")
-    for column in ("layer", "games", "status", "spread of weights", "residual", "seconds"):
-        table.add_column(column, justify="left" if column == "status" else "right")
-    for layer in map(layer_summary, report.layers):
-        residual = "" if layer["residual"] is None else f"{layer['residual']:.1e}"
-        spread = f"{layer['spread']:.4f}"
-        seconds = f"{layer['seconds']:.2f}"
-        table.add_row(str(layer["layer"]), str(layer["games"]), layer["status"], spread, residual, seconds)
+    titles, rows = layer_table(report)
+    for title in titles:
+        table.add_column(title, justify="left" if title == "status" else "right")
+    for row in rows:
+        table.add_row(*row)
     if report.layers:
         console.print(table)
+    if text := report.run.get("calibration"):
+        seconds = sum(layer["seconds"] for layer in report.layers) / len(report.layers)
+        console.print(
+            f"calibrated on {text['tokens']} tokens of {escape(text['name'])}: {seconds:.2f} s a layer, "
+            f"{1000 * seconds / text['tokens']:.3f} s for 1,000 tokens",
+            soft_wrap=True,
+        )
     if report.perplexity:
         scores = Table(title=f"perplexity, the first {SCORED_TOKENS} tokens of each held-out text")
         for column in ("domain", "before", "after", "ratio"):

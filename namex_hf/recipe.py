@@ -17,7 +17,17 @@ from .errors import RecipeError
 from .momentum import parse_momentum
 
 UNSTORED = ("device",)
-BASES = re.compile(r"first|shared|mean|index:[0-9]{1,9}")
+BASES = re.compile(r"shared|first|mean|index:[0-9]{1,9}")
+IMPLIED = {"namex-full": "nash", "namex": "nash", "ep-camex": "uniform"}
+"""Weightings by method; a method that is not here settles no weights."""
+
+IMPLIED_BY_FIT = {
+    "grouping": ("weights", "damage"),
+    "curvature": ("identity", "calibrated"),
+    "align": ("none", "activations"),
+    "down": ("merge", "refit"),
+}
+"""What fields of ``grouped`` are where they are not stated: without a fit, and with one."""
 
 
 def _choice(default: str | None, choices: tuple[str, ...], text: str) -> Any:
@@ -45,23 +55,78 @@ class Recipe:
     )
     method: str = _choice(
         "namex-full",
-        ("namex-full", "namex", "ep-camex", "smoe"),
+        ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe"),
         "how weights and base come about. namex-full: a Nash bargain in every layer; namex: one at the first layer, "
-        "reused; ep-camex: plain mean; smoe: no merging, the sparse original",
+        "reused; ep-camex: plain mean; camex: every layer has a base of its own; smear: no base, all experts merged by "
+        "the router; smoe: no merging, the sparse original",
     )
     weighting: str | None = _choice(
-        None, ("nash", "uniform"), "grouped: weights inside a group (default: what the method implies)"
+        None,
+        ("nash", "uniform", "usage"),
+        "grouped: weights inside a group (default: what the method implies); usage: tokens it received",
     )
     experts: int | None = _value(None, int, "grouped: how many experts stay in every layer")
-    grouping: str = _choice("weights", ("weights",), "grouped: how groups are found")
+    fit: str = _choice(
+        "none",
+        ("none", "router"),
+        "grouped: fit to the original layer's output on calibration text. router: the router's rows; it also makes "
+        "calibrated merging the default of curvature, align, grouping and down",
+    )
+    fit_steps: int = _value(1000, int, "fit: steps of the optimiser a layer; the best on held-out tokens are kept")
+    grouping: str | None = _choice(
+        None,
+        ("damage", "outputs", "router", "weights"),
+        "grouped: how groups are found. damage: least added error of the output on calibration text (Ward); outputs, "
+        "router, weights: average linkage of mean outputs, gate values, weights (default: damage with a fit, else "
+        "weights)",
+    )
+    curvature: str | None = _choice(
+        None,
+        ("identity", "calibrated", "diagonal"),
+        "grouped: what a change of a matrix counts for. identity: its size; calibrated: the error on what the expert "
+        "sees in calibration text; diagonal: the same, input by input (default: calibrated with a fit, else identity)",
+    )
+    ridge: float = _value(1e-4, float, "curvature, down: added to second moments, relative to their mean diagonal")
+    align: str | None = _choice(
+        None,
+        ("none", "weights", "activations"),
+        "grouped: bring neurons into a common order first (default: activations with a fit, else none)",
+    )
+    down: str | None = _choice(
+        None,
+        ("merge", "refit"),
+        "grouped: down_proj merged like gate and up, or refitted in closed form to the original layer's output "
+        "(default: refit with a fit, else merge)",
+    )
+    metric: str = _choice(
+        "euclidean",
+        ("euclidean", "calibrated"),
+        "grouped: what players bargain over: their weights, or the errors on their calibration tokens",
+    )
+    power: str = _choice(
+        "equal",
+        ("equal", "usage", "loss"),
+        "grouped: bargaining power: equal, by tokens received, by share of the loss without agreement",
+    )
+    calibration_data: str = _value(
+        "packaged",
+        str,
+        "calibration text: packaged, a text file, a .jsonl file of messages or text, a folder of these, or a Hub data "
+        "set; stored as a name",
+    )
+    calibration_tokens: int = _value(32768, int, "tokens of calibration text")
+    calibrate: str = _choice(
+        "after", ("after", "before"), "statistics of a layer taken after or before the layers below it are patched"
+    )
     routing: str = _choice("linear", ("linear",), "how tokens find experts; linear: the pretrained router")
     disagreement: str = _choice(
         "zero", ("zero", "mean"), "what players get without agreement: nothing, or the step of the plain mean"
     )
     base: str = _value(
-        "first",
+        "shared",
         str,
-        "base expert of the first MoE layer: first, shared (mean slice of the shared expert), mean, index:K",
+        "base expert of the first MoE layer (camex: of every one): shared (mean slice of the shared expert), first, "
+        "mean, index:K",
     )
     granularity: str = _choice(
         "matrix", ("matrix", "expert"), "a game for each of gate, up and down, or one for the whole expert"
@@ -85,14 +150,16 @@ class Recipe:
     ccp_iterations: int = _value(2, int, "ccp: convex problems a game")
     eta: float = _value(1.0, float, "soft: step size of the merge")
     segment: int = _value(64, int, "soft: tokens that share a merged expert")
-    top_k: int | None = _value(None, int, "soft: experts a token counts for (default: the model's own number)")
+    top_k: int | None = _value(
+        None, int, "soft: experts a token counts for (default: the model's own number; smear: all)"
+    )
     routing_span: str = _choice(
         "all",
         ("all", "previous", "prompt"),
         "soft: which tokens route a segment: all before it, the segment before it, or (after the prompt) the prompt",
     )
     every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
-    seed: int = _value(0, int, "grouped: seed of the directions that the kept routed mass is estimated on")
+    seed: int = _value(0, int, "grouped: seed of the choice of calibration text, of batches, of random directions")
     device: str = _value("cpu", str, "torch device of the arithmetic; never stored in outputs")
 
     def __post_init__(self) -> None:
@@ -100,9 +167,13 @@ class Recipe:
             object.__setattr__(self, "beta", str(self.beta))
         for spec in fields(self):
             _check_value(spec.name, getattr(self, spec.name), spec.metadata, spec.default)
-        for name in ("gamma", "eta"):  # 1 and 1.0 are stored alike
+        for name in ("gamma", "eta", "ridge"):  # 1 and 1.0 are stored alike
             object.__setattr__(self, name, float(getattr(self, name)))
         _check_ranges(self)
+        if self.merge == "grouped":
+            for name, (without, fitted) in IMPLIED_BY_FIT.items():
+                if getattr(self, name) is None:
+                    object.__setattr__(self, name, without if self.fit == "none" else fitted)
         for rule in RULES:
             if rule.broken(self):
                 raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
@@ -130,14 +201,37 @@ class Recipe:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     @property
-    def weights_by(self) -> str:
-        """The weighting in force: the stated one, or what the method implies."""
-        return self.weighting or ("uniform" if self.method == "ep-camex" else "nash")
+    def weights_by(self) -> str | None:
+        """The weighting in force: the stated one, or what the method implies, which may be none."""
+        return self.weighting or IMPLIED.get(self.method)
+
+    @property
+    def own_class(self) -> bool:
+        """Whether the result is of its family's patched class; otherwise it is a stock model."""
+        return self.merge != "grouped" and self.method != "smoe"
 
     @property
     def has_base(self) -> bool:
-        """Whether a base expert walks through the layers and is stored in each."""
-        return self.merge != "grouped" and self.method != "smoe"
+        """Whether a base expert is stored in every MoE layer."""
+        return self.own_class and self.method != "smear"
+
+    @property
+    def propagates(self) -> bool:
+        """Whether that base expert walks from layer to layer."""
+        return self.has_base and self.method != "camex"
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration text is read."""
+        return (
+            self.fit != "none"
+            or self.grouping in ("damage", "outputs", "router")
+            or self.curvature in ("calibrated", "diagonal")
+            or self.align in ("weights", "activations")  # the first needs no text, but goes the same way
+            or self.down == "refit"
+            or self.metric == "calibrated"
+            or "usage" in (self.weights_by, self.power)
+        )
 
     @property
     def complex_beta(self) -> complex:
@@ -196,17 +290,57 @@ RULES: tuple[Rule, ...] = (
         "method 'namex' reuses weights across layers, whose groups differ: use 'namex-full' or 'ep-camex'",
         ("method", "merge"),
     ),
+    Rule(
+        lambda r: r.merge == "grouped" and r.method == "camex",
+        "method 'camex' weights experts by the input, and without data nothing routes it inside a group: its plain "
+        "average is 'ep-camex'",
+        ("method", "merge"),
+    ),
+    Rule(
+        lambda r: r.merge == "residual" and r.method == "smear",
+        "method 'smear' has no base expert to take the mass that top-k leaves over: it needs merge 'soft'",
+        ("method", "merge"),
+    ),
+    Rule(
+        lambda r: r.merge == "grouped" and r.method == "smear",
+        "method 'smear' merges all experts of a layer by the input, not a group without data: it needs merge 'soft'",
+        ("method", "merge"),
+    ),
     *_rules_for(
-        ("experts", "weighting", "grouping", "seed"),
+        ("experts", "weighting", "fit", "grouping", "curvature", "align", "down", "metric", "power", "seed"),
         lambda r: r.merge == "grouped",
         "belongs to merge 'grouped'",
         ("merge",),
     ),
     *_rules_for(
-        ("eta", "segment", "top_k", "routing_span"),
+        ("fit_steps",),
+        lambda r: r.fit != "none",
+        "belongs to a fit",
+        ("fit",),
+    ),
+    *_rules_for(
+        ("ridge",),
+        lambda r: r.curvature in ("calibrated", "diagonal") or r.down == "refit",
+        "belongs to a curvature or a refitted down_proj",
+        ("curvature", "down"),
+    ),
+    *_rules_for(
+        ("calibration_data", "calibration_tokens", "calibrate"),
+        lambda r: r.calibrated,
+        "belongs to a recipe that reads calibration text",
+        ("merge", "fit", "curvature", "grouping"),
+    ),
+    *_rules_for(
+        ("segment", "top_k", "routing_span"),
         lambda r: r.merge == "soft",
         "belongs to merge 'soft'",
         ("merge",),
+    ),
+    *_rules_for(
+        ("eta",),
+        lambda r: r.merge == "soft" and r.has_base,
+        "belongs to merge 'soft' with a base expert",
+        ("merge", "method"),
     ),
     *_rules_for(
         ("beta",),
@@ -215,20 +349,26 @@ RULES: tuple[Rule, ...] = (
         ("momentum",),
     ),
     *_rules_for(
-        ("base", "gamma", "momentum"),
+        ("base",),
         lambda r: r.has_base,
+        "is a choice of the base expert, which this recipe does not have",
+        ("merge", "method"),
+    ),
+    *_rules_for(
+        ("gamma", "momentum"),
+        lambda r: r.propagates,
         "is a choice of the propagated base expert, which this recipe does not have",
         ("merge", "method"),
     ),
     *_rules_for(
         ("every",),
-        lambda r: r.has_base and r.method == "namex-full",
+        lambda r: r.propagates and r.method == "namex-full",
         "belongs to method 'namex-full' and a propagated base expert",
         ("merge", "method"),
     ),
     *_rules_for(
-        ("disagreement", "granularity", "scale", "solver"),
-        lambda r: r.method != "smoe" and r.weights_by == "nash",
+        ("disagreement", "granularity", "scale", "solver", "metric", "power"),
+        lambda r: r.weights_by == "nash",
         "is a choice of the Nash bargain, which this recipe does not play",
         ("method",),
     ),
@@ -242,6 +382,26 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.solver == "ccp" and r.disagreement == "mean",
         "solver 'ccp' was published for the zero disagreement point alone",
         ("solver", "disagreement"),
+    ),
+    Rule(
+        lambda r: r.solver == "ccp" and (r.power != "equal" or r.metric != "euclidean"),
+        "solver 'ccp' was published for equal power and a game over weights",
+        ("solver", "power", "metric"),
+    ),
+    Rule(
+        lambda r: r.metric == "calibrated" and r.curvature != "calibrated",
+        "metric 'calibrated' bargains over the errors of curvature 'calibrated': it needs that",
+        ("metric", "curvature"),
+    ),
+    Rule(
+        lambda r: r.metric == "calibrated" and r.granularity != "matrix",
+        "metric 'calibrated' plays a game for each matrix: inputs of gate, up and down differ",
+        ("metric", "granularity"),
+    ),
+    Rule(
+        lambda r: r.power == "loss" and r.metric != "calibrated",
+        "power 'loss' is a share of the losses that metric 'calibrated' knows",
+        ("power", "metric"),
     ),
     Rule(
         lambda r: r.merge == "grouped" and r.scale == "lemma",
@@ -283,10 +443,10 @@ def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -
 
 
 def _check_ranges(recipe: Recipe) -> None:
-    for name in ("gamma", "eta"):
+    for name in ("gamma", "eta", "ridge"):
         if getattr(recipe, name) <= 0:
             raise RecipeError(f"recipe field '{name}' is {getattr(recipe, name)}; accepted: a number above 0")
-    for name in ("every", "experts", "ccp_iterations", "segment", "top_k"):
+    for name in ("every", "experts", "ccp_iterations", "segment", "top_k", "fit_steps", "calibration_tokens"):
         number = getattr(recipe, name)
         if number is not None and number < 1:
             raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")
@@ -294,5 +454,5 @@ def _check_ranges(recipe: Recipe) -> None:
         raise RecipeError(f"recipe field 'seed' is {recipe.seed}; accepted: a whole number from 0 below 2**64")
     if not BASES.fullmatch(recipe.base):
         raise RecipeError(
-            f"recipe field 'base' is {recipe.base!r}; accepted: first, shared, mean, index:K with K from 0"
+            f"recipe field 'base' is {recipe.base!r}; accepted: shared, first, mean, index:K with K from 0"
         )

@@ -89,7 +89,7 @@ def games(recipe: dict[str, Any]) -> list[tuple[str, ...]]:
     return [PROJECTIONS] if recipe.get("granularity") == "expert" else [(name,) for name in PROJECTIONS]
 
 
-def first_base(folder: Path, layer: int, base: str) -> Matrices:
+def own_base(folder: Path, layer: int, base: str) -> Matrices:
     experts = experts_at(folder, layer)
     if base == "mean":
         return {name: experts[name].mean(0) for name in PROJECTIONS}
@@ -133,8 +133,10 @@ def quaternion_product(a: tuple[float, ...], b: np.ndarray) -> np.ndarray:
 
 def base_experts(folder: Path, recipe: dict[str, Any]) -> dict[int, Matrices]:
     """E_m of every MoE layer, unrounded."""
-    layers = moe_layers(read_config(folder))
-    base = first_base(folder, layers[0], recipe.get("base", "first"))
+    layers, choice = moe_layers(read_config(folder)), recipe.get("base", "shared")
+    if recipe.get("method") == "camex":
+        return {layer: own_base(folder, layer, choice) for layer in layers}
+    base = own_base(folder, layers[0], choice)
     result, weights, buffers, beta = {}, {}, {}, quaternion_of(recipe)
     for position, layer in enumerate(layers):
         result[layer] = base

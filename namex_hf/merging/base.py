@@ -1,4 +1,4 @@
-"""The base expert of the first MoE layer."""
+"""The base expert that a layer itself gives: of the first MoE layer, or of every one (CAMEx)."""
 
 from collections.abc import Callable
 
@@ -7,13 +7,13 @@ import torch
 from .experts import PROJECTIONS, Base, Experts, weighted_step
 
 
-def first_base(choice: str, experts: Experts, shared: Callable[[], Base], width: int) -> dict[str, torch.Tensor]:
-    """The base expert that the propagation starts from, in float32.
+def own_base(choice: str, experts: Experts, shared: Callable[[], Base], width: int) -> dict[str, torch.Tensor]:
+    """A layer's own base expert, in float32.
 
     Args:
-        choice: ``first``, ``index:K``, ``mean`` or ``shared``.
-        experts: of the first MoE layer.
-        shared: reads that layer's shared expert, where it is asked for.
+        choice: ``shared``, ``first``, ``mean`` or ``index:K``.
+        experts: of the layer.
+        shared: reads the layer's shared expert, where it is asked for.
         width: of a routed expert.
     """
     if choice == "mean":

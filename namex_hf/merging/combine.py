@@ -20,7 +20,9 @@ class Combination:
     device: str = "cpu"
 
 
-def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype) -> Weights:
+def shares(
+    gram: torch.Tensor, choice: Combination, precision: torch.dtype, usage: torch.Tensor | None = None
+) -> Weights:
     """Weights of the members of one group, on the simplex, the base included.
 
     The game is played around the group's first member, which is its base: its own domain vector is zero, so it has no
@@ -30,9 +32,10 @@ def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype) -> W
 
     Args:
         gram: float64 ``[games, n, n]`` of the members' domain vectors around the first.
+        usage: float64 ``[n]``, where calibration text tells.
     """
-    found = WEIGHTINGS[choice.weighting](gram, choice.rules, precision)
-    if choice.weighting == "uniform":
+    found = WEIGHTINGS[choice.weighting](gram, choice.rules, precision, usage)
+    if choice.weighting != "nash":
         return found
     size = gram.shape[-1]
     values, status = found.values * (size - 1) / size, list(found.status)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..bargaining import cosine
+from ..bargaining import LossSolution, cosine
 from .weightings import Weights
 
 
@@ -28,6 +28,40 @@ def game_record(game: tuple[str, ...], gram: torch.Tensor, weights: Weights, ind
         "norms": gram.diagonal().sqrt().tolist(),
         "step_norm": math.sqrt(max(0.0, float(values @ gram @ values))),
         "cosine_to_mean": cosine_to_mean(gram, values),
+    }
+
+
+def own_base_record(game: tuple[str, ...], gram: torch.Tensor) -> dict[str, Any]:
+    """`game_record` of a layer that keeps its own base: no game was played, nothing has weights and no step is made."""
+    return {
+        "projections": list(game),
+        "weights": None,
+        "status": "own_base",
+        "residual": None,
+        "newton_steps": None,
+        "spread": None,
+        "norms": gram.diagonal().sqrt().tolist(),
+        "step_norm": None,
+        "cosine_to_mean": None,
+    }
+
+
+def loss_record(name: str, found: LossSolution, weights: torch.Tensor) -> dict[str, Any]:
+    """`game_record` of a bargain over losses. Norms and steps are losses there: of every player, at the disagreement
+    point and at the solution.
+
+    Args:
+        weights: float64 ``[n]``, as they were used.
+    """
+    return {
+        "projections": [name],
+        "weights": weights.tolist(),
+        "status": found.status,
+        "residual": found.residual,
+        "newton_steps": found.iterations,
+        "spread": float(weights.std(correction=0) / weights.mean()),
+        "losses_before": found.losses_before.tolist(),
+        "losses_after": found.losses_after.tolist(),
     }
 
 

@@ -9,6 +9,8 @@ from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 from .configuration_deepseek import DeepseekConfig
 
 SPANS = ("all", "previous", "prompt")
+METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear")
+"""Of the recipes that end in a patched class."""
 
 
 class SoftChoice(NamedTuple):
@@ -19,9 +21,11 @@ class SoftChoice(NamedTuple):
     segment: int
     """Tokens that share a merged expert."""
     top_k: int | None
-    """Experts a token counts for; None: the model's own number."""
+    """Experts a token counts for; None: the model's own number, or all where there is no base expert."""
     span: str
     """Whose routing a segment's expert is made from: `SPANS`."""
+    has_base: bool
+    """Whether the experts are merged around a base expert; SMEAR has none."""
 
 
 def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
@@ -29,7 +33,11 @@ def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
     if recipe is None or recipe.get("merge") != "soft":
         return None
     return SoftChoice(
-        recipe.get("eta", 1.0), recipe.get("segment", 64), recipe.get("top_k"), recipe.get("routing_span", "all")
+        recipe.get("eta", 1.0),
+        recipe.get("segment", 64),
+        recipe.get("top_k"),
+        recipe.get("routing_span", "all"),
+        recipe.get("method") != "smear",
     )
 
 
@@ -37,10 +45,18 @@ def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: in
     """Refuse what the blocks cannot compute; no recipe means its default, ``merge: residual``.
 
     Raises:
-        ValueError: another merge, a router that renormalises its top-k under ``residual``, or a field of ``soft`` out
-            of range (`experts` is the bound of its ``top_k``).
+        ValueError: another merge or method, ``smear`` where there must be a base expert, a router that renormalises its
+            top-k under ``residual``, or a field of ``soft`` out of range (`experts` is the bound of its ``top_k``).
     """
-    merge = (recipe or {}).get("merge", "residual")
+    recipe = recipe or {}
+    merge, method = recipe.get("merge", "residual"), recipe.get("method", METHODS[0])
+    if method not in METHODS:
+        raise ValueError(f"namex.method is {method!r}; this model class computes {', '.join(METHODS)}")
+    if merge == "residual" and method == "smear":
+        raise ValueError(
+            "namex.method is 'smear', which has no base expert to take the mass that top-k leaves over under "
+            "namex.merge 'residual'; accepted with it is namex.merge: 'soft'"
+        )
     if merge == "residual" and norm_topk_prob:
         raise ValueError(
             "norm_topk_prob is true: the top-k weights then sum to 1 and leave no mass for the base expert of "
@@ -60,6 +76,10 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
     number = isinstance(choice.eta, (int, float)) and not isinstance(choice.eta, bool)
     if not (number and math.isfinite(choice.eta)):
         raise ValueError(f"namex.eta is {choice.eta!r}; accepted: a finite number")
+    if choice.eta != 1 and not choice.has_base:
+        raise ValueError(
+            f"namex.eta is {choice.eta!r}; namex.method 'smear' has no base expert to step from: accepted: 1"
+        )
     if not whole(choice.segment):
         raise ValueError(f"namex.segment is {choice.segment!r}; accepted: a whole number from 1")
     if choice.top_k is not None and not (whole(choice.top_k) and choice.top_k <= (experts or choice.top_k)):
@@ -72,7 +92,7 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
 
 @strict
 class NamexQwen2MoeConfig(Qwen2MoeConfig):
-    """A Qwen2-MoE with a base expert in every MoE layer; ``namex`` holds the recipe that made it."""
+    """A patched Qwen2-MoE; ``namex`` holds the recipe that made it."""
 
     model_type = "namex_qwen2_moe"
     remote_classes: ClassVar[dict[str, str]] = {
@@ -95,7 +115,7 @@ class NamexQwen2MoeConfig(Qwen2MoeConfig):
 
 @strict
 class NamexDeepseekConfig(DeepseekConfig):
-    """A DeepSeek-MoE v1 with a base expert in every MoE layer; ``namex`` holds the recipe that made it."""
+    """A patched DeepSeek-MoE v1; ``namex`` holds the recipe that made it."""
 
     model_type = "namex_deepseek"
     remote_classes: ClassVar[dict[str, str]] = {

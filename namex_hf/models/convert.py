@@ -50,12 +50,13 @@ FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
 
 
 def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
-    """Give every MoE block of `model` a base expert (not yet initialised) and its modules their patched classes.
+    """Give the modules of `model` their patched classes and every MoE block its base expert, not yet initialised.
 
     Args:
         model: of a class in `FORMS`.
         namex: the recipe, which becomes ``model.config.namex``; its `merge` decides on the class of the blocks, and
-            its other fields on how a ``soft`` one works. None: ``residual``.
+            its other fields on how a ``soft`` one works (with ``method: smear`` without a base expert). None:
+            ``residual``.
 
     Raises:
         TypeError: the model is of none of the classes that have a patched form.
@@ -66,7 +67,7 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
         raise TypeError(f"found a {type(model).__name__}; accepted: {accepted}")
     check_merge(namex, model.config.norm_topk_prob, model.config.num_experts)
     config, causal_lm, inner, layer_class, block, residual_block, soft_block = FORMS[type(model)]
-    soft = soft_choice(namex) is not None
+    soft = soft_choice(namex)
     model.config.__class__ = config  # one object, shared by all modules
     model.config.namex = namex
     model.__class__, model.model.__class__ = causal_lm, inner
@@ -79,12 +80,13 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
         mlp: Any = layer.mlp
         if type(layer.mlp) is block:
             mlp.__class__ = soft_block if soft else residual_block
-            weight = mlp.gate.weight
-            expert = Qwen2MoeMLP(model.config, intermediate_size=model.config.moe_intermediate_size)
-            mlp.base_expert = expert.to(device=weight.device, dtype=weight.dtype).train(layer.training)
             if soft:
                 mlp.experts.__class__ = SoftExperts
                 mlp.route_softly(model.config)
+            if soft is None or soft.has_base:
+                weight = mlp.gate.weight
+                expert = Qwen2MoeMLP(model.config, intermediate_size=model.config.moe_intermediate_size)
+                mlp.base_expert = expert.to(device=weight.device, dtype=weight.dtype).train(layer.training)
 
 
 __all__ = ["patch_classes"]

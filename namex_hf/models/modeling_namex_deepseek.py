@@ -1,4 +1,4 @@
-"""DeepSeek-MoE v1 with a base expert in every MoE layer, under ``merge: residual`` or ``soft`` (``namex_deepseek``).
+"""DeepSeek-MoE v1 patched, under ``merge: residual`` or ``soft`` (``namex_deepseek``).
 
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """

@@ -1,4 +1,4 @@
-"""Qwen2-MoE with a base expert in every MoE layer, under ``merge: residual`` or ``soft`` (``namex_qwen2_moe``).
+"""Qwen2-MoE patched, under ``merge: residual`` or ``soft`` (``namex_qwen2_moe``).
 
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """

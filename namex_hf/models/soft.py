@@ -11,12 +11,17 @@ experts that are not among them, not renormalised) over the unpadded tokens of t
 
 The first segment of a document has nothing before it: s = 0, the base expert. No token's expert depends on the token
 itself or on a later one.
+
+``method: smear`` (SMEAR, Muqeeth et al. 2023) has no base expert: ``E^ = sum_i s_i E_i`` with s the mean over the same
+tokens of values that sum to 1, by default those of all experts, else of top-k, renormalised. The first segment uses
+s = 1/N, the plain mean of the experts: there is no base to fall back to, and its own tokens must not route it.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.activations import ACT2FN
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP
 from transformers.utils.generic import merge_with_config_defaults
 
@@ -44,15 +49,19 @@ def swiglu(tokens: torch.Tensor, merged: Merged, activation) -> torch.Tensor:
     return inner.bmm(down.mT)
 
 
-def merge_experts(shares: torch.Tensor, rest: torch.Tensor, experts: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+def merge_experts(
+    shares: torch.Tensor, rest: torch.Tensor, experts: torch.Tensor, base: torch.Tensor | None
+) -> torch.Tensor:
     """``rest base + sum_i shares_i experts_i`` of all groups: one product over the expert axis, one rank-one term.
 
     Args:
         shares: ``[groups, experts]``.
         rest: ``[groups]``.
         experts: ``[experts, rows, columns]``.
-        base: ``[rows, columns]``.
+        base: ``[rows, columns]``; None: there is no such term.
     """
+    if base is None:
+        return (shares @ experts.flatten(1)).view(-1, *experts.shape[1:])
     return torch.outer(rest, base.flatten()).addmm_(shares, experts.flatten(1)).view(-1, *base.shape)
 
 
@@ -63,7 +72,7 @@ class SoftExperts(Qwen2MoeExperts):
         self,
         tokens: torch.Tensor,
         shares: torch.Tensor,
-        base: Merged,
+        base: Merged | None,
         carried: Merged | None = None,
         keep: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, Merged]:
@@ -72,7 +81,7 @@ class SoftExperts(Qwen2MoeExperts):
         Args:
             tokens: ``[groups, tokens, hidden]``, the carried groups first.
             shares: ``[fresh groups, experts]``, eta s.
-            base: gate, up and down matrix of the base expert.
+            base: gate, up and down matrix of the base expert, if there is one.
             carried: experts made earlier.
             keep: groups whose expert is returned; None: all.
 
@@ -92,10 +101,11 @@ class SoftExperts(Qwen2MoeExperts):
         for start in range(0, width, step):
             rows = slice(start, min(start + step, width))
             up_rows = slice(width + rows.start, width + rows.stop)
+            part_of_base = (None,) * 3 if base is None else (base[0][rows], base[1][rows], base[2][:, rows])
             merged: Merged = (
-                merge_experts(shares, rest, gate_up[:, rows], base[0][rows]),
-                merge_experts(shares, rest, gate_up[:, up_rows], base[1][rows]),
-                merge_experts(shares, rest, down[:, :, rows], base[2][:, rows]),
+                merge_experts(shares, rest, gate_up[:, rows], part_of_base[0]),
+                merge_experts(shares, rest, gate_up[:, up_rows], part_of_base[1]),
+                merge_experts(shares, rest, down[:, :, rows], part_of_base[2]),
             )
             if carried is not None:
                 old = carried[0][:, rows], carried[1][:, rows], carried[2][:, :, rows]
@@ -114,20 +124,24 @@ def _each(merged: Merged, change) -> Merged:
 
 
 class SoftRouting:
-    """Mixin for a MoE block of `gate`, `experts` and `base_expert`, a SwiGLU MLP of the routed width."""
+    """Mixin for a MoE block of `gate`, `experts` and, where one is, `base_expert`, a SwiGLU MLP of the routed width."""
 
     gate: Any
     experts: nn.Module
     base_expert: Any
+    has_base: bool
     eta: float
+    unrouted: float
+    """s of every expert in a segment that nothing comes before."""
     number: int
     """Of routed experts."""
 
     def add_soft(self, config) -> None:
         """Give the block what it needs beyond the stock one."""
         self.experts = SoftExperts(config)
-        self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
         self.route_softly(config)
+        if self.has_base:
+            self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
 
     def route_softly(self, config) -> None:
         """Take what the recipe says about routing and step."""
@@ -136,10 +150,12 @@ class SoftRouting:
         choice = soft_choice(config.namex)
         if choice is None:
             raise ValueError("namex.merge is not 'soft'")
-        self.eta = choice.eta
+        self.has_base, self.eta = choice.has_base, choice.eta
         self.number = config.num_experts  # an adapter around the gate has another number under that name
-        self.gate.top_k = choice.top_k or config.num_experts_per_tok
-        self.gate.norm_topk_prob = False
+        self.unrouted = 0.0 if choice.has_base else 1 / self.number
+        self.gate.top_k = choice.top_k or (config.num_experts_per_tok if choice.has_base else self.number)
+        self.gate.norm_topk_prob = not choice.has_base
+        self.activation = ACT2FN[config.hidden_act]  # the experts' own is out of reach under an adapter
 
     def routed(self, flat: torch.Tensor, segments: Segments, memory: LayerMemory | None) -> torch.Tensor:
         """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; zeros at padding."""
@@ -159,12 +175,10 @@ class SoftRouting:
                 carried = _each(carried, lambda t, _: t[segments.carried])
         tokens = flat[segments.table]
         if len(segments.fresh):
-            shares = self.eta * segments.shares(index, value, self.number)
-            projections = self.base_expert.gate_proj, self.base_expert.up_proj, self.base_expert.down_proj
-            gate, up, down = (dense_weight(linear, flat) for linear in projections)
-            output, merged = self.experts(tokens, shares, (gate, up, down), carried, segments.keep)
+            shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
+            output, merged = self.experts(tokens, shares, self._base(flat), carried, segments.keep)
         elif carried is not None:
-            output, merged = swiglu(tokens, carried, self.base_expert.act_fn), carried
+            output, merged = swiglu(tokens, carried, self.activation), carried
             if segments.keep is not None:
                 merged = _each(carried, lambda t, _: t[segments.keep])
         else:  # nothing but padding
@@ -173,6 +187,13 @@ class SoftRouting:
             memory.merged = merged
         output = output.flatten(0, 1)[segments.place]
         return output.new_zeros(flat.shape).index_copy(0, segments.tokens, output)
+
+    def _base(self, like: torch.Tensor) -> Merged | None:
+        if not self.has_base:
+            return None
+        expert = self.base_expert
+        gate, up, down = (dense_weight(linear, like) for linear in (expert.gate_proj, expert.up_proj, expert.down_proj))
+        return gate, up, down
 
 
 class SegmentedLayer:

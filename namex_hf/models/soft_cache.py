@@ -1,8 +1,8 @@
 """The cache of ``merge: soft``: beside keys and values, what routing needs of the tokens that went before.
 
-Every layer keeps each token's top-k (a few numbers a token, against thousands of keys and values) rather than running
-sums alone: a mean over any earlier stretch is then exact, after `crop` too. The merged experts of the segments in
-progress are kept until these end, one for all rows that have the same.
+Every layer keeps each token's top-k (a few numbers a token, under ``method: smear`` one an expert, against thousands of
+keys and values) rather than running sums alone: a mean over any earlier stretch is then exact, after `crop` too. The
+merged experts of the segments in progress are kept until these end, one for all rows that have the same.
 """
 
 from collections.abc import Callable

@@ -76,13 +76,14 @@ class Segments(NamedTuple):
     place: torch.Tensor
     """``[unpadded tokens]``: where each of them stands in the flattened `table`."""
 
-    def shares(self, index: torch.Tensor, value: torch.Tensor, experts: int) -> torch.Tensor:
-        """s of every fresh group: the mean of its sources' top-k values, zeros elsewhere; no source gives zeros.
+    def shares(self, index: torch.Tensor, value: torch.Tensor, experts: int, unrouted: float = 0.0) -> torch.Tensor:
+        """s of every fresh group: the mean of its sources' top-k values, zeros elsewhere.
 
         Args:
             index: ``[batch, columns, top_k]``, the experts that each token up to now is routed to.
-            value: their softmax values, not renormalised.
+            value: what their router gives them.
             experts: their number.
+            unrouted: s of every expert in a group that has no source.
 
         Returns:
             ``[fresh groups, experts]``, at least float32.
@@ -94,6 +95,7 @@ class Segments(NamedTuple):
         by_run = sums[:-experts].view(batch, runs, experts)
         with torch.autocast(value.device.type, enabled=False):
             mean = (self.sources.to(value.dtype) @ by_run) / self.total.clamp(min=1)[..., None]
+        mean = torch.where(self.total[..., None] > 0, mean, unrouted)
         return mean.view(batch * runs, experts)[self.fresh]
 
 

@@ -2,6 +2,7 @@
 
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ NUMBERS = re.compile(r"(\d+)")
 
 def combination_of(recipe: Recipe) -> Combination:
     """How a recipe makes one expert of a group."""
+    assert recipe.weights_by is not None
     return Combination(recipe.weights_by, rules_of(recipe), recipe.device)
 
 
@@ -59,6 +61,17 @@ class LayerMaker:
         if self.latest != (layer, expert):
             self.made, self.latest = self.get(layer).expert(expert), (layer, expert)
         return self.made[projection]
+
+    def items(self, layer: int) -> list[Item]:
+        """Router and experts of a layer, made when their turn comes."""
+        plan = self.plan
+        router = plan.spans[name := plan.family.router(layer)]
+        items = [Item(name, router.dtype, (plan.kept, plan.shape.hidden), partial(self.router, layer))]
+        for expert in range(plan.kept):
+            for projection in PROJECTIONS:
+                span = plan.spans[name := plan.family.expert(layer, expert, projection)]
+                items.append(Item(name, span.dtype, span.shape, partial(self.expert, layer, expert, projection)))
+        return items
 
     def _merge(self, layer: int) -> MergedLayer:
         plan, start = self.plan, time.perf_counter()
@@ -94,48 +107,43 @@ def patch_grouped(plan: Plan, folder: Path, state: State, advance: Advance) -> d
     """Write all shards; returns the weight map (tensor name to file name)."""
     check_finite(plan, advance)
     with Reader() as reader:
-        maker = LayerMaker(plan, reader, state, advance)
-        packs = pack(items_of(plan, maker), plan.shard_size)
-        names = shard_names(len(packs))
-        for items, name in zip(packs, names, strict=True):
-            target = folder / name
-            if target.is_file():
-                for layer in sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))}):
-                    if layer in plan.shape.layers:
-                        advance(f"layer {layer}", plan.layer_bytes(layer))
-            else:
-                write_shard(target, items, reader, METADATA)
+        return write_packs(plan, folder, reader, LayerMaker(plan, reader, state, advance).items, advance)
+
+
+def write_packs(
+    plan: Plan, folder: Path, reader: Reader, made: Callable[[int], list[Item]], advance: Advance
+) -> dict[str, str]:
+    """Write the shards of the result; those that a killed run left are kept."""
+    packs = pack(items_of(plan, made, reader), plan.shard_size)
+    names = shard_names(len(packs))
+    for items, name in zip(packs, names, strict=True):
+        target = folder / name
+        if target.is_file():
+            for layer in sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))}):
+                if layer in plan.shape.layers:
+                    advance(f"layer {layer}", plan.layer_bytes(layer))
+        else:
+            write_shard(target, items, reader, METADATA)
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
 
-def items_of(plan: Plan, maker: LayerMaker) -> list[Item]:
-    """All tensors of the result in their natural order, layer by layer."""
-    items = []
+def items_of(plan: Plan, made: Callable[[int], list[Item]], reader: Reader) -> list[Item]:
+    """All tensors of the result in their natural order, layer by layer.
+
+    Args:
+        made: router and experts of a MoE layer.
+    """
     gone = {
         plan.family.expert(layer, expert, projection)
         for layer in plan.shape.layers
         for expert in range(plan.shape.experts)
         for projection in PROJECTIONS
     } | {plan.family.router(layer) for layer in plan.shape.layers}
-    items += [Item.of(name, span) for name, span in plan.spans.items() if name not in gone]
+    items = [Item.of(name, span) for name, span in plan.spans.items() if name not in gone]
     for layer in plan.shape.layers:
-        router = plan.spans[plan.family.router(layer)]
-        shape = (plan.kept, plan.shape.hidden)
-        name = plan.family.router(layer)
-        items.append(Item(name, router.dtype, shape, partial(maker.router, layer)))
-        for expert in range(plan.kept):
-            for projection in PROJECTIONS:
-                span = plan.spans[plan.family.expert(layer, expert, projection)]
-                items.append(
-                    Item(
-                        plan.family.expert(layer, expert, projection),
-                        span.dtype,
-                        span.shape,
-                        partial(maker.expert, layer, expert, projection),
-                    )
-                )
+        items += made(layer)
     if plan.export_as:
-        items = reexpressed(plan, items, maker.reader)
+        items = reexpressed(plan, items, reader)
     return sorted(items, key=lambda item: natural(item.name))
 
 

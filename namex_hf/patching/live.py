@@ -1,37 +1,45 @@
 """`patch_model`: the same merge in memory, on a live model, in place."""
 
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import FamilyError
+from ..calibration.text import CalibrationText
+from ..errors import CalibrationError, FamilyError
 from ..families import PROJECTIONS, Family, MoeShape, family_of
-from ..merging.base import first_base
+from ..merging.base import own_base
 from ..merging.groups import merge_layer
 from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
 from ..recipe import Recipe
+from .calibrated import Source, shrink_layers
 from .grouped import combination_of
 from .plan import check_fit
+from .text import text_for
 from .threads import shared_out
 from .walk import propagation_of
 
 
 @torch.no_grad()
-def patch_model(model: Any, recipe: Recipe | None = None) -> Any:
+def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = None) -> Any:
     """Patch a live transformers model in place and return it.
 
     Equal to the checkpoint path: bit for bit on the CPU at equal dtype, else to rounding.
 
     Args:
         model: a ``*ForCausalLM`` of a supported family.
+        calibration: for a recipe that reads calibration text: the model's tokenizer.
 
     Memory: beyond the model one base expert a layer (where the recipe has one), or the merged experts of one layer
-    (``grouped``).
+    (``grouped``), and with calibration text what `calibrated.shrink_layers` says.
 
     Raises:
+        CalibrationError: no tokenizer was given, or the text cannot be had.
         FamilyError: the model is of no supported family.
         RecipeError: the recipe does not fit it.
     """
@@ -42,11 +50,23 @@ def patch_model(model: Any, recipe: Recipe | None = None) -> Any:
     check_fit(recipe, shape)
     if not hasattr(model, "model") or not hasattr(model, "lm_head"):
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
+    if recipe.calibrated:
+        if calibration is None:
+            raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
+        text = text_for(recipe, config, calibration)
+        recipe = replace(recipe, calibration_data=text.name)
+        _shrink(model, family, shape, recipe, text)
+        model.config.namex = recipe.to_dict()
+        return model
     with shared_out():
         if recipe.merge == "grouped":
             _group(model, family, shape, recipe)
-        elif recipe.has_base:
-            _add_bases(model, family, shape, recipe)
+        elif recipe.own_class:
+            bases = _bases(model, family, shape, recipe) if recipe.has_base else {}
+            patch_classes(model, recipe.to_dict())
+            for layer, base in bases.items():
+                for name, weight in base.items():
+                    getattr(_block(model, layer).base_expert, name).weight.copy_(weight)
     model.config.namex = recipe.to_dict()
     return model
 
@@ -66,25 +86,22 @@ def _shared(block: Any, family: Family) -> dict[str, torch.Tensor]:
     return {name: getattr(shared, name).weight.detach().cpu() for name in PROJECTIONS}
 
 
-def _add_bases(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
+def _bases(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> dict[int, dict[str, torch.Tensor]]:
+    """Each MoE layer's base expert, in the experts' dtype."""
     choice, bases, walk = propagation_of(recipe), {}, None
     for position, layer in enumerate(shape.layers):
         experts = _experts(_block(model, layer), shape.width)
         if walk is None:
             shared = partial(_shared, _block(model, layer), family)
-            walk = Walk(first_base(recipe.base, experts, shared, shape.width))
+            walk = Walk(own_base(recipe.base, experts, shared, shape.width))
         bases[layer] = {name: walk.base[name].to(experts[name].dtype) for name in PROJECTIONS}
         walk = propagate(experts, walk, choice, position).walk
-    patch_classes(model, recipe.to_dict())
-    for layer, stored in bases.items():
-        expert = _block(model, layer).base_expert
-        for name in PROJECTIONS:
-            getattr(expert, name).weight.copy_(stored[name])
+    return bases
 
 
 def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
+    """Merge without text."""
     assert recipe.experts is not None
-    top_k = min(shape.top_k, recipe.experts)
     for layer in shape.layers:
         block = _block(model, layer)
         norm = model.model.layers[layer].post_attention_layernorm.weight.detach().cpu()
@@ -98,14 +115,39 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
             combination_of(recipe),
             recipe.seed,
         )
-        place = block.gate.weight.device
         experts = [merged.expert(index) for index in range(recipe.experts)]
-        fused = [torch.cat([one["gate_proj"], one["up_proj"]]) for one in experts]
-        block.experts.gate_up_proj = nn.Parameter(torch.stack(fused).to(place))
-        block.experts.down_proj = nn.Parameter(torch.stack([one["down_proj"] for one in experts]).to(place))
-        block.gate.weight = nn.Parameter(merged.router.to(place))
-        block.experts.num_experts = block.gate.num_experts = recipe.experts
-        block.gate.top_k = top_k
-    setattr(model.config, family.experts_field, recipe.experts)
-    model.config.num_experts_per_tok = model.num_experts_per_tok = top_k
-    model.num_experts = recipe.experts
+        _replace(block, {name: torch.stack([one[name] for one in experts]) for name in PROJECTIONS}, merged.router)
+    _note_experts(model, family, shape, recipe.experts)
+
+
+def _shrink(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: CalibrationText) -> None:
+    """Merge on calibration text. A layer is read before it is replaced, and no layer above reads one below."""
+    parameters = dict(model.named_parameters())
+
+    def read(name: str) -> torch.Tensor:
+        return parameters[name].detach().cpu()
+
+    def experts(layer: int) -> dict[str, torch.Tensor]:
+        return _experts(_block(model, layer), shape.width)
+
+    assert recipe.experts is not None
+    source = Source(model.config.to_dict(), family, shape, read, experts, lambda layer: nullcontext())
+    for made in shrink_layers(source, recipe, text, None, lambda layer, stage: None):
+        _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
+    _note_experts(model, family, shape, recipe.experts)
+
+
+def _replace(block: Any, experts: Mapping[str, Any], router: torch.Tensor) -> None:
+    """Give a block other experts, and a row of the router for each."""
+    place, count = block.gate.weight.device, len(router)
+    block.experts.gate_up_proj = nn.Parameter(torch.cat([experts["gate_proj"], experts["up_proj"]], dim=1).to(place))
+    block.experts.down_proj = nn.Parameter(experts["down_proj"].to(place))
+    block.gate.weight = nn.Parameter(router.to(place))
+    block.experts.num_experts = block.gate.num_experts = count
+    block.gate.top_k = min(block.gate.top_k, count)
+
+
+def _note_experts(model: Any, family: Family, shape: MoeShape, count: int) -> None:
+    setattr(model.config, family.experts_field, count)
+    model.config.num_experts_per_tok = model.num_experts_per_tok = min(shape.top_k, count)
+    model.num_experts = count

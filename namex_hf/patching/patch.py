@@ -16,11 +16,12 @@ from ..checkpoint.folder import CONFIG, REPORT, STATE, OutputFolder, write_text
 from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_tensors
 from ..checkpoint.source import INDEX, Checkpoint
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, FamilyError, OutputError
 from ..models import remote_code
 from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
+from .calibrated import patch_calibrated
 from .grouped import patch_grouped
 from .plan import Plan, make_plan
 from .state import State
@@ -79,10 +80,14 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
     with folder.claimed(overwrite):
         state = State(out / STATE)
         try:
-            patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
-            with shared_out():
-                weight_map = patch(plan, out, state, _counting(plan, progress))
-        except CheckpointError:
+            advance = _counting(plan, progress)
+            if plan.recipe.calibrated:
+                weight_map = patch_calibrated(plan, out, state, advance)
+            else:
+                patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
+                with shared_out():
+                    weight_map = patch(plan, out, state, advance)
+        except (CheckpointError, FamilyError):
             folder.remove()
             raise
         report = _report(plan, state, out, weight_map, time.perf_counter() - start)
@@ -92,8 +97,12 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
 
 
 def space_needed(plan: Plan) -> int:
-    """Bytes on disk at the fullest moment of a run: the result, each layer's base, the walk's state, and a margin."""
-    return plan.bytes_out + 2 * plan.base_bytes + MARGIN
+    """Bytes on disk at the fullest moment of a run: the result, each layer's base, the state, and a margin."""
+    state = 2 * plan.base_bytes
+    if plan.recipe.calibrated:  # all new layers, and the stream twice while one replaces the other
+        routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
+        state = routed * plan.kept // plan.shape.experts + 8 * plan.recipe.calibration_tokens * plan.shape.hidden
+    return plan.bytes_out + state + MARGIN
 
 
 def _present(out: Path) -> int:
@@ -181,6 +190,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "free": shutil.disk_usage(place).free,
         "peak_bytes": plan.peak_bytes,
         "carried": [path.name for path in companions(plan.checkpoint.folder)],
+        "calibration_tokens": plan.recipe.calibration_tokens if plan.recipe.calibrated else None,
     }
 
 

@@ -1,20 +1,24 @@
 """What a run will do, known and checked before the first tensor is read or a byte is written."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from ..calibration.text import CalibrationText
 from ..checkpoint.header import TensorSpan
 from ..checkpoint.layout import per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError
 from ..families import FAMILIES, PROJECTIONS, Family, MoeShape, family_of
+from ..merging.calibrated import FIT_TOKENS
+from ..merging.router_fit import CHUNK_BYTES
 from ..models import remote_code
 from ..recipe import Recipe
+from .text import check_text, text_of
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -31,15 +35,18 @@ class Plan:
     spans: dict[str, TensorSpan]  # under per-expert names
     shard_size: int
     export_as: str | None = None
+    text: CalibrationText | None = None
 
     @property
     def run(self) -> dict[str, Any]:
         """What makes this run this run."""
+        text = self.text
         return {
             "recipe": self.recipe.to_dict(),
             "source": self.checkpoint.fingerprint(),
             "shard_size": self.shard_size,
             "export_as": self.export_as,
+            **({"calibration": {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}} if text else {}),
         }
 
     @property
@@ -80,7 +87,21 @@ class Plan:
         and chunks."""
         layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
         expert = 4 * sum(rows * columns for rows, columns in map(self.shape.of, PROJECTIONS))
-        return layer + 5 * expert + (64 << 20)
+        return layer + 5 * expert + (64 << 20) + self.calibration_bytes
+
+    @property
+    def calibration_bytes(self) -> int:
+        """Of `peak_bytes`, what calibration adds: the text four times as hidden states, the smaller layer and its
+        largest group, what the experts answer to the text, sums in float64, a decoder layer without its experts."""
+        if not self.recipe.calibrated:
+            return 0
+        hidden, width, kept = self.shape.hidden, self.shape.width, self.kept
+        layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
+        tokens = self.recipe.calibration_tokens
+        answered = min(tokens, FIT_TOKENS) * kept * (kept + 1) * 4 + CHUNK_BYTES if self.recipe.fit != "none" else 0
+        sums = 8 * (3 * hidden * hidden + 6 * hidden * width)
+        around = 4 * hidden * (4 * hidden + 3 * self.shape.shared_width)
+        return 4 * tokens * hidden * 4 + layer * kept // self.shape.experts + layer // 2 + answered + sums + around
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
@@ -89,7 +110,7 @@ class Plan:
         if self.recipe.merge == "grouped":
             config[self.family.experts_field] = self.kept
             config["num_experts_per_tok"] = min(self.shape.top_k, self.kept)
-        elif self.recipe.has_base:
+        elif self.recipe.own_class:
             config["model_type"] = self.family.patched_type
         if self.export_as:
             reexpression = FAMILIES[self.family.model_type].as_qwen2_moe
@@ -103,10 +124,20 @@ class Plan:
         return config
 
 
-def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: str | int, export_as: str | None = None) -> Plan:
-    """Check a recipe against a checkpoint's configuration and headers.
+def make_plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    shard_size: str | int,
+    export_as: str | None = None,
+    reads_text: bool = True,
+) -> Plan:
+    """Check a recipe against a checkpoint's configuration and headers, and read its calibration text.
+
+    Args:
+        reads_text: False where nothing is to be read but headers.
 
     Raises:
+        CalibrationError: no such text, or no tokenizer to read it with.
         FamilyError: an unsupported family, or one without the form asked for.
         RecipeError: the recipe does not fit this model, or the shard size is none.
         CheckpointError: tensors that contradict the configuration.
@@ -124,7 +155,15 @@ def make_plan(checkpoint: Checkpoint, recipe: Recipe, shard_size: str | int, exp
     if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
         raise FamilyError(f"--export-as {export_as}: config.json: {reason}")
     spans = per_expert(checkpoint, family, shape)
-    return Plan(checkpoint, family, shape, recipe, spans, _bytes(shard_size), export_as)
+    plan = Plan(checkpoint, family, shape, recipe, spans, _bytes(shard_size), export_as)
+    if not recipe.calibrated:
+        return plan
+    if not reads_text:
+        if checkpoint.commit is None:  # of a model on the Hub only headers are here
+            check_text(recipe, checkpoint)
+        return plan
+    text = text_of(recipe, checkpoint)
+    return replace(plan, text=text, recipe=replace(recipe, calibration_data=text.name))
 
 
 def check_fit(recipe: Recipe, shape: MoeShape) -> None:
@@ -147,10 +186,10 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
         raise RecipeError(
             f"recipe field 'base' is {recipe.base!r}; accepted here: index:0 to index:{shape.experts - 1}"
         )
-    if recipe.base == "shared" and shape.shared_width % shape.width:
+    if recipe.has_base and recipe.base == "shared" and shape.shared_width % shape.width:
         raise RecipeError(
             f"recipe field 'base' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of the "
-            f"routed width {shape.width}"
+            f"routed width {shape.width}: choose another base, first, mean or index:K"
         )
     if recipe.merge == "residual" and recipe.has_base and shape.renormalises:
         raise RecipeError(

@@ -13,7 +13,17 @@ from ..checkpoint.shard import write_tensors
 from ..merging.experts import PROJECTIONS
 from ..merging.propagation import Walk
 
-WALK = "walk.safetensors"
+WALK, STREAM = "walk.safetensors", "stream.safetensors"
+RESULTS = ("base.", "new.")
+"""How names of tensors begin that go into the result; the others of a layer are statistics."""
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Calibration text on its way through the model: hidden states on arrival at a layer."""
+
+    layer: int
+    hidden: torch.Tensor  # float32 [sequences, length, hidden]
 
 
 @dataclass(frozen=True)
@@ -28,31 +38,46 @@ class State:
     def save_layer(self, layer: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         _save(self.layer_file(layer), tensors, record)
 
-    def save_walk(self, position: int, walk: Walk) -> None:
-        """The walk on arrival at the ``position``-th MoE layer."""
-        assert walk.weights is not None
-        tensors = {**walk.base, **walk.momentum, "weights": walk.weights}
+    def save_walk(self, position: int, walk: Walk | None) -> None:
+        """The walk on arrival at the ``position``-th MoE layer; None where that begins with its own base."""
+        tensors: dict[str, torch.Tensor] = {}
+        if walk is not None:
+            assert walk.weights is not None
+            tensors = {**walk.base, **walk.momentum, "weights": walk.weights}
         _save(self.folder / WALK, tensors, {"position": position})
 
-    def load_walk(self) -> tuple[int, Walk] | None:
+    def load_walk(self) -> tuple[int, Walk | None]:
+        """What was saved last; the first position where nothing was."""
         path = self.folder / WALK
         if not path.is_file():
-            return None
-        tensors = load_file(path)
+            return 0, None
+        position, tensors = json.loads(read_metadata(path)["record"])["position"], load_file(path)
+        if not tensors:
+            return position, None
         base, weights = {name: tensors.pop(name) for name in PROJECTIONS}, tensors.pop("weights")
-        return json.loads(read_metadata(path)["record"])["position"], Walk(base, weights, tensors)
+        return position, Walk(base, weights, tensors)
+
+    def save_stream(self, stream: Stream) -> None:
+        _save(self.folder / STREAM, {"hidden": stream.hidden}, {"layer": stream.layer})
+
+    def load_stream(self) -> Stream | None:
+        """What was saved last, in memory of its own: mapped tensors may be worked on with other roundings."""
+        path = self.folder / STREAM
+        if not path.is_file():
+            return None
+        return Stream(json.loads(read_metadata(path)["record"])["layer"], load_file(path)["hidden"].clone())
 
     def records(self) -> list[dict[str, Any]]:
         """What was written down about each finished layer, in order."""
         return [json.loads(read_metadata(path)["record"]) for path in sorted(self.folder.glob("layer-*.safetensors"))]
 
     def statistics(self) -> dict[str, torch.Tensor]:
-        """``layers.L.cosines`` of each finished layer."""
+        """``layers.L.cosines`` of each finished layer, and ``layers.L.usage`` where text was read."""
         found: dict[str, torch.Tensor] = {}
         for path in sorted(self.folder.glob("layer-*.safetensors")):
             layer = json.loads(read_metadata(path)["record"])["layer"]
             found |= {
-                f"layers.{layer}.{name}": t for name, t in load_file(path).items() if not name.startswith("base.")
+                f"layers.{layer}.{name}": t for name, t in load_file(path).items() if not name.startswith(RESULTS)
             }
         return found
 

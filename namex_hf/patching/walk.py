@@ -1,4 +1,4 @@
-"""Recipes with a base expert, out of core: every shard is carried over, and each layer's base is added."""
+"""Recipes that keep the experts, out of core: every shard is carried over, and each layer's base, if any, is added."""
 
 import time
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
 from ..families import PROJECTIONS
-from ..merging.base import first_base
+from ..merging.base import own_base
 from ..merging.propagation import Propagation, Walk, propagate
 from ..merging.weightings import Bargain
 from ..recipe import Recipe
@@ -26,7 +26,9 @@ METADATA = {"format": "pt"}
 
 def rules_of(recipe: Recipe) -> Bargain:
     """The rules of a recipe's games."""
-    return Bargain(recipe.disagreement, recipe.scale, recipe.granularity, recipe.solver, recipe.ccp_iterations)
+    return Bargain(
+        recipe.disagreement, recipe.scale, recipe.granularity, recipe.solver, recipe.ccp_iterations, recipe.power
+    )
 
 
 def propagation_of(recipe: Recipe) -> Propagation:
@@ -71,7 +73,7 @@ def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance, sto
 
 
 def walk_through(plan: Plan, state: State, advance: Advance) -> None:
-    """Propagate the base expert through all MoE layers and leave each layer's base in the state folder.
+    """Take the base expert through all MoE layers and leave each layer's base in the state folder.
 
     Memory: one layer's experts in their own dtype, the base in float32 three times, momentum buffers, chunks.
 
@@ -79,8 +81,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
         CheckpointError: an expert holds NaN or infinity.
     """
     choice, layers = propagation_of(plan.recipe), plan.shape.layers
-    found = state.load_walk()
-    position, walk = found if found is not None else (0, None)
+    position, walk = state.load_walk()
     experts = None
     with Reader() as reader:
         for done in layers[:position]:
@@ -93,7 +94,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
             with named(plan, layer):
                 if walk is None:
                     shared = partial(read_shared, plan, reader, layer)
-                    walk = Walk(first_base(plan.recipe.base, experts, shared, plan.shape.width))
+                    walk = Walk(own_base(plan.recipe.base, experts, shared, plan.shape.width))
                 step = propagate(experts, walk, choice, place)
             dtype = experts["gate_proj"].dtype
             record = {

@@ -2,12 +2,13 @@
 
 from typing import Any
 
+import yaml
 from huggingface_hub import ModelCardData
 
-from .report import Report, layer_summary
+from .report import Report, layer_table
 
 TITLES = {
-    "residual": "top-k experts as they were, and a propagated base expert for the mass that top-k leaves over",
+    "residual": "top-k experts as they were, and a base expert for the mass that top-k leaves over",
     "soft": "one merged expert processes the tokens of a causal segment",
     "grouped": "fewer experts: each is made of a group of the original's",
 }
@@ -23,6 +24,7 @@ def card(report: Report, config: dict[str, Any]) -> str:
         base_model=hub_id,
         tags=["namex", "moe", "merge", report.family],
     )
+    titles, rows = layer_table(report, "seconds")
     what = "the sparse original" if recipe["method"] == "smoe" else TITLES[recipe["merge"]]
     lines = [
         "---",
@@ -42,19 +44,15 @@ def card(report: Report, config: dict[str, Any]) -> str:
         "## Recipe",
         "",
         "```yaml",
-        *(f"{field}: {'null' if value is None else value}" for field, value in recipe.items()),
+        yaml.safe_dump(recipe, sort_keys=False, allow_unicode=True).strip(),
         "```",
         "",
         "## Layers",
         "",
-        "| layer | games | status | spread of weights | residual |",
-        "|---|---|---|---|---|",
+        _row(titles),
+        "|---" * len(titles) + "|",
+        *map(_row, rows),
     ]
-    for layer in map(layer_summary, report.layers):
-        residual = "" if layer["residual"] is None else f"{layer['residual']:.1e}"
-        lines.append(
-            f"| {layer['layer']} | {layer['games']} | {layer['status']} | {layer['spread']:.4f} | {residual} |"
-        )
     if report.perplexity:
         lines += ["", "## Perplexity on held-out text", "", "| domain | before | after |", "|---|---|---|"]
         lines += [f"| {d} | {v['before']:.2f} | {v['after']:.2f} |" for d, v in report.perplexity.items()]
@@ -65,6 +63,10 @@ def card(report: Report, config: dict[str, Any]) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _row(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _loading(config: dict[str, Any]) -> list[str]:

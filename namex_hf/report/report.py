@@ -41,17 +41,47 @@ def versions() -> dict[str, str]:
 
 
 def layer_summary(layer: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of one layer's games that fit on a line of a table."""
+    """The numbers of one layer that fit on a line of a table.
+
+    Errors are of the layer's output to the calibration text, relative to the original's: once merged, and at the end.
+    """
     games = layer["games"]
-    spreads = [game["spread"] for game in games]
+    spreads = [game["spread"] for game in games if game["spread"] is not None]
     residuals = [game["residual"] for game in games if game["residual"] is not None]
     words = {game["status"] for game in games}
+    errors = [one["error"] for one in layer.get("errors", [])]
     return {
         "layer": layer["layer"],
         "games": len(games),
         "status": ", ".join(sorted(words)) or "no game",
-        "spread": max(spreads, default=0.0),
+        "spread": max(spreads, default=None),
         "residual": max(residuals, default=None),
         "groups": len(layer["groups"]) if "groups" in layer else None,
+        "error_merged": errors[0] if errors else None,
+        "error_fitted": errors[-1] if len(errors) > 1 else None,
         "seconds": layer["seconds"],
     }
+
+
+COLUMNS = {
+    "layer": ("layer", "d"),
+    "games": ("games", "d"),
+    "status": ("status", "s"),
+    "spread": ("spread of weights", ".4f"),
+    "residual": ("residual", ".1e"),
+    "error_merged": ("error merged", ".4f"),
+    "error_fitted": ("error fitted", ".4f"),
+    "seconds": ("seconds", ".2f"),
+}
+"""Title and form of what `layer_summary` gives to a table."""
+
+
+def layer_table(report: Report, *left_out: str) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of the table of layers; errors of the layers' outputs where calibration text told them."""
+    rows = [layer_summary(layer) for layer in report.layers]
+    untold = {name for name in ("error_merged", "error_fitted") if all(row[name] is None for row in rows)}
+    shown = {name: column for name, column in COLUMNS.items() if name not in untold.union(left_out)}
+    texts = [
+        ["" if row[name] is None else format(row[name], form) for name, (_, form) in shown.items()] for row in rows
+    ]
+    return [title for title, _ in shown.values()], texts

@@ -15,7 +15,7 @@ FLAGS = [
     ("--metod namex", "--metod"),
     ("--meth namex", "--meth"),
     ("--method", "expected one argument"),
-    ("--method nash", "accepted: namex-full, namex, ep-camex, smoe"),
+    ("--method nash", "accepted: namex-full, namex, ep-camex, camex, smear, smoe"),
     ("--merge blended", "accepted: residual, soft, grouped"),
     ("--routing cosine", "accepted: linear"),
     ("--gamma abc", "'gamma' is 'abc'; accepted: float"),
@@ -27,12 +27,15 @@ FLAGS = [
     ("--experts 0 --merge grouped", "accepted: a whole number from 1"),
     ("--experts 9 --merge grouped", "'experts' is 9; this model has 8"),
     ("--base index:8", "accepted here: index:0 to index:7"),
-    ("--base last", "accepted: first, shared, mean, index:K"),
+    ("--base last", "accepted: shared, first, mean, index:K"),
     ("--seed -1 --merge grouped --experts 4", "accepted: a whole number from 0"),
     ("--device abacus", "'device' is 'abacus'; accepted: a torch device"),
     ("--device meta", "'device' is 'meta'; accepted: a torch device"),
     ("--merge grouped", "needs 'experts'"),
     ("--experts 4", "belongs to merge 'grouped'"),
+    ("--method smear", "no base expert to take the mass that top-k leaves over"),
+    ("--method smear --merge soft --top-k 9", "'top_k' is 9; this model has 8 experts a layer"),
+    ("--method camex --gamma 0.5", "'gamma' is a choice of the propagated base expert"),
     ("--method ep-camex --disagreement mean", "Nash bargain, which this recipe does not play"),
     ("--export-as qwen2_moe", "--export-as qwen2_moe of a qwen2_moe model; accepted: qwen2_moe, of deepseek"),
     ("--export-as llama", "--export-as llama"),
@@ -69,7 +72,7 @@ def test_out_is_needed(capsys: pytest.CaptureFixture[str], toy: Path):
         ("method: nash\n", "accepted: namex-full"),
         ("metod: namex\n", "unknown recipe field 'metod'; accepted: merge, method"),
         ("gamma: high\n", "'gamma' is 'high'; accepted: a finite float"),
-        ("merge: grouped\nexperts: 4\nbase: mean\n", "'base' is a choice of the propagated base expert"),
+        ("merge: grouped\nexperts: 4\nbase: mean\n", "'base' is a choice of the base expert"),
     ],
 )
 def test_recipe_files(refused, toy: Path, tmp_path: Path, text: str, says: str):
@@ -115,6 +118,10 @@ def test_a_file_is_no_model(refused, tmp_path: Path, toy: Path, monkeypatch: pyt
         ({"decoder_sparse_step": 0}, "'decoder_sparse_step' is 0; qwen2_moe needs a whole number from 1"),
         ({"num_experts": 9}, "experts.8.gate_proj.weight is missing"),
         ({"norm_topk_prob": True}, "norm_topk_prob = true"),
+        (
+            {"shared_expert_intermediate_size": 20},
+            "'base' is 'shared'; the shared expert's width 20 is no multiple of the routed width 8: choose another",
+        ),
     ],
 )
 def test_configurations(refused, copied: Path, changes: dict, says: str):

@@ -186,6 +186,7 @@ def test_files_say_what_they_are(file: Path):
     assert recipe.disagreement == ("mean" if file.stem.endswith("-mean") else "zero")
     assert stated == {name: value for name, value in recipe.to_dict().items() if name in stated}
     assert recipe.routing == "linear"
+    assert stated.get("base") == ("first" if recipe.has_base else None)  # CAMEx's choice, whatever the default is
 
 
 @patches()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from namex_hf.models import remote_code, soft, soft_cache
@@ -428,29 +428,39 @@ from transformers import AutoModelForCausalLM
 
 folders, tokens = json.loads(sys.argv[1]), torch.tensor(json.loads(sys.argv[2]))
 out = {}
-for family, folder in folders.items():
+for name, folder in folders.items():
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
-    out[family + ".logits"] = model(tokens).logits.detach()
+    out[name + ".logits"] = model(tokens).logits.detach()
     kwargs = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 9}
     for beams in (1, 2):
         made = model.generate(tokens, attention_mask=torch.ones_like(tokens), num_beams=beams, **kwargs)
-        out[f"{family}.{beams}"] = made.contiguous()
+        out[f"{name}.{beams}"] = made.contiguous()
 save_file(out, sys.argv[3])
 """
 
 
-def test_remote_code_without_the_package(soft_model, patched_folder, tmp_path):
+def soft_folder(source: Path, folder: Path, **fields) -> str:
+    """A copy of a patched folder under ``merge: soft``; with ``method: smear`` without base experts."""
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["namex"] = {"merge": "soft", "segment": SEGMENT, **fields}
+    (folder / "config.json").write_text(json.dumps(config))
+    if fields.get("method") == "smear":
+        tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".base_expert." not in n}
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    names = {path.name for path in remote_code(config["model_type"]).files}
+    assert {"soft.py", "soft_cache.py", "soft_segments.py"} <= names
+    assert names == {path.name for path in folder.glob("*.py")}
+    return str(folder)
+
+
+def test_remote_code_without_the_package(patched_folder, tmp_path):
     tokens, folders = ids(2, 11), {}
     for family in FAMILIES:
-        folders[family] = str(tmp_path / family)
-        shutil.copytree(patched_folder(family), folders[family])
-        config = json.loads(Path(folders[family], "config.json").read_text())
-        config["namex"] = {"merge": "soft", "segment": SEGMENT, "routing_span": "previous"}
-        Path(folders[family], "config.json").write_text(json.dumps(config))
-        names = {path.name for path in remote_code(config["model_type"]).files}
-        assert {"soft.py", "soft_cache.py", "soft_segments.py"} <= names
-        assert names == {path.name for path in Path(folders[family]).glob("*.py")}
+        for kind, fields in (("previous", {"routing_span": "previous"}), ("smear", {"method": "smear"})):
+            name = f"{family}_{kind}"
+            folders[name] = soft_folder(patched_folder(family), tmp_path / name, **fields)
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     (cwd / "child.py").write_text(CHILD)
@@ -473,10 +483,11 @@ def test_remote_code_without_the_package(soft_model, patched_folder, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     made = load_file(out)
-    for family in FAMILIES:
-        model = soft_model(family, routing_span="previous")
-        assert (made[f"{family}.logits"] - model(tokens).logits).abs().max() < CLOSE
+    for name, folder in folders.items():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        assert type(model).__module__.startswith("namex_hf.models")
+        assert (made[f"{name}.logits"] - model(tokens).logits).abs().max() < CLOSE
         for beams in (1, 2):
             kwargs = {"max_new_tokens": 9, "num_beams": beams, **GREEDY}
             expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), **kwargs)
-            assert torch.equal(made[f"{family}.{beams}"], expected)
+            assert torch.equal(made[f"{name}.{beams}"], expected)

@@ -10,28 +10,35 @@ from odd_checkpoints import PROJECTIONS, read_tensors
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
+from namex_hf.errors import RecipeError
 from namex_hf.models.modeling_namex_deepseek import SoftDeepseekMoeBlock
 
 ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
-    ("qwen2_moe", torch.bfloat16, {}, {}),
+    ("qwen2_moe", torch.bfloat16, {}, {"base": "first"}),
     ("deepseek", torch.float32, {}, {}),
     ("deepseek", torch.bfloat16, {"shards": 4}, {"base": "shared", "gamma": 0.5}),
     ("qwen2_moe", torch.float16, {"num_experts": 9, "num_hidden_layers": 6}, {"granularity": "expert", "every": 2}),
+    ("qwen2_moe", torch.float32, {}, {"granularity": "expert", "every": 2, "base": "first"}),
     ("qwen2_moe", torch.float32, {"num_hidden_layers": 6, "decoder_sparse_step": 2}, {"base": "index:4"}),
     ("deepseek", torch.float32, {"num_hidden_layers": 7, "moe_layer_freq": 2, "n_routed_experts": 9}, {"every": 3}),
-    ("deepseek", torch.bfloat16, {"fuse": True}, {"disagreement": "mean"}),
+    ("deepseek", torch.bfloat16, {"fuse": True}, {"disagreement": "mean", "base": "first"}),
     ("qwen2_moe", torch.float32, {}, {"disagreement": "mean", "granularity": "expert", "scale": "lemma"}),
-    ("qwen2_moe", torch.float32, {"fuse": True, "shards": 2}, {"scale": "lemma", "gamma": 0.25}),
+    ("qwen2_moe", torch.float32, {"fuse": True, "shards": 2}, {"scale": "lemma", "gamma": 0.25, "base": "first"}),
     ("deepseek", torch.float32, {}, {"base": "mean"}),
     ("qwen2_moe", torch.float32, {"num_hidden_layers": 5}, {"method": "namex", "base": "shared"}),
     ("deepseek", torch.float16, {"num_hidden_layers": 5}, {"method": "namex", "granularity": "expert"}),
-    ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 6}, {"method": "ep-camex"}),
+    ("deepseek", torch.float32, {}, {"method": "namex", "base": "first"}),
+    ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 6}, {"method": "ep-camex", "base": "first"}),
     ("deepseek", torch.float32, {}, {"method": "ep-camex", "base": "mean", "gamma": 1.5}),
     ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 9, "mlp_only_layers": [1, 4]}, {"gamma": 0.7}),
-    ("qwen2_moe", torch.float32, {"num_hidden_layers": 6}, {"momentum": "complex"}),
+    ("qwen2_moe", torch.float32, {"num_hidden_layers": 6}, {"momentum": "complex", "base": "first"}),
     ("deepseek", torch.float32, {"num_hidden_layers": 6}, {"momentum": "complex", "beta": "0.9,-0.5236", "gamma": 0.5}),
     ("deepseek", torch.bfloat16, {"num_hidden_layers": 6}, {"momentum": "quaternion", "method": "namex"}),
     ("qwen2_moe", torch.float32, {"num_hidden_layers": 6}, {"momentum": "quaternion", "method": "ep-camex"}),
+    ("qwen2_moe", torch.bfloat16, {"shards": 4}, {"method": "camex"}),
+    ("deepseek", torch.float32, {"fuse": True, "num_hidden_layers": 6, "moe_layer_freq": 2}, {"method": "camex"}),
+    ("qwen2_moe", torch.float16, {"num_hidden_layers": 6}, {"method": "camex", "base": "mean"}),
+    ("deepseek", torch.bfloat16, {}, {"method": "camex", "base": "index:4", "merge": "soft"}),
 ]
 
 
@@ -58,9 +65,21 @@ def test_reference_would_notice(odd, tmp_path: Path) -> None:
     written, last = read_tensors(tmp_path / "out"), "model.layers.3.mlp.base_expert.up_proj.weight"
     others = ({"base": "index:1"}, {"gamma": 0.999}, {"disagreement": "mean"}, {"granularity": "expert"})
     others += ({"momentum": "complex", "beta": "0.01"}, {"momentum": "complex", "beta": "0.5,1.5"})
-    for other in (*others, {"every": 2}, {"method": "namex"}, {"method": "ep-camex"}, {"scale": "lemma"}):
+    others += ({"method": "namex"}, {"method": "ep-camex"}, {"method": "camex"})
+    for other in (*others, {"every": 2}, {"scale": "lemma"}):
         with pytest.raises(AssertionError):
             assert_rounded(written[last], base_experts(source, other)[3]["up_proj"])
+
+
+def test_shared_expert_of_another_width(odd, tmp_path: Path) -> None:
+    """A width that is no multiple of the routed one is refused where its slices would be the base, and there alone."""
+    source = odd("qwen2_moe", torch.bfloat16, shared_expert_intermediate_size=20)
+    for recipe in (Recipe(), Recipe(method="camex"), Recipe(merge="soft")):
+        with pytest.raises(RecipeError, match="width 20 is no multiple of the routed width 8: choose another base"):
+            patch_checkpoint(source, tmp_path / "none", recipe)
+    others = (Recipe(base="first"), Recipe(merge="soft", method="smear"), Recipe(merge="grouped", experts=3))
+    for number, recipe in enumerate((*others, Recipe(method="smoe"))):
+        patch_checkpoint(source, tmp_path / str(number), recipe)
 
 
 def test_no_agreement_carries_the_base_on(odd, tmp_path: Path) -> None:

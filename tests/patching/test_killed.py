@@ -42,10 +42,11 @@ def weights(out: Path) -> dict[str, int]:
     ("recipe", "options"),
     [
         (Recipe(base="shared", every=2, momentum="quaternion"), {"shard_size": "60KB"}),
+        (Recipe(method="camex", base="first"), {"shard_size": "60KB"}),
         (Recipe(merge="grouped", experts=4), {"shard_size": "200KB"}),
         (Recipe(merge="grouped", experts=2), {"shard_size": "300KB", "export_as": "qwen2_moe"}),
     ],
-    ids=["residual", "grouped", "exported"],
+    ids=["residual", "camex", "grouped", "exported"],
 )
 def test_killed_again_and_again(long_checkpoint: Path, tmp_path: Path, recipe: Recipe, options: Any) -> None:
     """Three kills at moments drawn by lot; what was whole is kept, the rest is made, and all is as undisturbed."""

@@ -14,6 +14,7 @@ from namex_hf.recipe import RULES, Recipe, read_yaml
 
 GROUPED = {"merge": "grouped", "experts": 4}
 SOFT = {"merge": "soft"}
+FITTED = {**GROUPED, "fit": "router"}
 SPECS = {spec.name: spec for spec in fields(Recipe)}
 CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.metadata.get("choices", ())]
 # What a value needs around it to mean something.
@@ -23,12 +24,16 @@ AROUND: dict[str, dict[str, Any]] = {
     "nash": GROUPED,
     "previous": SOFT,
     "prompt": SOFT,
+    "smear": SOFT,
+    "loss": {**FITTED, "metric": "calibrated"},
+    "before": FITTED,
 }
+OF_GROUPED = ("fit", "grouping", "curvature", "align", "down", "weighting", "power")
 VALUES = [
     ("experts", 1, {"merge": "grouped"}),
     ("experts", 60, {"merge": "grouped"}),
-    ("base", "first", {}),
     ("base", "shared", {}),
+    ("base", "first", {}),
     ("base", "mean", {}),
     ("base", "index:0", {}),
     ("base", "index:59", {}),
@@ -46,6 +51,11 @@ VALUES = [
     ("beta", "0.8,0.3,0.3,0.3", {"momentum": "quaternion"}),
     ("ccp_iterations", 2, {}),
     ("ccp_iterations", 60, {"solver": "ccp"}),
+    ("fit_steps", 50, FITTED),
+    ("ridge", 0.01, {**GROUPED, "curvature": "diagonal"}),
+    ("ridge", 0.01, {**GROUPED, "down": "refit"}),
+    ("calibration_data", "some/where", FITTED),
+    ("calibration_tokens", 4096, {**GROUPED, "grouping": "outputs"}),
     ("device", "cuda", {}),
 ]
 
@@ -53,7 +63,7 @@ VALUES = [
 def test_the_default_is_namex_full_in_residual_form():
     recipe = Recipe()
     assert (recipe.merge, recipe.method, recipe.routing) == ("residual", "namex-full", "linear")
-    assert (recipe.disagreement, recipe.weights_by, recipe.base_index) == ("zero", "nash", 0)
+    assert (recipe.disagreement, recipe.weights_by, recipe.base) == ("zero", "nash", "shared")
 
 
 def test_beta_may_be_a_number_and_a_quaternion_becomes_complex(tmp_path: Path):
@@ -71,7 +81,9 @@ def test_a_recipe_cannot_be_changed():
 
 @pytest.mark.parametrize(("name", "choice"), CHOICES)
 def test_every_choice_is_accepted(name: str, choice: str):
-    around = {} if (name, choice) == ("merge", "residual") else AROUND.get(choice, {})
+    around = AROUND.get(choice, GROUPED if name in OF_GROUPED else {})
+    if (name, choice) == ("metric", "calibrated"):
+        around = FITTED
     assert getattr(Recipe.from_dict({**around, name: choice}), name) == choice
 
 
@@ -118,11 +130,11 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
         ("seed", -1, "a whole number from 0"),
         ("seed", 2**64, "a whole number from 0"),
         ("base", 3, "str"),
-        ("base", "last", "first, shared, mean, index:K"),
-        ("base", "index:", "first, shared, mean, index:K"),
-        ("base", "index:-1", "first, shared, mean, index:K"),
-        ("base", "index:one", "first, shared, mean, index:K"),
-        ("base", "index:" + "9" * 5000, "first, shared, mean, index:K"),
+        ("base", "last", "shared, first, mean, index:K"),
+        ("base", "index:", "shared, first, mean, index:K"),
+        ("base", "index:-1", "shared, first, mean, index:K"),
+        ("base", "index:one", "shared, first, mean, index:K"),
+        ("base", "index:" + "9" * 5000, "shared, first, mean, index:K"),
         ("eta", 0, "a number above 0"),
         ("segment", 0, "a whole number from 1"),
         ("top_k", 0, "a whole number from 1"),
@@ -132,6 +144,10 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
         ("beta", "0.8,0.3,0.3,0.3", "0.9,0.2618"),
         ("beta", True, "str"),
         ("ccp_iterations", 0, "a whole number from 1"),
+        ("fit_steps", 0, "a whole number from 1"),
+        ("calibration_tokens", 0, "a whole number from 1"),
+        ("calibration_data", 3, "str"),
+        ("ridge", 0, "a number above 0"),
         ("device", 0, "str"),
     ],
 )
@@ -146,7 +162,7 @@ def test_bad_values_are_answered_with_field_and_what_is_accepted(name: str, valu
     assert accepted in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["metod", "", "Merge", "curvature", 7, None])
+@pytest.mark.parametrize("name", ["metod", "", "Merge", "curvatures", 7, None])
 def test_unknown_fields_are_answered_with_the_known_ones(name: Any):
     with pytest.raises(RecipeError) as error:
         Recipe.from_dict({name: 1})
@@ -155,15 +171,23 @@ def test_unknown_fields_are_answered_with_the_known_ones(name: Any):
         assert known in str(error.value)
 
 
+# What belongs to a walk of the base expert or to a bargain.
+WALK_OR_BARGAIN: dict[str, Any] = {
+    **{"gamma": 0.5, "momentum": "complex", "every": 2, "disagreement": "mean", "granularity": "expert"},
+    **{"scale": "lemma", "solver": "ccp", "beta": "0.5", "ccp_iterations": 5},
+}
 # A recipe for each line of the validity table that breaks that line.
 BROKEN: dict[str, dict[str, Any]] = {
     "merge 'grouped' needs 'experts'": {"merge": "grouped"},
     "method 'smoe' merges nothing": {"method": "smoe", "merge": "grouped"},
     "method 'namex' reuses weights": {"method": "namex", **GROUPED},
+    "method 'camex' weights experts by the input": {"method": "camex", **GROUPED},
+    "method 'smear' has no base expert": {"method": "smear"},
+    "method 'smear' merges all experts": {"method": "smear", **GROUPED},
     "'experts' belongs": {"experts": 4},
     "'weighting' belongs": {"weighting": "uniform"},
     "'seed' belongs": {"seed": 1},
-    "'base' is a choice of the propagated": {"base": "mean", **GROUPED},
+    "'base' is a choice of the base": {"base": "mean", **GROUPED},
     "'gamma' is a choice of the propagated": {"gamma": 0.5, "method": "smoe"},
     "'every' belongs": {"every": 2, "method": "namex"},
     "'disagreement' is a choice of the Nash": {"disagreement": "mean", "method": "ep-camex"},
@@ -177,8 +201,26 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'momentum' is a choice of the propagated": {"momentum": "complex", **GROUPED},
     "'solver' is a choice of the Nash": {"solver": "ccp", "method": "ep-camex"},
     "'ccp_iterations' belongs": {"ccp_iterations": 5},
-    "solver 'ccp' was published for": {"solver": "ccp", "disagreement": "mean"},
+    "solver 'ccp' was published for the zero": {"solver": "ccp", "disagreement": "mean"},
     "merge 'grouped' replaces its members": {"scale": "lemma", **GROUPED},
+    "'fit' belongs": {"fit": "router"},
+    "'grouping' belongs": {"grouping": "weights"},
+    "'curvature' belongs": {"curvature": "identity"},
+    "'align' belongs": {"align": "weights", **SOFT},
+    "'down' belongs": {"down": "refit"},
+    "'metric' belongs": {"metric": "calibrated"},
+    "'power' belongs": {"power": "usage"},
+    "'metric' is a choice of the Nash": {"metric": "calibrated", **FITTED, "method": "ep-camex"},
+    "'power' is a choice of the Nash": {"power": "usage", **FITTED, "weighting": "usage"},
+    "'fit_steps' belongs": {"fit_steps": 50, **GROUPED},
+    "'ridge' belongs": {"ridge": 0.01, **GROUPED},
+    "'calibration_data' belongs": {"calibration_data": "text.txt", **GROUPED},
+    "'calibration_tokens' belongs": {"calibration_tokens": 4096},
+    "'calibrate' belongs": {"calibrate": "before", **GROUPED},
+    "solver 'ccp' was published for equal": {"solver": "ccp", "power": "usage", **FITTED},
+    "metric 'calibrated' bargains": {"metric": "calibrated", **GROUPED},
+    "metric 'calibrated' plays": {"metric": "calibrated", "granularity": "expert", **FITTED},
+    "power 'loss' is": {"power": "loss", **FITTED},
 }
 # A field with one value cannot differ from its default; the table has its line for the values to come.
 UNBREAKABLE = [f"'{name}' " for name, spec in SPECS.items() if len(spec.metadata.get("choices", "12")) == 1]
@@ -191,7 +233,8 @@ def test_every_rule_can_be_broken(start: str, values: dict[str, Any]):
     assert str(error.value).startswith(start)
     (rule,) = (rule for rule in RULES if rule.message.startswith(start))
     for name in rule.fields:
-        assert f"{name}={values.get(name, SPECS[name].default)}" in str(error.value)
+        known = values.get(name, SPECS[name].default)
+        assert f"{name}={'' if known is None else known}" in str(error.value)  # what is not stated is implied
 
 
 def test_every_rule_is_broken_above():
@@ -201,13 +244,54 @@ def test_every_rule_is_broken_above():
 
 
 @pytest.mark.parametrize(
+    ("values", "field"),
+    [
+        *(({"method": "camex", name: value}, name) for name, value in WALK_OR_BARGAIN.items()),
+        *(({"method": "smear", **SOFT, name: value}, name) for name, value in WALK_OR_BARGAIN.items()),
+        ({"method": "smear", **SOFT, "base": "first"}, "base"),
+        ({"method": "smear", **SOFT, "eta": 0.5}, "eta"),
+        ({"method": "smoe", "base": "first"}, "base"),
+        ({"base": "first", **GROUPED}, "base"),
+    ],
+    ids=str,
+)
+def test_a_method_without_walk_bargain_or_base_refuses_their_fields(values: dict[str, Any], field: str):
+    with pytest.raises(RecipeError, match=rf"^'{field}' (is a choice of|belongs to)"):
+        Recipe.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (True, True, True)),
+        ({"method": "ep-camex", **SOFT}, (True, True, True)),
+        ({"method": "camex"}, (True, True, False)),
+        ({"method": "camex", **SOFT}, (True, True, False)),
+        ({"method": "smear", **SOFT}, (True, False, False)),
+        ({"method": "smoe"}, (False, False, False)),
+        (GROUPED, (False, False, False)),
+    ],
+    ids=str,
+)
+def test_class_base_and_walk(values: dict[str, Any], expected: tuple[bool, ...]):
+    recipe = Recipe.from_dict(values)
+    assert (recipe.own_class, recipe.has_base, recipe.propagates) == expected
+
+
+@pytest.mark.parametrize(
     "values",
     [
         {},
+        {"method": "camex", "base": "index:3"},
+        {"method": "camex", **SOFT, "eta": 0.5},
+        {"method": "smear", **SOFT, "top_k": 5, "segment": 16, "routing_span": "previous"},
         {"method": "namex", "base": "index:3", "gamma": 0.25, "scale": "lemma"},
         {"method": "ep-camex", "base": "shared"},
         {"method": "smoe"},
         {**GROUPED, "weighting": "nash", "disagreement": "mean", "granularity": "expert", "seed": 3},
+        FITTED,
+        {**FITTED, "metric": "calibrated", "power": "loss", "align": "none", "calibrate": "before"},
+        {**GROUPED, "grouping": "outputs", "weighting": "usage", "calibration_tokens": 4096},
         {"every": 3, "device": "cuda:1"},
         {"momentum": "quaternion", "solver": "ccp", "ccp_iterations": 5},
         {"momentum": "complex", "beta": "0.9,-0.5236"},
@@ -221,6 +305,29 @@ def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, An
     assert "device" not in recipe.to_dict()
     assert "device" not in recipe.to_yaml()
     assert list(yaml.safe_load(recipe.to_yaml())) == [name for name in SPECS if name != "device"]
+
+
+@pytest.mark.parametrize(
+    ("values", "calibrated", "implied"),
+    [
+        ({}, False, (None, None, None, None)),
+        (GROUPED, False, ("weights", "identity", "none", "merge")),
+        (FITTED, True, ("damage", "calibrated", "activations", "refit")),
+        ({**FITTED, "align": "none", "down": "merge"}, True, ("damage", "calibrated", "none", "merge")),
+        ({**GROUPED, "weighting": "usage"}, True, ("weights", "identity", "none", "merge")),
+        ({**GROUPED, "power": "usage"}, True, ("weights", "identity", "none", "merge")),
+        ({**GROUPED, "align": "weights"}, True, ("weights", "identity", "weights", "merge")),
+        ({**GROUPED, "align": "activations"}, True, ("weights", "identity", "activations", "merge")),
+        ({**GROUPED, "grouping": "router"}, True, ("router", "identity", "none", "merge")),
+        ({**GROUPED, "curvature": "diagonal"}, True, ("weights", "diagonal", "none", "merge")),
+        ({**GROUPED, "down": "refit"}, True, ("weights", "identity", "none", "refit")),
+    ],
+    ids=str,
+)
+def test_what_a_fit_implies_and_which_recipes_read_text(values: dict[str, Any], calibrated: bool, implied: tuple):
+    recipe = Recipe.from_dict(values)
+    assert (recipe.grouping, recipe.curvature, recipe.align, recipe.down) == implied
+    assert recipe.calibrated == calibrated
 
 
 def test_equal_recipes_are_stored_alike():
@@ -288,7 +395,7 @@ SENSIBLE = st.fixed_dictionaries(
         if "choices" in spec.metadata
         else {
             "experts": st.integers(0, 70),
-            "base": st.sampled_from(("first", "shared", "mean", "index:7")),
+            "base": st.sampled_from(("shared", "first", "mean", "index:7")),
             "gamma": st.floats(0, 4),
             "every": st.integers(0, 30),
             "seed": st.integers(0, 9),
@@ -297,6 +404,10 @@ SENSIBLE = st.fixed_dictionaries(
             "top_k": st.integers(0, 9),
             "beta": st.sampled_from(("0.9", "1.1", "0.5,0.5", "0.1,0.2,0.3,0.4")),
             "ccp_iterations": st.integers(0, 9),
+            "fit_steps": st.integers(0, 9),
+            "ridge": st.floats(0, 1),
+            "calibration_data": st.sampled_from(("packaged", "text.txt")),
+            "calibration_tokens": st.integers(0, 9999),
             "device": st.just("cpu"),
         }[name]
         for name, spec in SPECS.items()
@@ -313,7 +424,7 @@ def test_any_values_build_or_are_refused_as_a_recipe(values: dict[str, Any]):
         return
     assert not any(rule.broken(recipe) for rule in RULES)
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == Recipe.from_dict({**values, "device": "cpu"})
-    assert recipe.weights_by in ("nash", "uniform")
+    assert recipe.weights_by in ("nash", "uniform", None)
 
 
 def test_the_docs_print_the_fields_and_the_validity_table():

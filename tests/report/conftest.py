@@ -11,7 +11,9 @@ FORMS = {
     "qwen2_moe residual": ("qwen2_moe", Recipe(), None),
     "qwen2_moe grouped": ("qwen2_moe", GROUPED, None),
     "qwen2_moe sparse": ("qwen2_moe", Recipe(method="smoe"), None),
-    "deepseek residual": ("deepseek", Recipe(base="shared", every=2), None),
+    "qwen2_moe smear": ("qwen2_moe", Recipe(merge="soft", method="smear"), None),
+    "deepseek residual": ("deepseek", Recipe(base="first", every=2), None),
+    "deepseek camex": ("deepseek", Recipe(method="camex"), None),
     "deepseek grouped": ("deepseek", GROUPED, None),
     "deepseek as qwen2_moe": ("deepseek", GROUPED, "qwen2_moe"),
 }

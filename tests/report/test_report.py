@@ -15,7 +15,8 @@ from namex_hf.report.card import card
 from namex_hf.report.report import Report, layer_summary
 from tests.report.conftest import FORMS
 
-NEEDS_CODE = ("qwen2_moe residual", "deepseek residual", "deepseek grouped")
+NEEDS_CODE = ("qwen2_moe residual", "qwen2_moe smear", "deepseek residual", "deepseek camex", "deepseek grouped")
+STATUS = {"agreement", "no_agreement", "no game", "own_base", "reused", "uniform"}
 
 
 def forms() -> pytest.MarkDecorator:
@@ -57,7 +58,7 @@ def test_the_report_holds_what_was_decided(patched: dict[str, Path], form: str):
     assert report.source["name"] == family
     assert report.source["commit"] is None
     assert report.source["fingerprint"] == report.run["source"]
-    layers = [] if recipe.method == "smoe" else [0, 1, 2] if family == "qwen2_moe" else [1, 2]
+    layers = [] if recipe.method in ("smoe", "smear") else [0, 1, 2] if family == "qwen2_moe" else [1, 2]
     assert [layer["layer"] for layer in report.layers] == layers
     assert {"namex_hf", "python", "torch", "transformers"} <= set(report.versions)
     assert report.totals["bytes_in"] == report.source["bytes"]
@@ -66,8 +67,8 @@ def test_the_report_holds_what_was_decided(patched: dict[str, Path], form: str):
     assert report.totals["bytes_out"] == sum(path.stat().st_size for path in weights)
     assert Report.from_json(report.to_json()) == report
     for summary in map(layer_summary, report.layers):
-        assert set(summary["status"].split(", ")) <= {"agreement", "no_agreement", "no game", "reused", "uniform"}
-        assert summary["spread"] >= 0
+        assert set(summary["status"].split(", ")) <= STATUS
+        assert (summary["spread"] is None) == (summary["status"] in ("own_base", "no game"))
         assert summary["seconds"] >= 0
 
 
@@ -121,4 +122,4 @@ def test_a_layer_in_a_line():
     assert summary["status"] == "agreement, no_agreement"
     assert (summary["spread"], summary["residual"]) == (0.2, 1e-9)
     empty = layer_summary({"layer": 0, "games": [], "seconds": 0.1})
-    assert (empty["status"], empty["spread"], empty["residual"], empty["groups"]) == ("no game", 0.0, None, None)
+    assert (empty["status"], empty["spread"], empty["residual"], empty["groups"]) == ("no game", None, None, None)

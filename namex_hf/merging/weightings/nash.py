@@ -6,7 +6,7 @@ from ...bargaining import ccp_bargaining, nash_bargaining
 from .weighting import Bargain, Weights
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype) -> Weights:
+def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage: torch.Tensor | None = None) -> Weights:
     """Solve K a = 1/a (zero disagreement point) or K a = 1/a + d (mean), one game a leading index.
 
     The mean point gives every player what the step of the plain mean gives it, d = K 1/N, in units where the mean of
@@ -14,7 +14,8 @@ def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype) -> Wei
     returned in the units of ``gram``.
 
     Scale ``simplex`` divides a game's weights by their sum (paper C.3); ``lemma`` keeps the raw solution. The solver is
-    exact (``newton``), or the paper's convex-concave procedure (``ccp``), which knows the zero point only.
+    exact (``newton``), or the paper's convex-concave procedure (``ccp``), which knows the zero point and equal power
+    only. Power ``usage`` is the asymmetric bargain, K a = p/a + d with p the tokens that a player receives.
 
     Raises:
         MissingExtraError: ``ccp`` without its packages.
@@ -26,7 +27,8 @@ def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype) -> Wei
         solution = ccp_bargaining(scaled, rules.ccp_iterations, precision)
     else:
         point = scaled.mean(-1) if rules.disagreement == "mean" else None
-        solution = nash_bargaining(scaled, disagreement=point, precision=precision)
+        power = _power(rules, usage, gram)
+        solution = nash_bargaining(scaled, disagreement=point, power=power, precision=precision)
     values = solution.weights / unit
     if rules.scale == "simplex":
         total = values.sum(-1, keepdim=True)
@@ -37,3 +39,9 @@ def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype) -> Wei
         tuple(torch.as_tensor(solution.residual).flatten().tolist()),
         tuple(torch.as_tensor(solution.iterations).flatten().expand(len(gram)).tolist()),
     )
+
+
+def _power(rules: Bargain, usage: torch.Tensor | None, gram: torch.Tensor) -> torch.Tensor | None:
+    if rules.power == "equal" or usage is None or not usage.any():
+        return None
+    return (usage / usage.mean()).to(gram)

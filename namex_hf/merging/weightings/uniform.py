@@ -5,7 +5,7 @@ import torch
 from .weighting import Bargain, Weights
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype) -> Weights:
+def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage: torch.Tensor | None = None) -> Weights:
     """1/N for each of the N experts, one that is the base itself included."""
     games, count = gram.shape[:2]
     values = torch.full((games, count), 1 / count, dtype=torch.float64)

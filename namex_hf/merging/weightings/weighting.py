@@ -25,11 +25,20 @@ class Bargain:
     granularity: str = "matrix"
     solver: str = "newton"
     ccp_iterations: int = 2
+    power: str = "equal"  # bargaining power of a player: equal, or usage
 
 
 class Weighting(Protocol):
-    """A function of the Gram matrices alone."""
+    """A function of the Gram matrices, and of how much the players are used where that is known."""
 
-    def __call__(self, gram: torch.Tensor, rules: Bargain, precision: torch.dtype) -> Weights:
-        """``gram``: float64 ``[games, N, N]``; ``precision``: the dtype that the players' vectors were stored in."""
+    def __call__(
+        self, gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage: torch.Tensor | None = None
+    ) -> Weights:
+        """Weigh the players.
+
+        Args:
+            gram: float64 ``[games, N, N]``.
+            precision: the dtype that the players' vectors were stored in.
+            usage: float64 ``[N]``, tokens that each received on calibration text; None without such text.
+        """
         ...

@@ -1,0 +1,57 @@
+"""Neurons of SwiGLU experts in a common order.
+
+An expert computes the same whatever the order of its neurons: one permutation acts on the rows of gate and up and on
+the columns of down. Before experts are averaged each is brought into the order that fits a reference expert best, by
+linear assignment (Ainsworth et al. 2023, for the SwiGLU form).
+"""
+
+import torch
+from scipy.optimize import linear_sum_assignment
+from torch.nn.functional import normalize
+
+from .routing import Activation, Expert, neurons
+
+
+def permuted(expert: Expert, order: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The expert with its neurons in another order: the same function.
+
+    Args:
+        order: int64 ``[width]``; neuron ``order[n]`` goes to place n.
+    """
+    return {name: matrix[:, order] if name == "down_proj" else matrix[order] for name, matrix in expert.items()}
+
+
+def order_by_weights(reference: Expert, expert: Expert) -> torch.Tensor:
+    """The order in which an expert's neurons are most like the reference's: cosines of gate row, up row, down column.
+
+    Each of the three counts alike, whatever its norm.
+    """
+
+    def directions(one: Expert) -> torch.Tensor:
+        rows = one["gate_proj"], one["up_proj"], one["down_proj"].T
+        return torch.cat([normalize(part.float(), dim=1) for part in rows], dim=1)
+
+    return _assignment(directions(reference) @ directions(expert).T)
+
+
+def order_by_activations(
+    reference: Expert, expert: Expert, inputs: torch.Tensor, activation: Activation
+) -> torch.Tensor:
+    """The order in which an expert's neurons correlate most with the reference's on common inputs.
+
+    Args:
+        inputs: float32 ``[tokens, hidden]``; a neuron that never varies on them correlates with none.
+    """
+    return _assignment(
+        _standardised(neurons(inputs, reference, activation)).T @ _standardised(neurons(inputs, expert, activation))
+    )
+
+
+def _standardised(values: torch.Tensor) -> torch.Tensor:
+    return normalize(values - values.mean(0), dim=0)
+
+
+def _assignment(likeness: torch.Tensor) -> torch.Tensor:
+    """For every row the column it is matched with, so that the sum is largest."""
+    _, columns = linear_sum_assignment(likeness.double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(columns).to(likeness.device)

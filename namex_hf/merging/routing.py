@@ -1,0 +1,80 @@
+"""What a router does with a layer's tokens, and what the experts that it chose answer."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+Expert = Mapping[str, torch.Tensor]
+"""One expert by projection: gate and up ``[width, hidden]``, down ``[hidden, width]``."""
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Where a layer's tokens went."""
+
+    index: torch.Tensor  # int64 [tokens, top_k]
+    value: torch.Tensor  # float32 [tokens, top_k], the gate values as the experts receive them
+
+    def of(self, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens ``[n]`` that an expert receives, and their gate values ``[n]``."""
+        token, place = (self.index == expert).nonzero(as_tuple=True)
+        return token, self.value[token, place]
+
+    def count(self, experts: int) -> torch.Tensor:
+        """How many tokens every expert received, int64 ``[experts]``."""
+        return self.index.flatten().bincount(minlength=experts)
+
+    def mass(self, experts: int) -> torch.Tensor:
+        """The sum of every expert's gate values, float64 ``[experts]``."""
+        sums = torch.zeros(experts, dtype=torch.float64, device=self.value.device)
+        return sums.index_add_(0, self.index.flatten(), self.value.flatten().double())
+
+    def energy(self, experts: int) -> torch.Tensor:
+        """The sum of every expert's squared gate values, float64 ``[experts]``."""
+        return Routing(self.index, self.value.square()).mass(experts)
+
+
+def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> Routing:
+    """Softmax over the experts, then the top-k values, as Qwen2-MoE and DeepSeek-MoE have it.
+
+    Args:
+        inputs: float32 ``[tokens, hidden]``.
+        router: ``[experts, hidden]``.
+        renormalises: whether the top-k values are scaled to sum to 1.
+    """
+    value, index = (inputs @ router.float().T).softmax(-1).topk(top_k, dim=-1)
+    return Routing(index, value / value.sum(-1, keepdim=True) if renormalises else value)
+
+
+def neurons(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
+    """What an expert's ``down_proj`` receives, ``act(x gate^T) * (x up^T)``: ``[tokens, width]``."""
+    return activation(inputs @ expert["gate_proj"].T) * (inputs @ expert["up_proj"].T)
+
+
+def answer(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
+    """An expert's output, ``[tokens, hidden]``, before its gate value."""
+    return neurons(inputs, expert, activation) @ expert["down_proj"].T
+
+
+def routed_output(
+    inputs: torch.Tensor,
+    routing: Routing,
+    experts: int,
+    expert: Callable[[int], Expert],
+    activation: Activation,
+) -> torch.Tensor:
+    """``sum_topk s_i f_i(x)``, float32 ``[tokens, hidden]``.
+
+    Memory: beyond the result one expert in float32, and its tokens three times.
+
+    Args:
+        expert: the float32 matrices of one expert, asked for once each, and only of those that have tokens.
+    """
+    output = torch.zeros_like(inputs)
+    for number in range(experts):
+        token, gate = routing.of(number)
+        if len(token):
+            output.index_add_(0, token, gate[:, None] * answer(inputs[token], expert(number), activation))
+    return output
