@@ -150,7 +150,8 @@ def _patch(options: argparse.Namespace) -> int:
         report = _score(checkpoint, options.out, report, console)
         _print_report(report, options.out)
         if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
-            console.print("merged without calibration text; --fit router reads some, and keeps far more of the model")
+            hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
+            console.print(hint, soft_wrap=True)
     return 0
 
 
@@ -194,8 +195,9 @@ def _print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
     table = Table(title=f"{escape(report.source['name'])}: {recipe['method']}, {recipe['merge']}")
     titles, rows = layer_table(report)
-    for title in titles:
-        table.add_column(title, justify="left" if title == "status" else "right")
+    for title, *cells in zip(titles, *rows, strict=True):
+        one_word = not any(" " in text for text in (title, *cells))  # where the screen is narrow, others are wrapped
+        table.add_column(title, justify="left" if title == "status" else "right", no_wrap=one_word)
     for row in rows:
         table.add_row(*row)
     if report.layers:

@@ -114,7 +114,7 @@ class Recipe:
         "calibration text: packaged, a text file, a .jsonl file of messages or text, a folder of these, or a Hub data "
         "set; stored as a name",
     )
-    calibration_tokens: int = _value(32768, int, "tokens of calibration text")
+    calibration_tokens: int = _value(65536, int, "tokens of calibration text")
     calibrate: str = _choice(
         "after", ("after", "before"), "statistics of a layer taken after or before the layers below it are patched"
     )

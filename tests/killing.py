@@ -4,9 +4,12 @@ Children are forked from a server that has imported the package once, so that a 
 """
 
 import multiprocessing
+import os
 import random
+import signal
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,19 @@ def start(source: Path, out: Path, recipe: Recipe, **options: Any) -> BaseProces
     process = SERVER.Process(target=patch_checkpoint, args=(source, out, recipe), kwargs=options)
     process.start()
     return process
+
+
+@dataclass
+class Killing:
+    """Progress that kills its own process as soon as it is told of something, for the ``times``-th time."""
+
+    what: str
+    times: int = 1
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self.times -= what == self.what
+        if not self.times:
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(source: Path, out: Path, recipe: Recipe, **options: Any) -> None:

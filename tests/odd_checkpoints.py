@@ -209,6 +209,15 @@ def add_tokenizer(folder: Path) -> None:
     (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2}\n')
 
 
+def write_words(path: Path, seed: int) -> Path:
+    """Paragraphs of the words that the odd checkpoints' tokenizer knows, some far more frequent than others."""
+    lot = random.Random(seed)
+    words = [f"w{number}" for number in range(3, VOCAB)]
+    paragraphs = [" ".join(lot.choices(words, [1 / n for n in range(1, len(words) + 1)], k=40)) for _ in range(90)]
+    path.write_text("\n\n".join(paragraphs))
+    return path
+
+
 def odd_checkpoint(
     folder: Path,
     family: str,

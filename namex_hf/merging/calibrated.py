@@ -18,6 +18,7 @@ OUTPUT_TOKENS = 4096  # that every expert answers, used or not, where groups are
 FIT_TOKENS = 16384  # that the router's rows are fitted on
 SWEEPS = 2  # over the downs
 ROUNDS = 2  # of fitting rows and downs in turn
+TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where experts are zero
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Text:
     inputs: torch.Tensor  # float32 [tokens, hidden], of the mixture
     routing: Routing  # by the layer's own router
     sequences: int  # of equal length, one after the other
-    held_out: torch.Tensor  # bool [sequences]: not to be fitted on
+    held_out: torch.Tensor  # bool [sequences]: not for the fit of the router's rows, but for choosing among them
 
 
 @dataclass
@@ -122,7 +123,7 @@ class Shrinking:
         that is fitted. (Weighting token by token instead, by the output or by the residual stream, measured worse.)
         """
         energy = self.wanted.square().sum(1).view(self.text.sequences, -1).mean(1)
-        weight = energy.clamp(min=1e-12 * float(energy.mean()) + torch.finfo(energy.dtype).tiny).rsqrt()
+        weight = energy.clamp(min=1e-12 * float(energy.mean()) + TINY).rsqrt()
         weight = weight / weight.square().mean().sqrt()
         return weight.repeat_interleave(len(self.wanted) // self.text.sequences)
 
@@ -136,8 +137,8 @@ class Shrinking:
     def note(self, stage: str, output: torch.Tensor) -> torch.Tensor:
         """Write down the output's error, relative to the output wanted."""
         heavy = self.weight[:, None]
-        error = (heavy * (output - self.wanted)).square().sum() / (heavy * self.wanted).square().sum()
-        self.record["errors"].append({"stage": stage, "error": float(error)})
+        error, energy = ((heavy * part).square().sum() for part in (output - self.wanted, self.wanted))
+        self.record["errors"].append({"stage": stage, "error": float(error / energy.clamp(min=TINY))})
         self.advance(stage)
         return output
 

@@ -1,7 +1,7 @@
 """Curvature from calibration text: what a change of an expert's matrix costs on the tokens that the expert sees.
 
 For a linear map W and the inputs x of expert i with gate values g, the loss of replacing E_i by W is
-``sum_t g_t^2 |(W - E_i) x_t|^2 = tr((W - E_i) C_i (W - E_i)^T)`` with the second moment ``C_i = sum_t g_t^2 x_t x_t^T``.
+``sum_t g_t^2 |(W - E_i) x_t|^2 = tr((W - E_i) C_i (W - E_i)^T)``, the second moment ``C_i = sum_t g_t^2 x_t x_t^T``.
 Its weighted sum over experts is least at
 
     W = (sum_i w_i E_i C_i) (sum_i w_i C_i)^-1

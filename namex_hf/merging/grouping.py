@@ -43,14 +43,12 @@ def average_linkage(distance: torch.Tensor, count: int) -> Groups:
     """Hierarchical clustering with average linkage, cut at ``count`` groups.
 
     Args:
-        distance: ``[N, N]``; symmetric up to rounding.
+        distance: ``[N, N]``, of which the part above the diagonal is read; below 0 by rounding is 0.
     """
     number = len(distance)
     if count == number:
         return tuple((index,) for index in range(number))
-    distance = distance.cpu().clamp(min=0).fill_diagonal_(0)
-    distance = (distance + distance.T) / 2
-    tree = linkage(squareform(distance.numpy(), checks=False), "average")
+    tree = linkage(squareform(distance.cpu().clamp(min=0).numpy(), checks=False), "average")
     labels = cut_tree(tree, n_clusters=count)[:, 0]  # by the number of merges: exact whatever the ties
     groups: dict[int, list[int]] = {}
     for index, label in enumerate(labels.tolist()):
@@ -93,7 +91,7 @@ def groups_by_damage(gram: torch.Tensor, gates: torch.Tensor, count: int) -> Gro
         total = _joined(total, 1, first, second, 1, 1)
         weight = _joined(weight, 0, first, second, 1, 1)
         groups[first] += groups.pop(second)
-    return tuple(sorted(tuple(sorted(group)) for group in groups))
+    return tuple(tuple(sorted(group)) for group in groups)
 
 
 def _joined(rows: torch.Tensor, axis: int, first: int, second: int, share: float, other: float) -> torch.Tensor:

@@ -113,14 +113,15 @@ def fit_router(
     adam = torch.optim.Adam([rows], lr=RATE * float(router.float().square().mean().sqrt()))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
 
-    def error(tokens: torch.Tensor) -> torch.Tensor:
-        gate = gate_values(inputs[tokens], rows, top_k, renormalises)
-        return known.errors(gate, tokens).sum() / known.energy[tokens].sum()
+    def missed(tokens: torch.Tensor) -> torch.Tensor:
+        return known.errors(gate_values(inputs[tokens], rows, top_k, renormalises), tokens).sum()
+
+    def energy(tokens: torch.Tensor) -> torch.Tensor:
+        return known.energy[tokens].sum().clamp(min=torch.finfo(torch.float32).tiny)  # experts may be zero
 
     @torch.no_grad()
     def check() -> float:
-        parts = [known.errors(gate_values(inputs[t], rows, top_k, renormalises), t).sum() for t in checked.split(BATCH)]
-        return float(torch.stack(parts).sum() / known.energy[checked].sum())
+        return float(torch.stack([missed(some) for some in checked.split(BATCH)]).sum() / energy(checked))
 
     before = after = check()
     best, kept_at = rows.detach().clone(), 0
@@ -128,7 +129,7 @@ def fit_router(
         for step in range(1, steps + 1):
             batch = fitted[torch.randint(len(fitted), (BATCH,), generator=draw).to(fitted.device)]
             adam.zero_grad()
-            error(batch).backward()
+            (missed(batch) / energy(batch)).backward()
             adam.step()
             schedule.step()
             if (step % CHECK_EVERY == 0 or step == steps) and (now := check()) < after:

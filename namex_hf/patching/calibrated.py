@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers.activations import ACT2FN
 
-from ..calibration.decoder import Decoder, Read
+from ..calibration.decoder import Decoder, Read, Tapped
 from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
@@ -72,32 +72,46 @@ def shrink_layers(
     Memory: one decoder layer without its experts in float32, one layer's experts in their own dtype and again those
     that are left, and four times ``[tokens, hidden]`` in float32: the stream, the mixture's inputs, and outputs.
     """
-    config, shape, device = source.config, source.shape, recipe.device
-    decoder = Decoder(config, source.family, shape, source.read, device)
-    choice, activation = choice_of(recipe), ACT2FN[config.get("hidden_act", "silu")]
+    device = recipe.device
+    decoder = Decoder(source.config, source.family, source.shape, source.read, device)
     if stream is None:
         stream = Stream(0, decoder.embed(text.ids).cpu())
-    sequences, held_out = len(text.ids), text.held_out.to(device)
-    for layer in range(stream.layer, max(shape.layers) + 1):
-        start, hidden = time.perf_counter(), stream.hidden
+    for layer in range(stream.layer, max(source.shape.layers) + 1):
+        start = time.perf_counter()
         with decoder.layer(layer) as module:
             if not module.is_mixture:
-                stream = Stream(layer + 1, module.forward(hidden))
+                stream = Stream(layer + 1, module.forward(stream.hidden))
                 continue
-            tapped = module.tap(hidden)
+            tapped = module.tap(stream.hidden)
         tell(layer, "read")
-        inputs = tapped.inputs.to(device)
-        routing = Routing(tapped.index.to(device), tapped.value.to(device))
-        router = source.read(source.family.router(layer))
-        mixture = Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
-        shrinking = Shrinking(mixture, Text(inputs, routing, sequences, held_out), choice, partial(tell, layer))
-        with source.named(layer):
-            smaller, output = shrinking.run()
-        below = output if recipe.calibrate == "after" else shrinking.wanted
-        tapped.rest.add_(below.cpu().view_as(tapped.rest))
         stream = Stream(layer + 1, tapped.rest)
-        record = {"layer": layer, **shrinking.record, "seconds": round(time.perf_counter() - start, 4)}
-        yield Made(layer, smaller, shrinking.cosines, record, stream)
+        yield _shrink_layer(source, recipe, layer, tapped, text.held_out, partial(tell, layer), start)
+        del tapped  # before the next layer is read
+
+
+def _shrink_layer(
+    source: Source,
+    recipe: Recipe,
+    layer: int,
+    tapped: Tapped,
+    held_out: torch.Tensor,
+    tell: Callable[[str], None],
+    start: float,
+) -> Made:
+    shape, device = source.shape, recipe.device
+    inputs = tapped.inputs.to(device)
+    routing = Routing(tapped.index.to(device), tapped.value.to(device))
+    router = source.read(source.family.router(layer))
+    activation = ACT2FN[source.config.get("hidden_act", "silu")]
+    mixture = Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
+    text = Text(inputs, routing, len(held_out), held_out.to(device))
+    shrinking = Shrinking(mixture, text, choice_of(recipe), tell)
+    with source.named(layer):
+        smaller, output = shrinking.run()
+    below = output if recipe.calibrate == "after" else shrinking.wanted
+    tapped.rest.add_(below.cpu().view_as(tapped.rest))
+    record = {"layer": layer, **shrinking.record, "seconds": round(time.perf_counter() - start, 4)}
+    return Made(layer, smaller, shrinking.cosines, record, Stream(layer + 1, tapped.rest))
 
 
 def patch_calibrated(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
@@ -138,6 +152,7 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})
             state.save_stream(made.stream)
             advance(f"layer {made.layer}", plan.layer_bytes(made.layer))
+            del made, tensors  # before the next layer is read
 
 
 def new_items(plan: Plan, state: State, layer: int) -> list[Item]:

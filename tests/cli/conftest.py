@@ -34,10 +34,10 @@ def copied(toys: dict[str, Path], tmp_path: Path) -> Path:
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run namex-patch on bad input and return its complaint, after checking what holds for every one."""
 
-    def run(model: object, *flags: str, out: Path | None = None) -> str:
+    def run(model: object, *flags: object, out: Path | None = None) -> str:
         before = set(tmp_path.rglob("*"))
         try:
-            status = cli.patch([str(model), "--out", str(out or tmp_path / "out"), *flags])
+            status = cli.patch([str(model), "--out", str(out or tmp_path / "out"), *map(str, flags)])
         except SystemExit as ended:  # argparse's own complaints
             status = ended.code
         said = capsys.readouterr()

@@ -124,7 +124,7 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags += "--disagreement mean --base shared --granularity expert --scale simplex --gamma 1 --every 1 --seed 3"
     flags += " --device cpu --momentum none --solver newton --ccp-iterations 2"
     flags += " --routing-span all --fit none --curvature identity --align none --down merge --metric euclidean"
-    flags += " --power equal --calibration-data packaged --calibration-tokens 32768 --calibrate after --ridge 1e-4"
+    flags += " --power equal --calibration-data packaged --calibration-tokens 65536 --calibrate after --ridge 1e-4"
     flags += " --fit-steps 1000"
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
     given = {flag for flag in f"{flags} {walking}".split() if flag.startswith("--")}

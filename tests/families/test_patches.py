@@ -136,7 +136,7 @@ def checkpoint(model: str) -> Checkpoint:
         if place > 4e9:
             place, number = 0, number + 1
     shards = tuple(sorted({span.file for span in spans.values()}))
-    return Checkpoint(Path("/nowhere"), CONFIGS[model], shards, spans, name=model)
+    return Checkpoint(Path("/nowhere"), CONFIGS[model], shards, spans, name=model, commit="0" * 40)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +150,7 @@ def patches() -> pytest.MarkDecorator:
 
 @pytest.fixture
 def plan(file: Path, checkpoints: dict[str, Checkpoint]) -> Plan:
-    return make_plan(checkpoints[file.parent.name], Recipe.from_yaml(file), "5GB")
+    return make_plan(checkpoints[file.parent.name], Recipe.from_yaml(file), "5GB", reads_text=False)
 
 
 @pytest.mark.parametrize("model", CONFIGS)
@@ -170,7 +170,7 @@ def test_the_numbers_of_the_true_models(model: str, checkpoints: dict[str, Check
 def test_every_model_has_every_recipe():
     assert {file.parent.name for file in FILES} == set(CONFIGS)
     for model, experts in EXPERTS.items():
-        grouped = {f"grouped-{experts // 2}-{method}" for method in ("namex-full", "ep-camex")}
+        grouped = {f"grouped-{experts // 2}-{method}" for method in ("namex-full", "ep-camex", "fit-namex-full")}
         assert {file.stem for file in FILES if file.parent.name == model} == {*METHODS, *grouped}
 
 
@@ -208,7 +208,7 @@ def test_bytes_in_and_out(file: Path, plan: Plan):
     else:
         assert plan.bytes_out == plan.checkpoint.size + LAYERS[model] * EXPERT
     assert plan.bytes_out <= space_needed(plan) < 1.1 * plan.checkpoint.size
-    assert plan.peak_bytes < 2.2 * plan.layer_bytes(plan.shape.layers[0])
+    assert plan.peak_bytes < (6e9 if plan.recipe.calibrated else 2.2 * plan.layer_bytes(plan.shape.layers[0]))
 
 
 @patches()

@@ -7,9 +7,11 @@ from namex_hf.recipe import Recipe
 from tests.cli.toy import save_toy
 
 GROUPED = Recipe(merge="grouped", experts=5)
+CALIBRATED = Recipe(merge="grouped", experts=5, fit="router", fit_steps=10, calibration_tokens=5120)
 FORMS = {
     "qwen2_moe residual": ("qwen2_moe", Recipe(), None),
     "qwen2_moe grouped": ("qwen2_moe", GROUPED, None),
+    "qwen2_moe calibrated": ("qwen2_moe", CALIBRATED, None),
     "qwen2_moe sparse": ("qwen2_moe", Recipe(method="smoe"), None),
     "qwen2_moe smear": ("qwen2_moe", Recipe(merge="soft", method="smear"), None),
     "deepseek residual": ("deepseek", Recipe(base="first", every=2), None),

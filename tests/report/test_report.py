@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from namex_hf.recipe import Recipe
 from namex_hf.report.card import card
-from namex_hf.report.report import Report, layer_summary
+from namex_hf.report.report import Report, layer_summary, layer_table
 from tests.report.conftest import FORMS
 
 NEEDS_CODE = ("qwen2_moe residual", "qwen2_moe smear", "deepseek residual", "deepseek camex", "deepseek grouped")
@@ -123,3 +123,29 @@ def test_a_layer_in_a_line():
     assert (summary["spread"], summary["residual"]) == (0.2, 1e-9)
     empty = layer_summary({"layer": 0, "games": [], "seconds": 0.1})
     assert (empty["status"], empty["spread"], empty["residual"], empty["groups"]) == ("no game", None, None, None)
+
+
+def test_errors_are_shown_where_there_are_any():
+    plain = {"layer": 0, "games": [], "seconds": 0.126}
+    merged = {**plain, "layer": 1, "errors": [{"stage": "merged", "error": 0.5}]}
+    fitted = {**plain, "layer": 2, "errors": [{"stage": "merged", "error": 0.4}, {"stage": "down", "error": 0.1}]}
+    names = ["layer", "games", "status", "spread of weights", "residual"]
+    assert layer_table(example(layers=[plain])) == (
+        [*names, "seconds"],
+        [["0", "0", "no game", "", "", "0.13"]],
+    )
+    assert layer_table(example(layers=[plain, merged]), "seconds") == (
+        [*names, "error merged"],
+        [["0", "0", "no game", "", "", ""], ["1", "0", "no game", "", "", "0.5000"]],
+    )
+    titles, rows = layer_table(example(layers=[merged, fitted]), "seconds")
+    assert titles == [*names, "error merged", "error fitted"]
+    assert [row[-2:] for row in rows] == [["0.5000", ""], ["0.4000", "0.1000"]]
+    assert "| 2 | 0 | no game |  |  | 0.4000 | 0.1000 |" in card(example(layers=[fitted]), {})
+    assert "error" not in card(example(layers=[plain]), {})
+
+
+def test_the_recipe_on_the_card_is_yaml_whatever_the_data_is_called():
+    recipe = Recipe(merge="grouped", experts=5, fit="router", calibration_data="it's: mine #1.txt")
+    made = card(example(run={"recipe": recipe.to_dict()}), {})
+    assert yaml.safe_load(made.split("```yaml\n")[1].split("```")[0]) == recipe.to_dict()

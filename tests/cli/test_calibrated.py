@@ -1,0 +1,190 @@
+"""namex-patch with recipes that read calibration text, on toy checkpoints and on a packaged one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from namex_hf import cli
+from namex_hf.checkpoint.bytes import Reader
+from namex_hf.checkpoint.resolve import PACKAGED
+from namex_hf.patching import text as patching_text
+from tests.cli.toy import change_config, save_toy
+
+FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
+HINT = "merged without calibration text; --fit router"
+
+
+@pytest.fixture(scope="session")
+def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A toy with a tokenizer, a token a byte, and sequences of 128; not to be changed."""
+    folder = save_toy(tmp_path_factory.mktemp("speaking") / "model", tokenizer=True)
+    change_config(folder, max_position_embeddings=128)
+    return folder
+
+
+@pytest.fixture
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text outside the folder in which `refused` looks for what was left."""
+    path = tmp_path_factory.mktemp("text") / "prose.txt"
+    path.write_text((PACKAGED / "calibration" / "prose.txt").read_text()[:20_000])
+    return path
+
+
+def ran(*arguments: object) -> int:
+    return cli.patch([str(argument) for argument in arguments])
+
+
+def flat(text: str) -> str:
+    return " ".join(text.split())
+
+
+def test_what_it_tells(
+    speaking: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The errors of the layers' outputs in table and card, and what the text cost; then that the folder is complete."""
+    monkeypatch.setattr(cli, "SCORED_TOKENS", 128)
+    monkeypatch.setenv("COLUMNS", "200")
+    command = (speaking, "--out", tmp_path / "out", *FIT, "--calibration-data", prose)
+    assert ran(*command) == 0
+    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "error merged" in said.out
+    assert "error fitted" in said.out
+    for layer in report["layers"]:
+        first, last = (f"{layer['errors'][place]['error']:.4f}" for place in (0, -1))
+        assert f"{first} │ {last}" in flat(said.out)
+        assert f"| {first} | {last} |" in card
+    seconds = sum(layer["seconds"] for layer in report["layers"]) / 3
+    line = f"calibrated on 1024 tokens of prose.txt: {seconds:.2f} s a layer, {seconds / 1.024:.3f} s for 1,000 tokens"
+    assert line in said.out
+    assert HINT not in said.err
+    assert ran(*command) == 0
+    assert "is complete: this model was patched with this recipe before" in flat(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (("--merge", "grouped", "--experts", "4"), True),
+        (("--merge", "grouped", "--experts", "4", "--quiet"), False),
+        (("--merge", "grouped", "--experts", "8"), False),
+        (("--merge", "grouped", "--experts", "4", "--dry-run"), False),
+        ((), False),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
+)
+def test_who_merges_without_text_is_told(
+    toy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...], told: bool
+):
+    assert ran(toy, "--out", tmp_path / "out", *flags) == 0
+    assert (HINT in flat(capsys.readouterr().err)) == told
+
+
+def test_the_bar_names_layer_and_stage(
+    speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """As a terminal shows it, drawn at every step."""
+    update = cli.Progress.update
+
+    def drawn(self: cli.Progress, *arguments: object, **fields: object) -> None:
+        update(self, *arguments, **fields)  # type: ignore[arg-type]
+        self.refresh()
+
+    monkeypatch.setattr(cli.Progress, "update", drawn)
+    monkeypatch.setattr(cli, "SCORED_BYTES", 0)
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert ran(speaking, "--out", tmp_path / "out", *FIT) == 0
+    said = capsys.readouterr().err
+    for stage in ("read", "merged", "router", "down"):
+        assert f"layer 2: {stage} " in said
+
+
+def test_the_dry_run_reads_no_tensor_and_no_text(
+    speaking: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def no(*_: object, **__: object) -> None:
+        raise AssertionError("something was read")
+
+    for name in ("read", "read_into", "copy", "expect"):
+        monkeypatch.setattr(Reader, name, no)
+    monkeypatch.setattr(patching_text, "calibration_text", no)
+    monkeypatch.setattr(patching_text.AutoTokenizer, "from_pretrained", no)
+    before = set(tmp_path.rglob("*"))
+    assert ran(speaking, "--out", tmp_path / "out", *FIT, "--calibration-data", prose, "--dry-run") == 0
+    said = flat(capsys.readouterr().out)
+    assert "calibration text" in said
+    assert "1024 tokens of" in said
+    assert "prose.txt" in said
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_the_dry_run_counts_what_the_text_costs(
+    speaking: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Memory and disk grow with the tokens; without a text there is no row for it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    said = []
+    for flags in (FIT, (*FIT, "--calibration-tokens", "1000000"), ("--merge", "grouped", "--experts", "3")):
+        assert ran(speaking, "--out", tmp_path / "out", *flags, "--dry-run") == 0
+        said.append({line.split("│")[1].strip(): line.split("│")[2] for line in _rows(capsys.readouterr().out)})
+    few, many, none = said
+    assert "1000000 tokens of packaged" in many["calibration text"]
+    assert "calibration text" not in none
+    rows = [row for row in few if few[row] != many[row]]
+    assert rows == ["peak memory (estimate)", "calibration text", "disk needed / free"]
+
+
+def _rows(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.startswith("│")]
+
+
+@pytest.mark.parametrize("when", [(), ("--dry-run",)], ids=["", "dry-run"])
+def test_no_tokenizer_and_no_text(
+    refused, toys: dict[str, Path], speaking: Path, tmp_path: Path, when: tuple[str, ...]
+):
+    for family, toy in toys.items():
+        says = f"{family} has no tokenizer, and this recipe reads calibration text; accepted: a checkpoint with its tok"
+        assert says in refused(toy, *FIT, *when)
+    says = "no.txt: no such file or folder; accepted: 'packaged', a text file, a .jsonl file"
+    assert says in refused(speaking, *FIT, "--calibration-data", tmp_path / "no.txt", *when)
+    assert "calibration data : no such file" in refused(speaking, *FIT, "--calibration-data", "", *when)
+
+
+def test_text_that_is_none(refused, speaking: Path, prose: Path):
+    for text, says in (
+        ("few words", "has 10 tokens of text; a sequence needs 128"),
+        ("long enough for one sequence " * 7, "1 sequences, and no file or data set has two"),
+    ):
+        prose.write_text(text)
+        assert says in refused(speaking, *FIT, "--calibration-data", prose)
+    prose.write_bytes(b"\xff\xfe" * 1000)
+    assert "is not UTF-8 text" in refused(speaking, *FIT, "--calibration-data", prose)
+    assert "1 sequences, and no file" in refused(speaking, *FIT, "--calibration-tokens", "127")
+    assert "accepted: a whole number from 1" in refused(speaking, *FIT, "--calibration-tokens", "0")
+
+
+def test_a_broken_tokenizer(refused, speaking: Path, tmp_path: Path):
+    model = Path(shutil.copytree(speaking, tmp_path / "model"))
+    (model / "tokenizer.json").write_text("{]")
+    assert "model has no tokenizer that transformers can open" in refused(model, *FIT)
+
+
+def test_damage_that_only_reading_finds(refused, speaking: Path, tmp_path: Path):
+    model = Path(shutil.copytree(speaking, tmp_path / "model"))
+    tensors = load_file(model / "model.safetensors")
+    for name in ("model.layers.2.mlp.experts.3.up_proj.weight", "model.norm.weight"):
+        damaged = {**tensors, name: torch.full_like(tensors[name], float("nan"))}
+        save_file(damaged, model / "model.safetensors", {"format": "pt"})
+        assert f"tensor {name} in model.safetensors holds NaN" in refused(model, *FIT)
+
+
+def test_another_text_on_a_finished_folder(refused, speaking: Path, tmp_path: Path):
+    assert ran(speaking, "--out", tmp_path / "out", *FIT, "--quiet") == 0
+    assert "another calibration and recipe; use --overwrite" in refused(speaking, *FIT, "--seed", "1")
+    assert ran(speaking, "--out", tmp_path / "out", *FIT, "--seed", "1", "--quiet", "--overwrite") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["namex"]["seed"] == 1

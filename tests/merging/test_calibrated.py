@@ -1,0 +1,342 @@
+"""A whole layer on its text: what is kept bit for bit, what is written down, and whose error is made small."""
+
+from dataclasses import replace
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+from float64_reference import double
+from small_mixtures import HIDDEN, PROJECTIONS, answers64, draws, gates64, output64, random_experts, random_tokens
+from torch.nn.functional import silu
+
+from namex_hf.merging import calibrated
+from namex_hf.merging.calibrated import Choice, Mixture, Shrinking, Text
+from namex_hf.merging.combine import Combination
+from namex_hf.merging.experts import NotFiniteError
+from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
+from namex_hf.merging.members import Tuning
+
+EXPERTS, TOP_K, SEQUENCES, LENGTH = 6, 2, 4, 40
+GROUPINGS = ("damage", "outputs", "router", "weights")
+FITTED = {"down": "refit", "fit": "router", "fit_steps": 50}
+PLAIN = {"down": "merge", "fit": "none"}
+
+
+def mixture(seed: int = 0, dtype: torch.dtype = torch.float32, renormalises: bool = False) -> Mixture:
+    router = torch.randn(EXPERTS, HIDDEN, generator=draws(seed + 1)).to(dtype)
+    return Mixture(random_experts(EXPERTS, seed, dtype), router, TOP_K, renormalises, silu)
+
+
+def text(of: Mixture, loud: float, length: int) -> Text:
+    """Of four sequences the last is held out, and the first is louder."""
+    inputs = random_tokens(SEQUENCES * length, 0)
+    inputs[:length] *= loud
+    return Text(inputs, of.route(inputs), SEQUENCES, torch.tensor([False, False, False, True]))
+
+
+def shrinking(count: int, of: Mixture | None = None, loud: float = 1.0, length: int = LENGTH, **choices) -> Shrinking:
+    of, tuning = of or mixture(), choices.pop("tuning", Tuning(Combination()))
+    return Shrinking(of, text(of, loud, length), Choice(count, tuning, **choices))
+
+
+def weights64(wanted: np.ndarray) -> np.ndarray:
+    """Weights of the squared errors, up to scale: 1 over the energy of the token's sequence."""
+    energy = (wanted.reshape(SEQUENCES, -1) ** 2).sum(1)
+    return np.repeat(1 / energy, LENGTH)
+
+
+def error64(found: np.ndarray, wanted: np.ndarray) -> float:
+    """The mean over sequences of their relative errors."""
+    missed, whole = (((x.reshape(SEQUENCES, -1)) ** 2).sum(1) for x in (found - wanted, wanted))
+    return float((missed / whole).mean())
+
+
+def output_of(result: Mixture, inputs: torch.Tensor) -> np.ndarray:
+    return output64(inputs, result.route(inputs), dict(result.experts))
+
+
+def assert_same(one: Mixture, other: Mixture) -> None:
+    assert torch.equal(one.router, other.router)
+    assert all(torch.equal(one.experts[name], other.experts[name]) for name in PROJECTIONS)
+
+
+# --- what is kept ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [PLAIN, FITTED])
+def test_all_experts_are_the_layer_itself(how: dict) -> None:
+    of = mixture(dtype=torch.bfloat16)
+    run = shrinking(EXPERTS, of, **how)
+    result, output = run.run()
+    assert_same(result, of)
+    assert result.top_k == TOP_K
+    np.testing.assert_allclose(output.numpy(), output_of(of, run.text.inputs), rtol=1e-3, atol=1e-3)
+    assert set(run.record) == {"usage", "mass", "games"}
+    assert run.record["games"] == []
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_groups_of_one_are_their_experts(grouping: str, dtype: torch.dtype) -> None:
+    of = mixture(dtype=dtype)
+    run = shrinking(4, of, grouping=grouping, **PLAIN)
+    result, _ = run.run()
+    single = [(place, group[0]) for place, group in enumerate(run.record["groups"]) if len(group) == 1]
+    assert single
+    for place, number in single:
+        assert torch.equal(result.router[place], of.router[number])
+        assert all(torch.equal(result.experts[name][place], of.experts[name][number]) for name in PROJECTIONS)
+
+
+@pytest.mark.parametrize("how", [PLAIN, FITTED])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_source_and_text_are_left_alone(how: dict, dtype: torch.dtype) -> None:
+    of = mixture(dtype=dtype)
+    run, untouched = shrinking(3, of, **how), shrinking(3, mixture(dtype=dtype))
+    run.run()
+    assert_same(of, untouched.source)
+    for name in ("inputs", "held_out"):
+        assert torch.equal(getattr(run.text, name), getattr(untouched.text, name))
+    assert torch.equal(run.text.routing.value, untouched.text.routing.value)
+
+
+def test_groupings() -> None:
+    """Each by its own: errors weighted by sequence, mean answers, gate values, weights of whole experts."""
+    run = shrinking(3, loud=3.0)
+    inputs, experts = run.text.inputs, run.source.experts
+    answers, gates = answers64(inputs, experts), gates64(run.text.routing, EXPERTS)
+    heavy = np.sqrt(weights64(np.einsum("tn,tnh->th", gates, answers)))[:, None]
+    flat = torch.cat([experts[name].flatten(1) for name in PROJECTIONS], dim=1).double()
+    gram = torch.from_numpy(np.einsum("tih,tjh->tij", answers, answers))
+    wanted = {
+        "damage": groups_by_damage(gram, torch.from_numpy(heavy * gates), 3),
+        "outputs": groups_by_outputs(torch.from_numpy(answers.mean(0)), 3),
+        "router": groups_by_router(torch.from_numpy(gates), 3),
+        "weights": groups_by_weights(flat @ flat.T, 3),
+    }
+    assert len(set(wanted.values())) == 4
+    assert groups_by_damage(gram, torch.from_numpy(gates), 3) != wanted["damage"]
+    for grouping in GROUPINGS:
+        run = shrinking(3, loud=3.0, grouping=grouping, **PLAIN)
+        run.run()
+        assert run.record["groups"] == [list(group) for group in wanted[grouping]]
+
+
+# --- what comes out --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("how", [PLAIN, FITTED, {**FITTED, "fit": "none"}, {**FITTED, "down": "merge"}])
+def test_output_is_that_of_the_result(grouping: str, how: dict) -> None:
+    """And its error the one written down last; shapes, dtypes and top-k are those of a smaller layer."""
+    for dtype, renormalises, count in product((torch.float32, torch.bfloat16), (False, True), (1, 3)):
+        of = mixture(dtype=dtype, renormalises=renormalises)
+        run = shrinking(count, of, loud=3.0, grouping=grouping, **how)
+        result, output = run.run()
+        assert (len(result.router), result.top_k) == (count, min(count, TOP_K))
+        assert result.renormalises == renormalises
+        assert {result.router.dtype, *(result.experts[name].dtype for name in PROJECTIONS)} == {dtype}
+        wanted, found = (output_of(one, run.text.inputs) for one in (of, result))
+        np.testing.assert_allclose(output.numpy(), found, rtol=1e-3, atol=1e-4 * np.abs(found).max())
+        assert run.record["errors"][-1]["error"] == pytest.approx(error64(found, wanted), rel=1e-3)
+
+
+def test_errors_fall_from_stage_to_stage() -> None:
+    for seed in range(4):
+        run = shrinking(3, mixture(seed), length=10 * LENGTH, **FITTED)
+        told: list[str] = []
+        run.advance = told.append
+        run.run()
+        stages, errors = zip(*(entry.values() for entry in run.record["errors"]), strict=True)
+        assert list(stages) == told == ["merged", "router", "down", "router", "down"]
+        assert errors[0] > 1.02 * errors[1] > 1.02**2 * errors[2]
+        assert errors[4] < errors[2]
+        assert all(fit["after"] <= fit["before"] for fit in run.record["fits"])
+
+
+@pytest.mark.parametrize(
+    ("how", "stages"),
+    [
+        (PLAIN, ["merged"]),
+        ({**FITTED, "fit": "none"}, ["merged", "down"]),
+        ({**FITTED, "down": "merge"}, ["merged", "router"]),
+    ],
+)
+def test_stages(how: dict, stages: list[str]) -> None:
+    run = shrinking(3, **how)
+    run.run()
+    assert [entry["stage"] for entry in run.record["errors"]] == stages
+    assert len(run.record["fits"]) == stages.count("router")
+
+
+def test_one_expert_has_no_router_to_fit() -> None:
+    run = shrinking(1, **FITTED)
+    run.run()
+    assert {entry["stage"] for entry in run.record["errors"]} == {"merged", "down"}
+    assert run.record["fits"] == []
+
+
+def test_record() -> None:
+    run = shrinking(3, **FITTED)
+    run.run()
+    gates = gates64(run.text.routing, EXPERTS)
+    assert set(run.record) == {"usage", "mass", "games", "groups", "errors", "fits"}
+    assert run.record["usage"] == (gates > 0).sum(0).tolist()
+    assert run.record["mass"] == pytest.approx(gates.sum(0).tolist())
+    assert sorted(number for group in run.record["groups"] for number in group) == list(range(EXPERTS))
+    larger = [group for group in run.record["groups"] if len(group) > 1]
+    assert [sorted(game["members"]) for game in run.record["games"]] == [group for group in larger for _ in range(3)]
+    for game in run.record["games"]:  # around the one with the largest gate values
+        assert game["members"] == sorted(game["members"], key=lambda number: -gates[:, number].sum())
+    flat = np.concatenate([double(run.source.experts[name]).reshape(EXPERTS, -1) for name in PROJECTIONS], axis=1)
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    np.testing.assert_allclose(run.cosines[0].numpy(), flat @ flat.T, atol=1e-5)
+
+
+def test_rows_are_means_by_gate_values() -> None:
+    """Of a group that has none, plain means."""
+    of = mixture()
+    of.router[3:] = -50 * torch.ones(HIDDEN)
+    inputs = random_tokens(SEQUENCES * LENGTH, 0).abs()
+    run = shrinking(2, of, **PLAIN)
+    run.text = replace(run.text, inputs=inputs, routing=of.route(inputs))
+    run.find_groups = lambda: ((0, 1, 2), (3, 4, 5))
+    rows = double(run.run()[0].router)
+    mass = gates64(run.text.routing, EXPERTS).sum(0)
+    np.testing.assert_allclose(rows[0], np.average(double(of.router[:3]), axis=0, weights=mass[:3]), rtol=1e-5)
+    assert mass[3:].max() == 0
+    np.testing.assert_allclose(rows[1], double(of.router[3:]).mean(0))
+
+
+@pytest.mark.parametrize("how", [PLAIN, FITTED])
+def test_repeats(how: dict) -> None:
+    one, again, other = (shrinking(3, seed=seed, **how) for seed in (0, 0, 1))
+    result = one.run()[0]
+    assert_same(again.run()[0], result)
+    assert one.record == again.record
+    assert torch.equal(other.run()[0].router, result.router) == (how["fit"] == "none")
+
+
+@pytest.mark.parametrize("name", PROJECTIONS)
+@pytest.mark.parametrize("count", [3, EXPERTS])
+def test_not_finite_is_named(name: str, count: int) -> None:
+    of = mixture()
+    of.experts[name][4, 0, 0] = float("nan")
+    with pytest.raises(NotFiniteError) as caught:
+        shrinking(count, of).run()
+    assert (caught.value.expert, caught.value.projection) == (4, name)
+
+
+# --- whose error -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loud", [1.0, 5.0])
+def test_weights(loud: float) -> None:
+    """1 over the root of a sequence's energy, with a mean square of 1."""
+    run = shrinking(3, loud=loud)
+    run.run()
+    wanted = weights64(output_of(run.source, run.text.inputs))
+    np.testing.assert_allclose(double(run.weight) ** 2, wanted / wanted.mean(), rtol=1e-4)
+
+
+def test_one_expert_is_refitted_for_all_sequences_alike() -> None:
+    """Its down is least squares with these weights, on outputs of which one sequence has nearly all the energy."""
+    run = shrinking(1, loud=20.0, down="refit", tuning=Tuning(Combination(), ridge=1e-9))
+    result, output = run.run()
+    inputs = run.text.inputs
+    unit = {**result.experts, "down_proj": torch.eye(HIDDEN, result.experts["down_proj"].shape[2])[None]}
+    heard = output64(inputs, result.route(inputs), unit)[:, : result.experts["down_proj"].shape[2]]
+    wanted = output_of(run.source, inputs)
+    heavy = np.sqrt(weights64(wanted))[:, None]
+    best = np.linalg.lstsq(heavy * heard, heavy * wanted, rcond=None)[0]
+    assert error64(double(output), wanted) == pytest.approx(error64(heard @ best, wanted), rel=1e-3)
+    unweighted = np.linalg.lstsq(heard, wanted, rcond=None)[0]
+    assert error64(heard @ unweighted, wanted) > 1.1 * error64(heard @ best, wanted)
+
+
+def test_moments_carry_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What merges the members, finds the groups and fits the rows sees gate values and errors times the weights."""
+    seen: dict[str, np.ndarray] = {}
+    gather, groups, fit = calibrated.gather, calibrated.groups_by_damage, calibrated.fit_router
+
+    def gathered(experts, numbers, inputs, routing, *rest):
+        seen["gather"] = gates64(routing, EXPERTS)
+        return gather(experts, numbers, inputs, routing, *rest)
+
+    def grouped(gram, gates, count):
+        seen["groups"] = double(gates)
+        return groups(gram, gates, count)
+
+    def fitted(inputs, known, *rest):
+        seen["fit"] = double(known.energy)
+        return fit(inputs, known, *rest)
+
+    for name, spy in (("gather", gathered), ("groups_by_damage", grouped), ("fit_router", fitted)):
+        monkeypatch.setattr(calibrated, name, spy)
+    run = shrinking(3, loud=5.0, **FITTED)
+    run.run()
+    wanted = output_of(run.source, run.text.inputs)
+    weight = weights64(wanted) / weights64(wanted).mean()
+    gates = gates64(run.text.routing, EXPERTS) * np.sqrt(weight)[:, None]
+    np.testing.assert_allclose(seen["gather"], gates, rtol=1e-4)
+    np.testing.assert_allclose(seen["groups"], gates, rtol=1e-4)
+    np.testing.assert_allclose(seen["fit"], weight * (wanted**2).sum(1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [calibrated.FIT_TOKENS, 50])
+def test_rows_are_checked_on_the_sequences_held_out(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And on no others, also where only every fourth token is fitted on; errors are of the same tokens."""
+    monkeypatch.setattr(calibrated, "FIT_TOKENS", tokens)
+    fit, masks = calibrated.fit_router, []
+
+    def spy(inputs, known, router, top_k, renormalises, held_out, *rest):
+        assert len(inputs) <= tokens
+        masks.append((inputs, held_out, known.energy))
+        return fit(inputs, known, router, top_k, renormalises, held_out, *rest)
+
+    monkeypatch.setattr(calibrated, "fit_router", spy)
+    run = shrinking(3, loud=5.0, **FITTED)
+    run.run()
+    energy = (double(run.weight)[:, None] * output_of(run.source, run.text.inputs)) ** 2
+    held_out = {tuple(token) for token in run.text.inputs[-LENGTH:].tolist()}
+    assert len(masks) == calibrated.ROUNDS
+    for inputs, mask, found in masks:
+        np.testing.assert_allclose(double(found), energy.sum(1)[:: len(energy) // len(inputs)], rtol=1e-3)
+        assert mask.tolist() == [tuple(token) in held_out for token in inputs.tolist()]
+        assert 0 < mask.sum() < len(mask)
+
+
+def test_few_tokens_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only some tokens are asked about, gate values, weights and answers are of the same ones."""
+    monkeypatch.setattr(calibrated, "OUTPUT_TOKENS", 40)
+    groups, seen = calibrated.groups_by_damage, {}
+
+    def spy(gram, gates, count):
+        seen.update(gram=double(gram), gates=double(gates))
+        return groups(gram, gates, count)
+
+    monkeypatch.setattr(calibrated, "groups_by_damage", spy)
+    run = shrinking(3, loud=5.0, **PLAIN)
+    run.run()
+    every = run.text.inputs[::4]
+    wanted = double(run.weight)[::4, None] * gates64(run.source.route(every), EXPERTS)
+    np.testing.assert_allclose(seen["gates"], wanted, rtol=1e-5)
+    energy = np.einsum("tii->t", seen["gram"])
+    alone = replace(run.source.route(every), index=torch.arange(EXPERTS).repeat(40, 1), value=torch.ones(40, EXPERTS))
+    summed = output64(every, alone, dict(run.source.experts))
+    np.testing.assert_allclose(seen["gram"].sum((1, 2)), (summed**2).sum(1), rtol=1e-3, atol=1e-3 * energy.mean())
+
+
+def test_experts_that_are_zero() -> None:
+    """Nothing to fit, nothing to divide by: zeros, with no error."""
+    of = mixture()
+    for name in PROJECTIONS:
+        of.experts[name].zero_()
+    run = shrinking(3, of, **FITTED)
+    result, output = run.run()
+    assert not output.any()
+    assert all(not result.experts[name].any() for name in PROJECTIONS)
+    assert result.router.isfinite().all()
+    assert all(entry["error"] == 0 for entry in run.record["errors"])
+    assert all(fit["before"] == fit["after"] == 0 for fit in run.record["fits"])

@@ -1,0 +1,317 @@
+"""``merge: grouped`` on calibration text: both paths agree, the record is true, stock transformers opens the result."""
+
+import json
+import random
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from odd_checkpoints import (
+    FAMILIES,
+    aligned,
+    all_files,
+    differing,
+    experts_field,
+    moe_layers,
+    read_config,
+    read_tensors,
+    rewrite_tensors,
+    same_bits,
+)
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from namex_hf import Recipe, patch_checkpoint, patch_model
+from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
+from namex_hf.patching.text import text_for
+
+TOKENS = 1024
+LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
+
+
+def recipe_on(words: Path, **fields: Any) -> Recipe:
+    """Three experts, a short text and a short fit, unless said otherwise."""
+    values: dict[str, Any] = {"merge": "grouped", "experts": 3, "calibration_tokens": TOKENS, **fields}
+    if values.get("fit") == "router":
+        values = {"fit_steps": 30, **values}
+    return Recipe(calibration_data=str(words), **values)
+
+
+def load(folder: Path) -> Any:
+    """As a user does, with nothing missing and nothing left over."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    return aligned(model.eval())
+
+
+def live(source: Path, recipe: Recipe) -> Any:
+    return patch_model(load(source), recipe, calibration=AutoTokenizer.from_pretrained(source))
+
+
+PROBE = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(3))
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model(PROBE).logits
+
+
+FORMS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
+    "qwen": ("qwen2_moe", torch.float32, {}),
+    "qwen-bf16-fused": ("qwen2_moe", torch.bfloat16, {"fuse": True}),
+    "deepseek-bf16": ("deepseek", torch.bfloat16, {}),
+    "deepseek-fused-renormalised": ("deepseek", torch.float32, {"fuse": True, "norm_topk_prob": True}),
+}
+RECIPES: dict[str, dict[str, Any]] = {
+    "fit": {"fit": "router"},
+    "before": {"fit": "router", "calibrate": "before"},
+    "losses": {"fit": "router", "metric": "calibrated", "power": "loss"},
+    "diagonal": {"curvature": "diagonal"},
+    "hc-smoe": {"grouping": "outputs", "weighting": "usage"},
+    "gates": {"grouping": "router", "align": "weights", "disagreement": "mean", "power": "usage"},
+    "refit": {"down": "refit", "granularity": "expert"},
+    "one": {"fit": "router", "experts": 1},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", RECIPES)
+def test_both_paths_agree(odd, words: Path, tmp_path: Path, form: str, name: str) -> None:
+    """The folder, loaded, and `patch_model` on the live original: the same class, numbers and logits, bit for bit."""
+    family, dtype, changes = FORMS[form]
+    source, recipe = odd(family, dtype, tokenizer=True, **changes), recipe_on(words, **RECIPES[name])
+    patch_checkpoint(source, tmp_path / "out", recipe)
+    stored, patched = load(tmp_path / "out"), live(source, recipe)
+    assert type(stored) is type(patched)
+    assert differing(stored.state_dict(), patched.state_dict()) == []
+    assert same_bits(logits(stored), logits(patched))
+    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_dict()
+    for field in (experts_field(read_config(source)), "num_experts_per_tok"):
+        assert getattr(stored.config, field) == getattr(patched.config, field) == recipe.experts
+
+
+def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:
+    """No two recipes give the same experts: a choice that is ignored would pass every equality of paths."""
+    source = odd("qwen2_moe", torch.float32, tokenizer=True)
+    recipes = {**RECIPES, "weights": {"power": "usage", "grouping": "weights"}, "seed": {"fit": "router", "seed": 1}}
+    recipes |= {
+        "longer": {"fit": "router", "calibration_tokens": 2 * TOKENS},
+        "steps": {"fit": "router", "fit_steps": 60},
+    }
+    results: dict[str, dict[str, torch.Tensor]] = {}
+    for name, fields in recipes.items():
+        patch_checkpoint(source, tmp_path / name, recipe_on(words, **fields))
+        results[name] = read_tensors(tmp_path / name)
+    for name, result in results.items():
+        for other in set(results) - {name}:
+            assert differing(result, results[other]), f"{name} and {other} are one"
+
+
+def test_the_seed_draws_batches_too(odd, tmp_path: Path) -> None:
+    """On a text that is the same in any order: one sequence, many times."""
+    lines = [json.dumps({"text": " ".join(f"w{3 + n % 50}" for n in range(63))})] * 16  # and an end of text
+    (tmp_path / "same.jsonl").write_text("\n".join(lines))
+    source = odd("qwen2_moe", torch.float32, tokenizer=True)
+    reports = [
+        patch_checkpoint(source, tmp_path / f"{seed}", recipe_on(tmp_path / "same.jsonl", fit="router", seed=seed))
+        for seed in (0, 1)
+    ]
+    assert reports[0].run["calibration"] == reports[1].run["calibration"]
+    assert differing(read_tensors(tmp_path / "0"), read_tensors(tmp_path / "1"))
+
+
+@torch.no_grad()
+def block_output(model: Any, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Routed output of a layer ``[sequences, length, hidden]``, the experts chosen and their gate values."""
+    block, seen = model.model.layers[layer].mlp, []
+    handle = block.experts.register_forward_hook(lambda module, given, output: seen.append((*given[1:], output)))
+    block(inputs)
+    handle.remove()
+    index, value, output = seen[0]
+    return output.view(inputs.shape), index, value
+
+
+@torch.no_grad()
+def block_inputs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[layer].mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model(ids)
+    handle.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("calibrate", ["after", "before"])
+def test_the_record_is_what_transformers_sees(odd, words: Path, tmp_path: Path, family: str, calibrate: str) -> None:
+    """Errors, tokens and mass of every layer again, by hooks in transformers' own model on the same text.
+
+    ``after``: every layer's inputs are what the patched model has there; ``before``: what the original has. Errors are
+    relative to the original's routed output, every sequence as heavy as any other.
+    """
+    source, recipe = odd(family, torch.float32, tokenizer=True), recipe_on(words, fit="router", calibrate=calibrate)
+    report = patch_checkpoint(source, tmp_path / "out", recipe)
+    text = text_for(recipe, read_config(source), AutoTokenizer.from_pretrained(source))
+    original, patched = load(source), load(tmp_path / "out")
+    assert [layer["layer"] for layer in report.layers] == moe_layers(read_config(source)) == LAYER_NAMES[family]
+    for record in report.layers:
+        layer = record["layer"]
+        inputs = block_inputs(patched if calibrate == "after" else original, layer, text.ids)
+        wanted, index, value = block_output(original, layer, inputs)
+        found, _, _ = block_output(patched, layer, inputs)
+        relative = (found - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
+        assert record["errors"][-1]["error"] == pytest.approx(float(relative.mean()), rel=2e-3)
+        usage = [int((index == expert).sum()) for expert in range(7)]
+        mass = [float(value[index == expert].sum()) for expert in range(7)]
+        assert sum(abs(one - other) for one, other in zip(record["usage"], usage, strict=True)) <= 4  # ties
+        assert record["mass"] == pytest.approx(mass, abs=1)
+
+
+def test_the_report(odd, words: Path, tmp_path: Path) -> None:
+    """What is written down about a layer, and the text by name, hash and length."""
+    source, recipe = odd("qwen2_moe", torch.bfloat16, tokenizer=True), recipe_on(words, fit="router")
+    report = patch_checkpoint(source, tmp_path / "out", recipe)
+    text = text_for(recipe, read_config(source), AutoTokenizer.from_pretrained(source))
+    assert report.run["calibration"] == {"name": "words.txt", "sha256": text.sha256, "tokens": TOKENS}
+    assert json.loads((tmp_path / "out" / "namex_report.json").read_text()) == json.loads(report.to_json())
+    statistics = load_file(tmp_path / "out" / "namex_statistics.safetensors")
+    assert sorted(statistics) == sorted(f"layers.{n}.{what}" for n in (0, 2, 3) for what in ("cosines", "usage"))
+    for record in report.layers:
+        assert sorted(index for group in record["groups"] for index in group) == list(range(7))
+        assert sum(record["usage"]) == 3 * TOKENS
+        assert statistics[f"layers.{record['layer']}.usage"].tolist() == record["usage"]
+        assert statistics[f"layers.{record['layer']}.cosines"].shape == (1, 7, 7)
+        merged = [group for group in record["groups"] if len(group) > 1]
+        assert sorted({tuple(sorted(game["members"])) for game in record["games"]}) == sorted(map(tuple, merged))
+        assert [one["stage"] for one in record["errors"]] == ["merged", "router", "down", "router", "down"]
+        first, *_, last = [one["error"] for one in record["errors"]]
+        assert 0 < last < 0.8 * first
+        assert len(record["fits"]) == 2
+        assert all(fit["after"] <= fit["before"] and fit["steps"] <= 30 for fit in record["fits"])
+        assert record["fits"][0]["after"] < 0.9 * record["fits"][0]["before"]
+        assert record["seconds"] > 0
+        assert record["bytes"] == 7 * 3 * 16 * 8 * 2
+
+
+def test_no_file_of_the_result_holds_the_path_of_the_text(odd, words: Path, tmp_path: Path) -> None:
+    source, hidden = odd("deepseek", torch.bfloat16, tokenizer=True), tmp_path / "here-and-nowhere-else"
+    hidden.mkdir()
+    (hidden / "it's: mine.txt").write_bytes(words.read_bytes())
+    patch_checkpoint(source, tmp_path / "out", recipe_on(hidden / "it's: mine.txt", fit="router"))
+    for name, (data, _) in all_files(tmp_path / "out").items():
+        assert b"here-and-nowhere-else" not in data, name
+        assert str(tmp_path).encode() not in data, name
+    assert read_config(tmp_path / "out")["namex"]["calibration_data"] == "it's: mine.txt"
+    assert Recipe.from_yaml(tmp_path / "out" / "namex_recipe.yaml").calibration_data == "it's: mine.txt"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_all_experts_kept_is_the_identity(odd, words: Path, tmp_path: Path, family: str) -> None:
+    """``experts: N``: every tensor byte for byte, from either layout and on both paths."""
+    for source in (odd(family, torch.bfloat16, tokenizer=True), odd(family, torch.bfloat16, tokenizer=True, fuse=True)):
+        out, recipe = tmp_path / source.parent.name, recipe_on(words, experts=7, fit="router")
+        report = patch_checkpoint(source, out, recipe)
+        assert differing(read_tensors(odd(family, torch.bfloat16, tokenizer=True)), read_tensors(out)) == []
+        assert differing(load(source).state_dict(), live(source, recipe).state_dict()) == []
+        assert all(layer["games"] == [] and sum(layer["usage"]) == 3 * TOKENS for layer in report.layers)
+
+
+PLAIN = """
+import sys
+sys.modules["namex_hf"] = None  # whoever imports it gets an ImportError
+import torch
+from transformers import AutoModelForCausalLM
+for folder in sys.argv[2:]:
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
+    assert type(model).__module__.startswith("transformers.models.qwen2_moe"), type(model)
+    assert not info["missing_keys"] and not info["unexpected_keys"], info
+    for parameter in model.parameters():  # out of the mapped file: kernels round by how memory is aligned
+        parameter.data = parameter.data.clone()
+    with torch.no_grad():
+        torch.save(model.eval()(torch.load(sys.argv[1])).logits, folder + "/logits.pt")
+"""
+
+
+def test_plain_transformers_opens_the_result(odd, words: Path, tmp_path: Path) -> None:
+    """In a process without this package; it says bit for bit what the model patched in memory says."""
+    wanted: dict[str, torch.Tensor] = {}
+    for family, experts in (("qwen2_moe", 4), ("qwen2_moe", 1), ("deepseek", 4), ("deepseek", 1)):
+        source, recipe = odd(family, torch.float32, tokenizer=True), recipe_on(words, experts=experts, fit="router")
+        out, export = tmp_path / f"{family}-{experts}", "qwen2_moe" if family == "deepseek" else None
+        patch_checkpoint(source, out, recipe, export_as=export, shard_size="20KB")
+        assert not list(out.glob("*.py"))
+        assert "auto_map" not in read_config(out)
+        wanted[str(out)] = logits(live(source, recipe))
+    torch.save(PROBE, tmp_path / "probe.pt")
+    command = [sys.executable, "-I", "-c", PLAIN, str(tmp_path / "probe.pt"), *wanted]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for folder, values in wanted.items():
+        assert same_bits(torch.load(f"{folder}/logits.pt"), values), folder
+
+
+def test_progress_names_layer_and_stage(odd, words: Path, tmp_path: Path) -> None:
+    """Long layers are followed stage by stage; bytes grow to those of the model."""
+    told: list[tuple[str, int, int]] = []
+    source = odd("qwen2_moe", torch.bfloat16, tokenizer=True)
+    patch_checkpoint(source, tmp_path / "out", recipe_on(words, fit="router"), progress=lambda *what: told.append(what))
+    stages = ["read", "merged", "router", "down", "router", "down"]
+    wanted = [line for n in (0, 2, 3) for line in (*(f"layer {n}: {stage}" for stage in stages), f"layer {n}")]
+    assert [what for what, _, _ in told if what != "checking"] == wanted
+    assert told[0][0] == "checking"
+    done = [done for _, done, _ in told]
+    assert done == sorted(done)
+    assert told[-1][1] == told[-1][2] == sum(tensor.nbytes for tensor in read_tensors(source).values())
+
+
+def refused(source: Path, out: Path, recipe: Recipe, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        patch_checkpoint(source, out, recipe)
+    assert not out.exists()
+
+
+def test_text_that_cannot_be_had(odd, words: Path, tmp_path: Path) -> None:
+    source, few = odd("qwen2_moe", torch.bfloat16, tokenizer=True), tmp_path / "few.txt"
+    few.write_text(" ".join(f"w{n}" for n in range(3, 50)))
+    fit = {"fit": "router"}
+    for family in FAMILIES:
+        bare = odd(family, torch.bfloat16)
+        refused(bare, tmp_path / "out", recipe_on(words, **fit), CalibrationError, "model has no tokenizer, and this")
+    refused(source, tmp_path / "out", recipe_on(tmp_path / "no.txt", **fit), CalibrationError, "no such file or folder")
+    refused(source, tmp_path / "out", recipe_on(few, **fit), CalibrationError, "48 tokens of text; a sequence needs 64")
+    one = recipe_on(words, calibration_tokens=100, **fit)
+    refused(source, tmp_path / "out", one, CalibrationError, "1 sequences, and no file or data set has two")
+    with pytest.raises(CalibrationError, match="patch_model needs calibration=tokenizer"):
+        patch_model(load(source), recipe_on(words, **fit))
+
+
+def test_models_that_the_text_does_not_fit(odd, words: Path, tmp_path: Path) -> None:
+    """Found when the model is built or the text embedded: the folder that was begun goes again."""
+    small = odd("deepseek", torch.bfloat16, tokenizer=True, vocab_size=30)
+    refused(small, tmp_path / "out", recipe_on(words, fit="router"), CheckpointError, "makes the vocabulary 30")
+    strange = odd("qwen2_moe", torch.bfloat16, tokenizer=True, hidden_act="strange")
+    refused(strange, tmp_path / "out", recipe_on(words, fit="router"), FamilyError, "cannot build this model")
+
+
+@pytest.mark.parametrize("experts", [3, 7])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_damage(odd, words: Path, tmp_path: Path, experts: int, value: float) -> None:
+    """Also in the last layer, when others are finished; and in an expert that no token reaches, or that is kept."""
+    lot = random.Random(f"{experts} {value}")
+    for name in (
+        f"model.layers.3.mlp.experts.{lot.randrange(7)}.down_proj.weight",
+        f"model.layers.2.mlp.experts.{lot.randrange(7)}.up_proj.weight",
+        "model.layers.2.mlp.gate.weight",
+        "model.norm.weight",
+    ):
+        folder = tmp_path / name
+        folder.mkdir()
+        for path in odd("deepseek", torch.float32, shards=1, tokenizer=True).iterdir():
+            (folder / path.name).write_bytes(path.read_bytes())
+        rewrite_tensors(folder, lambda tensors, name=name: tensors[name][1].fill_(value))  # type: ignore[misc]
+        recipe = recipe_on(words, experts=experts, fit="router")
+        refused(folder, tmp_path / "out", recipe, CheckpointError, f"tensor {name} in model.safetensors holds NaN")

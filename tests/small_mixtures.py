@@ -1,0 +1,60 @@
+"""Small random mixtures, and what they answer in numpy's float64: the reference of all tests on calibration text."""
+
+import numpy as np
+import torch
+from float64_reference import double
+
+from namex_hf.merging.routing import Routing
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+HIDDEN, WIDTH = 6, 5
+
+
+def draws(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def random_experts(count: int, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """Strong enough to bend the activation function."""
+    draw = draws(seed)
+    shapes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
+    return {name: torch.randn(count, *shapes[name], generator=draw).to(dtype) for name in PROJECTIONS}
+
+
+def random_tokens(count: int, seed: int) -> torch.Tensor:
+    return torch.randn(count, HIDDEN, generator=draws(10_000 + seed))
+
+
+def random_routing(tokens: int, experts: int, top_k: int, seed: int) -> Routing:
+    """Gate values from 0.1 to 1.1, in no order."""
+    draw = draws(20_000 + seed)
+    index = torch.rand(tokens, experts, generator=draw).argsort(1)[:, :top_k]
+    return Routing(index, 0.1 + torch.rand(tokens, top_k, generator=draw))
+
+
+def expert_at(experts: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
+    return {name: experts[name][number].float() for name in PROJECTIONS}
+
+
+def neurons64(inputs: torch.Tensor, expert: dict[str, torch.Tensor]) -> np.ndarray:
+    gate, up = (double(inputs) @ double(expert[name]).T for name in ("gate_proj", "up_proj"))
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def answers64(inputs: torch.Tensor, experts: dict[str, torch.Tensor]) -> np.ndarray:
+    """Every expert's answer to every token, ``[tokens, N, hidden]``."""
+    all_of = [expert_at(experts, number) for number in range(len(experts["gate_proj"]))]
+    return np.stack([neurons64(inputs, one) @ double(one["down_proj"]).T for one in all_of], axis=1)
+
+
+def gates64(routing: Routing, experts: int) -> np.ndarray:
+    """Gate values ``[tokens, N]``, 0 beyond the top-k."""
+    gates = np.zeros((len(routing.index), experts))
+    for token, (numbers, values) in enumerate(zip(routing.index.tolist(), routing.value.tolist(), strict=True)):
+        gates[token, numbers] = values
+    return gates
+
+
+def output64(inputs: torch.Tensor, routing: Routing, experts: dict[str, torch.Tensor]) -> np.ndarray:
+    """The routed output, ``[tokens, hidden]``."""
+    return np.einsum("tn,tnh->th", gates64(routing, len(experts["gate_proj"])), answers64(inputs, experts))
