@@ -33,7 +33,12 @@ def without_routed_experts(model: Any) -> Any:
 
 
 def patched(**fields: Any) -> Change:
-    return lambda model: patch_model(model, Recipe(**fields))
+    return lambda model: patch_model(model, Recipe(**fields), tokenizer_of(model))
+
+
+def tokenizer_of(model: Any) -> Any:
+    """Of the folder that a model was loaded from."""
+    return AutoTokenizer.from_pretrained(model.config.name_or_path)
 
 
 ROWS: dict[str, Change] = {
@@ -46,6 +51,8 @@ ROWS: dict[str, Change] = {
     "NAMEx-Full, residual, momentum 0.9": patched(momentum="complex"),
     "NAMEx-Full, soft": patched(merge="soft"),
     "NAMEx-Full, soft, momentum 0.9": patched(merge="soft", momentum="complex"),
+    "NAMEx-Full, 12 of 16": patched(merge="grouped", experts=12),
+    "NAMEx-Full, 12 of 16, calibrated": patched(merge="grouped", experts=12, fit="router", calibration_tokens=16384),
 }
 MORE: dict[str, Change] = {
     "NAMEx-Full, residual, mean disagreement": patched(disagreement="mean"),
@@ -59,9 +66,9 @@ MORE: dict[str, Change] = {
     "CAMEx, soft": patched(method="camex", merge="soft"),
     "SMEAR, soft": patched(method="smear", merge="soft"),
     "EP-CAMEx, 12 of 16": patched(merge="grouped", experts=12, method="ep-camex"),
-    "NAMEx-Full, 12 of 16": patched(merge="grouped", experts=12),
     "EP-CAMEx, 8 of 16": patched(merge="grouped", experts=8, method="ep-camex"),
     "NAMEx-Full, 8 of 16": patched(merge="grouped", experts=8),
+    "NAMEx-Full, 8 of 16, calibrated": patched(merge="grouped", experts=8, fit="router", calibration_tokens=16384),
     "NAMEx-Full, one expert": patched(merge="grouped", experts=1),
 }
 

@@ -38,7 +38,7 @@ if len(sys.argv) > 1:
 """
 
 
-def make(folder: Path, layers: int, experts: int, shards: int) -> None:
+def make(folder: Path, layers: int, experts: int, shards: int, vocabulary: int = 1024) -> None:
     """A checkpoint of random weights in the Hub's layout."""
     folder.mkdir()
     config = {
@@ -52,7 +52,7 @@ def make(folder: Path, layers: int, experts: int, shards: int) -> None:
         "shared_expert_intermediate_size": SHARED,
         "num_experts": experts,
         "num_experts_per_tok": 4,
-        "vocab_size": 1024,
+        "vocab_size": vocabulary,
         "torch_dtype": "bfloat16",
     }
     (folder / "config.json").write_text(json.dumps(config))
@@ -61,7 +61,7 @@ def make(folder: Path, layers: int, experts: int, shards: int) -> None:
     def item(name: str, *shape: int) -> Item:
         return Item(name, torch.bfloat16, shape, lambda: (torch.randn(shape, generator=draw) * 0.02).bfloat16())
 
-    items = [item("model.embed_tokens.weight", 1024, HIDDEN), item("lm_head.weight", 1024, HIDDEN)]
+    items = [item("model.embed_tokens.weight", vocabulary, HIDDEN), item("lm_head.weight", vocabulary, HIDDEN)]
     items.append(item("model.norm.weight", HIDDEN))
     for layer in range(layers):
         block = f"model.layers.{layer}"

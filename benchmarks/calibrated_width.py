@@ -1,0 +1,51 @@
+"""Memory and time of a calibrated patch at true layer width: ``python benchmarks/calibrated_width.py``.
+
+Makes Qwen2-MoE checkpoints of true width on the spot (hidden 2048, 60 experts of 1408, bf16; random weights, the
+tokenizer of the packaged model), of four and of eight layers, merges each to half its experts with ``fit: router``, and
+prints the peak resident memory above that of a process that only imports, and seconds a layer and a token. Random
+experts say nothing about quality; memory and time do not depend on what the weights are.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+from true_width import HIDDEN, WIDTH, child, make
+
+from namex_hf.checkpoint.resolve import local_folder
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, nargs="+", default=[4, 8])
+    parser.add_argument("--experts", type=int, default=60)
+    parser.add_argument("--kept", type=int, default=30)
+    parser.add_argument("--tokens", type=int, default=4096, help="of calibration text")
+    parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder), on a real disk")
+    arguments = parser.parse_args()
+    tiny = local_folder("tiny")
+    assert tiny is not None
+    layer = 3 * arguments.experts * HIDDEN * WIDTH * 2
+    imports = child()[1]
+    recipe = {"merge": "grouped", "experts": arguments.kept, "fit": "router", "calibration_tokens": arguments.tokens}
+    for layers in arguments.layers:
+        with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
+            source, out = Path(work) / "source", Path(work) / "out"
+            make(source, layers, arguments.experts, 3, vocabulary=4096)
+            for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+                shutil.copy(tiny / name, source)
+            seconds, peak = child(str(source), str(out), json.dumps(recipe))
+            report = json.loads((out / "namex_report.json").read_text())
+            each = [one["seconds"] for one in report["layers"]]
+            print(
+                f"{layers} layers: {seconds:.0f} s, {sum(each) / len(each):.1f} s a layer, "
+                f"{1000 * sum(each) / len(each) / arguments.tokens:.1f} ms a layer and token; peak memory above "
+                f"imports {(peak - imports) / 1e9:.2f} GB, {(peak - imports) / layer:.2f} layers",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
