@@ -202,21 +202,26 @@ def test_power_in_the_game_over_weights(power: str) -> None:
 # --- the bargain over losses -----------------------------------------------------------------------------------------
 
 
+def curved_mean(weights, matrices, curved) -> np.ndarray:
+    top = np.einsum("n,nrc,ncd->rd", weights, matrices, curved)
+    return top @ np.linalg.inv(np.einsum("n,ncd->cd", weights, curved))
+
+
+def losses(matrix, matrices, curved) -> np.ndarray:
+    return np.einsum("nrc,ncd,nrd->n", matrix - matrices, curved, matrix - matrices)
+
+
 def bargained(matrices, curved, point, power) -> np.ndarray:
     """Weights p / gain, summing to 1, where W of that form makes sum p log gain largest: Nelder-Mead over log w."""
+    before = losses(point, matrices, curved)
 
     def gains(logs: np.ndarray) -> np.ndarray:
-        weights = np.exp(logs)
-        top = np.einsum("n,nrc,ncd->rd", weights, matrices, curved)
-        moved = top @ np.linalg.inv(np.einsum("n,ncd->cd", weights, curved))
-        before, after = (np.einsum("nrc,ncd,nrd->n", w - matrices, curved, w - matrices) for w in (point, moved))
-        return (before - after) / before
+        return 1 - losses(curved_mean(np.exp(logs), matrices, curved), matrices, curved) / before
 
     def welfare(logs: np.ndarray) -> float:
         gain = gains(logs)
         return 1e6 * (1 - gain.min()) if gain.min() <= 0 else -float(power @ np.log(gain))
 
-    before = np.einsum("nrc,ncd,nrd->n", point - matrices, curved, point - matrices)
     best = -np.log(before)
     for _ in range(4):
         options = {"xatol": 1e-10, "fatol": 1e-13, "maxiter": 4000, "maxfev": 4000}
@@ -237,14 +242,17 @@ def test_losses_against_a_general_optimiser(point: str, power: str) -> None:
         matrices, plain = double(members.matrices[name]), np.stack(moments(members)[name])
         ridge = RIDGE * np.einsum("ncc->n", plain) / plain.shape[-1]
         start = matrices[0] if point == "zero" else matrices.mean(0)
-        lost = np.einsum("nrc,ncd,nrd->n", start - matrices, plain, start - matrices)
-        powers = {"equal": np.ones(4), "usage": usage, "loss": lost}[power][playing]
+        powers = {"equal": np.ones(4), "usage": usage, "loss": losses(start, matrices, plain)}[power][playing]
         curved = plain + ridge[:, None, None] * np.eye(plain.shape[-1])
         wanted = bargained(matrices[playing], curved[playing], start, powers / powers.mean())
+        after = curved_mean(wanted, matrices[playing], curved[playing])
+        np.testing.assert_allclose(game["losses_before"], losses(start, matrices, curved), rtol=1e-4, atol=1e-9)
+        np.testing.assert_allclose(game["losses_after"], losses(after, matrices, curved), rtol=1e-2)
         if point == "zero":
             wanted = np.array([0.25, *(0.75 * wanted)])
         np.testing.assert_allclose(weights[name].numpy(), wanted, rtol=1e-3)
         assert game["weights"] == weights[name].tolist()
+        assert game["spread"] == pytest.approx(wanted.std() / wanted.mean(), rel=1e-2)
         assert game["status"] == "agreement"
         assert game["projections"] == [name]
 
