@@ -31,10 +31,6 @@ class Routing:
         sums = torch.zeros(experts, dtype=torch.float64, device=self.value.device)
         return sums.index_add_(0, self.index.flatten(), self.value.flatten().double())
 
-    def energy(self, experts: int) -> torch.Tensor:
-        """The sum of every expert's squared gate values, float64 ``[experts]``."""
-        return Routing(self.index, self.value.square()).mass(experts)
-
 
 def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> Routing:
     """Softmax over the experts, then the top-k values, as Qwen2-MoE and DeepSeek-MoE have it.
