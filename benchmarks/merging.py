@@ -59,11 +59,13 @@ class Row:
     only: tuple[str, ...] = ()  # domains of its calibration text; all where none is named
     all_rows: bool = False  # of the router are kept
 
-    def recipe(self, experts: int, tokens: int, folder: Path) -> Recipe:
+    def recipe(self, experts: int, tokens: int, folder: Path, ridge: float) -> Recipe:
         """In full, with calibration text where it reads any."""
         recipe = Recipe.from_dict({"merge": "grouped", "experts": experts, **self.fields})
         if not recipe.calibrated:
             return recipe
+        if recipe.curvature != "identity" or recipe.down == "refit":
+            recipe = replace(recipe, ridge=ridge)
         data = str(some_text(folder, self.only)) if self.only else "packaged"
         return replace(recipe, calibration_tokens=tokens, calibration_data=data)
 
@@ -128,11 +130,11 @@ def some_text(folder: Path, domains: tuple[str, ...]) -> Path:
     return place
 
 
-def with_all_rows(model: Any, name: str, recipe: Recipe, folder: Path) -> Any:
+def with_all_rows(model: Any, name: str, recipe: Recipe) -> Any:
     """Merged experts under the router as it was: every member's place holds a copy of its group's expert."""
-    out = tempfile.mkdtemp(dir=folder)
-    report = patch_checkpoint(name, out, recipe)
-    small = load(out)
+    with tempfile.TemporaryDirectory() as out:
+        report = patch_checkpoint(name, out, recipe)
+        small = load(out)
     for record in report.layers:
         merged = small.model.layers[record["layer"]].mlp.experts
         experts = model.model.layers[record["layer"]].mlp.experts
@@ -172,13 +174,10 @@ class Bench:
         ratios = (f"{found[domain] / self.reference[domain]:.3f}" for domain in self.reference)
         line(name, *ratios, str(right), "" if seconds is None else f"{seconds:.0f}")
 
-    def measure(self, row: Row, experts: int, tokens: int, folder: Path) -> None:
-        recipe, model = row.recipe(experts, tokens, folder), copy.deepcopy(self.original)
+    def measure(self, row: Row, recipe: Recipe) -> None:
+        model = copy.deepcopy(self.original)
         start = time.perf_counter()
-        if row.all_rows:
-            model = with_all_rows(model, self.name, recipe, folder)
-        else:
-            model = patch_model(model, recipe, self.tokenizer)
+        model = with_all_rows(model, self.name, recipe) if row.all_rows else patch_model(model, recipe, self.tokenizer)
         self.row(row.name, model, time.perf_counter() - start)
 
 
@@ -191,13 +190,12 @@ def line(*cells: str) -> None:
     say("| " + " | ".join(cells) + " |")
 
 
-def state(rows: list[Row], tokens: int, folder: Path) -> None:
+def state(rows: list[Row], recipes: list[Recipe], tokens: int, ridge: float) -> None:
     """Every recipe in full."""
-    say(f"`merge: grouped`, `calibration_tokens: {tokens}`, all else not named here as it is by default.\n")
+    say(f"`merge: grouped`, `calibration_tokens: {tokens}`, `ridge: {ridge}`, all else not named here by default.\n")
     line("row", *STATED)
     say("|---|" + "---|" * len(STATED))
-    for row in rows:
-        recipe = row.recipe(8, tokens, folder)
+    for row, recipe in zip(rows, recipes, strict=True):
         values = {field: getattr(recipe, field) for field in STATED} | {"weighting": recipe.weights_by}
         unused = () if recipe.calibrated else ("calibrate", "seed")
         line(row.name, *("" if field in unused else str(value) for field, value in values.items()))
@@ -219,6 +217,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="scored of each text (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=100, help="of 200 (default: %(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=32768, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--ridge", type=float, default=0.01, help="of all rows that have one (default: %(default)s)")
     parser.add_argument("--rows", nargs="+", metavar="TEXT", help="only rows whose name holds one of these")
     parser.add_argument("--threads", type=int, default=1, help="torch threads (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few rows, one number of experts, fewer tokens")
@@ -232,7 +231,11 @@ def main() -> None:
         rows = [row for row in rows if any(part in row.name for part in options.rows)]
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        state(rows, options.calibration_tokens, folder)
+
+        def recipe(row: Row, experts: int) -> Recipe:
+            return row.recipe(experts, options.calibration_tokens, folder, options.ridge)
+
+        state(rows, [recipe(row, 8) for row in rows], options.calibration_tokens, options.ridge)
         for name in options.models:
             bench = Bench(name, options.tokens, options.problems)
             for experts in options.experts:
@@ -241,7 +244,7 @@ def main() -> None:
                     bench.row("routed experts removed", without_routed_experts(copy.deepcopy(bench.original)), None)
                 for row in rows:
                     if row.main or experts == options.experts[0]:
-                        bench.measure(row, experts, options.calibration_tokens, folder)
+                        bench.measure(row, recipe(row, experts))
 
 
 if __name__ == "__main__":

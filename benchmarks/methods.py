@@ -51,6 +51,7 @@ ROWS: dict[str, Change] = {
     "NAMEx-Full, residual, momentum 0.9": patched(momentum="complex"),
     "NAMEx-Full, soft": patched(merge="soft"),
     "NAMEx-Full, soft, momentum 0.9": patched(merge="soft", momentum="complex"),
+    "NAMEx-Full, soft, calibrated": patched(merge="soft", curvature="calibrated", calibration_tokens=16384),
     "NAMEx-Full, 12 of 16": patched(merge="grouped", experts=12),
     "NAMEx-Full, 12 of 16, calibrated": patched(merge="grouped", experts=12, fit="router", calibration_tokens=16384),
 }
@@ -64,7 +65,11 @@ MORE: dict[str, Change] = {
     "CAMEx, residual": patched(method="camex"),
     "CAMEx, residual, base: first": patched(method="camex", base="first"),
     "CAMEx, soft": patched(method="camex", merge="soft"),
+    "CAMEx, soft, calibrated, base: mean": patched(
+        method="camex", merge="soft", base="mean", curvature="calibrated", calibration_tokens=16384
+    ),
     "SMEAR, soft": patched(method="smear", merge="soft"),
+    "SMEAR, soft, calibrated": patched(method="smear", merge="soft", curvature="calibrated", calibration_tokens=16384),
     "EP-CAMEx, 12 of 16": patched(merge="grouped", experts=12, method="ep-camex"),
     "EP-CAMEx, 8 of 16": patched(merge="grouped", experts=8, method="ep-camex"),
     "NAMEx-Full, 8 of 16": patched(merge="grouped", experts=8),

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -26,6 +27,7 @@ from .report.report import Report, layer_table
 
 SCORED_BYTES = 256 << 20  # a checkpoint up to this size has its perplexity measured
 SCORED_TOKENS = 8192  # of each domain
+FORECAST_SECONDS = 60  # of work to come, from which on it is announced
 
 
 class Parser(argparse.ArgumentParser):
@@ -140,12 +142,14 @@ def _patch(options: argparse.Namespace) -> int:
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task("patching", total=None)
-        report = run_plan(
-            plan,
-            options.out,
-            overwrite=options.overwrite,
-            progress=lambda what, done, total: progress.update(task, description=what, completed=done, total=total),
-        )
+        forecast = Forecast(plan.shape.layers, recipe.calibration_tokens, console)
+
+        def advance(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+            if recipe.calibrated:
+                forecast.hear(what)
+
+        report = run_plan(plan, options.out, overwrite=options.overwrite, progress=advance)
     if not options.quiet:
         report = _score(checkpoint, options.out, report, console)
         _print_report(report, options.out)
@@ -153,6 +157,31 @@ def _patch(options: argparse.Namespace) -> int:
             hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
             console.print(hint, soft_wrap=True)
     return 0
+
+
+class Forecast:
+    """Says, when the first layer on calibration text is done, how long the others will take, if that is long."""
+
+    def __init__(self, layers: Sequence[int], tokens: int, console: Console) -> None:
+        self.left, self.tokens, self.console = len(layers), tokens, console
+        self.said, self.inside, self.start = False, False, time.perf_counter()
+
+    def hear(self, what: str) -> None:
+        """Args: what, as `run_plan` tells of its progress: ``layer 3: merged`` within a layer, ``layer 3`` after it."""
+        if ": " in what:
+            self.inside = True
+            return
+        if what.startswith("layer "):
+            self.left -= 1
+        seconds = time.perf_counter() - self.start
+        if self.inside and not self.said and seconds * self.left >= FORECAST_SECONDS:
+            self.said = True
+            self.console.print(
+                f"{what}: {seconds:.1f} s, {1000 * seconds / self.tokens:.2f} ms a token; about "
+                f"{seconds * self.left / 60:.0f} min for the {self.left} layers to come",
+                soft_wrap=True,
+            )
+        self.inside, self.start = False, time.perf_counter()
 
 
 def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -> Report:

@@ -29,6 +29,9 @@ IMPLIED_BY_FIT = {
 }
 """What fields of ``grouped`` are where they are not stated: without a fit, and with one."""
 
+IMPLIED_BY_CURVATURE = {"align": ("none", "activations"), "rank": (None, 4)}
+"""What fields of ``soft`` are where they are not stated: without a calibrated curvature, and with one."""
+
 
 def _choice(default: str | None, choices: tuple[str, ...], text: str) -> Any:
     return field(default=default, metadata={"choices": choices, "help": text})
@@ -83,14 +86,19 @@ class Recipe:
     curvature: str | None = _choice(
         None,
         ("identity", "calibrated", "diagonal"),
-        "grouped: what a change of a matrix counts for. identity: its size; calibrated: the error on what the expert "
-        "sees in calibration text; diagonal: the same, input by input (default: calibrated with a fit, else identity)",
+        "grouped, soft: what a change of a matrix counts for. identity: its size; calibrated: the error on what the "
+        "expert sees in calibration text; diagonal (grouped): the same, input by input (default: calibrated with a "
+        "fit, else identity)",
     )
-    ridge: float = _value(1e-4, float, "curvature, down: added to second moments, relative to their mean diagonal")
+    rank: int | None = _value(
+        None, int, "soft, curvature calibrated: leading directions of the inputs kept of every expert (default: 4)"
+    )
+    ridge: float = _value(1e-2, float, "curvature, down: added to second moments, relative to their mean diagonal")
     align: str | None = _choice(
         None,
         ("none", "weights", "activations"),
-        "grouped: bring neurons into a common order first (default: activations with a fit, else none)",
+        "grouped, soft: bring neurons into a common order first (default: activations with a fit or a calibrated "
+        "curvature, else none)",
     )
     down: str | None = _choice(
         None,
@@ -159,7 +167,7 @@ class Recipe:
         "soft: which tokens route a segment: all before it, the segment before it, or (after the prompt) the prompt",
     )
     every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
-    seed: int = _value(0, int, "grouped: seed of the choice of calibration text, of batches, of random directions")
+    seed: int = _value(0, int, "seed of the choice of calibration text; grouped: of batches, of random directions")
     device: str = _value("cpu", str, "torch device of the arithmetic; never stored in outputs")
 
     def __post_init__(self) -> None:
@@ -170,10 +178,9 @@ class Recipe:
         for name in ("gamma", "eta", "ridge"):  # 1 and 1.0 are stored alike
             object.__setattr__(self, name, float(getattr(self, name)))
         _check_ranges(self)
-        if self.merge == "grouped":
-            for name, (without, fitted) in IMPLIED_BY_FIT.items():
-                if getattr(self, name) is None:
-                    object.__setattr__(self, name, without if self.fit == "none" else fitted)
+        for name, value in _implied(self).items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for rule in RULES:
             if rule.broken(self):
                 raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
@@ -307,10 +314,38 @@ RULES: tuple[Rule, ...] = (
         ("method", "merge"),
     ),
     *_rules_for(
-        ("experts", "weighting", "fit", "grouping", "curvature", "align", "down", "metric", "power", "seed"),
+        ("experts", "weighting", "fit", "grouping", "down", "metric", "power"),
         lambda r: r.merge == "grouped",
         "belongs to merge 'grouped'",
         ("merge",),
+    ),
+    *_rules_for(
+        ("curvature", "align"),
+        lambda r: r.merge in ("grouped", "soft"),
+        "belongs to merge 'grouped' or 'soft'",
+        ("merge",),
+    ),
+    *_rules_for(
+        ("seed",),
+        lambda r: r.merge == "grouped" or r.calibrated,
+        "belongs to merge 'grouped' and to recipes that read calibration text",
+        ("merge", "curvature"),
+    ),
+    Rule(
+        lambda r: r.merge == "soft" and r.curvature == "diagonal",
+        "curvature 'diagonal' belongs to merge 'grouped': under 'soft' the directions of 'calibrated' measured better",
+        ("merge", "curvature"),
+    ),
+    *_rules_for(
+        ("rank",),
+        lambda r: r.merge == "soft" and r.curvature == "calibrated",
+        "belongs to merge 'soft' with curvature 'calibrated'",
+        ("merge", "curvature"),
+    ),
+    Rule(
+        lambda r: r.merge == "soft" and r.curvature == "calibrated" and r.eta > 1,
+        "curvature 'calibrated' weighs the base expert by 1 - eta sum s, which 'eta' above 1 may make negative",
+        ("curvature", "eta"),
     ),
     *_rules_for(
         ("fit_steps",),
@@ -428,6 +463,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return values
 
 
+def _implied(recipe: Recipe) -> dict[str, Any]:
+    """What fields are where they are not stated."""
+    if recipe.merge == "grouped":
+        return {name: pair[recipe.fit != "none"] for name, pair in IMPLIED_BY_FIT.items()}
+    if recipe.merge == "soft":
+        curved = recipe.curvature == "calibrated"
+        return {"curvature": "identity", **{name: pair[curved] for name, pair in IMPLIED_BY_CURVATURE.items()}}
+    return {}
+
+
 def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -> None:
     if value is None and (default is None or default is MISSING):
         return
@@ -446,7 +491,7 @@ def _check_ranges(recipe: Recipe) -> None:
     for name in ("gamma", "eta", "ridge"):
         if getattr(recipe, name) <= 0:
             raise RecipeError(f"recipe field '{name}' is {getattr(recipe, name)}; accepted: a number above 0")
-    for name in ("every", "experts", "ccp_iterations", "segment", "top_k", "fit_steps", "calibration_tokens"):
+    for name in ("every", "experts", "ccp_iterations", "segment", "top_k", "fit_steps", "calibration_tokens", "rank"):
         number = getattr(recipe, name)
         if number is not None and number < 1:
             raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")

@@ -186,6 +186,29 @@ def average_linkage(experts: Matrices, count: int) -> list[list[int]]:
     return sorted(sorted(group) for group in groups)
 
 
+def curvatures(floor: np.ndarray, leading: np.ndarray) -> np.ndarray:
+    """``c_i = t_i (I + V_i V_i^T)`` in full, ``[N, columns, columns]``, from t ``[N]`` and V ``[N, columns, rank]``."""
+    return np.stack([t * (np.eye(len(v)) + v @ v.T) for t, v in zip(floor, leading, strict=True)])
+
+
+def curved_mean(
+    shares: np.ndarray, experts: np.ndarray, base: np.ndarray | None, curvature: np.ndarray, usage: np.ndarray
+) -> np.ndarray:
+    """``(sum_i s_i E_i c_i + l E_m C) (sum_i s_i c_i + l C)^-1``, C = sum_i p_i c_i, l = 1 - sum_i s_i.
+
+    Args:
+        base: None: there is no such expert, and l is 0.
+        curvature: c_i in full.
+        usage: p.
+    """
+    left = sum(s * expert @ c for s, expert, c in zip(shares, experts, curvature, strict=True))
+    right = sum(s * c for s, c in zip(shares, curvature, strict=True))
+    if base is not None:
+        common = sum(p * c for p, c in zip(usage, curvature, strict=True))
+        left, right = left + (1 - shares.sum()) * base @ common, right + (1 - shares.sum()) * common
+    return np.linalg.solve(right, left.T).T
+
+
 def routed_mass(router: np.ndarray, norm: np.ndarray, top_k: int, directions: int = 20_000) -> float:
     """Mean over random directions of the sum of the top-k softmax values."""
     inputs = np.random.default_rng(5).standard_normal((directions, router.shape[1])) * norm

@@ -273,13 +273,13 @@ def differing(one: Tensors, other: Tensors) -> list[str]:
 
 
 def aligned(model: Any) -> Any:
-    """The model with its parameters in fresh memory.
+    """The model with its parameters and buffers in fresh memory.
 
-    Parameters mapped from a file lie wherever their header's length puts them, and matrix kernels round differently
+    Tensors mapped from a file lie wherever their header's length puts them, and matrix kernels round differently
     by alignment: equal numbers would give logits that differ in the last bit.
     """
-    for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
     return model
 
 

@@ -75,7 +75,7 @@ class Decoder:
         Raises:
             FamilyError: transformers cannot build this model, or makes other layers mixtures than ``shape`` says.
         """
-        model = _on_meta(config)
+        model = on_meta(config)
         self._read, self._batch_tokens, self._top_k = read, batch_tokens, shape.top_k
         self._embedding, self._tied = model.get_input_embeddings().weight.shape, bool(model.config.tie_word_embeddings)
         blocks = [family.block(index) for index in range(model.config.num_hidden_layers)]
@@ -249,7 +249,7 @@ class _Frame:
         return self._known[shape]
 
 
-def _on_meta(config: Config) -> Any:
+def on_meta(config: Config) -> Any:
     """The causal language model of a configuration, without memory for its weights."""
     try:
         settings = AutoConfig.for_model(**copy.deepcopy(dict(config)))

@@ -117,3 +117,6 @@ class Family:
 
     def base(self, layer: int, projection: str) -> str:
         return f"{self.block(layer)}.base_expert.{projection}.weight"
+
+    def curvature(self, layer: int, name: str) -> str:
+        return f"{self.block(layer)}.curvature.{name}"

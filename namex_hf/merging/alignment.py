@@ -9,7 +9,10 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
-from .routing import Activation, Expert, neurons
+from .experts import PROJECTIONS, Experts, NotFiniteError
+from .routing import Activation, Expert, Routing, neurons
+
+ALIGNMENT_TOKENS = 4096
 
 
 def permuted(expert: Expert, order: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -55,3 +58,42 @@ def _assignment(likeness: torch.Tensor) -> torch.Tensor:
     """For every row the column it is matched with, so that the sum is largest."""
     _, columns = linear_sum_assignment(likeness.double().cpu().numpy(), maximize=True)
     return torch.from_numpy(columns).to(likeness.device)
+
+
+def layer_orders(
+    experts: Experts, align: str, inputs: torch.Tensor, routing: Routing, activation: Activation
+) -> torch.Tensor:
+    """Orders of all experts of a layer that fit its most used one best, int64 ``[experts, width]`` on the CPU.
+
+    Args:
+        align: ``none``, ``weights``, ``activations``.
+        inputs: float32 ``[tokens, hidden]``; of these `ALIGNMENT_TOKENS` at most are taken.
+
+    Memory: two experts in float32, and what they answer to those tokens.
+
+    Raises:
+        NotFiniteError: an expert holds NaN or infinity.
+    """
+    count = len(experts["gate_proj"])
+    orders = torch.arange(experts["gate_proj"][0].shape[0]).repeat(count, 1)
+    if align == "none":
+        return orders
+    sample = inputs[:: max(1, -(-len(inputs) // ALIGNMENT_TOKENS))]
+    first = int(routing.mass(count).argmax())
+
+    def finite(number: int) -> dict[str, torch.Tensor]:
+        expert = {name: experts[name][number].to(inputs) for name in PROJECTIONS}
+        for name, matrix in expert.items():
+            if not matrix.isfinite().all():
+                raise NotFiniteError(number, name)
+        return expert
+
+    reference = finite(first)
+    for number in range(count):
+        if number == first:
+            continue
+        if align == "weights":
+            orders[number] = order_by_weights(reference, finite(number)).cpu()
+        else:
+            orders[number] = order_by_activations(reference, finite(number), sample, activation).cpu()
+    return orders

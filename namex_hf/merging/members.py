@@ -6,14 +6,12 @@ from typing import Any
 import torch
 
 from ..bargaining import loss_bargaining
-from .alignment import order_by_activations, order_by_weights, permuted
+from .alignment import ALIGNMENT_TOKENS, order_by_activations, order_by_weights, permuted
 from .combine import Combination, shares
 from .curvature import CurvedSum, curved_loss, second_moment
 from .experts import PROJECTIONS, Experts, games_of, grams, weighted_sum
 from .record import game_record, loss_record
 from .routing import Activation, Routing, neurons
-
-ALIGNMENT_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -25,7 +23,7 @@ class Tuning:
     curvature: str = "calibrated"  # identity, diagonal, calibrated
     metric: str = "euclidean"  # euclidean, calibrated
     power: str = "equal"  # equal, usage, loss
-    ridge: float = 1e-4
+    ridge: float = 1e-2
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 from .configuration_deepseek import DeepseekConfig
 
 SPANS = ("all", "previous", "prompt")
+CURVATURES = ("identity", "calibrated")
 METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear")
 """Of the recipes that end in a patched class."""
 
@@ -26,6 +27,8 @@ class SoftChoice(NamedTuple):
     """Whose routing a segment's expert is made from: `SPANS`."""
     has_base: bool
     """Whether the experts are merged around a base expert; SMEAR has none."""
+    rank: int | None
+    """Directions of each expert that a calibrated curvature knows; None: the curvature is the identity."""
 
 
 def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
@@ -38,6 +41,7 @@ def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
         recipe.get("top_k"),
         recipe.get("routing_span", "all"),
         recipe.get("method") != "smear",
+        recipe.get("rank", 4) if recipe.get("curvature") == "calibrated" else None,
     )
 
 
@@ -64,6 +68,8 @@ def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: in
         )
     choice = soft_choice(recipe)
     if choice is not None:
+        if recipe.get("curvature") not in (None, *CURVATURES):
+            raise ValueError(f"namex.curvature is {recipe['curvature']!r}; accepted: {', '.join(CURVATURES)}")
         _check_soft(choice, experts)
     elif merge != "residual":
         raise ValueError(f"namex.merge is {merge!r}; this model class computes 'residual' and 'soft' only")
@@ -79,6 +85,13 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
     if choice.eta != 1 and not choice.has_base:
         raise ValueError(
             f"namex.eta is {choice.eta!r}; namex.method 'smear' has no base expert to step from: accepted: 1"
+        )
+    if choice.rank is not None and not whole(choice.rank):
+        raise ValueError(f"namex.rank is {choice.rank!r}; accepted: a whole number from 1")
+    if choice.rank is not None and not 0 < choice.eta <= 1:
+        raise ValueError(
+            f"namex.eta is {choice.eta!r}; accepted with a calibrated curvature: above 0 up to 1, so that no expert's "
+            "share is negative"
         )
     if not whole(choice.segment):
         raise ValueError(f"namex.segment is {choice.segment!r}; accepted: a whole number from 1")

@@ -83,10 +83,14 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
             if soft:
                 mlp.experts.__class__ = SoftExperts
                 mlp.route_softly(model.config)
+            weight = mlp.gate.weight
             if soft is None or soft.has_base:
-                weight = mlp.gate.weight
                 expert = Qwen2MoeMLP(model.config, intermediate_size=model.config.moe_intermediate_size)
                 mlp.base_expert = expert.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+            if soft:
+                mlp.add_curvature(model.config)
+                if mlp.curvature is not None:
+                    mlp.curvature.to(device=weight.device, dtype=weight.dtype).train(layer.training)
 
 
 __all__ = ["patch_classes"]

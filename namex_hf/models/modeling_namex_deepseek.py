@@ -20,6 +20,7 @@ from .modeling_deepseek import (
 from .residual import ResidualRouting
 from .soft import SegmentedLayer, SegmentedModel, SoftRouting
 from .soft_cache import LayerMemory
+from .soft_curvature import CalibratedCurvature
 from .soft_segments import Segments
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
@@ -64,6 +65,12 @@ class NamexDeepseekPreTrainedModel(DeepseekPreTrainedModel):
     config: NamexDeepseekConfig
     config_class = NamexDeepseekConfig
     _no_split_modules: ClassVar[list[str]] = ["NamexDeepseekDecoderLayer"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CalibratedCurvature):
+            module.reset_parameters()
 
 
 class NamexDeepseekModel(SegmentedModel, NamexDeepseekPreTrainedModel, DeepseekModel):

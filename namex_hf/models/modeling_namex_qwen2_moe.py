@@ -26,6 +26,7 @@ from .configuration_namex import NamexQwen2MoeConfig, soft_choice
 from .residual import ResidualRouting
 from .soft import SegmentedLayer, SegmentedModel, SoftRouting
 from .soft_cache import LayerMemory
+from .soft_curvature import CalibratedCurvature
 from .soft_segments import Segments
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
@@ -87,6 +88,12 @@ class NamexQwen2MoePreTrainedModel(Qwen2MoePreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for its decorator in the text of this file and would fall back to eager experts.
         return True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, CalibratedCurvature):
+            module.reset_parameters()
 
 
 class NamexQwen2MoeModel(SegmentedModel, NamexQwen2MoePreTrainedModel, Qwen2MoeModel):

@@ -1,8 +1,9 @@
 """``merge: soft``, shared by the families: the tokens of a causal segment go through one merged expert.
 
-NAMEx eq. 9 with M_i = I, a segment at a time: ``E^ = E_m + eta sum_i s_i (E_i - E_m)``, which is
-``(1 - eta sum_i s_i) E_m + eta sum_i s_i E_i``, where s is the mean of the router's top-k softmax values (zero for the
-experts that are not among them, not renormalised) over the unpadded tokens of the same document
+NAMEx eq. 9, a segment at a time: ``E^ = E_m + eta sum_i s_i M_i (E_i - E_m)``, which with M_i = I is
+``(1 - eta sum_i s_i) E_m + eta sum_i s_i E_i`` (for other M_i see `soft_curvature`), where s is the mean of the
+router's top-k softmax values (zero for the experts that are not among them, not renormalised) over the unpadded tokens
+of the same document
 
 * before the segment (``routing_span: all``), or of the segment before it alone (``previous``); or
 * ``prompt``, Lory's rule for inference: the tokens of the first pass with a cache are processed as under ``all``; those
@@ -27,6 +28,7 @@ from transformers.utils.generic import merge_with_config_defaults
 
 from .configuration_namex import SoftChoice, check_merge, soft_choice
 from .soft_cache import LayerMemory, Merged, SoftCache, soft_cache
+from .soft_curvature import CalibratedCurvature, Directions, correction, reweighted
 from .soft_segments import History, Segments, plan_segments
 
 LARGEST = 1 << 30
@@ -60,9 +62,34 @@ def merge_experts(
         experts: ``[experts, rows, columns]``.
         base: ``[rows, columns]``; None: there is no such term.
     """
+    shares, rest = shares.to(experts.dtype), rest.to(experts.dtype)
     if base is None:
         return (shares @ experts.flatten(1)).view(-1, *experts.shape[1:])
     return torch.outer(rest, base.flatten()).addmm_(shares, experts.flatten(1)).view(-1, *base.shape)
+
+
+def merge_curved(
+    shares: torch.Tensor,
+    rest: torch.Tensor,
+    experts: torch.Tensor,
+    base: torch.Tensor | None,
+    used: torch.Tensor | None,
+    directions: Directions | None,
+) -> torch.Tensor:
+    """`merge_experts` under a curvature; without one that is all.
+
+    Args:
+        shares: ``[groups, all experts]``, at least float32.
+        experts: ``[those used, rows, columns]``.
+        used: which they are; None: all.
+    """
+    weight = None
+    if directions is not None:
+        shares, rest, weight = reweighted(shares, rest, directions)
+    plain = merge_experts(shares if used is None else shares[:, used], rest, experts, base)
+    if directions is None or weight is None:
+        return plain
+    return plain + correction(plain, shares, weight, experts, used, base, directions)
 
 
 class SoftExperts(Qwen2MoeExperts):
@@ -75,52 +102,66 @@ class SoftExperts(Qwen2MoeExperts):
         base: Merged | None,
         carried: Merged | None = None,
         keep: torch.Tensor | None = None,
+        curvature: tuple[Directions, Directions] | None = None,
     ) -> tuple[torch.Tensor, Merged]:
         """Merge the experts of the fresh groups and send every group through its own.
 
         Args:
             tokens: ``[groups, tokens, hidden]``, the carried groups first.
-            shares: ``[fresh groups, experts]``, eta s.
+            shares: ``[fresh groups, experts]``, eta s, at least float32.
             base: gate, up and down matrix of the base expert, if there is one.
             carried: experts made earlier.
-            keep: groups whose expert is returned; None: all.
+            keep: groups whose expert is returned, in ascending order; None: all.
+            curvature: of gate and up, and of down; None: the identity.
 
         Returns:
             The output, as `tokens`, and the experts kept.
         """
-        gate_up, down, width = self.gate_up_proj, self.down_proj, self.intermediate_dim
-        shares = shares.to(gate_up.dtype)
-        rest = 1 - shares.to(torch.promote_types(shares.dtype, torch.float32)).sum(-1)
-        rest = rest.to(gate_up.dtype)
+        gate_up, down, used = self.gate_up_proj, self.down_proj, None
+        # Without a base expert not even what rounding leaves of the mass may count.
+        rest = torch.zeros_like(shares[:, 0]) if base is None else 1 - shares.sum(-1)
         if not torch.is_grad_enabled():
-            used = shares.any(0).nonzero()[:, 0]
-            if FEW * len(used) <= self.num_experts:
-                gate_up, down, shares = gate_up[used], down[used], shares[:, used]
-        step = max(LARGEST // (3 * len(tokens) * self.hidden_dim * gate_up.element_size()), 1)
-        parts, output = [], torch.zeros_like(tokens)
-        for start in range(0, width, step):
-            rows = slice(start, min(start + step, width))
-            up_rows = slice(width + rows.start, width + rows.stop)
-            part_of_base = (None,) * 3 if base is None else (base[0][rows], base[1][rows], base[2][:, rows])
-            merged: Merged = (
-                merge_experts(shares, rest, gate_up[:, rows], part_of_base[0]),
-                merge_experts(shares, rest, gate_up[:, up_rows], part_of_base[1]),
-                merge_experts(shares, rest, down[:, :, rows], part_of_base[2]),
-            )
-            if carried is not None:
-                old = carried[0][:, rows], carried[1][:, rows], carried[2][:, :, rows]
-                merged = _each(merged, lambda new, place, old=old: torch.cat([old[place], new]))
-            part = swiglu(tokens, merged, self.act_fn)
-            output = part if step >= width else output + part
-            parts.append(merged if keep is None else _each(merged, lambda t, _: t[keep]))
+            some = shares.any(0).nonzero()[:, 0]
+            if FEW * len(some) <= self.num_experts:
+                gate_up, down, used = gate_up[some], down[some], some
+        of_inputs, of_neurons = curvature or (None, None)
+        both = None if base is None else torch.cat(base[:2])
+        outputs, parts = [], []
+        start = 0
+        if carried is not None:
+            start = len(carried[0])
+            outputs, parts = [swiglu(tokens[:start], carried, self.act_fn)], [_kept(carried, keep, 0)]
+        step = self.groups_at_once(of_inputs)
+        for some_shares, some_rest in zip(shares.split(step), rest.split(step), strict=True):
+            gate, up = merge_curved(some_shares, some_rest, gate_up, both, used, of_inputs).chunk(2, dim=1)
+            last = merge_curved(some_shares, some_rest, down, None if base is None else base[2], used, of_neurons)
+            merged = gate, up, last
+            outputs.append(swiglu(tokens[start : start + len(last)], merged, self.act_fn))
+            parts.append(_kept(merged, keep, start))
+            start += len(last)
         if len(parts) == 1:
-            return output, parts[0]
-        return output, _each(parts[0], lambda _, place: torch.cat([p[place] for p in parts], 2 if place == 2 else 1))
+            return outputs[0], parts[0]
+        return torch.cat(outputs), _each(parts[0], lambda _, place: torch.cat([part[place] for part in parts]))
+
+    def groups_at_once(self, directions: Directions | None) -> int:
+        """How many groups' experts are made at once, so that about `LARGEST` bytes exist."""
+        size = 3 * self.hidden_dim * self.intermediate_dim * self.gate_up_proj.element_size()
+        if directions is not None:  # a copy, and what `correction` says, in float32
+            size = 2 * size + 24 * self.intermediate_dim * directions.leading[..., 0, :].numel()
+        return max(LARGEST // size, 1)
 
 
 def _each(merged: Merged, change) -> Merged:
     gate, up, down = merged
     return change(gate, 0), change(up, 1), change(down, 2)
+
+
+def _kept(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
+    """Those of `merged`, the groups from `start` on, that are to be kept, in memory of their own."""
+    if keep is None:
+        return merged
+    here = keep[(keep >= start) & (keep < start + len(merged[0]))] - start
+    return _each(merged, lambda t, _: t[here])
 
 
 class SoftRouting:
@@ -129,6 +170,7 @@ class SoftRouting:
     gate: Any
     experts: nn.Module
     base_expert: Any
+    curvature: CalibratedCurvature | None
     has_base: bool
     eta: float
     unrouted: float
@@ -142,6 +184,14 @@ class SoftRouting:
         self.route_softly(config)
         if self.has_base:
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
+        self.add_curvature(config)
+
+    def add_curvature(self, config) -> None:
+        """What the recipe says about curvature, not yet measured."""
+        choice, self.curvature = soft_choice(config.namex), None
+        if choice is not None and choice.rank is not None:
+            sizes = self.number, config.hidden_size, config.moe_intermediate_size
+            self.curvature = CalibratedCurvature(*sizes, choice.rank)
 
     def route_softly(self, config) -> None:
         """Take what the recipe says about routing and step."""
@@ -176,7 +226,8 @@ class SoftRouting:
         tokens = flat[segments.table]
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
-            output, merged = self.experts(tokens, shares, self._base(flat), carried, segments.keep)
+            curvature = None if self.curvature is None else self.curvature()
+            output, merged = self.experts(tokens, shares, self._base(flat), carried, segments.keep, curvature)
         elif carried is not None:
             output, merged = swiglu(tokens, carried, self.activation), carried
             if segments.keep is not None:

@@ -27,7 +27,7 @@ def check_finite(plan: Plan, advance: Callable[[str, int], None]) -> None:
     }
     with Reader() as reader:
         for name, span in plan.spans.items():
-            if name in experts and (plan.recipe.has_base or plan.recipe.merge == "grouped"):
+            if name in experts and (plan.recipe.has_base or plan.recipe.calibrated or plan.recipe.merge == "grouped"):
                 continue
             if span.dtype.is_floating_point and span.dtype.itemsize > 1:
                 require_finite(name, span, reader.read(span))

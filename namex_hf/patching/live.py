@@ -1,6 +1,6 @@
 """`patch_model`: the same merge in memory, on a live model, in place."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,12 +13,15 @@ from ..calibration.text import CalibrationText
 from ..errors import CalibrationError, FamilyError
 from ..families import PROJECTIONS, Family, MoeShape, family_of
 from ..merging.base import own_base
+from ..merging.experts import Base
 from ..merging.groups import merge_layer
 from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
 from ..recipe import Recipe
-from .calibrated import Source, shrink_layers
+from .calibrated import shrink_layers
+from .curved import curve_layers, reorder
 from .grouped import combination_of
+from .on_text import Source
 from .plan import check_fit
 from .text import text_for
 from .threads import shared_out
@@ -55,7 +58,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
             raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
         text = text_for(recipe, config, calibration)
         recipe = replace(recipe, calibration_data=text.name)
-        _shrink(model, family, shape, recipe, text)
+        (_shrink if recipe.merge == "grouped" else _curve)(model, family, shape, recipe, text)
         model.config.namex = recipe.to_dict()
         return model
     with shared_out():
@@ -65,8 +68,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
             bases = _bases(model, family, shape, recipe) if recipe.has_base else {}
             patch_classes(model, recipe.to_dict())
             for layer, base in bases.items():
-                for name, weight in base.items():
-                    getattr(_block(model, layer).base_expert, name).weight.copy_(weight)
+                _fill(_block(model, layer), {f"base.{name}": weight for name, weight in base.items()})
     model.config.namex = recipe.to_dict()
     return model
 
@@ -121,20 +123,51 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
 
 
 def _shrink(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: CalibrationText) -> None:
-    """Merge on calibration text. A layer is read before it is replaced, and no layer above reads one below."""
+    """Merge groups on calibration text."""
+    assert recipe.experts is not None
+    source = _source(model, family, shape, lambda layer: _experts(_block(model, layer), shape.width))
+    for made in shrink_layers(source, recipe, text, None, lambda layer, stage: None):
+        _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
+    _note_experts(model, family, shape, recipe.experts)
+
+
+def _curve(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: CalibrationText) -> None:
+    """``soft`` on calibration text."""
+    patched = {**model.config.to_dict(), "model_type": family.patched_type, "namex": recipe.to_dict()}
+
+    def experts(layer: int) -> dict[str, torch.Tensor]:
+        return {name: stacked.clone() for name, stacked in _experts(_block(model, layer), shape.width).items()}
+
+    def shared(layer: int) -> Base:
+        return _shared(_block(model, layer), family)
+
+    source, made = _source(model, family, shape, experts), {}
+    for one in curve_layers(source, shared, patched, recipe, text, None, lambda layer, stage: None):
+        made[one.layer] = one.orders, one.tensors
+    patch_classes(model, recipe.to_dict())
+    for layer, (orders, tensors) in made.items():
+        fused, width = _block(model, layer).experts, shape.width
+        gate, up, down = fused.gate_up_proj[:, :width], fused.gate_up_proj[:, width:], fused.down_proj
+        reorder(dict(zip(PROJECTIONS, (gate, up, down), strict=True)), orders.to(down.device))
+        _fill(_block(model, layer), tensors)
+
+
+def _source(model: Any, family: Family, shape: MoeShape, experts: Callable[[int], dict[str, torch.Tensor]]) -> Source:
+    """A live model to be read. A layer is read before it is replaced, and no layer above reads one below."""
     parameters = dict(model.named_parameters())
 
     def read(name: str) -> torch.Tensor:
         return parameters[name].detach().cpu()
 
-    def experts(layer: int) -> dict[str, torch.Tensor]:
-        return _experts(_block(model, layer), shape.width)
+    return Source(model.config.to_dict(), family, shape, read, experts, lambda layer: nullcontext())
 
-    assert recipe.experts is not None
-    source = Source(model.config.to_dict(), family, shape, read, experts, lambda layer: nullcontext())
-    for made in shrink_layers(source, recipe, text, None, lambda layer, stage: None):
-        _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
-    _note_experts(model, family, shape, recipe.experts)
+
+def _fill(block: Any, tensors: dict[str, torch.Tensor]) -> None:
+    """Give a patched block its base expert and its curvature."""
+    for name, tensor in tensors.items():
+        kind, _, part = name.partition(".")
+        place = getattr(block.base_expert, part).weight if kind == "base" else getattr(block.curvature, part)
+        place.copy_(tensor)
 
 
 def _replace(block: Any, experts: Mapping[str, Any], router: torch.Tensor) -> None:

@@ -22,6 +22,7 @@ from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
 from .calibrated import patch_calibrated
+from .curved import patch_curved
 from .grouped import patch_grouped
 from .plan import Plan, make_plan
 from .state import State
@@ -82,7 +83,8 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
         try:
             advance = _counting(plan, progress)
             if plan.recipe.calibrated:
-                weight_map = patch_calibrated(plan, out, state, advance)
+                patch = patch_calibrated if plan.recipe.merge == "grouped" else patch_curved
+                weight_map = patch(plan, out, state, advance)
             else:
                 patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
                 with shared_out():
@@ -98,10 +100,12 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
 
 def space_needed(plan: Plan) -> int:
     """Bytes on disk at the fullest moment of a run: the result, each layer's base, the state, and a margin."""
-    state = 2 * plan.base_bytes
-    if plan.recipe.calibrated:  # all new layers, and the stream twice while one replaces the other
-        routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
-        state = routed * plan.kept // plan.shape.experts + 8 * plan.recipe.calibration_tokens * plan.shape.hidden
+    state = 2 * plan.all_added_bytes
+    if plan.recipe.calibrated:  # the stream twice while one replaces the other
+        state += 8 * plan.recipe.calibration_tokens * plan.shape.hidden
+        if plan.recipe.merge == "grouped":  # all new layers
+            routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
+            state += routed * plan.kept // plan.shape.experts
     return plan.bytes_out + state + MARGIN
 
 

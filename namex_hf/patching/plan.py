@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.decoder import BATCH_TOKENS
 from ..calibration.text import CalibrationText
 from ..checkpoint.header import TensorSpan
 from ..checkpoint.layout import per_expert
@@ -17,6 +18,7 @@ from ..families import FAMILIES, PROJECTIONS, Family, MoeShape, family_of
 from ..merging.calibrated import FIT_TOKENS
 from ..merging.router_fit import CHUNK_BYTES
 from ..models import remote_code
+from ..models.soft import LARGEST
 from ..recipe import Recipe
 from .text import check_text, text_of
 
@@ -65,12 +67,19 @@ class Plan:
         """Bytes of the routed experts of a layer."""
         return sum(span.size for span in self.expert_spans(layer))
 
+    def added_bytes(self, layer: int) -> int:
+        """Bytes that a layer has more than before: of its base expert, and of its curvature."""
+        size = self.layer_bytes(layer) // self.shape.experts if self.recipe.has_base else 0
+        if self.recipe.rank is not None:
+            dtype = self.expert_spans(layer)[0].dtype
+            numbers = self.shape.experts * (3 + self.recipe.rank * (self.shape.hidden + self.shape.width))
+            size += numbers * dtype.itemsize
+        return size
+
     @property
-    def base_bytes(self) -> int:
-        """Bytes of all base experts of the result."""
-        if not self.recipe.has_base:
-            return 0
-        return sum(self.layer_bytes(layer) for layer in self.shape.layers) // self.shape.experts
+    def all_added_bytes(self) -> int:
+        """Those of all layers."""
+        return sum(map(self.added_bytes, self.shape.layers))
 
     @property
     def bytes_out(self) -> int:
@@ -79,7 +88,7 @@ class Plan:
         added = 0
         if self.export_as:
             added = sum(item.size for item in zero_items(self))
-        return self.checkpoint.size - routed + routed * self.kept // self.shape.experts + self.base_bytes + added
+        return self.checkpoint.size - routed + routed * self.kept // self.shape.experts + self.all_added_bytes + added
 
     @property
     def peak_bytes(self) -> int:
@@ -92,16 +101,21 @@ class Plan:
     @property
     def calibration_bytes(self) -> int:
         """Of `peak_bytes`, what calibration adds: the text four times as hidden states, the smaller layer and its
-        largest group, what the experts answer to the text, sums in float64, a decoder layer without its experts."""
+        largest group (``soft``: the layer again, and a batch's merged experts), what the experts answer to the text,
+        sums in float64, a decoder layer without its experts."""
         if not self.recipe.calibrated:
             return 0
         hidden, width, kept = self.shape.hidden, self.shape.width, self.kept
         layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
+        merged = 0
+        if self.recipe.merge == "soft":
+            merged = min(2 * LARGEST, 2 * -(-BATCH_TOKENS // self.recipe.segment) * layer // self.shape.experts)
         tokens = self.recipe.calibration_tokens
         answered = min(tokens, FIT_TOKENS) * kept * (kept + 1) * 4 + CHUNK_BYTES if self.recipe.fit != "none" else 0
         sums = 8 * (3 * hidden * hidden + 6 * hidden * width)
         around = 4 * hidden * (4 * hidden + 3 * self.shape.shared_width)
-        return 4 * tokens * hidden * 4 + layer * kept // self.shape.experts + layer // 2 + answered + sums + around
+        again = layer * kept // self.shape.experts + layer // 2 + merged
+        return 4 * tokens * hidden * 4 + again + answered + sums + around
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
@@ -182,6 +196,10 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
         raise RecipeError(f"recipe field 'experts' is {recipe.experts}; this model has {shape.experts} a layer")
     if recipe.top_k is not None and recipe.top_k > shape.experts:
         raise RecipeError(f"recipe field 'top_k' is {recipe.top_k}; this model has {shape.experts} experts a layer")
+    if recipe.rank is not None and recipe.rank >= min(shape.hidden, shape.width):
+        raise RecipeError(
+            f"recipe field 'rank' is {recipe.rank}; accepted here: from 1 below {min(shape.hidden, shape.width)}"
+        )
     if recipe.base_index is not None and recipe.base_index >= shape.experts:
         raise RecipeError(
             f"recipe field 'base' is {recipe.base!r}; accepted here: index:0 to index:{shape.experts - 1}"

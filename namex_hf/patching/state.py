@@ -14,7 +14,7 @@ from ..merging.experts import PROJECTIONS
 from ..merging.propagation import Walk
 
 WALK, STREAM = "walk.safetensors", "stream.safetensors"
-RESULTS = ("base.", "new.")
+RESULTS = ("base.", "curvature.", "new.")
 """How names of tensors begin that go into the result; the others of a layer are statistics."""
 
 
@@ -24,6 +24,7 @@ class Stream:
 
     layer: int
     hidden: torch.Tensor  # float32 [sequences, length, hidden]
+    walk: Walk | None = None  # the base expert that arrives with it
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,7 @@ class State:
 
     def save_walk(self, position: int, walk: Walk | None) -> None:
         """The walk on arrival at the ``position``-th MoE layer; None where that begins with its own base."""
-        tensors: dict[str, torch.Tensor] = {}
-        if walk is not None:
-            assert walk.weights is not None
-            tensors = {**walk.base, **walk.momentum, "weights": walk.weights}
-        _save(self.folder / WALK, tensors, {"position": position})
+        _save(self.folder / WALK, _tensors(walk), {"position": position})
 
     def load_walk(self) -> tuple[int, Walk | None]:
         """What was saved last; the first position where nothing was."""
@@ -52,20 +49,18 @@ class State:
         if not path.is_file():
             return 0, None
         position, tensors = json.loads(read_metadata(path)["record"])["position"], load_file(path)
-        if not tensors:
-            return position, None
-        base, weights = {name: tensors.pop(name) for name in PROJECTIONS}, tensors.pop("weights")
-        return position, Walk(base, weights, tensors)
+        return position, _walk(tensors)
 
     def save_stream(self, stream: Stream) -> None:
-        _save(self.folder / STREAM, {"hidden": stream.hidden}, {"layer": stream.layer})
+        _save(self.folder / STREAM, {"hidden": stream.hidden} | _tensors(stream.walk), {"layer": stream.layer})
 
     def load_stream(self) -> Stream | None:
         """What was saved last, in memory of its own: mapped tensors may be worked on with other roundings."""
         path = self.folder / STREAM
         if not path.is_file():
             return None
-        return Stream(json.loads(read_metadata(path)["record"])["layer"], load_file(path)["hidden"].clone())
+        tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+        return Stream(json.loads(read_metadata(path)["record"])["layer"], tensors.pop("hidden"), _walk(tensors))
 
     def records(self) -> list[dict[str, Any]]:
         """What was written down about each finished layer, in order."""
@@ -80,6 +75,21 @@ class State:
                 f"layers.{layer}.{name}": t for name, t in load_file(path).items() if not name.startswith(RESULTS)
             }
         return found
+
+
+def _tensors(walk: Walk | None) -> dict[str, torch.Tensor]:
+    if walk is None:
+        return {}
+    assert walk.weights is not None
+    return {**walk.base, **walk.momentum, "weights": walk.weights}
+
+
+def _walk(tensors: dict[str, torch.Tensor]) -> Walk | None:
+    """What `_tensors` made of one."""
+    if not tensors:
+        return None
+    base, weights = {name: tensors.pop(name) for name in PROJECTIONS}, tensors.pop("weights")
+    return Walk(base, weights, tensors)
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:

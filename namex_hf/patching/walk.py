@@ -49,13 +49,20 @@ def carried_items(plan: Plan, shard: Path) -> list[Item]:
     return [Item.of(name, span) for _, name, span in spans]
 
 
-def is_unchanged(plan: Plan, shard: Path) -> bool:
-    """Whether a source shard is in the per-expert layout as it is."""
-    return all(plan.checkpoint.spans.get(item.name) == item.source for item in carried_items(plan, shard))
+def is_unchanged(plan: Plan, items: list[Item]) -> bool:
+    """Whether these are tensors of the source, under the names that they have there."""
+    return all(plan.checkpoint.spans.get(item.name) == item.source for item in items)
 
 
-def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance, stop: Event) -> None:
-    """Bring every source shard into the folder: by the kernel where it is unchanged, else by spans of bytes."""
+def carry_over(
+    plan: Plan,
+    folder: Path,
+    names: list[str],
+    advance: Advance,
+    stop: Event,
+    items_of: Callable[[Plan, Path], list[Item]] = carried_items,
+) -> None:
+    """Bring every source shard into the folder: by the kernel where it is unchanged, else tensor by tensor."""
     settled = []
     with Reader() as reader, ThreadPoolExecutor(1) as settling:
         for shard, name in zip(plan.checkpoint.shards, names, strict=True):
@@ -63,10 +70,11 @@ def carry_over(plan: Plan, folder: Path, names: list[str], advance: Advance, sto
                 return
             target = folder / name
             if not target.is_file():
-                if is_unchanged(plan, shard):
+                items = items_of(plan, shard)
+                if is_unchanged(plan, items):
                     settled.append(copy_file(shard, target, settling))
                 else:
-                    write_shard(target, carried_items(plan, shard), reader, METADATA)
+                    write_shard(target, items, reader, METADATA)
             advance("copying", shard.stat().st_size)
         for future in settled:
             future.result()
@@ -110,12 +118,23 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
             advance(f"layer {layer}", plan.layer_bytes(layer))
 
 
-def base_items(plan: Plan, state: State) -> dict[int, list[Item]]:
-    """The base experts that `walk_through` left, as spans of the state files, by layer."""
-    items = {}
-    for layer in plan.shape.layers:
-        spans = read_header(state.layer_file(layer))
-        items[layer] = [Item.of(plan.family.base(layer, name), spans[f"base.{name}"]) for name in PROJECTIONS]
+def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int]], names: list[str]) -> None:
+    """Write what layers have more than before, as the state files have it, into shards of its own."""
+    with Reader() as reader:
+        for pack, name in zip(packs, names, strict=True):
+            if not (folder / name).is_file():
+                items = [item for layer in pack for item in added_items(plan, state, layer)]
+                write_shard(folder / name, items, reader, METADATA)
+
+
+def added_items(plan: Plan, state: State, layer: int) -> list[Item]:
+    """A layer's base expert and curvature, as spans of its state file."""
+    kinds = {"base": plan.family.base, "curvature": plan.family.curvature}
+    items = []
+    for name, span in read_header(state.layer_file(layer)).items():
+        kind, _, part = name.partition(".")
+        if kind in kinds:
+            items.append(Item.of(kinds[kind](layer, part), span))
     return items
 
 
@@ -124,7 +143,7 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
 
     The copy runs beside the arithmetic: one waits for the disk, the other for the processor.
     """
-    packs = _packs(plan) if plan.recipe.has_base else []
+    packs = packs_of_added(plan)
     names = shard_names(len(plan.checkpoint.shards) + len(packs))
     carried = len(plan.checkpoint.shards)
     stop = Event()
@@ -138,13 +157,7 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
             stop.set()  # bad input or an interrupt: no further shard is begun
             raise
         copying.result()
-    if packs:
-        items = base_items(plan, state)
-        with Reader() as reader:
-            for pack, name in zip(packs, names[carried:], strict=True):
-                target = folder / name
-                if not target.is_file():
-                    write_shard(target, [item for layer in pack for item in items[layer]], reader, METADATA)
+    write_added(plan, folder, state, packs, names[carried:])
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
 
@@ -155,12 +168,14 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def _packs(plan: Plan) -> list[list[int]]:
-    """MoE layers whose base experts go into one shard, at most ``shard_size`` bytes unless one alone is larger."""
+def packs_of_added(plan: Plan) -> list[list[int]]:
+    """MoE layers whose added tensors go into one shard, at most ``shard_size`` bytes unless one alone is larger."""
+    if not plan.all_added_bytes:
+        return []
     packs: list[list[int]] = [[]]
     size = 0
     for layer in plan.shape.layers:
-        more = plan.layer_bytes(layer) // plan.shape.experts
+        more = plan.added_bytes(layer)
         if packs[-1] and size + more > plan.shard_size:
             packs.append([])
             size = 0

@@ -1,6 +1,7 @@
 """namex-patch with recipes that read calibration text, on toy checkpoints and on a packaged one."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -15,6 +16,9 @@ from namex_hf.patching import text as patching_text
 from tests.cli.toy import change_config, save_toy
 
 FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
+SOFT = ("--merge", "soft", "--method", "camex", "--base", "mean")
+ALIGNED = (*SOFT, "--align", "activations", "--calibration-tokens", "4096")
+CURVED = (*SOFT, "--curvature", "calibrated", "--calibration-tokens", "4096")
 HINT = "merged without calibration text; --fit router"
 
 
@@ -46,6 +50,7 @@ def test_what_it_tells(
     speaking: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """The errors of the layers' outputs in table and card, and what the text cost; then that the folder is complete."""
+    monkeypatch.setattr(cli, "FORECAST_SECONDS", 0.001)
     monkeypatch.setattr(cli, "SCORED_TOKENS", 128)
     monkeypatch.setenv("COLUMNS", "200")
     command = (speaking, "--out", tmp_path / "out", *FIT, "--calibration-data", prose)
@@ -61,9 +66,56 @@ def test_what_it_tells(
     seconds = sum(layer["seconds"] for layer in report["layers"]) / 3
     line = f"calibrated on 1024 tokens of prose.txt: {seconds:.2f} s a layer, {seconds / 1.024:.3f} s for 1,000 tokens"
     assert line in said.out
+    found = re.findall(r"layer 0: ([\d.]+) s, ([\d.]+) ms a token; about 0 min for the 2 layers to come", said.err)
+    assert len(found) == said.err.count(" layers to come") == 1
+    assert float(found[0][1]) == pytest.approx(1000 * float(found[0][0]) / 1024, abs=0.06)
     assert HINT not in said.err
     assert ran(*command) == 0
     assert "is complete: this model was patched with this recipe before" in flat(capsys.readouterr().err)
+
+
+def test_soft_on_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """On a packaged model: the error of every layer is told, and what the text says brings the perplexity down."""
+    monkeypatch.setattr(cli, "SCORED_TOKENS", 512)
+    monkeypatch.setenv("COLUMNS", "200")
+    means = []
+    for flags in (SOFT, ALIGNED, CURVED):
+        assert ran("tiny", "--out", tmp_path / "out", *flags, "--overwrite") == 0
+        said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex_report.json").read_text())
+        card = (tmp_path / "out" / "README.md").read_text()
+        for text in (said.out, card):
+            assert ("error merged" in text) == (flags != SOFT)
+            assert "error fitted" not in text
+        assert ("calibrated on 4096 tokens of packaged: " in said.out) == (flags != SOFT)
+        assert HINT not in said.err
+        means.append(report["perplexity"]["mean"])
+        assert f"{means[-1]['after']:.2f}" in said.out
+        assert len(report["layers"]) == 5
+        for layer in report["layers"] if flags != SOFT else ():
+            assert f" {layer['errors'][0]['error']:.4f} " in said.out
+            assert f" {layer['errors'][0]['error']:.4f} " in card
+    plain, aligned, curved = means
+    assert plain["before"] == aligned["before"] == curved["before"]
+    assert aligned["after"] < 0.9 * plain["after"]
+    assert curved["after"] < 0.8 * aligned["after"]
+
+
+def test_the_dry_run_of_soft_on_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """It names the text, and counts what is added: of every expert 3 numbers, and 4 directions of 128 and of 80."""
+    monkeypatch.setenv("COLUMNS", "200")
+    said = []
+    for flags in (CURVED, SOFT):
+        assert ran("tiny", "--out", tmp_path / "out", *flags, "--dry-run") == 0
+        said.append({line.split("│")[1].strip(): line.split("│")[2].strip() for line in _rows(capsys.readouterr().out)})
+    curved, plain = said
+    assert curved["calibration text"] == "4096 tokens of packaged, not read yet"
+    assert "calibration text" not in plain
+    assert curved["bytes in"] == plain["bytes in"]
+    more = (float(one["bytes out"].removesuffix(" MB")) for one in said)
+    assert next(more) - next(more) == pytest.approx(5 * 16 * (3 + 4 * (128 + 80)) * 2 / 1e6, abs=0.011)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -124,14 +124,17 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags += "--disagreement mean --base shared --granularity expert --scale simplex --gamma 1 --every 1 --seed 3"
     flags += " --device cpu --momentum none --solver newton --ccp-iterations 2"
     flags += " --routing-span all --fit none --curvature identity --align none --down merge --metric euclidean"
-    flags += " --power equal --calibration-data packaged --calibration-tokens 65536 --calibrate after --ridge 1e-4"
+    flags += " --power equal --calibration-data packaged --calibration-tokens 65536 --calibrate after --ridge 0.01"
     flags += " --fit-steps 1000"
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
+    walking += " --curvature calibrated --rank 2 --calibration-tokens 4096"
     given = {flag for flag in f"{flags} {walking}".split() if flag.startswith("--")}
     assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in fields(Recipe)}
-    assert ran(toy, "--out", tmp_path / "walking", *walking.split()) == 0
+    speaking = save_toy(tmp_path / "speaking", tokenizer=True)
+    assert ran(speaking, "--out", tmp_path / "walking", *walking.split()) == 0
     config = json.loads((tmp_path / "walking" / "config.json").read_text())
-    wanted = Recipe(merge="soft", momentum="complex", beta="0.9,0.25", eta=0.5, segment=8, top_k=2)
+    walked = {"merge": "soft", "momentum": "complex", "beta": "0.9,0.25", "eta": 0.5, "segment": 8, "top_k": 2}
+    wanted = Recipe.from_dict({**walked, "curvature": "calibrated", "rank": 2, "calibration_tokens": 4096})
     assert config["namex"] == wanted.to_dict()
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())

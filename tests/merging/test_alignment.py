@@ -8,11 +8,12 @@ import torch
 from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import WIDTH, draws, expert_at, neurons64, random_experts, random_tokens
+from small_mixtures import WIDTH, draws, expert_at, neurons64, random_experts, random_routing, random_tokens
 from torch.nn.functional import silu
 
-from namex_hf.merging.alignment import order_by_activations, order_by_weights, permuted
-from namex_hf.merging.routing import answer
+from namex_hf.merging import alignment
+from namex_hf.merging.alignment import layer_orders, order_by_activations, order_by_weights, permuted
+from namex_hf.merging.routing import Routing, answer
 
 INPUTS = random_tokens(30, 0)
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -74,3 +75,78 @@ def test_a_dead_neuron(how: str) -> None:
     copy = permuted(original, torch.tensor([3, 0, 4, 1, 2]))
     back = permuted(copy, found_order(how, original, copy))
     assert all(torch.equal(back[name], original[name]) for name in original)
+
+
+# --- all experts of a layer -------------------------------------------------------------------------------------------
+
+
+def most_used(expert: int, experts: int) -> Routing:
+    """Of `INPUTS`. That expert has the largest gate values; the one after it has more tokens."""
+    other = (expert + 1) % experts
+    index = torch.tensor([[expert], [other], [other]]).repeat(len(INPUTS) // 3, 1)
+    return Routing(index, torch.where(index == expert, 0.9, 0.3))
+
+
+@pytest.mark.parametrize("how", ["weights", "activations"])
+@pytest.mark.parametrize("first", [0, 2, 3])
+def test_a_layer_in_the_order_of_its_most_used_expert(how: str, first: int) -> None:
+    """Copies of one expert become alike in all their neurons, and as the one with the largest gate mass has them."""
+    original = expert_at(random_experts(1, 0), 0)
+    copies = [permuted(original, torch.randperm(WIDTH, generator=draws(seed))) for seed in range(4)]
+    assert not any(torch.equal(copies[first]["up_proj"], copies[i]["up_proj"]) for i in range(4) if i != first)
+    experts = {name: torch.stack([one[name] for one in copies]).bfloat16() for name in original}
+    held = {name: matrices.clone() for name, matrices in experts.items()}
+    orders = layer_orders(experts, how, INPUTS, most_used(first, 4), silu)
+    assert (orders.shape, orders.dtype, orders.device.type) == ((4, WIDTH), torch.int64, "cpu")
+    assert orders[first].tolist() == list(range(WIDTH))
+    for number in range(4):
+        back = permuted(expert_at(experts, number), orders[number])
+        assert all(torch.equal(back[name], expert_at(experts, first)[name]) for name in original)
+    assert all(torch.equal(held[name], experts[name]) for name in held)  # what is given is not changed
+
+
+@quick
+@given(st.sampled_from(["weights", "activations"]), seeds)
+def test_every_expert_of_a_layer_stays_the_same_function(how: str, seed: int) -> None:
+    """Each is brought as near to the reference as it comes, on its own."""
+    experts, routing = random_experts(3, seed), random_routing(len(INPUTS), 3, 2, seed)
+    orders = layer_orders(experts, how, INPUTS, routing, silu)
+    gates = np.zeros(3)
+    np.add.at(gates, routing.index.numpy().ravel(), double(routing.value).ravel())
+    reference = expert_at(experts, int(gates.argmax()))
+    for number, order in enumerate(orders):
+        expert = expert_at(experts, number)
+        assert sorted(order.tolist()) == list(range(WIDTH))
+        assert order.tolist() == found_order(how, reference, expert).tolist()
+        torch.testing.assert_close(answer(INPUTS, permuted(expert, order), silu), answer(INPUTS, expert, silu))
+
+
+def test_no_alignment_is_the_order_as_it_is() -> None:
+    experts = random_experts(3, 0)
+    orders = layer_orders(experts, "none", INPUTS, most_used(1, 3), silu)
+    assert orders.tolist() == [list(range(WIDTH))] * 3
+    unlike = layer_orders(experts, "weights", INPUTS, most_used(1, 3), silu)
+    assert unlike.tolist() != orders.tolist()
+    assert unlike.tolist() != layer_orders(experts, "activations", INPUTS, most_used(1, 3), silu).tolist()
+
+
+def test_tokens_to_align_by_are_taken_from_the_whole_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every so many-th of them, so that what was seen at the end counts too."""
+    seen: list[torch.Tensor] = []
+
+    def order(_reference: object, _expert: object, inputs: torch.Tensor, _activation: object) -> torch.Tensor:
+        seen.append(inputs)
+        return torch.arange(WIDTH)
+
+    monkeypatch.setattr(alignment, "order_by_activations", order)
+    for most, wanted in ((10, INPUTS[::3]), (100, INPUTS), (30, INPUTS)):
+        monkeypatch.setattr(alignment, "ALIGNMENT_TOKENS", most)
+        layer_orders(random_experts(2, 0), "activations", INPUTS, most_used(0, 2), silu)
+        assert torch.equal(seen.pop(), wanted)
+
+
+def test_experts_that_no_token_reached_are_aligned_too() -> None:
+    experts, nothing = random_experts(3, 0), Routing(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
+    orders = layer_orders(experts, "weights", INPUTS[:0], nothing, silu)
+    for number in range(3):  # none is used most: the first it is
+        assert orders[number].tolist() == order_by_weights(expert_at(experts, 0), expert_at(experts, number)).tolist()

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from namex_hf.models import PATCHED, remote_code
+from namex_hf.models.soft_curvature import CalibratedCurvature
 
 VOCAB = 61
 
@@ -193,6 +195,38 @@ def patched_folder(hub_folder, tmp_path_factory: pytest.TempPathFactory) -> Call
         if family not in made:
             made[family] = patch_by_hand(hub_folder(family), tmp_path_factory.mktemp("patched") / f"patched_{family}")
         return made[family]
+
+    return make
+
+
+def measure_by_hand(model) -> None:
+    """Curvatures such as text might leave: experts of unlike use, with directions of unlike strength."""
+    draw = torch.Generator().manual_seed(11)
+    for module in model.modules():
+        if isinstance(module, CalibratedCurvature):
+            held = module.state_dict()  # shares memory with the module
+            for name in sorted(held):
+                normal = name.endswith("directions")
+                values = (torch.randn if normal else torch.rand)(held[name].shape, generator=draw, dtype=torch.float64)
+                held[name].copy_(values if normal else values + 0.2)
+            held["usage"] /= held["usage"].sum()
+            for name in ("input_floor", "neuron_floor"):
+                held[name] /= held["usage"] @ held[name]
+
+
+@pytest.fixture
+def soft_model(patched_folder):
+    """``soft_model("qwen2_moe", eta=0.5)``: the patched folder under ``merge: soft``, float32."""
+
+    def make(family: str, dtype=torch.float32, **fields):
+        folder = patched_folder(family)
+        config = AutoConfig.from_pretrained(folder)
+        config.namex = {"merge": "soft", "segment": 4} | fields
+        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).eval()
+        measure_by_hand(model)
+        for parameter in model.parameters():  # kernels round by alignment, which the file's header decides
+            parameter.data = parameter.data.clone()
+        return model
 
     return make
 

@@ -67,6 +67,7 @@ def test_remote_code_lists_what_travels():
         "residual.py",
         "soft.py",
         "soft_cache.py",
+        "soft_curvature.py",
         "soft_segments.py",
     ]
     assert names["namex_deepseek"] == [
@@ -77,6 +78,7 @@ def test_remote_code_lists_what_travels():
         "residual.py",
         "soft.py",
         "soft_cache.py",
+        "soft_curvature.py",
         "soft_segments.py",
     ]
     for kind, (config, model, causal_lm) in CLASSES.items():

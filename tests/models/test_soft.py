@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedTokenizerFast, pipeline
 
 from namex_hf.models import PATCHED, load_patched, soft
 from namex_hf.models.convert import patch_classes
@@ -15,22 +15,11 @@ FAMILIES = ["qwen2_moe", "deepseek"]
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
 SPANS = ["all", "previous", "prompt"]
 SEGMENT = 4
-
-
-@pytest.fixture
-def soft_model(patched_folder):
-    """``soft_model("qwen2_moe", eta=0.5)``: the patched folder under ``merge: soft``, float32."""
-
-    def make(family: str, dtype=torch.float32, **fields):
-        folder = patched_folder(family)
-        config = AutoConfig.from_pretrained(folder)
-        config.namex = {"merge": "soft", "segment": SEGMENT} | fields
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).eval()
-        for parameter in model.parameters():  # kernels round by alignment, which the file's header decides
-            parameter.data = parameter.data.clone()
-        return model
-
-    return make
+CURVED = {"curvature": "calibrated", "rank": 2, "eta": 0.9}
+over_curvatures = pytest.mark.parametrize("fields", [{}, CURVED], ids=["identity", "curved"])
+over_fields = pytest.mark.parametrize(
+    "fields", [*({"routing_span": span} for span in SPANS), CURVED], ids=[*SPANS, "curved"]
+)
 
 
 def ids(batch: int, length: int, seed: int = 1) -> torch.Tensor:
@@ -176,9 +165,9 @@ def test_base_cancels_where_all_mass_is_routed(soft_model, family):
         assert (change[:, 4:].max() < 1e-5) == cancels
 
 
-@pytest.mark.parametrize("span", SPANS)
-def test_future_tokens_leave_the_past_alone(soft_model, family, span):
-    model, tokens = soft_model(family, routing_span=span), ids(2, 19)
+@over_fields
+def test_future_tokens_leave_the_past_alone(soft_model, family, fields):
+    model, tokens = soft_model(family, **fields), ids(2, 19)
     before = model(tokens).logits
     for place in range(19):
         changed = tokens.clone()
@@ -201,11 +190,11 @@ def test_a_token_changes_no_expert_of_its_own_segment(soft_model, family):
     assert moved.tolist() == [False] * 5 + [True, False, False] + [True] * 4
 
 
-@pytest.mark.parametrize("span", SPANS)
+@over_fields
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("positions", ["given", "none"])
-def test_padding_changes_nothing(soft_model, family, span, side, positions):
-    model, lengths, width = soft_model(family, routing_span=span), (14, 9, 3), 17
+def test_padding_changes_nothing(soft_model, family, fields, side, positions):
+    model, lengths, width = soft_model(family, **fields), (14, 9, 3), 17
     rows = [ids(1, length, seed=length)[0] for length in lengths]
     tokens, mask = torch.zeros(3, width, dtype=torch.long), torch.zeros(3, width, dtype=torch.long)
     for number, row in enumerate(rows):
@@ -217,9 +206,9 @@ def test_padding_changes_nothing(soft_model, family, span, side, positions):
         assert (logits[number][mask[number] == 1] - model(row[None]).logits[0]).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("span", SPANS)
-def test_packed_documents_stay_apart(soft_model, family, span):
-    model, rows = soft_model(family, routing_span=span), [ids(1, n, seed=n) for n in (7, 1, 12, 4)]
+@over_fields
+def test_packed_documents_stay_apart(soft_model, family, fields):
+    model, rows = soft_model(family, **fields), [ids(1, n, seed=n) for n in (7, 1, 12, 4)]
     positions = torch.cat([torch.arange(row.shape[1]) for row in rows])[None]
     packed = model(torch.cat(rows, 1), position_ids=positions, use_cache=False).logits
     alone = torch.cat([model(row).logits for row in rows], 1)
@@ -239,26 +228,55 @@ def test_nothing_but_padding_is_finite(soft_model, family):
 # --- how it is computed -----------------------------------------------------------------------------------------------
 
 
-def test_slices_give_the_same(soft_model, family, monkeypatch):
-    model, tokens = soft_model(family), ids(2, 14)
-    expected, passes = model(tokens).logits, []
-    merge = soft.merge_experts
-    monkeypatch.setattr(soft, "merge_experts", lambda *a: passes.append(a[2].shape[1]) or merge(*a))
-    model(tokens)
-    whole = list(passes)
-    passes.clear()
-    monkeypatch.setattr(soft, "LARGEST", 20_000)  # eight groups of 32: 6 of the 16 neurons at a time
-    logits = model(tokens[:, :9], use_cache=True)
-    last = model(tokens[:, 9:], past_key_values=logits.past_key_values)
-    assert len(passes) > len(whole)
-    assert min(passes) < 16
-    assert (torch.cat([logits.logits, last.logits], 1) - expected).abs().max() < 2e-5
+@over_curvatures
+@pytest.mark.parametrize("most", [1, 2])
+def test_chunks_of_groups_give_the_same(soft_model, family, monkeypatch, fields, most):
+    """In passes that make experts, carry them on, and do both: the same output, and the same experts kept."""
+    model, rows = soft_model(family, **fields), [ids(1, n, seed=n)[0] for n in (20, 15, 6)]
+    tokens, mask = torch.zeros(3, 20, dtype=torch.long), torch.zeros(3, 20, dtype=torch.long)
+    for number, row in enumerate(rows):
+        tokens[number, 20 - len(row) :], mask[number, 20 - len(row) :] = row, 1
+    uncached = model(tokens, attention_mask=mask, use_cache=False).logits[mask == 1]
+    merge, chunks = soft.merge_curved, []
+    monkeypatch.setattr(soft, "merge_curved", lambda *a: chunks.append(len(a[0])) or merge(*a))
+
+    def passes():
+        """Logits and kept experts of every pass, and how many groups were made at once."""
+        cache, found = DynamicCache(config=model.config), []
+        for start, stop in ((0, 9), (9, 11), (11, 15), (15, 20)):
+            chunks.clear()
+            logits = model(tokens[:, start:stop], attention_mask=mask[:, :stop], past_key_values=cache).logits
+            found.append((logits, [m.merged for m in cache.memories.values() if m.merged is not None], list(chunks)))
+        return found
+
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            whole = passes()
+            size = 3 * 32 * 16 * 4
+            if fields:  # twice, and three times the neurons by all directions in float32, for gate and for up
+                size = 2 * size + 3 * 4 * (2 * 16) * (8 * 2)
+            with monkeypatch.context() as patch:
+                patch.setattr(soft, "LARGEST", 1 if most == 1 else most * size + size // 2)
+                parts = passes()
+        assert [len(set(made)) for _, _, made in whole] == [1] * 4
+        assert (torch.cat([logits for logits, _, _ in parts], 1)[mask == 1] - uncached).abs().max() < 2e-5
+        for (logits, kept, made), (expected, wanted, groups) in zip(parts, whole, strict=True):
+            assert (logits - expected).abs().max() < 2e-5
+            steps = [range(0, count, most) for count in groups[::2]]  # gate and up in one, then down
+            assert made == [n for step in steps for start in step for n in [min(most, step.stop - start)] * 2]
+            assert len(kept) == len(wanted) == len(soft_blocks(model))
+            for three, all_three in zip(kept, wanted, strict=True):
+                assert [t.shape for t in three] == [t.shape for t in all_three]
+                assert all((one - other).abs().max() < 1e-5 for one, other in zip(three, all_three, strict=True))
+        assert max(max(made) for _, _, made in whole) > 2
 
 
 @torch.no_grad()
-def test_only_experts_in_use_are_read(soft_model, family):
-    model, tokens = soft_model(family, top_k=1, segment=2, routing_span="previous"), ids(1, 4)
-    expected, seen = model(tokens).logits, []
+@over_curvatures
+def test_only_experts_in_use_are_read(soft_model, family, fields):
+    model, tokens = soft_model(family, top_k=1, segment=2, routing_span="previous", **fields), ids(1, 4)
+    with torch.enable_grad():  # all of them are
+        expected, seen = model(tokens).logits.detach(), []
     for block in soft_blocks(model):
         block.gate.register_forward_hook(lambda _m, _a, out: seen.append(out[2][:2].unique().tolist()))
     model(tokens)
@@ -280,7 +298,7 @@ def test_experts_are_read_once_a_pass(soft_model, family, monkeypatch):
     monkeypatch.setattr(soft, "merge_experts", lambda *a: calls.append(a[0].shape) or merge(*a))
     model = soft_model(family)
     model(ids(3, 18))
-    assert len(calls) == 3 * len(soft_blocks(model))
+    assert len(calls) == 2 * len(soft_blocks(model))  # gate and up in one
     assert set(calls) == {(15, 8)}  # three rows of five segments
 
 
@@ -330,17 +348,18 @@ def test_every_parameter_gets_a_gradient_in_one_segment(soft_model, family):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@over_curvatures
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_gradient_checkpointing_gives_the_same_gradients(soft_model, family, reentrant):
+def test_gradient_checkpointing_gives_the_same_gradients(soft_model, family, reentrant, fields):
     gradients, tokens = [], ids(2, 13)
     for checkpointing in (False, True):
-        model = soft_model(family).train()
+        model = soft_model(family, **fields).train()
         if checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": reentrant})
             model.enable_input_require_grads()
         # what is recorded in a reentrant checkpoint has no gradient, in stock models neither
         model(tokens, labels=tokens, output_router_logits=not reentrant).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters()})
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         assert torch.allclose(gradient, gradients[1][name], atol=1e-6), name
 
@@ -381,8 +400,9 @@ def test_auxiliary_loss_is_the_familys_own(soft_model, patched_folder, family):
     assert (output.loss - plain).item() == pytest.approx(coefficient * output.aux_loss.item(), rel=1e-3)
 
 
-def test_autocast_averages_in_float32(soft_model, family):
-    model, tokens = soft_model(family), ids(1, 13)
+@over_curvatures
+def test_autocast_averages_in_float32(soft_model, family, fields):
+    model, tokens = soft_model(family, **fields), ids(1, 13)
     expected, seen = model(tokens).logits, []
     for block in soft_blocks(model):
         block.experts.register_forward_pre_hook(lambda _m, a: seen.append(a[1]))
@@ -392,10 +412,11 @@ def test_autocast_averages_in_float32(soft_model, family):
     assert (logits - expected).norm() < 0.05 * expected.norm()
 
 
-def test_bfloat16(soft_model, family):
+@over_curvatures
+def test_bfloat16(soft_model, family, fields):
     tokens = ids(2, 13)
-    expected = soft_model(family)(tokens).logits
-    half = soft_model(family, dtype=torch.bfloat16)
+    expected = soft_model(family, **fields)(tokens).logits
+    half = soft_model(family, dtype=torch.bfloat16, **fields)
     with torch.no_grad():
         difference = half(tokens).logits.float() - expected
     assert difference.norm() < 0.05 * expected.norm()
@@ -442,9 +463,10 @@ def test_adapters_are_seen(soft_model, family, targets):
 
 
 @torch.no_grad()
-def test_weights_that_are_off_the_device(soft_model, family):
+@over_curvatures
+def test_weights_that_are_off_the_device(soft_model, family, fields):
     accelerate = pytest.importorskip("accelerate")
-    model, tokens = soft_model(family), ids(2, 13)
+    model, tokens = soft_model(family, **fields), ids(2, 13)
     expected = model(tokens).logits
     accelerate.cpu_offload(model, execution_device="cpu")
     assert soft_blocks(model)[0].base_expert.up_proj.weight.is_meta

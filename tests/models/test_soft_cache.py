@@ -11,32 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from namex_hf.models import remote_code, soft, soft_cache
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 over_families = pytest.mark.parametrize("family", FAMILIES)
 CAUSAL = ["all", "previous"]
+CURVED = {"curvature": "calibrated", "rank": 2}
+over_causal = pytest.mark.parametrize(
+    "fields", [*({"routing_span": span} for span in CAUSAL), CURVED], ids=[*CAUSAL, "curved"]
+)
 GREEDY = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0}
 SEGMENT = 4
 CLOSE = 2e-5
-
-
-@pytest.fixture
-def soft_model(patched_folder):
-    """``soft_model("qwen2_moe", eta=0.5)``: the patched folder under ``merge: soft``, float32."""
-
-    def make(family: str, **fields):
-        folder = patched_folder(family)
-        config = AutoConfig.from_pretrained(folder)
-        config.namex = {"merge": "soft", "segment": SEGMENT} | fields
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=torch.float32).eval()
-        for parameter in model.parameters():  # kernels round by alignment, which the file's header decides
-            parameter.data = parameter.data.clone()
-        return model
-
-    return make
 
 
 @pytest.fixture(autouse=True)
@@ -73,19 +61,19 @@ def padded(rows, width, side):
 
 
 @over_families
-@pytest.mark.parametrize("span", CAUSAL)
+@over_causal
 @pytest.mark.parametrize("sizes", [(1,), (6, 1), (3, 5, 2), (4,), (13, 1)])
-def test_cached_passes_equal_one(soft_model, family, span, sizes):
-    model, tokens = soft_model(family, routing_span=span, eta=0.9), ids(2, 23)  # five boundaries
+def test_cached_passes_equal_one(soft_model, family, fields, sizes):
+    model, tokens = soft_model(family, eta=0.9, **fields), ids(2, 23)  # five boundaries
     assert (in_passes(model, tokens, sizes) - model(tokens, use_cache=False).logits).abs().max() < CLOSE
 
 
 @over_families
-@pytest.mark.parametrize("span", CAUSAL)
+@over_causal
 @pytest.mark.parametrize("positions", ["given", "none"])
 @pytest.mark.parametrize("sizes", [(9, 1), (12, 3)])
-def test_cached_rows_cross_boundaries_at_their_own_time(soft_model, family, span, positions, sizes):
-    model, rows = soft_model(family, routing_span=span), [ids(1, n, seed=n)[0] for n in (24, 21, 15)]
+def test_cached_rows_cross_boundaries_at_their_own_time(soft_model, family, fields, positions, sizes):
+    model, rows = soft_model(family, **fields), [ids(1, n, seed=n)[0] for n in (24, 21, 15)]
     tokens, mask = padded(rows, 24, "left")
     kwargs = {"attention_mask": mask}
     if positions == "given":
@@ -126,9 +114,9 @@ def test_padding_in_the_middle(soft_model, sizes):
 
 
 @over_families
-@pytest.mark.parametrize("span", CAUSAL)
-def test_generation_equals_uncached_argmax(soft_model, family, span):
-    model, tokens = soft_model(family, routing_span=span), ids(2, 6)
+@over_causal
+def test_generation_equals_uncached_argmax(soft_model, family, fields):
+    model, tokens = soft_model(family, **fields), ids(2, 6)
     generated = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=17, **GREEDY)
     assert generated.shape == (2, 23)
     expected = model(generated, use_cache=False).logits.argmax(-1)
@@ -333,9 +321,9 @@ def test_rows_share_kept_experts(soft_model):
 
 
 @over_families
-@pytest.mark.parametrize("span", CAUSAL)
-def test_cropping_is_exact_at_every_length(soft_model, family, span):
-    model, tokens, other = soft_model(family, routing_span=span), ids(2, 15), ids(2, 10, seed=8)
+@over_causal
+def test_cropping_is_exact_at_every_length(soft_model, family, fields):
+    model, tokens, other = soft_model(family, **fields), ids(2, 15), ids(2, 10, seed=8)
     whole = DynamicCache(config=model.config)
     in_passes(model, tokens, (13, 1), whole)
     for left in range(15):
@@ -440,27 +428,30 @@ save_file(out, sys.argv[3])
 """
 
 
-def soft_folder(source: Path, folder: Path, **fields) -> str:
-    """A copy of a patched folder under ``merge: soft``; with ``method: smear`` without base experts."""
+def soft_folder(source: Path, folder: Path, model) -> str:
+    """A copy of a patched folder with the recipe of `model`; without base experts or with a curvature as it has it."""
     shutil.copytree(source, folder)
     config = json.loads((folder / "config.json").read_text())
-    config["namex"] = {"merge": "soft", "segment": SEGMENT, **fields}
+    config["namex"] = model.config.namex
     (folder / "config.json").write_text(json.dumps(config))
-    if fields.get("method") == "smear":
-        tensors = {n: t for n, t in load_file(folder / "model.safetensors").items() if ".base_expert." not in n}
-        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    held = model.state_dict()
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {n: t for n, t in tensors.items() if ".base_expert." not in n or n in held}
+    tensors |= {n: t for n, t in held.items() if ".curvature." in n}
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     names = {path.name for path in remote_code(config["model_type"]).files}
-    assert {"soft.py", "soft_cache.py", "soft_segments.py"} <= names
+    assert {"soft.py", "soft_cache.py", "soft_curvature.py", "soft_segments.py"} <= names
     assert names == {path.name for path in folder.glob("*.py")}
     return str(folder)
 
 
-def test_remote_code_without_the_package(patched_folder, tmp_path):
+def test_remote_code_without_the_package(soft_model, patched_folder, tmp_path):
     tokens, folders = ids(2, 11), {}
+    kinds = {"previous": {"routing_span": "previous"}, "smear": {"method": "smear"}, "curved": CURVED}
     for family in FAMILIES:
-        for kind, fields in (("previous", {"routing_span": "previous"}), ("smear", {"method": "smear"})):
+        for kind, fields in kinds.items():
             name = f"{family}_{kind}"
-            folders[name] = soft_folder(patched_folder(family), tmp_path / name, **fields)
+            folders[name] = soft_folder(patched_folder(family), tmp_path / name, soft_model(family, **fields))
     cwd = tmp_path / "cwd"
     cwd.mkdir()
     (cwd / "child.py").write_text(CHILD)

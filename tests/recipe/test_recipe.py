@@ -15,6 +15,7 @@ from namex_hf.recipe import RULES, Recipe, read_yaml
 GROUPED = {"merge": "grouped", "experts": 4}
 SOFT = {"merge": "soft"}
 FITTED = {**GROUPED, "fit": "router"}
+CURVED = {**SOFT, "curvature": "calibrated"}
 SPECS = {spec.name: spec for spec in fields(Recipe)}
 CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.metadata.get("choices", ())]
 # What a value needs around it to mean something.
@@ -43,7 +44,20 @@ VALUES = [
     ("every", 24, {}),
     ("seed", 0, {}),
     ("seed", 17, GROUPED),
+    ("seed", 17, CURVED),
+    ("seed", 17, {**SOFT, "align": "weights"}),
+    ("rank", 1, CURVED),
+    ("rank", 16, CURVED),
+    ("align", "none", CURVED),
+    ("align", "weights", CURVED),
+    ("align", "none", SOFT),
+    ("align", "weights", SOFT),
+    ("align", "activations", SOFT),
+    ("curvature", "identity", SOFT),
     ("eta", 0.5, SOFT),
+    ("eta", 1.5, SOFT),
+    ("eta", 1.5, {**SOFT, "align": "activations"}),
+    ("eta", 1.0, CURVED),
     ("segment", 16, SOFT),
     ("top_k", 2, SOFT),
     ("beta", "0.9", {"momentum": "complex"}),
@@ -52,9 +66,14 @@ VALUES = [
     ("ccp_iterations", 2, {}),
     ("ccp_iterations", 60, {"solver": "ccp"}),
     ("fit_steps", 50, FITTED),
-    ("ridge", 0.01, {**GROUPED, "curvature": "diagonal"}),
-    ("ridge", 0.01, {**GROUPED, "down": "refit"}),
+    ("ridge", 0.1, {**GROUPED, "curvature": "diagonal"}),
+    ("ridge", 0.1, {**GROUPED, "down": "refit"}),
+    ("ridge", 0.1, CURVED),
     ("calibration_data", "some/where", FITTED),
+    ("calibration_data", "some/where", CURVED),
+    ("calibration_data", "some/where", {**SOFT, "align": "weights"}),
+    ("calibration_tokens", 4096, CURVED),
+    ("calibrate", "before", {**SOFT, "align": "activations"}),
     ("calibration_tokens", 4096, {**GROUPED, "grouping": "outputs"}),
     ("device", "cuda", {}),
 ]
@@ -139,6 +158,10 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
         ("segment", 0, "a whole number from 1"),
         ("top_k", 0, "a whole number from 1"),
         ("top_k", "2", "int"),
+        ("rank", 0, "a whole number from 1"),
+        ("rank", -1, "a whole number from 1"),
+        ("rank", 4.0, "int"),
+        ("rank", True, "int"),
         ("beta", "1.0", "a modulus below 1"),
         ("beta", "0.9;0.2", "0.9,0.2618"),
         ("beta", "0.8,0.3,0.3,0.3", "0.9,0.2618"),
@@ -152,8 +175,12 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
     ],
 )
 def test_bad_values_are_answered_with_field_and_what_is_accepted(name: str, value: Any, accepted: str):
-    neighbours = {"seed": GROUPED, "experts": {"merge": "grouped"}, "beta": {"momentum": "complex"}}
-    neighbours |= {"eta": SOFT, "segment": SOFT, "top_k": SOFT}
+    neighbours: dict[str, dict[str, Any]] = {
+        "seed": GROUPED,
+        "experts": {"merge": "grouped"},
+        "beta": {"momentum": "complex"},
+    }
+    neighbours |= {"eta": SOFT, "segment": SOFT, "top_k": SOFT, "rank": CURVED}
     around = neighbours.get(name, {})
     with pytest.raises(RecipeError) as error:
         Recipe.from_dict({**around, name: value})
@@ -206,14 +233,17 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'fit' belongs": {"fit": "router"},
     "'grouping' belongs": {"grouping": "weights"},
     "'curvature' belongs": {"curvature": "identity"},
-    "'align' belongs": {"align": "weights", **SOFT},
+    "'align' belongs": {"align": "weights"},
+    "curvature 'diagonal' belongs": {"curvature": "diagonal", **SOFT},
+    "'rank' belongs": {"rank": 2, **SOFT},
+    "curvature 'calibrated' weighs": {"eta": 1.5, **CURVED},
     "'down' belongs": {"down": "refit"},
     "'metric' belongs": {"metric": "calibrated"},
     "'power' belongs": {"power": "usage"},
     "'metric' is a choice of the Nash": {"metric": "calibrated", **FITTED, "method": "ep-camex"},
     "'power' is a choice of the Nash": {"power": "usage", **FITTED, "weighting": "usage"},
     "'fit_steps' belongs": {"fit_steps": 50, **GROUPED},
-    "'ridge' belongs": {"ridge": 0.01, **GROUPED},
+    "'ridge' belongs": {"ridge": 0.1, **GROUPED},
     "'calibration_data' belongs": {"calibration_data": "text.txt", **GROUPED},
     "'calibration_tokens' belongs": {"calibration_tokens": 4096},
     "'calibrate' belongs": {"calibrate": "before", **GROUPED},
@@ -260,6 +290,51 @@ def test_a_method_without_walk_bargain_or_base_refuses_their_fields(values: dict
         Recipe.from_dict(values)
 
 
+# Fields that say what is done with a text, and mean nothing under a `soft` that reads none.
+OF_TEXT: dict[str, Any] = {
+    **{"seed": 1, "ridge": 0.1, "rank": 4, "calibration_data": "text.txt", "calibration_tokens": 4096},
+    **{"calibrate": "before"},
+}
+
+
+@pytest.mark.parametrize("name", OF_TEXT)
+def test_soft_takes_the_fields_of_a_text_only_with_one(name: str):
+    assert getattr(Recipe.from_dict({**CURVED, name: OF_TEXT[name]}), name) == OF_TEXT[name]
+    for plain in (SOFT, {**SOFT, "curvature": "identity", "align": "none"}):
+        with pytest.raises(RecipeError, match=rf"^'{name}' belongs to"):
+            Recipe.from_dict({**plain, name: OF_TEXT[name]})
+    aligned = {**SOFT, "align": "activations", name: OF_TEXT[name]}
+    if name in ("ridge", "rank"):  # of a curvature, which this is not
+        with pytest.raises(RecipeError, match=rf"^'{name}' belongs to"):
+            Recipe.from_dict(aligned)
+    else:
+        assert getattr(Recipe.from_dict(aligned), name) == OF_TEXT[name]
+
+
+@pytest.mark.parametrize(
+    ("values", "says"),
+    [
+        ({"rank": 4, **GROUPED}, "'rank' belongs to merge 'soft' with curvature 'calibrated'"),
+        ({"rank": 4, **FITTED}, "'rank' belongs to merge 'soft' with curvature 'calibrated'"),
+        ({"rank": 4}, "'rank' belongs to merge 'soft' with curvature 'calibrated'"),
+        ({"curvature": "calibrated"}, "'curvature' belongs to merge 'grouped' or 'soft'"),
+        ({"curvature": "calibrated", "method": "smoe"}, "'curvature' belongs to merge 'grouped' or 'soft'"),
+        ({"align": "activations"}, "'align' belongs to merge 'grouped' or 'soft'"),
+        ({**CURVED, "fit": "router"}, "'fit' belongs to merge 'grouped'"),
+        ({**CURVED, "metric": "calibrated"}, "'metric' belongs to merge 'grouped'"),
+        ({**CURVED, "power": "usage"}, "'power' belongs to merge 'grouped'"),
+        ({**CURVED, "weighting": "usage"}, "'weighting' belongs to merge 'grouped'"),
+        ({**CURVED, "eta": 1.0001}, "curvature 'calibrated' weighs the base expert by 1 - eta sum s"),
+        ({**CURVED, "method": "smear", "eta": 0.5}, "'eta' belongs to merge 'soft' with a base expert"),
+    ],
+    ids=str,
+)
+def test_what_a_calibrated_soft_does_not_go_with(values: dict[str, Any], says: str):
+    with pytest.raises(RecipeError) as error:
+        Recipe.from_dict(values)
+    assert str(error.value).startswith(says)
+
+
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
@@ -268,6 +343,8 @@ def test_a_method_without_walk_bargain_or_base_refuses_their_fields(values: dict
         ({"method": "camex"}, (True, True, False)),
         ({"method": "camex", **SOFT}, (True, True, False)),
         ({"method": "smear", **SOFT}, (True, False, False)),
+        (CURVED, (True, True, True)),
+        ({"method": "smear", **CURVED}, (True, False, False)),
         ({"method": "smoe"}, (False, False, False)),
         (GROUPED, (False, False, False)),
     ],
@@ -296,6 +373,9 @@ def test_class_base_and_walk(values: dict[str, Any], expected: tuple[bool, ...])
         {"momentum": "quaternion", "solver": "ccp", "ccp_iterations": 5},
         {"momentum": "complex", "beta": "0.9,-0.5236"},
         {"merge": "soft", "eta": 0.5, "segment": 32, "top_k": 4, "routing_span": "prompt", "base": "shared"},
+        CURVED,
+        {**CURVED, "rank": 2, "align": "none", "ridge": 0.1, "seed": 3, "calibrate": "before", "eta": 0.5},
+        {**SOFT, "align": "weights", "method": "smear", "calibration_data": "text.txt", "calibration_tokens": 512},
     ],
 )
 def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, Any]):
@@ -310,23 +390,30 @@ def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, An
 @pytest.mark.parametrize(
     ("values", "calibrated", "implied"),
     [
-        ({}, False, (None, None, None, None)),
-        (GROUPED, False, ("weights", "identity", "none", "merge")),
-        (FITTED, True, ("damage", "calibrated", "activations", "refit")),
-        ({**FITTED, "align": "none", "down": "merge"}, True, ("damage", "calibrated", "none", "merge")),
-        ({**GROUPED, "weighting": "usage"}, True, ("weights", "identity", "none", "merge")),
-        ({**GROUPED, "power": "usage"}, True, ("weights", "identity", "none", "merge")),
-        ({**GROUPED, "align": "weights"}, True, ("weights", "identity", "weights", "merge")),
-        ({**GROUPED, "align": "activations"}, True, ("weights", "identity", "activations", "merge")),
-        ({**GROUPED, "grouping": "router"}, True, ("router", "identity", "none", "merge")),
-        ({**GROUPED, "curvature": "diagonal"}, True, ("weights", "diagonal", "none", "merge")),
-        ({**GROUPED, "down": "refit"}, True, ("weights", "identity", "none", "refit")),
+        ({}, False, (None, None, None, None, None)),
+        (GROUPED, False, ("weights", "identity", "none", "merge", None)),
+        (FITTED, True, ("damage", "calibrated", "activations", "refit", None)),
+        ({**FITTED, "align": "none", "down": "merge"}, True, ("damage", "calibrated", "none", "merge", None)),
+        ({**GROUPED, "weighting": "usage"}, True, ("weights", "identity", "none", "merge", None)),
+        ({**GROUPED, "power": "usage"}, True, ("weights", "identity", "none", "merge", None)),
+        ({**GROUPED, "align": "weights"}, True, ("weights", "identity", "weights", "merge", None)),
+        ({**GROUPED, "align": "activations"}, True, ("weights", "identity", "activations", "merge", None)),
+        ({**GROUPED, "grouping": "router"}, True, ("router", "identity", "none", "merge", None)),
+        ({**GROUPED, "curvature": "diagonal"}, True, ("weights", "diagonal", "none", "merge", None)),
+        ({**GROUPED, "down": "refit"}, True, ("weights", "identity", "none", "refit", None)),
+        (SOFT, False, (None, "identity", "none", None, None)),
+        (CURVED, True, (None, "calibrated", "activations", None, 4)),
+        ({**CURVED, "align": "none", "rank": 2}, True, (None, "calibrated", "none", None, 2)),
+        ({**CURVED, "method": "smear"}, True, (None, "calibrated", "activations", None, 4)),
+        ({**SOFT, "align": "weights"}, True, (None, "identity", "weights", None, None)),
+        ({**SOFT, "align": "activations"}, True, (None, "identity", "activations", None, None)),
+        ({**SOFT, "curvature": "identity", "align": "none"}, False, (None, "identity", "none", None, None)),
     ],
     ids=str,
 )
-def test_what_a_fit_implies_and_which_recipes_read_text(values: dict[str, Any], calibrated: bool, implied: tuple):
+def test_what_is_implied_and_which_recipes_read_text(values: dict[str, Any], calibrated: bool, implied: tuple):
     recipe = Recipe.from_dict(values)
-    assert (recipe.grouping, recipe.curvature, recipe.align, recipe.down) == implied
+    assert (recipe.grouping, recipe.curvature, recipe.align, recipe.down, recipe.rank) == implied
     assert recipe.calibrated == calibrated
 
 
@@ -402,6 +489,7 @@ SENSIBLE = st.fixed_dictionaries(
             "eta": st.floats(0, 2),
             "segment": st.integers(0, 99),
             "top_k": st.integers(0, 9),
+            "rank": st.integers(0, 9),
             "beta": st.sampled_from(("0.9", "1.1", "0.5,0.5", "0.1,0.2,0.3,0.4")),
             "ccp_iterations": st.integers(0, 9),
             "fit_steps": st.integers(0, 9),

@@ -1,0 +1,134 @@
+"""Curvature of ``merge: soft``: what a change of an expert's matrix costs on the tokens that the expert sees.
+
+NAMEx eq. 9 with calibrated M_i, for one weight matrix and a segment's s:
+
+    E^ = (sum_i s_i E_i c_i + l E_m C) (sum_i s_i c_i + l C)^-1,    l = 1 - sum_i s_i,    C = sum_i p_i c_i
+
+where c_i is the second moment of the inputs of expert i in calibration text, per unit of its gate mass, and p_i its
+share of that mass: the weighted least-squares mean of the experts, in which the base expert keeps the mass left over
+(RegMean, Jin et al. 2023). A full c_i would cost a system of the inputs' width for every segment. Here
+``c_i = t_i (I + V_i V_i^T)`` with few columns in V_i, its leading directions. Without them this is a plain merge X of
+the experts by ``s_i t_i``, and with them
+
+    E^ = X + R (I + V^T V A)^-1 V^T,    R_i = s_i (E_i - E_m) V_i - a_i (X - E_m) V_i,    a_i = s_i + l p_i
+
+(s, l and p multiplied by t and scaled to sum to 1 again), V all directions side by side and A the diagonal of a. Beyond
+the plain merge that costs, for every segment and matrix, as much as it costs to send 2 * experts * rank tokens through
+the matrix, and one system of experts * rank unknowns.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+class Directions(NamedTuple):
+    """The c_i of one kind of matrix."""
+
+    leading: torch.Tensor
+    """V, ``[experts, columns, rank]``."""
+    floor: torch.Tensor
+    """t, ``[experts]``; with `usage` as weights their mean is 1."""
+    usage: torch.Tensor
+    """p, ``[experts]``, summing to 1."""
+
+
+class CalibratedCurvature(nn.Module):
+    """What a layer knows of its experts' inputs; measured, not trained. Its forward hands it out.
+
+    Through a forward, so that wrappers which move tensors to a device for it do so first.
+    """
+
+    usage: torch.Tensor
+    input_floor: torch.Tensor
+    input_directions: torch.Tensor
+    neuron_floor: torch.Tensor
+    neuron_directions: torch.Tensor
+
+    def __init__(self, experts: int, hidden: int, width: int, rank: int):
+        super().__init__()
+        shapes = {
+            "usage": (experts,),
+            "input_floor": (experts,),
+            "input_directions": (experts, hidden, rank),
+            "neuron_floor": (experts,),
+            "neuron_directions": (experts, width, rank),
+        }
+        for name, shape in shapes.items():
+            self.register_buffer(name, torch.empty(shape))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """All experts alike and no directions: the identity. What a checkpoint has filled stays."""
+        for name, tensor in self.named_buffers():
+            init.constant_(tensor, 1 / len(tensor) if name == "usage" else float(name.endswith("floor")))
+
+    def forward(self) -> tuple[Directions, Directions]:
+        """Of gate and up, and of down."""
+        return (
+            Directions(self.input_directions, self.input_floor, self.usage),
+            Directions(self.neuron_directions, self.neuron_floor, self.usage),
+        )
+
+
+def reweighted(
+    shares: torch.Tensor, rest: torch.Tensor, directions: Directions
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """s and l of the plain merge X, and a.
+
+    Args:
+        shares: s, ``[groups, experts]``, at least float32.
+        rest: l, ``[groups]``.
+    """
+    floor = directions.floor.to(shares)
+    total = shares @ floor + rest
+    shares, rest = shares * floor / total[:, None], rest / total
+    return shares, rest, shares + torch.outer(rest, directions.usage.to(shares) * floor)
+
+
+def correction(
+    plain: torch.Tensor,
+    shares: torch.Tensor,
+    weight: torch.Tensor,
+    experts: torch.Tensor,
+    used: torch.Tensor | None,
+    base: torch.Tensor | None,
+    directions: Directions,
+) -> torch.Tensor:
+    """``R (I + V^T V A)^-1 V^T``, ``[groups, rows, columns]``.
+
+    Args:
+        plain: X, of the same shape.
+        shares: s, ``[groups, experts]``, at least float32.
+        weight: a, alike.
+        experts: E, ``[those used, rows, columns]``.
+        used: which they are; None: all.
+        base: E_m, ``[rows, columns]``; None: none, as if it were zero.
+
+    Memory: ``[groups, rows, experts * rank]`` in float32 three times.
+    """
+    leading = directions.leading.to(plain.dtype)
+    count, columns, rank = leading.shape
+    span = leading.transpose(0, 1).reshape(columns, count * rank)
+    own = experts @ (leading if used is None else leading[used])
+    if base is not None:
+        plain = plain - base
+        of_base = (base @ span).view(len(base), count, rank).transpose(0, 1)
+        own = own - (of_base if used is None else of_base[used])
+    heard = plain @ span
+    weight = weight.repeat_interleave(rank, dim=1)[:, None]
+    with torch.autocast(plain.device.type, enabled=False):
+        wide = span.to(weight)
+        system = torch.eye(len(wide.T)).to(weight) + (wide.T @ wide) * weight
+        missing = torch.einsum("gn,nrk->grnk", shares if used is None else shares[:, used], own.to(shares))
+        if used is not None:
+            everyone = missing.new_zeros(*missing.shape[:2], count, rank)
+            missing = everyone.index_copy(2, used, missing)
+        missing = missing.flatten(2) - heard.to(weight) * weight
+        # Where experts share a strong direction their parts cancel: the last product needs the precision too.
+        return (torch.linalg.solve(system, missing, left=False) @ wide.T).to(plain.dtype)
+
+
+__all__ = ["CalibratedCurvature", "Directions", "correction", "reweighted"]

@@ -1,0 +1,124 @@
+"""Calibration text on its way through a model, layer by layer, each on what the layers below it really produce."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from transformers.activations import ACT2FN
+
+from ..calibration.decoder import Decoder, Read, Tapped
+from ..calibration.text import CalibrationText
+from ..checkpoint.bytes import Reader
+from ..families import Config, Family, MoeShape
+from ..merging.calibrated import Mixture, Text
+from ..merging.routing import Routing
+from ..recipe import Recipe
+from .layer import named, read_experts
+from .plan import Plan
+from .state import State, Stream
+from .walk import Advance
+
+Tell = Callable[[int, str], None]
+"""Told of every finished stage of a layer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model to be read layer by layer, wherever it is."""
+
+    config: Config
+    family: Family
+    shape: MoeShape
+    read: Read
+    experts: Callable[[int], dict[str, torch.Tensor]]  # of a MoE layer, stacked by projection, for the caller to change
+    named: Callable[[int], AbstractContextManager[None]]  # gives a complaint about an expert its tensor's name
+
+
+@dataclass(frozen=True)
+class Heard:
+    """A MoE layer, and what the text says to it. Whoever takes it adds a routed output to ``tapped.rest``."""
+
+    layer: int
+    tapped: Tapped
+    mixture: Mixture
+    text: Text
+    start: float  # of the work on it, by `time.perf_counter`
+
+    def passed_on(self, output: torch.Tensor) -> torch.Tensor:
+        """What the next layer hears, given this one's routed output ``[tokens, hidden]``."""
+        return self.tapped.rest.add_(output.cpu().view_as(self.tapped.rest))
+
+    @property
+    def seconds(self) -> float:
+        return round(time.perf_counter() - self.start, 4)
+
+
+def heard_layers(
+    source: Source, recipe: Recipe, text: CalibrationText, stream: Stream | None, tell: Tell
+) -> Iterator[Heard]:
+    """The MoE layers, one after the other.
+
+    Args:
+        stream: where to go on; None: at the bottom.
+
+    Memory: one decoder layer without its experts in float32, one layer's experts in their own dtype, and twice
+    ``[tokens, hidden]`` in float32: the stream, and the mixture's inputs.
+    """
+    shape, device = source.shape, recipe.device
+    decoder = Decoder(source.config, source.family, shape, source.read, device)
+    hidden = decoder.embed(text.ids).cpu() if stream is None else stream.hidden
+    activation = ACT2FN[source.config.get("hidden_act", "silu")]
+    for layer in range(0 if stream is None else stream.layer, max(shape.layers) + 1):
+        start = time.perf_counter()
+        with decoder.layer(layer) as module:
+            if not module.is_mixture:
+                hidden = module.forward(hidden)
+                continue
+            tapped = module.tap(hidden)
+        tell(layer, "read")
+        hidden = tapped.rest
+        routing = Routing(tapped.index.to(device), tapped.value.to(device))
+        held_out = text.held_out if recipe.merge == "grouped" else torch.zeros(len(text.ids), dtype=torch.bool)
+        yield Heard(
+            layer,
+            tapped,
+            Mixture(
+                source.experts(layer),
+                source.read(source.family.router(layer)),
+                shape.top_k,
+                shape.renormalises,
+                activation,
+            ),
+            Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device)),
+            start,
+        )
+        del tapped, routing  # before the next layer is read
+
+
+def source_of(plan: Plan, reader: Reader) -> Source:
+    """The checkpoint of a plan."""
+    return Source(
+        plan.checkpoint.config,
+        plan.family,
+        plan.shape,
+        lambda name: reader.read(plan.spans[name]),
+        partial(read_experts, plan, reader),
+        partial(named, plan),
+    )
+
+
+def told(advance: Advance, layer: int, stage: str) -> None:
+    """Progress within a layer."""
+    advance(f"layer {layer}: {stage}", 0)
+
+
+def resumed(plan: Plan, state: State, advance: Advance) -> Stream | None:
+    """Where a killed run left the text; None at the bottom."""
+    stream = state.load_stream()
+    for layer in plan.shape.layers:
+        if stream is not None and layer < stream.layer:
+            advance(f"layer {layer}", plan.layer_bytes(layer))
+    return stream
