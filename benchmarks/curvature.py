@@ -41,12 +41,9 @@ class FormExperts(SoftExperts):
     def forward(  # type: ignore[override]  # of its parent's arguments those that this benchmark needs
         self, tokens: torch.Tensor, shares: torch.Tensor, base: Merged, *_: object
     ) -> tuple[torch.Tensor, Merged]:
-        gate, up = self.gate_up_proj.chunk(2, dim=1)
-        of_inputs, of_neurons = self.moments
         merged = (
-            self._merge(shares, gate, base[0], of_inputs),
-            self._merge(shares, up, base[1], of_inputs),
-            self._merge(shares, self.down_proj, base[2], of_neurons),
+            self._merge(shares, self.gate_up_proj, base[0], self.moments[0]),
+            self._merge(shares, self.down_proj, base[1], self.moments[1]),
         )
         return swiglu(tokens, merged, self.act_fn), merged
 

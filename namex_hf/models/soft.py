@@ -46,9 +46,9 @@ def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
 
 def swiglu(tokens: torch.Tensor, merged: Merged, activation) -> torch.Tensor:
     """Every group through its own expert, ``[groups, tokens, hidden] -> [groups, tokens, hidden]``."""
-    gate, up, down = merged
-    inner = activation(tokens.bmm(gate.mT)) * tokens.bmm(up.mT)
-    return inner.bmm(down.mT)
+    gate_up, down = merged
+    gate, up = tokens.bmm(gate_up.mT).chunk(2, dim=-1)
+    return (activation(gate) * up).bmm(down.mT)
 
 
 def merge_experts(
@@ -109,7 +109,7 @@ class SoftExperts(Qwen2MoeExperts):
         Args:
             tokens: ``[groups, tokens, hidden]``, the carried groups first.
             shares: ``[fresh groups, experts]``, eta s, at least float32.
-            base: gate, up and down matrix of the base expert, if there is one.
+            base: gate and up matrix, fused, and down matrix of the base expert, if there is one.
             carried: experts made earlier.
             keep: groups whose expert is returned, in ascending order; None: all.
             curvature: of gate and up, and of down; None: the identity.
@@ -125,7 +125,6 @@ class SoftExperts(Qwen2MoeExperts):
             if FEW * len(some) <= self.num_experts:
                 gate_up, down, used = gate_up[some], down[some], some
         of_inputs, of_neurons = curvature or (None, None)
-        both = None if base is None else torch.cat(base[:2])
         outputs, parts = [], []
         start = 0
         if carried is not None:
@@ -133,15 +132,17 @@ class SoftExperts(Qwen2MoeExperts):
             outputs, parts = [swiglu(tokens[:start], carried, self.act_fn)], [_kept(carried, keep, 0)]
         step = self.groups_at_once(of_inputs)
         for some_shares, some_rest in zip(shares.split(step), rest.split(step), strict=True):
-            gate, up = merge_curved(some_shares, some_rest, gate_up, both, used, of_inputs).chunk(2, dim=1)
-            last = merge_curved(some_shares, some_rest, down, None if base is None else base[2], used, of_neurons)
-            merged = gate, up, last
-            outputs.append(swiglu(tokens[start : start + len(last)], merged, self.act_fn))
+            merged = (
+                merge_curved(some_shares, some_rest, gate_up, None if base is None else base[0], used, of_inputs),
+                merge_curved(some_shares, some_rest, down, None if base is None else base[1], used, of_neurons),
+            )
+            outputs.append(swiglu(tokens[start : start + len(some_rest)], merged, self.act_fn))
             parts.append(_kept(merged, keep, start))
-            start += len(last)
+            start += len(some_rest)
         if len(parts) == 1:
             return outputs[0], parts[0]
-        return torch.cat(outputs), _each(parts[0], lambda _, place: torch.cat([part[place] for part in parts]))
+        gate_ups, downs = zip(*parts, strict=True)
+        return torch.cat(outputs), (torch.cat(gate_ups), torch.cat(downs))
 
     def groups_at_once(self, directions: Directions | None) -> int:
         """How many groups' experts are made at once, so that about `LARGEST` bytes exist."""
@@ -151,9 +152,9 @@ class SoftExperts(Qwen2MoeExperts):
         return max(LARGEST // size, 1)
 
 
-def _each(merged: Merged, change) -> Merged:
-    gate, up, down = merged
-    return change(gate, 0), change(up, 1), change(down, 2)
+def _at(merged: Merged, index: torch.Tensor) -> Merged:
+    gate_up, down = merged
+    return gate_up[index], down[index]
 
 
 def _kept(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
@@ -161,7 +162,7 @@ def _kept(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
     if keep is None:
         return merged
     here = keep[(keep >= start) & (keep < start + len(merged[0]))] - start
-    return _each(merged, lambda t, _: t[here])
+    return _at(merged, here)
 
 
 class SoftRouting:
@@ -222,7 +223,7 @@ class SoftRouting:
             index, value = memory.extend(index, value)
             carried, memory.merged = memory.merged, None
             if carried is not None and segments.carried is not None:
-                carried = _each(carried, lambda t, _: t[segments.carried])
+                carried = _at(carried, segments.carried)
         tokens = flat[segments.table]
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
@@ -231,7 +232,7 @@ class SoftRouting:
         elif carried is not None:
             output, merged = swiglu(tokens, carried, self.activation), carried
             if segments.keep is not None:
-                merged = _each(carried, lambda t, _: t[segments.keep])
+                merged = _at(carried, segments.keep)
         else:  # nothing but padding
             return torch.zeros_like(flat)
         if memory is not None:
@@ -244,7 +245,7 @@ class SoftRouting:
             return None
         expert = self.base_expert
         gate, up, down = (dense_weight(linear, like) for linear in (expert.gate_proj, expert.up_proj, expert.down_proj))
-        return gate, up, down
+        return torch.cat([gate, up]), down
 
 
 class SegmentedLayer:

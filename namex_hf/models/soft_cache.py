@@ -12,8 +12,8 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from .soft_segments import History
 
-Merged = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-"""Gate ``[experts, width, hidden]``, up alike, down ``[experts, hidden, width]``."""
+Merged = tuple[torch.Tensor, torch.Tensor]
+"""Gate and up, fused ``[experts, 2 * width, hidden]``, and down ``[experts, hidden, width]``."""
 
 
 class LayerMemory:

@@ -14,7 +14,7 @@ the experts by ``s_i t_i``, and with them
 
 (s, l and p multiplied by t and scaled to sum to 1 again), V all directions side by side and A the diagonal of a. Beyond
 the plain merge that costs, for every segment and matrix, as much as it costs to send 2 * experts * rank tokens through
-the matrix, and one system of experts * rank unknowns.
+the matrix, and one system of experts * rank unknowns; in every pass besides, sending rank tokens through every expert.
 """
 
 from typing import NamedTuple
@@ -127,8 +127,11 @@ def correction(
             everyone = missing.new_zeros(*missing.shape[:2], count, rank)
             missing = everyone.index_copy(2, used, missing)
         missing = missing.flatten(2) - heard.to(weight) * weight
-        # Where experts share a strong direction their parts cancel: the last product needs the precision too.
-        return (torch.linalg.solve(system, missing, left=False) @ wide.T).to(plain.dtype)
+        # Where experts share a strong direction their parts cancel. They do so in an orthonormal basis of the span, in
+        # this precision, so that the large product can be in the experts' own.
+        basis, inside = torch.linalg.qr(wide)
+        solved = torch.linalg.solve(system, missing, left=False) @ inside.T
+    return solved.to(plain.dtype) @ basis.T.to(plain.dtype)
 
 
 __all__ = ["CalibratedCurvature", "Directions", "correction", "reweighted"]

@@ -370,7 +370,7 @@ def test_training_keeps_no_experts_in_the_cache(soft_model, family):
     model.train()
     first = model(tokens[:, :6], use_cache=True)
     merged = [m.merged for m in first.past_key_values.memories.values()]
-    assert all(t.numel() == 0 for three in merged for t in three)
+    assert all(t.numel() == 0 for pair in merged for t in pair)
     last = model(tokens[:, 6:], past_key_values=first.past_key_values)
     assert (torch.cat([first.logits, last.logits], 1) - expected).abs().max() < 2e-5
 
