@@ -148,12 +148,13 @@ def with_all_rows(model: Any, name: str, recipe: Recipe) -> Any:
 class Bench:
     """A packaged model and what it is scored on."""
 
-    def __init__(self, name: str, tokens: int, problems: int):
+    def __init__(self, name: str, tokens: int, problems: int, texts: list[Path] | None):
         folder = local_folder(name)
         assert folder is not None
         self.name, self.tokens = name, tokens
         self.original, self.tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-        self.texts, self.problems = held_out_texts(), held_out_problems()[:problems]
+        self.texts = {path.stem: path.read_text("utf-8") for path in texts} if texts else held_out_texts()
+        self.problems = held_out_problems()[:problems]
         self.reference, self.right = self.scores(self.original)
 
     def scores(self, model: Any) -> tuple[dict[str, float], int]:
@@ -162,7 +163,7 @@ class Bench:
 
     def head(self, title: str) -> None:
         """The original in perplexities; all rows below it are ratios."""
-        say(f"\n{self.name}, {title}: perplexity on the first {self.tokens} tokens of each held-out text as a ratio")
+        say(f"\n{self.name}, {title}: perplexity on the first {self.tokens} tokens of each text as a ratio")
         say(f"to the original's; problems exact, of {len(self.problems)}; seconds to merge\n")
         columns = [*self.reference, "exact", "seconds"]
         line("", *columns)
@@ -214,6 +215,7 @@ def main() -> None:
         default=[8, 12, 1],
         help="that stay, of 16; the first with all rows, the others with the main ones (default: 8 12 1)",
     )
+    parser.add_argument("--texts", nargs="+", type=Path, metavar="FILE", help="to score instead of the packaged ones")
     parser.add_argument("--tokens", type=int, default=4096, help="scored of each text (default: %(default)s)")
     parser.add_argument("--problems", type=int, default=100, help="of 200 (default: %(default)s)")
     parser.add_argument("--calibration-tokens", type=int, default=32768, metavar="N", help="(default: %(default)s)")
@@ -237,7 +239,7 @@ def main() -> None:
 
         state(rows, [recipe(row, 8) for row in rows], options.calibration_tokens, options.ridge)
         for name in options.models:
-            bench = Bench(name, options.tokens, options.problems)
+            bench = Bench(name, options.tokens, options.problems, options.texts)
             for experts in options.experts:
                 bench.head(f"{experts} of 16 experts")
                 if experts == options.experts[0]:
