@@ -142,11 +142,11 @@ def _patch(options: argparse.Namespace) -> int:
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task("patching", total=None)
-        forecast = Forecast(plan.shape.layers, recipe.calibration_tokens, console)
+        forecast = Forecast(plan.shape.layers, plan.text.tokens, console) if plan.text else None
 
         def advance(what: str, done: int, total: int) -> None:
             progress.update(task, description=what, completed=done, total=total)
-            if recipe.calibrated:
+            if forecast is not None:
                 forecast.hear(what)
 
         report = run_plan(plan, options.out, overwrite=options.overwrite, progress=advance)
