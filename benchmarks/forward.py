@@ -64,13 +64,19 @@ def make_models(options: argparse.Namespace) -> dict[str, Any]:
         "soft, all": soft | {"routing_span": "all"},
         "soft, previous": soft | {"routing_span": "previous"},
         **{f"soft, all, rank {rank}": soft | {"curvature": "calibrated", "rank": rank} for rank in (1, 4)},
+        "soft, all, kronecker": soft | {"curvature": "kronecker"},
+        "residual, cosine": {"merge": "residual", "routing": "cosine"},
+        "residual, stable": {"merge": "residual", "routing": "stable"},
     }
     for name, recipe in recipes.items():
         model = build(NamexQwen2MoeForCausalLM, NamexQwen2MoeConfig(**fields, namex=recipe))
         if bases is None:
             bases = {key: t for key, t in model.state_dict().items() if ".base_expert." in key}
-        curvature = {key: t for key, t in model.state_dict().items() if ".curvature." in key}
-        model.load_state_dict(weights | bases | curvature, assign=True)
+        more = {key: t for key, t in model.state_dict().items() if ".curvature." in key or "_router." in key}
+        for key, table in more.items():
+            if key.endswith(".assignment"):
+                table.copy_(torch.rand(len(table), options.experts).topk(options.top_k).indices)
+        model.load_state_dict(weights | bases | more, assign=True)
         models[name] = model
     fields |= {"num_experts": 1, "num_experts_per_tok": 1}
     models["grouped, 1 expert"] = build(Qwen2MoeForCausalLM, Qwen2MoeConfig(**fields))

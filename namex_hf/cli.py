@@ -185,7 +185,8 @@ class Forecast:
 
 
 def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -> Report:
-    """Perplexity before and after, where the model is small enough to run here."""
+    """Perplexity before and after, and how routing changed, where the model is small enough to run here."""
+    from .patching.compared import compared_on_held_out
     from .scoring.compare import compare
 
     if not has_tokenizer(checkpoint.folder):
@@ -197,6 +198,8 @@ def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) 
     try:
         with console.status("perplexity before and after"):
             report = report.with_perplexity(compare(checkpoint.folder, out, SCORED_TOKENS))
+            if report.run["recipe"]["routing"] != "linear" and not all("routing" in one for one in report.layers):
+                report = report.with_routing(compared_on_held_out(out, SCORED_TOKENS))
     except Exception as error:  # whatever a foreign tokenizer raises: the patched folder itself is whole
         console.print(f"perplexity cannot be measured and is skipped: {escape(f'{type(error).__name__}: {error}')}")
         return report
@@ -206,7 +209,7 @@ def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) 
 
 def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
     table = Table(title="dry run: nothing was read but headers, nothing was written", show_header=False, min_width=60)
-    table.add_row("recipe", f"{recipe.merge}, {recipe.method}")
+    table.add_row("recipe", f"{recipe.merge}, {recipe.method}, {recipe.routing} routing")
     table.add_row("MoE layers", str(what["layers"]))
     table.add_row("routed experts a layer", f"{what['experts']} -> {what['kept']}")
     table.add_row("bytes in", _size(what["bytes_in"]))
@@ -215,6 +218,8 @@ def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
     if what["calibration_tokens"]:
         text = f"{what['calibration_tokens']} tokens of {recipe.calibration_data}, not read yet"
         table.add_row("calibration text", escape(text))
+    if what["curvature_parameters"]:
+        table.add_row("trainable curvature", _counts(what["curvature_parameters"]))
     table.add_row("disk needed / free", f"{_size(what['space_needed'])} / {_size(what['free'])}")
     table.add_row("files carried over", escape(", ".join(what["carried"])) or "none")
     Console().print(table)
@@ -222,7 +227,8 @@ def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
 
 def _print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
-    table = Table(title=f"{escape(report.source['name'])}: {recipe['method']}, {recipe['merge']}")
+    what = ", ".join((recipe["method"], recipe["merge"], f"{recipe['routing']} routing"))
+    table = Table(title=f"{escape(report.source['name'])}: {what}")
     titles, rows = layer_table(report)
     for title, *cells in zip(titles, *rows, strict=True):
         one_word = not any(" " in text for text in (title, *cells))  # where the screen is narrow, others are wrapped
@@ -247,6 +253,8 @@ def _print_report(report: Report, out: Path) -> None:
             scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{after / before:.3f}")
         console.print(scores)
     totals = report.totals
+    if "curvature_parameters" in totals:
+        console.print(f"trainable curvature, the identity so far: {_counts(totals['curvature_parameters'])}")
     if "spectral_radius" in totals:
         radius, over = totals["spectral_radius"], totals["spectral_radius_over_layers"]
         warning = "" if radius < 1 else " [bold red]warning: 1 or more, the walk of the base does not settle[/bold red]"
@@ -264,6 +272,10 @@ def _inspect(options: argparse.Namespace) -> int:
         table.add_row(name, _size(value) if name.startswith("bytes") else escape(str(value)))
     Console().print(table)
     return 0
+
+
+def _counts(parameters: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} parameters {of}" for of, number in parameters.items())
 
 
 def _size(count: int) -> str:

@@ -29,8 +29,12 @@ IMPLIED_BY_FIT = {
 }
 """What fields of ``grouped`` are where they are not stated: without a fit, and with one."""
 
-IMPLIED_BY_CURVATURE = {"align": ("none", "activations"), "rank": (None, 4)}
-"""What fields of ``soft`` are where they are not stated: without a calibrated curvature, and with one."""
+IMPLIED_BY_CURVATURE: dict[str, dict[str, Any]] = {
+    "identity": {"align": "none"},
+    "calibrated": {"align": "activations", "rank": 4},
+    "kronecker": {"align": "none", "rank": 1},
+}
+"""What fields of ``soft`` are where they are not stated."""
 
 
 def _choice(default: str | None, choices: tuple[str, ...], text: str) -> Any:
@@ -85,13 +89,16 @@ class Recipe:
     )
     curvature: str | None = _choice(
         None,
-        ("identity", "calibrated", "diagonal"),
+        ("identity", "calibrated", "diagonal", "kronecker"),
         "grouped, soft: what a change of a matrix counts for. identity: its size; calibrated: the error on what the "
-        "expert sees in calibration text; diagonal (grouped): the same, input by input (default: calibrated with a "
-        "fit, else identity)",
+        "expert sees in calibration text; diagonal (grouped): the same, input by input; kronecker (soft): trainable, "
+        "the identity until it is trained (default: calibrated with a fit, else identity)",
     )
     rank: int | None = _value(
-        None, int, "soft, curvature calibrated: leading directions of the inputs kept of every expert (default: 4)"
+        None,
+        int,
+        "soft; curvature calibrated: leading directions of the inputs kept of every expert (default: 4); kronecker: "
+        "products summed up (default: 1)",
     )
     ridge: float = _value(1e-2, float, "curvature, down: added to second moments, relative to their mean diagonal")
     align: str | None = _choice(
@@ -126,7 +133,18 @@ class Recipe:
     calibrate: str = _choice(
         "after", ("after", "before"), "statistics of a layer taken after or before the layers below it are patched"
     )
-    routing: str = _choice("linear", ("linear",), "how tokens find experts; linear: the pretrained router")
+    routing: str = _choice(
+        "linear",
+        ("linear", "cosine", "stable"),
+        "how tokens find experts. linear: the pretrained router; cosine: by angle alone, in its directions; stable: by "
+        "token id, the experts that it chose most often for that id in calibration text",
+    )
+    temperature: str | None = _choice(
+        None,
+        ("norms", "entropy"),
+        "cosine: how sharp. norms: as the weights of router and norm say, without text; entropy: as decided as the "
+        "linear router on calibration text (default: entropy where text is read anyway, else norms)",
+    )
     disagreement: str = _choice(
         "zero", ("zero", "mean"), "what players get without agreement: nothing, or the step of the plain mean"
     )
@@ -181,6 +199,8 @@ class Recipe:
         for name, value in _implied(self).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.routing == "cosine" and self.temperature is None:
+            object.__setattr__(self, "temperature", "entropy" if self.calibrated else "norms")
         for rule in RULES:
             if rule.broken(self):
                 raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
@@ -215,12 +235,12 @@ class Recipe:
     @property
     def own_class(self) -> bool:
         """Whether the result is of its family's patched class; otherwise it is a stock model."""
-        return self.merge != "grouped" and self.method != "smoe"
+        return self.routing != "linear" or (self.merge != "grouped" and self.method != "smoe")
 
     @property
     def has_base(self) -> bool:
         """Whether a base expert is stored in every MoE layer."""
-        return self.own_class and self.method != "smear"
+        return self.merge != "grouped" and self.method not in ("smear", "smoe")
 
     @property
     def propagates(self) -> bool:
@@ -237,6 +257,8 @@ class Recipe:
             or self.align in ("weights", "activations")  # the first needs no text, but goes the same way
             or self.down == "refit"
             or self.metric == "calibrated"
+            or self.routing == "stable"
+            or self.temperature == "entropy"
             or "usage" in (self.weights_by, self.power)
         )
 
@@ -327,8 +349,8 @@ RULES: tuple[Rule, ...] = (
     ),
     *_rules_for(
         ("seed",),
-        lambda r: r.merge == "grouped" or r.calibrated,
-        "belongs to merge 'grouped' and to recipes that read calibration text",
+        lambda r: r.merge == "grouped" or r.calibrated or r.curvature == "kronecker",
+        "belongs to merge 'grouped', to curvature 'kronecker' and to recipes that read calibration text",
         ("merge", "curvature"),
     ),
     Rule(
@@ -336,11 +358,22 @@ RULES: tuple[Rule, ...] = (
         "curvature 'diagonal' belongs to merge 'grouped': under 'soft' the directions of 'calibrated' measured better",
         ("merge", "curvature"),
     ),
+    Rule(
+        lambda r: r.merge == "grouped" and r.curvature == "kronecker",
+        "curvature 'kronecker' is trained where experts are merged in the forward pass: it needs merge 'soft'",
+        ("merge", "curvature"),
+    ),
     *_rules_for(
         ("rank",),
-        lambda r: r.merge == "soft" and r.curvature == "calibrated",
-        "belongs to merge 'soft' with curvature 'calibrated'",
+        lambda r: r.merge == "soft" and r.curvature in ("calibrated", "kronecker"),
+        "belongs to merge 'soft' with curvature 'calibrated' or 'kronecker'",
         ("merge", "curvature"),
+    ),
+    *_rules_for(
+        ("temperature",),
+        lambda r: r.routing == "cosine",
+        "belongs to routing 'cosine'",
+        ("routing",),
     ),
     Rule(
         lambda r: r.merge == "soft" and r.curvature == "calibrated" and r.eta > 1,
@@ -363,7 +396,7 @@ RULES: tuple[Rule, ...] = (
         ("calibration_data", "calibration_tokens", "calibrate"),
         lambda r: r.calibrated,
         "belongs to a recipe that reads calibration text",
-        ("merge", "fit", "curvature", "grouping"),
+        ("merge", "fit", "curvature", "grouping", "routing"),
     ),
     *_rules_for(
         ("segment", "top_k", "routing_span"),
@@ -468,8 +501,8 @@ def _implied(recipe: Recipe) -> dict[str, Any]:
     if recipe.merge == "grouped":
         return {name: pair[recipe.fit != "none"] for name, pair in IMPLIED_BY_FIT.items()}
     if recipe.merge == "soft":
-        curved = recipe.curvature == "calibrated"
-        return {"curvature": "identity", **{name: pair[curved] for name, pair in IMPLIED_BY_CURVATURE.items()}}
+        curvature = recipe.curvature or "identity"
+        return {"curvature": curvature, **IMPLIED_BY_CURVATURE.get(curvature, {})}
     return {}
 
 

@@ -49,7 +49,10 @@ def propagation_matrix(beta: complex, gamma: float, total_weight: float = 1.0) -
 
 def spectral_radius(beta: complex, gamma: float, total_weight: float = 1.0) -> float:
     """rho(R), the largest modulus of an eigenvalue of `propagation_matrix`; |1 - gamma total_weight| for beta = 0."""
-    return float(torch.linalg.eigvals(propagation_matrix(beta, gamma, total_weight)).abs().max())
+    matrix = propagation_matrix(beta, gamma, total_weight)
+    # LAPACK's balancing of rows and columns does not converge on entries below the smallest normal number.
+    matrix[matrix.abs() < torch.finfo(matrix.dtype).tiny] = 0.0
+    return float(torch.linalg.eigvals(matrix).abs().max())
 
 
 def largest_stable_step(beta: complex, total_weight: float = 1.0) -> float:

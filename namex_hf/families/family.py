@@ -115,8 +115,6 @@ class Family:
     def shared(self, layer: int, projection: str) -> str:
         return f"{self.block(layer)}.{self.shared_name}.{projection}.weight"
 
-    def base(self, layer: int, projection: str) -> str:
-        return f"{self.block(layer)}.base_expert.{projection}.weight"
-
-    def curvature(self, layer: int, name: str) -> str:
-        return f"{self.block(layer)}.curvature.{name}"
+    def added(self, layer: int, kind: str, part: str) -> str:
+        """A tensor that the original has not: of the ``base`` expert by projection, or of another part of the block."""
+        return f"{self.block(layer)}." + (f"base_expert.{part}.weight" if kind == "base" else f"{kind}.{part}")

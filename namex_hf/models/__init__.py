@@ -17,7 +17,7 @@ from .loading import load_patched
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekModel
 from .modeling_namex_deepseek import NamexDeepseekForCausalLM, NamexDeepseekModel
 from .modeling_namex_qwen2_moe import NamexQwen2MoeForCausalLM, NamexQwen2MoeModel
-from .residual import left_over_mass
+from .sparse import left_over_mass
 
 
 class RemoteCode(NamedTuple):

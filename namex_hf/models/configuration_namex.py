@@ -9,9 +9,10 @@ from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 from .configuration_deepseek import DeepseekConfig
 
 SPANS = ("all", "previous", "prompt")
-CURVATURES = ("identity", "calibrated")
-METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear")
-"""Of the recipes that end in a patched class."""
+CURVATURES = {"identity": None, "calibrated": 4, "kronecker": 1}
+"""Of ``merge: soft``, with the `rank` that each has by default."""
+ROUTINGS = ("linear", "cosine", "stable")
+METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe")
 
 
 class SoftChoice(NamedTuple):
@@ -27,58 +28,81 @@ class SoftChoice(NamedTuple):
     """Whose routing a segment's expert is made from: `SPANS`."""
     has_base: bool
     """Whether the experts are merged around a base expert; SMEAR has none."""
+    curvature: str
+    """One of `CURVATURES`."""
     rank: int | None
-    """Directions of each expert that a calibrated curvature knows; None: the curvature is the identity."""
+    """Of the curvature: directions of each expert that ``calibrated`` knows, products that ``kronecker`` sums up."""
 
 
 def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
     """What a recipe says about ``merge: soft``, with its defaults; None where it states another merge."""
     if recipe is None or recipe.get("merge") != "soft":
         return None
+    curvature = recipe.get("curvature") or "identity"
+    default = CURVATURES.get(curvature)
     return SoftChoice(
         recipe.get("eta", 1.0),
         recipe.get("segment", 64),
         recipe.get("top_k"),
         recipe.get("routing_span", "all"),
         recipe.get("method") != "smear",
-        recipe.get("rank", 4) if recipe.get("curvature") == "calibrated" else None,
+        curvature,
+        default if default is None or recipe.get("rank") is None else recipe["rank"],
     )
+
+
+def routing_of(recipe: dict[str, Any] | None) -> str:
+    """How tokens find experts: one of `ROUTINGS`."""
+    return (recipe or {}).get("routing", "linear")
+
+
+def is_residual(recipe: dict[str, Any] | None) -> bool:
+    """Whether a base expert takes the mass that the top-k experts leave over."""
+    recipe = recipe or {}
+    return recipe.get("merge", "residual") == "residual" and recipe.get("method") not in ("smear", "smoe")
 
 
 def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: int | None = None) -> None:
     """Refuse what the blocks cannot compute; no recipe means its default, ``merge: residual``.
 
     Raises:
-        ValueError: another merge or method, ``smear`` where there must be a base expert, a router that renormalises its
-            top-k under ``residual``, or a field of ``soft`` out of range (`experts` is the bound of its ``top_k``).
+        ValueError: another merge, method or routing, ``smear`` where there must be a base expert, ``smoe`` where
+            experts are merged, a router that renormalises its top-k under ``residual``, or a field of ``soft`` out of
+            range (`experts` is the bound of its ``top_k``).
     """
     recipe = recipe or {}
     merge, method = recipe.get("merge", "residual"), recipe.get("method", METHODS[0])
     if method not in METHODS:
         raise ValueError(f"namex.method is {method!r}; this model class computes {', '.join(METHODS)}")
-    if merge == "residual" and method == "smear":
+    if merge != "soft" and method == "smear":
         raise ValueError(
-            "namex.method is 'smear', which has no base expert to take the mass that top-k leaves over under "
-            "namex.merge 'residual'; accepted with it is namex.merge: 'soft'"
+            f"namex.method is 'smear', which has no base expert and merges all experts by the input, and namex.merge "
+            f"{merge!r}; accepted with it is namex.merge: 'soft'"
         )
-    if merge == "residual" and norm_topk_prob:
+    if merge != "residual" and method == "smoe":
+        raise ValueError(
+            f"namex.method is 'smoe', which merges nothing, and namex.merge {merge!r}; accepted: 'residual'"
+        )
+    if routing_of(recipe) not in ROUTINGS:
+        raise ValueError(f"namex.routing is {routing_of(recipe)!r}; accepted: {', '.join(ROUTINGS)}")
+    if is_residual(recipe) and norm_topk_prob:
         raise ValueError(
             "norm_topk_prob is true: the top-k weights then sum to 1 and leave no mass for the base expert of "
             "'merge: residual'; accepted is norm_topk_prob: false"
         )
     choice = soft_choice(recipe)
     if choice is not None:
-        if recipe.get("curvature") not in (None, *CURVATURES):
-            raise ValueError(f"namex.curvature is {recipe['curvature']!r}; accepted: {', '.join(CURVATURES)}")
         _check_soft(choice, experts)
-    elif merge != "residual":
-        raise ValueError(f"namex.merge is {merge!r}; this model class computes 'residual' and 'soft' only")
+    elif merge not in ("residual", "grouped"):
+        raise ValueError(f"namex.merge is {merge!r}; accepted: 'residual', 'soft', 'grouped'")
 
 
 def _check_soft(choice: SoftChoice, experts: int | None) -> None:
     def whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
+    if choice.curvature not in CURVATURES:
+        raise ValueError(f"namex.curvature is {choice.curvature!r}; accepted: {', '.join(CURVATURES)}")
     number = isinstance(choice.eta, (int, float)) and not isinstance(choice.eta, bool)
     if not (number and math.isfinite(choice.eta)):
         raise ValueError(f"namex.eta is {choice.eta!r}; accepted: a finite number")
@@ -88,7 +112,7 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
         )
     if choice.rank is not None and not whole(choice.rank):
         raise ValueError(f"namex.rank is {choice.rank!r}; accepted: a whole number from 1")
-    if choice.rank is not None and not 0 < choice.eta <= 1:
+    if choice.curvature == "calibrated" and not 0 < choice.eta <= 1:
         raise ValueError(
             f"namex.eta is {choice.eta!r}; accepted with a calibrated curvature: above 0 up to 1, so that no expert's "
             "share is negative"

@@ -4,10 +4,9 @@ from typing import Any
 
 from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeForCausalLM,
-    Qwen2MoeMLP,
     Qwen2MoeSparseMoeBlock,
 )
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
 from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig, check_merge, soft_choice
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekMoeBlock
@@ -50,13 +49,12 @@ FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
 
 
 def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
-    """Give the modules of `model` their patched classes and every MoE block its base expert, not yet initialised.
+    """Give the modules of `model` their patched classes and every MoE block its new parts, not yet filled.
 
     Args:
         model: of a class in `FORMS`.
         namex: the recipe, which becomes ``model.config.namex``; its `merge` decides on the class of the blocks, and
-            its other fields on how a ``soft`` one works (with ``method: smear`` without a base expert). None:
-            ``residual``.
+            its other fields on how it works. None: ``residual``.
 
     Raises:
         TypeError: the model is of none of the classes that have a patched form.
@@ -66,7 +64,7 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
         accepted = ", ".join(known.__name__ for known in FORMS)
         raise TypeError(f"found a {type(model).__name__}; accepted: {accepted}")
     check_merge(namex, model.config.norm_topk_prob, model.config.num_experts)
-    config, causal_lm, inner, layer_class, block, residual_block, soft_block = FORMS[type(model)]
+    config, causal_lm, inner, layer_class, block, sparse_block, soft_block = FORMS[type(model)]
     soft = soft_choice(namex)
     model.config.__class__ = config  # one object, shared by all modules
     model.config.namex = namex
@@ -79,18 +77,16 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
         layer.__class__ = layer_class
         mlp: Any = layer.mlp
         if type(layer.mlp) is block:
-            mlp.__class__ = soft_block if soft else residual_block
+            mlp.__class__ = soft_block if soft else sparse_block
             if soft:
                 mlp.experts.__class__ = SoftExperts
-                mlp.route_softly(model.config)
-            weight = mlp.gate.weight
-            if soft is None or soft.has_base:
-                expert = Qwen2MoeMLP(model.config, intermediate_size=model.config.moe_intermediate_size)
-                mlp.base_expert = expert.to(device=weight.device, dtype=weight.dtype).train(layer.training)
-            if soft:
-                mlp.add_curvature(model.config)
-                if mlp.curvature is not None:
-                    mlp.curvature.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+            weight, old = mlp.gate.weight, set(mlp.children())
+            mlp.add_parts(model.config)
+            for part in set(mlp.children()) - old:
+                part.to(device=weight.device, dtype=weight.dtype).train(layer.training)
+            if mlp.routing == "cosine" and getattr(model.model, "_output_capturing_hooks_installed", False):
+                # transformers hooks a model's modules once, the first time that it records their outputs.
+                install_output_capuring_hook(mlp.cosine_router, "router_logits", 0)
 
 
 __all__ = ["patch_classes"]

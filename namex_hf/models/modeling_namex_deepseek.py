@@ -1,13 +1,14 @@
-"""DeepSeek-MoE v1 patched, under ``merge: residual`` or ``soft`` (``namex_deepseek``).
+"""DeepSeek-MoE v1 patched (``namex_deepseek``): another merge or another routing than the original's.
 
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-import torch
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
+from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_namex import NamexDeepseekConfig, soft_choice
 from .modeling_deepseek import (
@@ -17,22 +18,21 @@ from .modeling_deepseek import (
     DeepseekMoeBlock,
     DeepseekPreTrainedModel,
 )
-from .residual import ResidualRouting
-from .soft import SegmentedLayer, SegmentedModel, SoftRouting
-from .soft_cache import LayerMemory
-from .soft_curvature import CalibratedCurvature
-from .soft_segments import Segments
+from .patched_model import PatchedModel
+from .routers import CosineRouter
+from .soft import SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
+from .sparse import SparseRouting
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
 register_checkpoint_conversion_mapping("namex_deepseek", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
-class NamexDeepseekMoeBlock(ResidualRouting, DeepseekMoeBlock):
-    """Routed experts, the base expert, and the shared experts as in the original."""
+class NamexDeepseekMoeBlock(SparseRouting, DeepseekMoeBlock):
+    """Top-k experts, the base expert where there is one, and the shared experts as in the original."""
 
     def __init__(self, config: NamexDeepseekConfig):
         super().__init__(config)
-        self.add_base_expert(config)
+        self.add_parts(config)
 
 
 class SoftDeepseekMoeBlock(SoftRouting, DeepseekMoeBlock):
@@ -40,15 +40,8 @@ class SoftDeepseekMoeBlock(SoftRouting, DeepseekMoeBlock):
 
     def __init__(self, config: NamexDeepseekConfig):
         super().__init__(config)
-        self.add_soft(config)
-
-    def forward(self, hidden_states: torch.Tensor, segments: Segments, memory: LayerMemory | None) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``."""
-        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output = self.routed(flat, segments, memory)
-        if self.shared_experts is not None:
-            output = output + self.shared_experts(flat)
-        return output.view_as(hidden_states)
+        self.experts = SoftExperts(config)
+        self.add_parts(config)
 
 
 def moe_block(config: NamexDeepseekConfig) -> nn.Module:
@@ -60,17 +53,14 @@ class NamexDeepseekDecoderLayer(SegmentedLayer, DeepseekDecoderLayer):
     moe_block_class = staticmethod(moe_block)
 
 
-class NamexDeepseekPreTrainedModel(DeepseekPreTrainedModel):
-    # The base expert is made of nn.Linear, which the inherited `_init_weights` covers.
+class NamexDeepseekPreTrainedModel(PatchedModel, DeepseekPreTrainedModel):
     config: NamexDeepseekConfig
     config_class = NamexDeepseekConfig
     _no_split_modules: ClassVar[list[str]] = ["NamexDeepseekDecoderLayer"]
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, CalibratedCurvature):
-            module.reset_parameters()
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        **DeepseekPreTrainedModel._can_record_outputs,
+        "router_logits": [OutputRecorder(Qwen2MoeTopKRouter, index=0), OutputRecorder(CosineRouter, index=0)],
+    }
 
 
 class NamexDeepseekModel(SegmentedModel, NamexDeepseekPreTrainedModel, DeepseekModel):

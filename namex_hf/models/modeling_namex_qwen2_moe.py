@@ -1,4 +1,4 @@
-"""Qwen2-MoE patched, under ``merge: residual`` or ``soft`` (``namex_qwen2_moe``).
+"""Qwen2-MoE patched (``namex_qwen2_moe``): another merge or another routing than the original's.
 
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """
@@ -23,11 +23,10 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from .configuration_namex import NamexQwen2MoeConfig, soft_choice
-from .residual import ResidualRouting
-from .soft import SegmentedLayer, SegmentedModel, SoftRouting
-from .soft_cache import LayerMemory
-from .soft_curvature import CalibratedCurvature
-from .soft_segments import Segments
+from .patched_model import PatchedModel
+from .routers import CosineRouter
+from .soft import SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
+from .sparse import SparseRouting
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
 register_checkpoint_conversion_mapping(
@@ -35,32 +34,31 @@ register_checkpoint_conversion_mapping(
 )
 
 
-class NamexQwen2MoeSparseMoeBlock(ResidualRouting, Qwen2MoeSparseMoeBlock):
-    """Routed experts, the base expert, and the gated shared expert as in the original."""
+class GatedSharedBlock(Qwen2MoeSparseMoeBlock):
+    """The gated shared expert as in the original, and the routed part of a mixin."""
 
-    def __init__(self, config: NamexQwen2MoeConfig):
-        super().__init__(config)
-        self.add_base_expert(config)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``."""
-        flat = hidden_states.view(-1, hidden_states.shape[-1])
-        shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
-        return (self.routed(flat) + shared).view_as(hidden_states)
-
-
-class SoftQwen2MoeSparseMoeBlock(SoftRouting, Qwen2MoeSparseMoeBlock):
-    """One merged expert a segment, and the gated shared expert as in the original."""
-
-    def __init__(self, config: NamexQwen2MoeConfig):
-        super().__init__(config)
-        self.add_soft(config)
-
-    def forward(self, hidden_states: torch.Tensor, segments: Segments, memory: LayerMemory | None) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``."""
+    def forward(self, hidden_states: torch.Tensor, *routing: Any) -> torch.Tensor:
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, what `routed` takes besides."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
-        return (self.routed(flat, segments, memory) + shared).view_as(hidden_states)
+        return (self.routed(flat, *routing) + shared).view_as(hidden_states)
+
+
+class NamexQwen2MoeSparseMoeBlock(SparseRouting, GatedSharedBlock):
+    """Top-k experts, and the base expert where there is one."""
+
+    def __init__(self, config: NamexQwen2MoeConfig):
+        super().__init__(config)
+        self.add_parts(config)
+
+
+class SoftQwen2MoeSparseMoeBlock(SoftRouting, GatedSharedBlock):
+    """One merged expert a segment."""
+
+    def __init__(self, config: NamexQwen2MoeConfig):
+        super().__init__(config)
+        self.experts = SoftExperts(config)
+        self.add_parts(config)
 
 
 class NamexQwen2MoeDecoderLayer(SegmentedLayer, Qwen2MoeDecoderLayer):
@@ -73,13 +71,12 @@ class NamexQwen2MoeDecoderLayer(SegmentedLayer, Qwen2MoeDecoderLayer):
             self.mlp = SoftQwen2MoeSparseMoeBlock(config) if soft else NamexQwen2MoeSparseMoeBlock(config)
 
 
-class NamexQwen2MoePreTrainedModel(Qwen2MoePreTrainedModel):
-    # The base expert is made of nn.Linear, which the inherited `_init_weights` covers.
+class NamexQwen2MoePreTrainedModel(PatchedModel, Qwen2MoePreTrainedModel):
     config: NamexQwen2MoeConfig
     config_class = NamexQwen2MoeConfig
     _no_split_modules: ClassVar[list[str]] = ["NamexQwen2MoeDecoderLayer"]
     _can_record_outputs: ClassVar[dict[str, Any]] = {
-        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
+        "router_logits": [OutputRecorder(Qwen2MoeTopKRouter, index=0), OutputRecorder(CosineRouter, index=0)],
         "hidden_states": NamexQwen2MoeDecoderLayer,
         "attentions": Qwen2MoeAttention,
     }
@@ -88,12 +85,6 @@ class NamexQwen2MoePreTrainedModel(Qwen2MoePreTrainedModel):
     def _can_set_experts_implementation(cls) -> bool:
         # transformers looks for its decorator in the text of this file and would fall back to eager experts.
         return True
-
-    @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
-        super()._init_weights(module)
-        if isinstance(module, CalibratedCurvature):
-            module.reset_parameters()
 
 
 class NamexQwen2MoeModel(SegmentedModel, NamexQwen2MoePreTrainedModel, Qwen2MoeModel):

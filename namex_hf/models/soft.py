@@ -16,6 +16,10 @@ itself or on a later one.
 ``method: smear`` (SMEAR, Muqeeth et al. 2023) has no base expert: ``E^ = sum_i s_i E_i`` with s the mean over the same
 tokens of values that sum to 1, by default those of all experts, else of top-k, renormalised. The first segment uses
 s = 1/N, the plain mean of the experts: there is no base to fall back to, and its own tokens must not route it.
+
+With another `routing` s is the same mean of what that gives: under ``cosine`` of its own top-k softmax values, under
+``stable`` of the router's softmax values at the experts that the tokens' ids are assigned to. An assignment of all
+experts would choose none, so ``smear`` then counts the model's own number of them by default.
 """
 
 from typing import Any
@@ -26,9 +30,11 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP
 from transformers.utils.generic import merge_with_config_defaults
 
-from .configuration_namex import SoftChoice, check_merge, soft_choice
+from .configuration_namex import SoftChoice, check_merge, routing_of, soft_choice
+from .routers import ChosenRouting
 from .soft_cache import LayerMemory, Merged, SoftCache, soft_cache
 from .soft_curvature import CalibratedCurvature, Directions, correction, reweighted
+from .soft_kronecker import Kronecker, KroneckerCurvature, curved
 from .soft_segments import History, Segments, plan_segments
 
 LARGEST = 1 << 30
@@ -102,7 +108,7 @@ class SoftExperts(Qwen2MoeExperts):
         base: Merged | None,
         carried: Merged | None = None,
         keep: torch.Tensor | None = None,
-        curvature: tuple[Directions, Directions] | None = None,
+        curvature: tuple[Directions, Directions] | Kronecker | None = None,
     ) -> tuple[torch.Tensor, Merged]:
         """Merge the experts of the fresh groups and send every group through its own.
 
@@ -112,10 +118,13 @@ class SoftExperts(Qwen2MoeExperts):
             base: gate and up matrix, fused, and down matrix of the base expert, if there is one.
             carried: experts made earlier.
             keep: groups whose expert is returned, in ascending order; None: all.
-            curvature: of gate and up, and of down; None: the identity.
+            curvature: calibrated, of gate and up, and of down; or trainable, of gate, up and down; None: the identity.
 
         Returns:
             The output, as `tokens`, and the experts kept.
+
+        Memory: at a time `LARGEST` bytes of merged experts; with a trainable curvature the experts in use again, and
+        what `curved` says of gates, ups and downs in turn.
         """
         gate_up, down, used = self.gate_up_proj, self.down_proj, None
         # Without a base expert not even what rounding leaves of the mass may count.
@@ -124,7 +133,12 @@ class SoftExperts(Qwen2MoeExperts):
             some = shares.any(0).nonzero()[:, 0]
             if FEW * len(some) <= self.num_experts:
                 gate_up, down, used = gate_up[some], down[some], some
-        of_inputs, of_neurons = curvature or (None, None)
+        of_inputs = of_neurons = None
+        if curvature is not None and len(curvature) == 3:
+            gate_up, down = self._curved(gate_up, down, base, curvature, used)
+            rest = torch.ones_like(rest)
+        elif curvature is not None:
+            of_inputs, of_neurons = curvature
         outputs, parts = [], []
         start = 0
         if carried is not None:
@@ -143,6 +157,21 @@ class SoftExperts(Qwen2MoeExperts):
             return outputs[0], parts[0]
         gate_ups, downs = zip(*parts, strict=True)
         return torch.cat(outputs), (torch.cat(gate_ups), torch.cat(downs))
+
+    def _curved(
+        self,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        base: Merged | None,
+        curvature: Kronecker,
+        used: torch.Tensor | None,
+    ) -> Merged:
+        """``M_i (E_i - E_m)``, in the layout of the experts."""
+        if base is not None:
+            gate_up, down = gate_up - base[0], down - base[1]
+        of_gate, of_up, of_down = (factors.of(used) for factors in curvature)
+        gate, up = gate_up.chunk(2, dim=1)
+        return torch.cat([curved(gate, of_gate), curved(up, of_up)], dim=1), curved(down, of_down)
 
     def groups_at_once(self, directions: Directions | None) -> int:
         """How many groups' experts are made at once, so that about `LARGEST` bytes exist."""
@@ -165,13 +194,13 @@ def _kept(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
     return _at(merged, here)
 
 
-class SoftRouting:
+class SoftRouting(ChosenRouting):
     """Mixin for a MoE block of `gate`, `experts` and, where one is, `base_expert`, a SwiGLU MLP of the routed width."""
 
     gate: Any
     experts: nn.Module
     base_expert: Any
-    curvature: CalibratedCurvature | None
+    curvature: CalibratedCurvature | KroneckerCurvature | None
     has_base: bool
     eta: float
     unrouted: float
@@ -179,23 +208,8 @@ class SoftRouting:
     number: int
     """Of routed experts."""
 
-    def add_soft(self, config) -> None:
-        """Give the block what it needs beyond the stock one."""
-        self.experts = SoftExperts(config)
-        self.route_softly(config)
-        if self.has_base:
-            self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
-        self.add_curvature(config)
-
-    def add_curvature(self, config) -> None:
-        """What the recipe says about curvature, not yet measured."""
-        choice, self.curvature = soft_choice(config.namex), None
-        if choice is not None and choice.rank is not None:
-            sizes = self.number, config.hidden_size, config.moe_intermediate_size
-            self.curvature = CalibratedCurvature(*sizes, choice.rank)
-
-    def route_softly(self, config) -> None:
-        """Take what the recipe says about routing and step."""
+    def add_parts(self, config) -> None:
+        """Give the block what it needs beyond the stock one, but for `SoftExperts`; curvature is not yet measured."""
         # A field changed after the configuration was built has not passed its check.
         check_merge(config.namex, config.norm_topk_prob, config.num_experts)
         choice = soft_choice(config.namex)
@@ -204,13 +218,23 @@ class SoftRouting:
         self.has_base, self.eta = choice.has_base, choice.eta
         self.number = config.num_experts  # an adapter around the gate has another number under that name
         self.unrouted = 0.0 if choice.has_base else 1 / self.number
-        self.gate.top_k = choice.top_k or (config.num_experts_per_tok if choice.has_base else self.number)
+        counts_all = not choice.has_base and routing_of(config.namex) != "stable"
+        self.gate.top_k = choice.top_k or (self.number if counts_all else config.num_experts_per_tok)
         self.gate.norm_topk_prob = not choice.has_base
         self.activation = ACT2FN[config.hidden_act]  # the experts' own is out of reach under an adapter
+        self.add_router(config)
+        if self.has_base:
+            self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
+        self.curvature = None
+        if choice.rank is not None:
+            kind = KroneckerCurvature if choice.curvature == "kronecker" else CalibratedCurvature
+            self.curvature = kind(self.number, config.hidden_size, config.moe_intermediate_size, choice.rank)
 
-    def routed(self, flat: torch.Tensor, segments: Segments, memory: LayerMemory | None) -> torch.Tensor:
+    def routed(
+        self, flat: torch.Tensor, token_ids: torch.Tensor | None, segments: Segments, memory: LayerMemory | None
+    ) -> torch.Tensor:
         """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; zeros at padding."""
-        _, value, index = self.gate(flat)
+        value, index = self.route(flat, token_ids)
         batch, new = len(segments.run), segments.run.shape[1] - segments.past
         index, value = index.view(batch, new, -1), value.view(batch, new, -1)
         if segments.past != (0 if memory is None else memory.columns):
@@ -227,7 +251,7 @@ class SoftRouting:
         tokens = flat[segments.table]
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
-            curvature = None if self.curvature is None else self.curvature()
+            curvature = None if self.curvature is None else self.curvature(flat)
             output, merged = self.experts(tokens, shares, self._base(flat), carried, segments.keep, curvature)
         elif carried is not None:
             output, merged = swiglu(tokens, carried, self.activation), carried
@@ -249,7 +273,7 @@ class SoftRouting:
 
 
 class SegmentedLayer:
-    """Mixin for a decoder layer: the layout of the pass reaches a MoE block that merges by segments."""
+    """Mixin for a decoder layer: token ids, and the layout of the pass, reach a MoE block that asks for them."""
 
     self_attn: Any
     mlp: Any
@@ -265,9 +289,10 @@ class SegmentedLayer:
         use_cache: bool | None = False,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         segments: Segments | None = None,
+        token_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """As the stock layer's; `segments` goes to the block and not on to attention."""
+        """As the stock layer's; `segments` and `token_ids` go to the block and not on to attention."""
         residual = hidden_states
         hidden_states, _ = self.self_attn(
             hidden_states=self.input_layernorm(hidden_states),
@@ -280,14 +305,17 @@ class SegmentedLayer:
         )
         hidden_states = residual + hidden_states
         normed = self.post_attention_layernorm(hidden_states)
-        if segments is None or not hasattr(self.mlp, "routed"):  # residual, or a dense layer
-            return hidden_states + self.mlp(normed)
-        memory = None if past_key_values is None else past_key_values.memory(self.self_attn.layer_idx)
-        return hidden_states + self.mlp(normed, segments, memory)
+        routing: tuple[Any, ...] = ()
+        if isinstance(self.mlp, ChosenRouting):  # else a dense layer
+            routing = (token_ids,)
+        if routing and segments is not None:
+            memory = None if past_key_values is None else past_key_values.memory(self.self_attn.layer_idx)
+            routing = token_ids, segments, memory
+        return hidden_states + self.mlp(normed, *routing)
 
 
 class SegmentedModel:
-    """Mixin for a model without its head: lays the pass out, once for all layers."""
+    """Mixin for a model without its head: hands token ids on, and lays the pass out, once for all layers."""
 
     config: Any
     training: bool
@@ -315,6 +343,8 @@ class SegmentedModel:
             elif use_cache:
                 past_key_values = SoftCache(config=self.config)
             kwargs["segments"] = self._lay_out(choice, given, attention_mask, position_ids, past_key_values)
+        if routing_of(self.config.namex) == "stable":
+            kwargs["token_ids"] = input_ids
         return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,

@@ -65,8 +65,8 @@ class CalibratedCurvature(nn.Module):
         for name, tensor in self.named_buffers():
             init.constant_(tensor, 1 / len(tensor) if name == "usage" else float(name.endswith("floor")))
 
-    def forward(self) -> tuple[Directions, Directions]:
-        """Of gate and up, and of down."""
+    def forward(self, like: torch.Tensor) -> tuple[Directions, Directions]:
+        """Of gate and up, and of down. Args: like, a tensor of the pass, which wrappers look at."""
         return (
             Directions(self.input_directions, self.input_floor, self.usage),
             Directions(self.neuron_directions, self.neuron_floor, self.usage),

@@ -12,16 +12,18 @@ from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
-from ..families import PROJECTIONS
+from ..families import PROJECTIONS, Config
 from ..merging.calibrated import Choice, Mixture, Shrinking
 from ..merging.members import Tuning
 from ..recipe import Recipe
+from .added import router_tensors
+from .blocks import Blocks, block_tensors
 from .finite import check_finite
 from .grouped import combination_of, write_packs
 from .on_text import Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
 from .state import State, Stream
-from .walk import Advance
+from .walk import Advance, added_items
 
 
 def choice_of(recipe: Recipe) -> Choice:
@@ -41,27 +43,37 @@ class Made:
     cosines: torch.Tensor
     record: dict[str, Any]
     stream: Stream
+    routers: dict[str, torch.Tensor]  # cosine_router.scale ..., none where routing is linear
 
 
 def shrink_layers(
-    source: Source, recipe: Recipe, text: CalibrationText, stream: Stream | None, tell: Tell
+    source: Source, patched: Config, recipe: Recipe, text: CalibrationText, stream: Stream | None, tell: Tell
 ) -> Iterator[Made]:
     """Make the MoE layers smaller, one after the other.
 
     Args:
+        patched: ``config.json`` of the result.
         stream: where to go on; None: at the bottom.
 
     Memory: what `heard_layers` says, one layer's experts again in the number that is left, and outputs, twice
     ``[tokens, hidden]`` in float32.
     """
+    blocks = Blocks(patched, source.family) if recipe.routing != "linear" else None
     for heard in heard_layers(source, recipe, text, stream, tell):
         layer = heard.layer
         shrinking = Shrinking(heard.mixture, heard.text, choice_of(recipe), partial(tell, layer))
         with source.named(layer):
             smaller, output = shrinking.run()
+        routers: dict[str, torch.Tensor] = {}
+        if blocks is not None:
+            norm = source.read(source.family.router_norm(layer))
+            routers = router_tensors(recipe, smaller.router, norm, patched, heard.text, text.ids)
+            with blocks.filled(layer, block_tensors(smaller.experts, smaller.router, routers), recipe.device) as block:
+                output = blocks.output(block, heard.text.inputs, text.ids)
+                shrinking.record |= blocks.compared(block, heard.text, text.ids)
         hidden = heard.passed_on(output if recipe.calibrate == "after" else shrinking.wanted)
         record = {"layer": layer, **shrinking.record, "seconds": heard.seconds}
-        yield Made(layer, smaller, shrinking.cosines, record, Stream(layer + 1, hidden))
+        yield Made(layer, smaller, shrinking.cosines, record, Stream(layer + 1, hidden), routers)
         del heard, shrinking, smaller, output  # before the next layer is read
 
 
@@ -79,9 +91,9 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     stream = resumed(plan, state, advance)
     with Reader() as reader:
         source, tell = source_of(plan, reader), partial(told, advance)
-        for made in shrink_layers(source, plan.recipe, plan.text, stream, tell):
+        for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, tell):
             usage = torch.tensor(made.record["usage"])
-            tensors = {"new.router": made.mixture.router, "cosines": made.cosines, "usage": usage}
+            tensors = {"new.router": made.mixture.router, "cosines": made.cosines, "usage": usage, **made.routers}
             for name in PROJECTIONS:
                 for expert in range(plan.kept):
                     tensors[f"new.{expert}.{name}"] = made.mixture.experts[name][expert]
@@ -92,10 +104,10 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
 
 
 def new_items(plan: Plan, state: State, layer: int) -> list[Item]:
-    """A layer's new tensors, as spans of the file that `shrink_checkpoint` left."""
+    """A layer's new tensors, as spans of the file that `shrink_checkpoint` left, and `added_items`."""
     spans: dict[str, TensorSpan] = read_header(state.layer_file(layer))
     items = [Item.of(plan.family.router(layer), spans["new.router"])]
     for expert in range(plan.kept):
         for name in PROJECTIONS:
             items.append(Item.of(plan.family.expert(layer, expert, name), spans[f"new.{expert}.{name}"]))
-    return items
+    return items + added_items(plan, state, layer)

@@ -16,6 +16,7 @@ from ..families import PROJECTIONS
 from ..merging.combine import Combination
 from ..merging.groups import MergedLayer, merge_layer
 from ..recipe import Recipe
+from .added import cosine_shapes, router_tensors
 from .finite import check_finite
 from .layer import named, read_experts
 from .plan import LAYER, Plan, zero_items
@@ -44,6 +45,7 @@ class LayerMaker:
     advance: Advance
     layer: int | None = None
     merged: MergedLayer | None = None
+    routers: dict[str, torch.Tensor] = field(default_factory=dict)  # the layer's router in another form
     room: dict[str, torch.Tensor] | None = None  # the latest layer's experts
     latest: tuple[int, int] | None = None  # layer and index of the expert that was made last
     made: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -56,6 +58,10 @@ class LayerMaker:
 
     def router(self, layer: int) -> torch.Tensor:
         return self.get(layer).router
+
+    def router_part(self, layer: int, name: str) -> torch.Tensor:
+        self.get(layer)
+        return self.routers[name]
 
     def expert(self, layer: int, expert: int, projection: str) -> torch.Tensor:
         if self.latest != (layer, expert):
@@ -71,6 +77,9 @@ class LayerMaker:
             for projection in PROJECTIONS:
                 span = plan.spans[name := plan.family.expert(layer, expert, projection)]
                 items.append(Item(name, span.dtype, span.shape, partial(self.expert, layer, expert, projection)))
+        for name, shape in cosine_shapes(plan.recipe, plan.kept, plan.shape.hidden).items():
+            added = plan.family.added(layer, *name.split("."))
+            items.append(Item(added, router.dtype, shape, partial(self.router_part, layer, name)))
         return items
 
     def _merge(self, layer: int) -> MergedLayer:
@@ -92,6 +101,7 @@ class LayerMaker:
                 combination_of(plan.recipe),
                 plan.recipe.seed,
             )
+        self.routers = router_tensors(plan.recipe, merged.router, norm, plan.config())
         record = {
             "layer": layer,
             **merged.record,

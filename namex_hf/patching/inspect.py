@@ -19,12 +19,23 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
     family = family_of({**config, "model_type": originals[found]} if found in [*originals] else config)
     shape = family.shape(config)
     spans = per_expert(checkpoint, family, shape)
-    kinds = {"routed experts": 0, "base experts": 0, "shared experts": 0, "the rest": 0}
+    kinds = {
+        "routed experts": 0,
+        "base experts": 0,
+        "added routers": 0,
+        "curvature": 0,
+        "shared experts": 0,
+        "the rest": 0,
+    }
     for name, span in spans.items():
         if ".mlp.experts." in name:
             kinds["routed experts"] += span.size
         elif ".mlp.base_expert." in name:
             kinds["base experts"] += span.size
+        elif ".mlp.cosine_router." in name or ".mlp.stable_router." in name:
+            kinds["added routers"] += span.size
+        elif ".mlp.curvature." in name:
+            kinds["curvature"] += span.size
         elif f".mlp.{family.shared_name}." in name:
             kinds["shared experts"] += span.size
         else:
@@ -36,7 +47,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         "model": checkpoint.name,
         "commit": checkpoint.commit or "none (local)",
         "family": family.model_type,
-        "patched": f"{recipe.get('merge')}, {recipe.get('method')}" if recipe else "no",
+        "patched": ", ".join(str(recipe.get(name)) for name in ("merge", "method", "routing")) if recipe else "no",
         **({"recipe": ", ".join(f"{name}={value}" for name, value in recipe.items())} if recipe else {}),
         "layers": f"{config['num_hidden_layers']}, of which {len(shape.layers)} are MoE",
         "experts a layer": f"{shape.experts} of width {shape.width}, top-{shape.top_k}",

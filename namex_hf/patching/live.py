@@ -18,9 +18,10 @@ from ..merging.groups import merge_layer
 from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
 from ..recipe import Recipe
+from .added import block_name, kronecker_tensors, patched_config, router_tensors
 from .calibrated import shrink_layers
-from .curved import curve_layers, reorder
 from .grouped import combination_of
+from .kept import keep_layers, reorder
 from .on_text import Source
 from .plan import check_fit
 from .text import text_for
@@ -53,22 +54,16 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     check_fit(recipe, shape)
     if not hasattr(model, "model") or not hasattr(model, "lm_head"):
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
-    if recipe.calibrated:
-        if calibration is None:
-            raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
-        text = text_for(recipe, config, calibration)
-        recipe = replace(recipe, calibration_data=text.name)
-        (_shrink if recipe.merge == "grouped" else _curve)(model, family, shape, recipe, text)
+    if not recipe.calibrated:
+        with shared_out():
+            (_group if recipe.merge == "grouped" else _keep)(model, family, shape, recipe)
         model.config.namex = recipe.to_dict()
         return model
-    with shared_out():
-        if recipe.merge == "grouped":
-            _group(model, family, shape, recipe)
-        elif recipe.own_class:
-            bases = _bases(model, family, shape, recipe) if recipe.has_base else {}
-            patch_classes(model, recipe.to_dict())
-            for layer, base in bases.items():
-                _fill(_block(model, layer), {f"base.{name}": weight for name, weight in base.items()})
+    if calibration is None:
+        raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
+    text = text_for(recipe, config, calibration)
+    recipe = replace(recipe, calibration_data=text.name)
+    (_group_on_text if recipe.merge == "grouped" else _keep_on_text)(model, family, shape, recipe, text)
     model.config.namex = recipe.to_dict()
     return model
 
@@ -83,34 +78,45 @@ def _experts(block: Any, width: int) -> dict[str, torch.Tensor]:
     return {"gate_proj": gate_up[:, :width], "up_proj": gate_up[:, width:], "down_proj": down}
 
 
+def _norm(model: Any, layer: int) -> torch.Tensor:
+    return model.model.layers[layer].post_attention_layernorm.weight.detach().cpu()
+
+
 def _shared(block: Any, family: Family) -> dict[str, torch.Tensor]:
     shared = getattr(block, family.shared_name)
     return {name: getattr(shared, name).weight.detach().cpu() for name in PROJECTIONS}
 
 
-def _bases(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> dict[int, dict[str, torch.Tensor]]:
-    """Each MoE layer's base expert, in the experts' dtype."""
-    choice, bases, walk = propagation_of(recipe), {}, None
+def _keep(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
+    """Recipes that keep the experts, without text."""
+    patched = patched_config(model.config.to_dict(), family, shape, recipe)
+    choice, added, walk = propagation_of(recipe), {}, None
     for position, layer in enumerate(shape.layers):
-        experts = _experts(_block(model, layer), shape.width)
-        if walk is None:
-            shared = partial(_shared, _block(model, layer), family)
-            walk = Walk(own_base(recipe.base, experts, shared, shape.width))
-        bases[layer] = {name: walk.base[name].to(experts[name].dtype) for name in PROJECTIONS}
-        walk = propagate(experts, walk, choice, position).walk
-    return bases
+        block = _block(model, layer)
+        experts = _experts(block, shape.width)
+        added[layer] = kronecker_tensors(recipe, shape, layer, experts["gate_proj"].dtype)
+        added[layer] |= router_tensors(recipe, block.gate.weight.detach().cpu(), _norm(model, layer), patched)
+        if recipe.has_base:
+            if walk is None:
+                walk = Walk(own_base(recipe.base, experts, partial(_shared, block, family), shape.width))
+            added[layer] |= {f"base.{name}": walk.base[name].to(experts[name].dtype) for name in PROJECTIONS}
+            walk = propagate(experts, walk, choice, position).walk
+    if recipe.own_class:
+        patch_classes(model, recipe.to_dict())
+        for layer, tensors in added.items():
+            _fill(_block(model, layer), tensors)
 
 
 def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
     """Merge without text."""
     assert recipe.experts is not None
+    patched, added = patched_config(model.config.to_dict(), family, shape, recipe), {}
     for layer in shape.layers:
         block = _block(model, layer)
-        norm = model.model.layers[layer].post_attention_layernorm.weight.detach().cpu()
         merged = merge_layer(
             _experts(block, shape.width),
             block.gate.weight.detach().cpu(),
-            norm,
+            _norm(model, layer),
             recipe.experts,
             shape.top_k,
             shape.renormalises,
@@ -119,21 +125,37 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
         )
         experts = [merged.expert(index) for index in range(recipe.experts)]
         _replace(block, {name: torch.stack([one[name] for one in experts]) for name in PROJECTIONS}, merged.router)
-    _note_experts(model, family, shape, recipe.experts)
+        added[layer] = router_tensors(recipe, merged.router, _norm(model, layer), patched)
+    _finish_grouped(model, family, shape, recipe, added)
 
 
-def _shrink(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: CalibrationText) -> None:
+def _group_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: CalibrationText) -> None:
     """Merge groups on calibration text."""
-    assert recipe.experts is not None
+    patched, added = patched_config(model.config.to_dict(), family, shape, recipe), {}
     source = _source(model, family, shape, lambda layer: _experts(_block(model, layer), shape.width))
-    for made in shrink_layers(source, recipe, text, None, lambda layer, stage: None):
+    for made in shrink_layers(source, patched, recipe, text, None, lambda layer, stage: None):
         _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
-    _note_experts(model, family, shape, recipe.experts)
+        added[made.layer] = made.routers
+    _finish_grouped(model, family, shape, recipe, added)
 
 
-def _curve(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: CalibrationText) -> None:
-    """``soft`` on calibration text."""
-    patched = {**model.config.to_dict(), "model_type": family.patched_type, "namex": recipe.to_dict()}
+def _finish_grouped(
+    model: Any, family: Family, shape: MoeShape, recipe: Recipe, added: Mapping[int, dict[str, torch.Tensor]]
+) -> None:
+    """Note the number of experts that is left; where routing is not linear a stock class does not do."""
+    count = recipe.experts
+    setattr(model.config, family.experts_field, count)
+    model.config.num_experts_per_tok = model.num_experts_per_tok = min(shape.top_k, count or shape.experts)
+    model.num_experts = count
+    if recipe.own_class:
+        patch_classes(model, recipe.to_dict())
+        for layer, tensors in added.items():
+            _fill(_block(model, layer), tensors)
+
+
+def _keep_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: CalibrationText) -> None:
+    """Recipes that keep the experts, on calibration text."""
+    patched = patched_config(model.config.to_dict(), family, shape, recipe)
 
     def experts(layer: int) -> dict[str, torch.Tensor]:
         return {name: stacked.clone() for name, stacked in _experts(_block(model, layer), shape.width).items()}
@@ -142,7 +164,7 @@ def _curve(model: Any, family: Family, shape: MoeShape, recipe: Recipe, text: Ca
         return _shared(_block(model, layer), family)
 
     source, made = _source(model, family, shape, experts), {}
-    for one in curve_layers(source, shared, patched, recipe, text, None, lambda layer, stage: None):
+    for one in keep_layers(source, shared, patched, recipe, text, None, lambda layer, stage: None):
         made[one.layer] = one.orders, one.tensors
     patch_classes(model, recipe.to_dict())
     for layer, (orders, tensors) in made.items():
@@ -163,11 +185,10 @@ def _source(model: Any, family: Family, shape: MoeShape, experts: Callable[[int]
 
 
 def _fill(block: Any, tensors: dict[str, torch.Tensor]) -> None:
-    """Give a patched block its base expert and its curvature."""
+    """Give a patched block what the original has not."""
+    places = block.state_dict(keep_vars=True)
     for name, tensor in tensors.items():
-        kind, _, part = name.partition(".")
-        place = getattr(block.base_expert, part).weight if kind == "base" else getattr(block.curvature, part)
-        place.copy_(tensor)
+        places[block_name(name)].copy_(tensor)
 
 
 def _replace(block: Any, experts: Mapping[str, Any], router: torch.Tensor) -> None:
@@ -178,9 +199,3 @@ def _replace(block: Any, experts: Mapping[str, Any], router: torch.Tensor) -> No
     block.gate.weight = nn.Parameter(router.to(place))
     block.experts.num_experts = block.gate.num_experts = count
     block.gate.top_k = min(block.gate.top_k, count)
-
-
-def _note_experts(model: Any, family: Family, shape: MoeShape, count: int) -> None:
-    setattr(model.config, family.experts_field, count)
-    model.config.num_experts_per_tok = model.num_experts_per_tok = min(shape.top_k, count)
-    model.num_experts = count

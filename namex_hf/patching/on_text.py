@@ -81,7 +81,8 @@ def heard_layers(
         tell(layer, "read")
         hidden = tapped.rest
         routing = Routing(tapped.index.to(device), tapped.value.to(device))
-        held_out = text.held_out if recipe.merge == "grouped" else torch.zeros(len(text.ids), dtype=torch.bool)
+        measures = recipe.merge == "grouped" or recipe.routing == "stable"
+        held_out = text.held_out if measures else torch.zeros(len(text.ids), dtype=torch.bool)
         yield Heard(
             layer,
             tapped,

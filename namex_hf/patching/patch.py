@@ -22,8 +22,8 @@ from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
 from .calibrated import patch_calibrated
-from .curved import patch_curved
 from .grouped import patch_grouped
+from .kept import patch_kept
 from .plan import Plan, make_plan
 from .state import State
 from .threads import shared_out
@@ -83,7 +83,7 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
         try:
             advance = _counting(plan, progress)
             if plan.recipe.calibrated:
-                patch = patch_calibrated if plan.recipe.merge == "grouped" else patch_curved
+                patch = patch_calibrated if plan.recipe.merge == "grouped" else patch_kept
                 weight_map = patch(plan, out, state, advance)
             else:
                 patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
@@ -137,7 +137,7 @@ def _counting(plan: Plan, progress: Progress | None) -> Callable[[str, int], Non
 def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], seconds: float) -> Report:
     files = {name: (out / name).stat().st_size for name in sorted(set(weight_map.values()))}
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    totals = {
+    totals: dict[str, Any] = {
         "seconds": round(seconds, 3),
         "bytes_in": plan.checkpoint.size,
         "bytes_out": sum(files.values()),
@@ -145,6 +145,8 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "tensors": len(weight_map),
         "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
     }
+    if plan.recipe.curvature == "kronecker":
+        totals["curvature_parameters"] = plan.curvature_parameters
     if plan.recipe.momentum != "none":
         totals |= _stability(plan, state.records())
     source = {
@@ -195,6 +197,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "peak_bytes": plan.peak_bytes,
         "carried": [path.name for path in companions(plan.checkpoint.folder)],
         "calibration_tokens": plan.recipe.calibration_tokens if plan.recipe.calibrated else None,
+        "curvature_parameters": plan.curvature_parameters,
     }
 
 

@@ -19,7 +19,9 @@ from ..merging.calibrated import FIT_TOKENS
 from ..merging.router_fit import CHUNK_BYTES
 from ..models import remote_code
 from ..models.soft import LARGEST
+from ..models.soft_kronecker import kronecker_parameters
 from ..recipe import Recipe
+from .added import curvature_bytes, patched_config, router_bytes
 from .text import check_text, text_of
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -68,13 +70,20 @@ class Plan:
         return sum(span.size for span in self.expert_spans(layer))
 
     def added_bytes(self, layer: int) -> int:
-        """Bytes that a layer has more than before: of its base expert, and of its curvature."""
+        """Bytes that a layer has more than before: of its base expert, its curvature, and a router in another form."""
         size = self.layer_bytes(layer) // self.shape.experts if self.recipe.has_base else 0
-        if self.recipe.rank is not None:
-            dtype = self.expert_spans(layer)[0].dtype
-            numbers = self.shape.experts * (3 + self.recipe.rank * (self.shape.hidden + self.shape.width))
-            size += numbers * dtype.itemsize
-        return size
+        size += curvature_bytes(self.recipe, self.shape, self.expert_spans(layer)[0].dtype)
+        router = self.spans[self.family.router(layer)].dtype
+        return size + router_bytes(self.recipe, self.shape, self.kept, self.config(), router)
+
+    @property
+    def curvature_parameters(self) -> dict[str, int] | None:
+        """Trainable numbers of an expert's curvature, and of all; None where none is trained."""
+        if self.recipe.curvature != "kronecker":
+            return None
+        assert self.recipe.rank is not None
+        each = kronecker_parameters(self.shape.hidden, self.shape.width, self.recipe.rank)
+        return {"an expert": each, "in all": each * self.shape.experts * len(self.shape.layers)}
 
     @property
     def all_added_bytes(self) -> int:
@@ -121,11 +130,7 @@ class Plan:
         """``config.json`` of the result."""
         foreign = ("auto_map", "_name_or_path")  # code of others, and a path on the machine of whoever saved it
         config = {name: value for name, value in self.checkpoint.config.items() if name not in foreign}
-        if self.recipe.merge == "grouped":
-            config[self.family.experts_field] = self.kept
-            config["num_experts_per_tok"] = min(self.shape.top_k, self.kept)
-        elif self.recipe.own_class:
-            config["model_type"] = self.family.patched_type
+        config = patched_config(config, self.family, self.shape, self.recipe)
         if self.export_as:
             reexpression = FAMILIES[self.family.model_type].as_qwen2_moe
             assert reexpression is not None
@@ -134,7 +139,6 @@ class Plan:
         if code.auto_map:
             config["auto_map"] = dict(code.auto_map)
             config["architectures"] = [code.auto_map["AutoModelForCausalLM"].rsplit(".", 1)[1]]
-        config["namex"] = self.recipe.to_dict()
         return config
 
 
@@ -162,9 +166,10 @@ def make_plan(
     if export_as is not None and (family.as_qwen2_moe is None or export_as != "qwen2_moe"):
         able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.as_qwen2_moe))
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
-    if export_as is not None and recipe.merge != "grouped":
+    if export_as is not None and (recipe.merge != "grouped" or recipe.own_class):
         raise RecipeError(
-            f"--export-as writes a stock checkpoint: it needs merge 'grouped'; found merge={recipe.merge}"
+            f"--export-as writes a stock checkpoint: it needs merge 'grouped' and routing 'linear'; found "
+            f"merge={recipe.merge}, routing={recipe.routing}"
         )
     if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
         raise FamilyError(f"--export-as {export_as}: config.json: {reason}")

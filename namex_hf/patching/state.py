@@ -12,9 +12,10 @@ from ..checkpoint.header import read_metadata
 from ..checkpoint.shard import write_tensors
 from ..merging.experts import PROJECTIONS
 from ..merging.propagation import Walk
+from .added import KINDS
 
 WALK, STREAM = "walk.safetensors", "stream.safetensors"
-RESULTS = ("base.", "curvature.", "new.")
+RESULTS = (*(f"{kind}." for kind in KINDS), "new.")
 """How names of tensors begin that go into the result; the others of a layer are statistics."""
 
 

@@ -52,6 +52,6 @@ def text_for(recipe: Recipe, config: Config, tokenizer: Any) -> CalibrationText:
     longest = config.get("max_position_embeddings")
     length = min(LENGTH, longest if isinstance(longest, int) else LENGTH, recipe.calibration_tokens)
     text = calibration_text(recipe.calibration_data, tokenizer, recipe.calibration_tokens, length, recipe.seed)
-    if recipe.merge == "grouped":
+    if recipe.merge == "grouped" or recipe.routing == "stable":
         _ = text.held_out  # complains now, not when a fit asks for it
     return text

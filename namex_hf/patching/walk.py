@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from threading import Event
+from typing import Any
 
 from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.header import read_header
@@ -15,6 +16,7 @@ from ..merging.base import own_base
 from ..merging.propagation import Propagation, Walk, propagate
 from ..merging.weightings import Bargain
 from ..recipe import Recipe
+from .added import KINDS, kronecker_tensors, router_tensors
 from .finite import check_finite
 from .layer import named, read_experts, read_shared
 from .plan import Plan
@@ -81,14 +83,15 @@ def carry_over(
 
 
 def walk_through(plan: Plan, state: State, advance: Advance) -> None:
-    """Take the base expert through all MoE layers and leave each layer's base in the state folder.
+    """Take the base expert, where there is one, through all MoE layers and leave what each adds in the state folder.
 
     Memory: one layer's experts in their own dtype, the base in float32 three times, momentum buffers, chunks.
 
     Raises:
         CheckpointError: an expert holds NaN or infinity.
     """
-    choice, layers = propagation_of(plan.recipe), plan.shape.layers
+    recipe, layers, config = plan.recipe, plan.shape.layers, plan.config()
+    choice = propagation_of(recipe)
     position, walk = state.load_walk()
     experts = None
     with Reader() as reader:
@@ -96,24 +99,23 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
             advance(f"layer {done}", plan.layer_bytes(done))
         for place, layer in list(enumerate(layers))[position:]:
             start = time.perf_counter()
-            experts = read_experts(plan, reader, layer, experts)
-            if place + 1 < len(layers):
-                reader.expect(plan.expert_spans(layers[place + 1]))
-            with named(plan, layer):
-                if walk is None:
-                    shared = partial(read_shared, plan, reader, layer)
-                    walk = Walk(own_base(plan.recipe.base, experts, shared, plan.shape.width))
-                step = propagate(experts, walk, choice, place)
-            dtype = experts["gate_proj"].dtype
-            record = {
-                "layer": layer,
-                "games": step.record,
-                "seconds": round(time.perf_counter() - start, 4),
-                "bytes": plan.layer_bytes(layer),
-            }
-            stored = {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
-            state.save_layer(layer, stored | {"cosines": step.cosines}, record)
-            walk = step.walk
+            dtype = plan.expert_spans(layer)[0].dtype
+            router, norm = (reader.read(plan.spans[n(layer)]) for n in (plan.family.router, plan.family.router_norm))
+            stored = kronecker_tensors(recipe, plan.shape, layer, dtype) | router_tensors(recipe, router, norm, config)
+            record: dict[str, Any] = {"layer": layer, "games": []}
+            if recipe.has_base:
+                experts = read_experts(plan, reader, layer, experts)
+                if place + 1 < len(layers):
+                    reader.expect(plan.expert_spans(layers[place + 1]))
+                with named(plan, layer):
+                    if walk is None:
+                        shared = partial(read_shared, plan, reader, layer)
+                        walk = Walk(own_base(recipe.base, experts, shared, plan.shape.width))
+                    step = propagate(experts, walk, choice, place)
+                stored |= {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
+                stored["cosines"], record["games"], walk = step.cosines, step.record, step.walk
+            record |= {"seconds": round(time.perf_counter() - start, 4), "bytes": plan.layer_bytes(layer)}
+            state.save_layer(layer, stored, record)
             state.save_walk(place + 1, walk)
             advance(f"layer {layer}", plan.layer_bytes(layer))
 
@@ -128,13 +130,12 @@ def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int]], 
 
 
 def added_items(plan: Plan, state: State, layer: int) -> list[Item]:
-    """A layer's base expert and curvature, as spans of its state file."""
-    kinds = {"base": plan.family.base, "curvature": plan.family.curvature}
+    """What a layer's block has more than before, as spans of its state file."""
     items = []
     for name, span in read_header(state.layer_file(layer)).items():
         kind, _, part = name.partition(".")
-        if kind in kinds:
-            items.append(Item.of(kinds[kind](layer, part), span))
+        if kind in KINDS:
+            items.append(Item.of(plan.family.added(layer, kind, part), span))
     return items
 
 

@@ -12,6 +12,10 @@ TITLES = {
     "soft": "one merged expert processes the tokens of a causal segment",
     "grouped": "fewer experts: each is made of a group of the original's",
 }
+ROUTINGS = {
+    "cosine": "tokens find experts by the angle between hidden state and expert embedding",
+    "stable": "a token's id decides which experts it gets; the linear router does for ids not in the calibration text",
+}
 
 
 def card(report: Report, config: dict[str, Any]) -> str:
@@ -34,6 +38,11 @@ def card(report: Report, config: dict[str, Any]) -> str:
         f"# {name.rsplit('/', 1)[-1]}, patched by namex_hf",
         "",
         f"`{recipe['method']}`, `{recipe['merge']}`: {what}.",
+        *(
+            []
+            if recipe["routing"] == "linear"
+            else ["", f"Routing `{recipe['routing']}`: {ROUTINGS[recipe['routing']]}."]
+        ),
         "",
         "## Load it",
         "",

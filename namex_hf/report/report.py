@@ -30,6 +30,11 @@ class Report:
     def from_json(cls, text: str) -> "Report":
         return cls(**json.loads(text))
 
+    def with_routing(self, records: list[dict[str, Any]]) -> "Report":
+        """Args: records, one a layer."""
+        layers = [{**layer, "routing": record} for layer, record in zip(self.layers, records, strict=True)]
+        return replace(self, layers=layers)
+
     def with_perplexity(self, perplexity: dict[str, dict[str, float]]) -> "Report":
         return replace(self, perplexity=perplexity)
 
@@ -44,12 +49,15 @@ def layer_summary(layer: dict[str, Any]) -> dict[str, Any]:
     """The numbers of one layer that fit on a line of a table.
 
     Errors are of the layer's output to the calibration text, relative to the original's: once merged, and at the end.
+    Agreement is the share of a token's experts that the linear router would choose too, load entropy that of the
+    experts' shares over that of equal shares.
     """
     games = layer["games"]
     spreads = [game["spread"] for game in games if game["spread"] is not None]
     residuals = [game["residual"] for game in games if game["residual"] is not None]
     words = {game["status"] for game in games}
     errors = [one["error"] for one in layer.get("errors", [])]
+    routing = layer.get("routing", {})
     return {
         "layer": layer["layer"],
         "games": len(games),
@@ -59,6 +67,9 @@ def layer_summary(layer: dict[str, Any]) -> dict[str, Any]:
         "groups": len(layer["groups"]) if "groups" in layer else None,
         "error_merged": errors[0] if errors else None,
         "error_fitted": errors[-1] if len(errors) > 1 else None,
+        "agreement": routing.get("agreement"),
+        "load_entropy_linear": routing.get("load_entropy_linear"),
+        "load_entropy": routing.get("load_entropy"),
         "seconds": layer["seconds"],
     }
 
@@ -71,15 +82,19 @@ COLUMNS = {
     "residual": ("residual", ".1e"),
     "error_merged": ("error merged", ".4f"),
     "error_fitted": ("error fitted", ".4f"),
+    "agreement": ("agreement with linear", ".3f"),
+    "load_entropy_linear": ("load entropy, linear", ".3f"),
+    "load_entropy": ("load entropy", ".3f"),
     "seconds": ("seconds", ".2f"),
 }
 """Title and form of what `layer_summary` gives to a table."""
 
 
 def layer_table(report: Report, *left_out: str) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of the table of layers; errors of the layers' outputs where calibration text told them."""
+    """Titles and rows of the table of layers; what only text tells where it did."""
     rows = [layer_summary(layer) for layer in report.layers]
-    untold = {name for name in ("error_merged", "error_fitted") if all(row[name] is None for row in rows)}
+    told_by_text = ("error_merged", "error_fitted", "agreement", "load_entropy_linear", "load_entropy")
+    untold = {name for name in told_by_text if all(row[name] is None for row in rows)}
     shown = {name: column for name, column in COLUMNS.items() if name not in untold.union(left_out)}
     texts = [
         ["" if row[name] is None else format(row[name], form) for name, (_, form) in shown.items()] for row in rows

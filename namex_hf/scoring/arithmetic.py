@@ -35,10 +35,12 @@ def exact_answers(
     """Whether the greedy answer to each problem ends in the right number.
 
     Args:
+        model: a causal language model of transformers, in eval mode or not (it is left as it was).
         chat: ask through the tokenizer's chat template instead of ``Question: ... Answer:``.
     """
     tokenizer.padding_side = "left"
-    right = []
+    training, right = model.training, []
+    model.eval()
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
         prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
@@ -48,6 +50,7 @@ def exact_answers(
         )
         texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         right += [final_number(text) == final_number(p["answer"]) for text, p in zip(texts, part, strict=True)]
+    model.train(training)
     return right
 
 

@@ -16,8 +16,8 @@ def held_out_texts() -> dict[str, str]:
 
 
 @torch.no_grad()
-def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch: int = 8) -> float:
-    """exp of the mean negative log-likelihood a token.
+def window_losses(model: Any, tokens: torch.Tensor, window: int = 512, batch: int = 8) -> torch.Tensor:
+    """The mean negative log-likelihood a token of every window, in nats, float64 ``[windows]``.
 
     Text is cut into windows that do not overlap; the first token of each is context only.
 
@@ -32,13 +32,19 @@ def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch: int =
     if window < 2:
         raise ValueError(f"{len(tokens)} tokens; at least 2 are needed")
     rows = tokens[: len(tokens) // window * window].view(-1, window).to(model.device)
-    training, total = model.training, 0.0
+    training, losses = model.training, []
     model.eval()
     for ids in rows.split(batch):
         logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+        each = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+        losses.append(each.view(len(ids), -1).double().mean(1).cpu())
     model.train(training)
-    return math.exp(total / (rows.shape[0] * (window - 1)))
+    return torch.cat(losses)
+
+
+def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch: int = 8) -> float:
+    """exp of the mean negative log-likelihood a token. Args and errors as of `window_losses`."""
+    return math.exp(float(window_losses(model, tokens, window, batch).mean()))
 
 
 def perplexities(

@@ -49,11 +49,11 @@ def test_patched(toys: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFi
     flags = ["--merge", "grouped", "--experts", "4", "--quiet"]
     assert cli.patch([str(toys[family]), "--out", str(grouped), *flags]) == 0
     facts = inspected(capsys, residual)
-    assert (facts["family"], facts["patched"]) == (family, "residual, namex-full")
+    assert (facts["family"], facts["patched"]) == (family, "residual, namex-full, linear")
     assert "gamma=0.5" in facts["recipe"]
     assert facts["bytes of base experts"] != "0 B"
     facts = inspected(capsys, grouped)
-    assert (facts["family"], facts["patched"]) == (family, "grouped, namex-full")
+    assert (facts["family"], facts["patched"]) == (family, "grouped, namex-full, linear")
     assert facts["experts a layer"] == "4 of width 8, top-3"
 
 

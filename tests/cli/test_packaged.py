@@ -11,6 +11,7 @@ import namex_hf
 from namex_hf import cli, load_patched
 from namex_hf.checkpoint.resolve import packaged_models
 from namex_hf.scoring.compare import load
+from namex_hf.scoring.perplexity import held_out_texts
 
 MODELS = {"tiny": ("qwen2_moe", 5), "tiny-deepseek": ("deepseek", 4)}
 DOMAINS = ["arithmetic", "code", "dictionary", "manual", "prose", "mean"]
@@ -81,3 +82,40 @@ def test_help_names_them(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         cli.patch(["--help"])
     assert "tiny,tiny-deepseek" in "".join(capsys.readouterr().out.split())
+
+
+def test_cosine_routing_without_text_is_compared_on_held_out_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "SCORED_TOKENS", 700)  # a window and a part of one
+    assert cli.patch(["tiny-deepseek", "--out", str(tmp_path / "out"), "--method", "smoe", "--routing", "cosine"]) == 0
+    assert "agreement with linear" in capsys.readouterr().out
+    report, model = json.loads((tmp_path / "out" / "namex_report.json").read_text()), load(tmp_path / "out")
+    tokenizer, wanted, found = AutoTokenizer.from_pretrained(tmp_path / "out"), [], []
+    block = model.model.layers[1].mlp  # the first that is a mixture
+    block.register_forward_pre_hook(lambda _, given: wanted.append(given[0][0] @ block.gate.weight.T))
+    block.cosine_router.register_forward_hook(lambda _module, _given, answer: found.append(answer[2]))
+    for text in held_out_texts().values():
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[:, :700]
+        for window in (ids[:, :512], ids[:, 512:]):
+            model(window)
+    pairs = zip(torch.cat(wanted).topk(4).indices.tolist(), torch.cat(found).tolist(), strict=True)
+    shares = [len({*one} & {*other}) / 4 for one, other in pairs]
+    assert report["layers"][0]["routing"]["agreement"] == pytest.approx(sum(shares) / len(shares), abs=1e-5)
+    assert len(report["layers"]) == 4
+
+
+def test_trainable_curvature_is_announced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(cli, "SCORED_TOKENS", 64)
+    command = ["tiny", "--out", str(tmp_path / "out"), "--merge", "soft", "--curvature", "kronecker"]
+    counts = "1,452 parameters an expert, 116,160 parameters in all"
+    assert cli.patch([*command, "--dry-run"]) == 0
+    assert counts in capsys.readouterr().out
+    assert cli.patch(command) == 0
+    assert counts in capsys.readouterr().out
+    stored = load(tmp_path / "out").model.layers[0].mlp.curvature.state_dict()
+    assert sum(tensor.numel() for tensor in stored.values()) == 1452 * 16

@@ -9,9 +9,11 @@ from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from namex_hf import cli
+from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.recipe import RULES, Recipe
 from tests.cli.toy import change_config, save_toy, toy_tokenizer
 
@@ -127,14 +129,15 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags += " --power equal --calibration-data packaged --calibration-tokens 65536 --calibrate after --ridge 0.01"
     flags += " --fit-steps 1000"
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
-    walking += " --curvature calibrated --rank 2 --calibration-tokens 4096"
+    walking += " --curvature calibrated --rank 2 --calibration-tokens 4096 --routing cosine --temperature norms"
     given = {flag for flag in f"{flags} {walking}".split() if flag.startswith("--")}
     assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in fields(Recipe)}
     speaking = save_toy(tmp_path / "speaking", tokenizer=True)
     assert ran(speaking, "--out", tmp_path / "walking", *walking.split()) == 0
     config = json.loads((tmp_path / "walking" / "config.json").read_text())
     walked = {"merge": "soft", "momentum": "complex", "beta": "0.9,0.25", "eta": 0.5, "segment": 8, "top_k": 2}
-    wanted = Recipe.from_dict({**walked, "curvature": "calibrated", "rank": 2, "calibration_tokens": 4096})
+    walked |= {"curvature": "calibrated", "rank": 2, "calibration_tokens": 4096}
+    wanted = Recipe.from_dict({**walked, "routing": "cosine", "temperature": "norms"})
     assert config["namex"] == wanted.to_dict()
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -152,6 +155,55 @@ def test_deepseek_as_stock_qwen(toys: dict[str, Path], tmp_path: Path):
     assert "auto_map" not in config
     tensors = load_file(tmp_path / "out" / "model.safetensors")
     assert not tensors["model.layers.1.mlp.shared_expert_gate.weight"].any()
+
+
+def test_stable_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """On a packaged model, with nothing more than is said: a table of its vocabulary in every layer, perplexities, and
+    the same command again finds the folder complete."""
+    monkeypatch.setattr(cli, "SCORED_TOKENS", 256)
+    command = ("tiny", "--out", tmp_path / "out", "--routing", "stable", "--calibration-tokens", "4096")
+    assert ran(*command) == 0
+    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    assert "calibrated on 4096 tokens of packaged" in said.out
+    assert "Traceback" not in said.err
+    config, tensors = json.loads((tmp_path / "out" / "config.json").read_text()), {}
+    for file in (tmp_path / "out").glob("model*.safetensors"):
+        tensors |= load_file(file)
+    tables = {name: tensor for name, tensor in tensors.items() if ".stable_router." in name}
+    assert len(tables) == len(report["layers"]) == 5
+    for layer in report["layers"]:
+        table = tables[f"model.layers.{layer['layer']}.mlp.stable_router.assignment"]
+        assert tuple(table.shape) == (config["vocab_size"], config["num_experts_per_tok"])
+        assert table.dtype == torch.int32
+        assert 0 < (table[:, 0] >= 0).sum() < len(table)
+        assert 0.2 < layer["routing"]["agreement"] <= 1
+        assert 0.5 < layer["routing"]["assigned"] <= 1
+    assert report["perplexity"]["mean"]["after"] < 3 * report["perplexity"]["mean"]["before"]
+    before = files(tmp_path / "out")
+    assert ran(*command) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert files(tmp_path / "out") == before
+
+
+def test_the_dry_run_of_a_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Stable names its text; a cosine router reads one only where its temperature is to come from it."""
+    monkeypatch.setenv("COLUMNS", "200")
+    said = []
+    for flags in ("", "--routing stable", "--routing cosine", "--routing cosine --temperature entropy"):
+        tokens = "--calibration-tokens 4096" if flags.endswith(("stable", "entropy")) else ""
+        assert ran("tiny", "--out", tmp_path / "out", "--dry-run", *flags.split(), *tokens.split()) == 0
+        rows = [line.split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+        said.append({row[1].strip(): row[2].strip() for row in rows})
+    linear, stable, norms, by_text = said
+    assert stable["calibration text"] == by_text["calibration text"] == "4096 tokens of packaged, not read yet"
+    assert not {"calibration text"} & (linear.keys() | norms.keys())
+    assert linear["bytes in"] == stable["bytes in"] == norms["bytes in"]
+    assert norms["bytes out"] == by_text["bytes out"] != linear["bytes out"]
+    config = json.loads((PACKAGED / "tiny" / "config.json").read_text())
+    table = 5 * config["vocab_size"] * config["num_experts_per_tok"] * 4
+    more = float(stable["bytes out"].removesuffix(" MB")) - float(linear["bytes out"].removesuffix(" MB"))
+    assert more == pytest.approx(table / 1e6, abs=0.011)
+    assert not (tmp_path / "out").exists()
 
 
 def test_small_shards(toy: Path, tmp_path: Path):

@@ -17,7 +17,15 @@ FLAGS = [
     ("--method", "expected one argument"),
     ("--method nash", "accepted: namex-full, namex, ep-camex, camex, smear, smoe"),
     ("--merge blended", "accepted: residual, soft, grouped"),
-    ("--routing cosine", "accepted: linear"),
+    ("--routing sine", "accepted: linear, cosine, stable"),
+    ("--temperature norms", "'temperature' belongs to routing 'cosine'; found routing=linear, temperature=norms"),
+    ("--routing stable --temperature entropy", "'temperature' belongs to routing 'cosine'; found routing=stable"),
+    ("--routing cosine --temperature hot", "'temperature' is 'hot'; accepted: norms, entropy"),
+    ("--routing cosine --calibration-tokens 4096", "'calibration_tokens' belongs to a recipe that reads calibration"),
+    ("--routing stable", "has no tokenizer, and this recipe reads calibration text"),
+    ("--routing cosine --temperature entropy", "has no tokenizer, and this recipe reads calibration text"),
+    ("--merge soft --curvature kronecker --rank 8", "'rank' is 8; accepted here: from 1 below 8"),
+    ("--merge grouped --experts 4 --curvature kronecker", "it needs merge 'soft'"),
     ("--gamma abc", "'gamma' is 'abc'; accepted: float"),
     ("--gamma nan", "accepted: a finite float"),
     ("--gamma inf", "accepted: a finite float"),
@@ -133,6 +141,11 @@ def test_configurations(refused, copied: Path, changes: dict, says: str):
 def test_export_needs_a_grouped_deepseek(refused, toys: dict[str, Path]):
     assert "needs merge 'grouped'" in refused(toys["deepseek"], "--export-as", "qwen2_moe")
     grouped = ("--merge", "grouped", "--experts", "4")
+    for when in ((), ("--dry-run",)):
+        for flags in (grouped, ("--method", "smoe")):
+            said = refused(toys["deepseek"], *flags, "--routing", "cosine", "--export-as", "qwen2_moe", *when)
+            assert "it needs merge 'grouped' and routing 'linear'; found merge=" in said
+            assert "routing=cosine" in said
     assert "accepted: qwen2_moe, of deepseek" in refused(toys["deepseek"], *grouped, "--export-as", "mixtral")
 
 

@@ -117,7 +117,7 @@ def test_names(row: Row):
     assert family.router(2) == "model.layers.2.mlp.gate.weight"
     assert family.router_norm(2) == "model.layers.2.post_attention_layernorm.weight"
     assert family.shared(2, "down_proj") == f"model.layers.2.mlp.{row.shared}.down_proj.weight"
-    assert family.base(2, "gate_proj") == "model.layers.2.mlp.base_expert.gate_proj.weight"
+    assert family.added(2, "base", "gate_proj") == "model.layers.2.mlp.base_expert.gate_proj.weight"
 
 
 @rows()

@@ -13,6 +13,8 @@ from namex_hf.patching.patch import space_needed
 from namex_hf.patching.plan import Plan, check_fit, make_plan
 from namex_hf.recipe import Recipe, read_yaml
 
+TOP_K = "num_experts_per_tok"
+ROWS = ("smoe", "ep-camex", "namex-full", "namex-full-mean")
 PATCHES = Path(__file__).parents[2] / "patches"
 FILES = sorted(PATCHES.glob("*/*.yaml"))
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -171,7 +173,8 @@ def test_every_model_has_every_recipe():
     assert {file.parent.name for file in FILES} == set(CONFIGS)
     for model, experts in EXPERTS.items():
         grouped = {f"grouped-{experts // 2}-{method}" for method in ("namex-full", "ep-camex", "fit-namex-full")}
-        assert {file.stem for file in FILES if file.parent.name == model} == {*METHODS, *grouped}
+        rows = {f"{routing}-{row}" for routing in ("cosine", "stable") for row in ROWS}
+        assert {file.stem for file in FILES if file.parent.name == model} == {*METHODS, *grouped, *rows}
 
 
 @patches()
@@ -185,7 +188,8 @@ def test_files_say_what_they_are(file: Path):
     assert file.stem.removesuffix("-mean").endswith(recipe.method)
     assert recipe.disagreement == ("mean" if file.stem.endswith("-mean") else "zero")
     assert stated == {name: value for name, value in recipe.to_dict().items() if name in stated}
-    assert recipe.routing == "linear"
+    assert recipe.routing == (start if start in ("cosine", "stable") else "linear")
+    assert recipe.temperature == ("entropy" if start == "cosine" else None)
     assert stated.get("base") == ("first" if recipe.has_base else None)  # CAMEx's choice, whatever the default is
 
 
@@ -200,13 +204,15 @@ def test_bytes_in_and_out(file: Path, plan: Plan):
     model = file.parent.name
     assert plan.checkpoint.size == pytest.approx(TOTAL[model], rel=1e-3)
     assert plan.layer_bytes(plan.shape.layers[0]) == EXPERTS[model] * EXPERT
+    # Projection, embeddings and scale in bfloat16; indices of 4 bytes an id.
+    experts, vocabulary, top_k = (CONFIGS[model][name] for name in (plan.family.experts_field, "vocab_size", TOP_K))
+    routers = {"cosine": 2 * (experts * 2048 + experts**2 + 1), "stable": 4 * vocabulary * top_k, "linear": 0}
+    added = routers[plan.recipe.routing] + (EXPERT if plan.recipe.has_base else 0)
     if file.stem.startswith("grouped"):
         gone, router_rows = LAYERS[model] * EXPERTS[model] // 2 * EXPERT, LAYERS[model] * EXPERTS[model] // 2 * 4096
         assert plan.bytes_out == plan.checkpoint.size - gone - router_rows
-    elif file.stem == "smoe":
-        assert plan.bytes_out == plan.checkpoint.size
     else:
-        assert plan.bytes_out == plan.checkpoint.size + LAYERS[model] * EXPERT
+        assert plan.bytes_out == plan.checkpoint.size + LAYERS[model] * added
     assert plan.bytes_out <= space_needed(plan) < 1.1 * plan.checkpoint.size
     assert plan.peak_bytes < (6e9 if plan.recipe.calibrated else 2.2 * plan.layer_bytes(plan.shape.layers[0]))
 

@@ -5,13 +5,16 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from namex_hf.models import PATCHED, remote_code
+from namex_hf.models.routers import ChosenRouting
 from namex_hf.models.soft_curvature import CalibratedCurvature
+from namex_hf.models.soft_kronecker import KroneckerCurvature
 
 VOCAB = 61
 
@@ -214,19 +217,66 @@ def measure_by_hand(model) -> None:
                 held[name] /= held["usage"] @ held[name]
 
 
-@pytest.fixture
-def soft_model(patched_folder):
-    """``soft_model("qwen2_moe", eta=0.5)``: the patched folder under ``merge: soft``, float32."""
+@torch.no_grad()
+def bend_by_hand(model) -> None:
+    """Trainable curvatures such as training might leave: no product is the identity, none is like another."""
+    draw = torch.Generator().manual_seed(12)
+    for module in model.modules():
+        if isinstance(module, KroneckerCurvature):
+            for _, factor in sorted(module.named_parameters()):
+                rank, side = factor.shape[1:3]
+                noise = torch.randn(factor.shape, generator=draw, dtype=torch.float64)
+                factor.copy_(torch.eye(side, dtype=torch.float64) / rank**0.25 + 0.2 * noise)
 
-    def make(family: str, dtype=torch.float32, **fields):
+
+@torch.no_grad()
+def route_by_hand(model) -> None:
+    """Cosine routers near the pretrained ones' own form, and tables in which every third id was never seen."""
+    draw = np.random.default_rng(13)
+    for block in model.modules():
+        if not isinstance(block, ChosenRouting):
+            continue
+        weight = block.gate.weight.double().numpy()
+        if block.routing == "cosine":
+            left, values, right = np.linalg.svd(weight, full_matrices=False)
+            router = block.cosine_router
+            router.projection.copy_(torch.from_numpy(right + 0.05 * draw.standard_normal(right.shape)))
+            router.embeddings.copy_(torch.from_numpy(left * values + 0.05 * draw.standard_normal(left.shape)))
+            router.scale.fill_(4.0 + draw.random())
+        elif block.routing == "stable":
+            vocabulary, top_k = block.stable_router.assignment.shape
+            table = np.stack([draw.permutation(len(weight))[:top_k] for _ in range(vocabulary)])
+            table[::3] = -1
+            block.stable_router.assignment.copy_(torch.from_numpy(table))
+
+
+@pytest.fixture(scope="session")
+def namex_model(patched_folder):
+    """``namex_model("qwen2_moe", routing="stable", ...)``: the patched folder under that recipe, float32.
+
+    What it has beyond the folder is filled by hand. ``norm_topk_prob`` is the configuration's.
+    """
+
+    def make(family: str, dtype=torch.float32, norm_topk_prob=False, **fields):
         folder = patched_folder(family)
         config = AutoConfig.from_pretrained(folder)
-        config.namex = {"merge": "soft", "segment": 4} | fields
+        config.namex, config.norm_topk_prob = fields, norm_topk_prob
         model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype).eval()
-        measure_by_hand(model)
+        for fill in (measure_by_hand, bend_by_hand, route_by_hand):
+            fill(model)
         for parameter in model.parameters():  # kernels round by alignment, which the file's header decides
             parameter.data = parameter.data.clone()
         return model
+
+    return make
+
+
+@pytest.fixture
+def soft_model(namex_model):
+    """``soft_model("qwen2_moe", eta=0.5)``: the patched folder under ``merge: soft``, float32."""
+
+    def make(family: str, dtype=torch.float32, **fields):
+        return namex_model(family, dtype, **({"merge": "soft", "segment": 4} | fields))
 
     return make
 

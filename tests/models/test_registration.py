@@ -64,22 +64,28 @@ def test_remote_code_lists_what_travels():
         "configuration_deepseek.py",
         "configuration_namex.py",
         "modeling_namex_qwen2_moe.py",
-        "residual.py",
+        "patched_model.py",
+        "routers.py",
         "soft.py",
         "soft_cache.py",
         "soft_curvature.py",
+        "soft_kronecker.py",
         "soft_segments.py",
+        "sparse.py",
     ]
     assert names["namex_deepseek"] == [
         "configuration_deepseek.py",
         "configuration_namex.py",
         "modeling_deepseek.py",
         "modeling_namex_deepseek.py",
-        "residual.py",
+        "patched_model.py",
+        "routers.py",
         "soft.py",
         "soft_cache.py",
         "soft_curvature.py",
+        "soft_kronecker.py",
         "soft_segments.py",
+        "sparse.py",
     ]
     for kind, (config, model, causal_lm) in CLASSES.items():
         for auto, cls in (("AutoConfig", config), ("AutoModel", model), ("AutoModelForCausalLM", causal_lm)):

@@ -92,8 +92,28 @@ def folders(hub_folder, patched_folder, tmp_path_factory) -> dict[str, str]:
     }
 
 
-def test_trusted_code_gives_equal_logits_and_saves_itself(folders, tokens, tmp_path):
-    out = tmp_path / "out"
+@pytest.fixture(scope="module")
+def chosen_folders(namex_model, tmp_path_factory) -> dict[str, str]:
+    """Folders whose recipe asks for a router or a curvature of our own, as this package saves them."""
+    soft = {"merge": "soft", "segment": 4}
+    kinds = {
+        "cosine": {"routing": "cosine"},
+        "cosine_soft": {"routing": "cosine", **soft},
+        "stable": {"routing": "stable", "method": "smoe"},
+        "stable_soft": {"routing": "stable", **soft},
+        "kronecker": {"curvature": "kronecker", "rank": 2, **soft},
+    }
+    made = {}
+    for family in ("qwen2_moe", "deepseek"):
+        for kind, fields in kinds.items():
+            name = f"{family}_{kind}"
+            made[name] = str(tmp_path_factory.mktemp("chosen") / name)
+            namex_model(family, **fields).save_pretrained(made[name])
+    return made
+
+
+def test_trusted_code_gives_equal_logits_and_saves_itself(folders, chosen_folders, tokens, tmp_path):
+    folders, out = folders | chosen_folders, tmp_path / "out"
     out.mkdir()
     done = child(TRUSTED, [json.dumps(folders), str(out), json.dumps(tokens.tolist())], tmp_path / "cwd")
     assert done.returncode == 0, done.stderr

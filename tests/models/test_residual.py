@@ -255,8 +255,8 @@ def test_renormalised_top_k_is_refused(patched_folder, family):
 
 
 def test_another_merge_is_refused(family):
-    with pytest.raises(ValueError, match="'grouped'"):
-        PATCHED[family](namex={"merge": "grouped"})
+    with pytest.raises(ValueError, match=r"namex\.merge is 'sparse'; accepted: 'residual', 'soft', 'grouped'"):
+        PATCHED[family](namex={"merge": "sparse"})
 
 
 def test_load_patched_refuses(hub_folder, patched_folder, tmp_path, family):

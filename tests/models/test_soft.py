@@ -142,9 +142,12 @@ def test_fields_have_an_effect(soft_model, family):
 
 def test_defaults(soft_model, family):
     model = soft_model(family)
+    weights = model.state_dict()
     model.config.namex = {"merge": "soft"}
     for block in soft_blocks(model):
-        block.route_softly(model.config)
+        block.add_parts(model.config)
+    model.load_state_dict(weights)
+    for block in soft_blocks(model):
         assert (block.eta, block.gate.top_k) == (1.0, 3)
     tokens = ids(1, 70)
     first = soft_model(family, segment=64, routing_span="all")(tokens).logits
@@ -157,10 +160,10 @@ def test_base_cancels_where_all_mass_is_routed(soft_model, family):
         model = soft_model(family, top_k=top_k)
         layout = model.model._lay_out(soft.soft_choice(model.config.namex), ids(1, 11), None, None, None)
         block = soft_blocks(model)[0]
-        before = block(x, layout, None)
+        before = block(x, None, layout, None)
         for parameter in block.base_expert.parameters():
             torch.nn.init.normal_(parameter)
-        change = (block(x, layout, None) - before).abs()
+        change = (block(x, None, layout, None) - before).abs()
         assert change[:, :4].max() > 0.1
         assert (change[:, 4:].max() < 1e-5) == cancels
 
@@ -186,7 +189,7 @@ def test_a_token_changes_no_expert_of_its_own_segment(soft_model, family):
     x = torch.randn(1, 12, 32, generator=torch.Generator().manual_seed(3))
     changed = x.clone()
     changed[:, 5] += 1
-    moved = (block(x, layout, None) - block(changed, layout, None)).abs().amax(-1)[0] > 1e-4
+    moved = (block(x, None, layout, None) - block(changed, None, layout, None)).abs().amax(-1)[0] > 1e-4
     assert moved.tolist() == [False] * 5 + [True, False, False] + [True] * 4
 
 

@@ -233,7 +233,7 @@ def routed_by_hand(block, x: torch.Tensor, eta: float) -> torch.Tensor:
 def logits_by_hand(model, tokens: torch.Tensor, eta: float) -> torch.Tensor:
     """One document through the float64 `model`, whose routed parts are replaced by the loops above."""
     for block in blocks(model):
-        block.routed = lambda flat, segments, memory, block=block: routed_by_hand(block, flat, eta)
+        block.routed = lambda flat, token_ids, segments, memory, block=block: routed_by_hand(block, flat, eta)
     return model(tokens[None], use_cache=False).logits[0]
 
 
@@ -410,7 +410,7 @@ def test_a_live_model_is_converted(hub_folder, soft_model, family, fields):
         assert not curvature.training
         tensors = curvature.state_dict(keep_vars=True).values()
         assert {(t.dtype, t.requires_grad) for t in tensors} == {(torch.bfloat16, False)}
-        inputs, neurons = curvature()
+        inputs, neurons = curvature(torch.empty(0))
         assert (inputs.leading.shape, neurons.leading.shape) == ((EXPERTS, 32, 2), (EXPERTS, 16, 2))
         assert (inputs.usage == 1 / EXPERTS).all()
         assert all((d.floor == 1).all() and not d.leading.any() for d in (inputs, neurons))

@@ -45,8 +45,11 @@ def weights(out: Path) -> dict[str, int]:
         (Recipe(method="camex", base="first"), {"shard_size": "60KB"}),
         (Recipe(merge="grouped", experts=4), {"shard_size": "200KB"}),
         (Recipe(merge="grouped", experts=2), {"shard_size": "300KB", "export_as": "qwen2_moe"}),
+        (Recipe(method="smoe", routing="cosine"), {"shard_size": "10KB"}),
+        (Recipe(merge="soft", curvature="kronecker", rank=2, routing="cosine"), {"shard_size": "300KB"}),
+        (Recipe(merge="grouped", experts=4, routing="cosine"), {"shard_size": "200KB"}),
     ],
-    ids=["residual", "camex", "grouped", "exported"],
+    ids=["residual", "camex", "grouped", "exported", "cosine", "kronecker", "grouped-cosine"],
 )
 def test_killed_again_and_again(long_checkpoint: Path, tmp_path: Path, recipe: Recipe, options: Any) -> None:
     """Three kills at moments drawn by lot; what was whole is kept, the rest is made, and all is as undisturbed."""

@@ -16,6 +16,9 @@ GROUPED = {"merge": "grouped", "experts": 4}
 SOFT = {"merge": "soft"}
 FITTED = {**GROUPED, "fit": "router"}
 CURVED = {**SOFT, "curvature": "calibrated"}
+KRONECKER = {**SOFT, "curvature": "kronecker"}
+COSINE = {"routing": "cosine"}
+STABLE = {"routing": "stable"}
 SPECS = {spec.name: spec for spec in fields(Recipe)}
 CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.metadata.get("choices", ())]
 # What a value needs around it to mean something.
@@ -28,6 +31,9 @@ AROUND: dict[str, dict[str, Any]] = {
     "smear": SOFT,
     "loss": {**FITTED, "metric": "calibrated"},
     "before": FITTED,
+    "kronecker": SOFT,
+    "norms": COSINE,
+    "entropy": COSINE,
 }
 OF_GROUPED = ("fit", "grouping", "curvature", "align", "down", "weighting", "power")
 VALUES = [
@@ -46,8 +52,13 @@ VALUES = [
     ("seed", 17, GROUPED),
     ("seed", 17, CURVED),
     ("seed", 17, {**SOFT, "align": "weights"}),
+    ("seed", 17, KRONECKER),
+    ("seed", 17, STABLE),
+    ("seed", 17, {**COSINE, "temperature": "entropy"}),
     ("rank", 1, CURVED),
     ("rank", 16, CURVED),
+    ("rank", 2, KRONECKER),
+    ("rank", 2, {**KRONECKER, **STABLE}),
     ("align", "none", CURVED),
     ("align", "weights", CURVED),
     ("align", "none", SOFT),
@@ -58,6 +69,10 @@ VALUES = [
     ("eta", 1.5, SOFT),
     ("eta", 1.5, {**SOFT, "align": "activations"}),
     ("eta", 1.0, CURVED),
+    ("eta", 1.5, KRONECKER),
+    ("align", "activations", KRONECKER),
+    ("temperature", "norms", {**COSINE, **FITTED}),
+    ("temperature", "entropy", {**COSINE, "method": "smoe"}),
     ("segment", 16, SOFT),
     ("top_k", 2, SOFT),
     ("beta", "0.9", {"momentum": "complex"}),
@@ -75,6 +90,11 @@ VALUES = [
     ("calibration_tokens", 4096, CURVED),
     ("calibrate", "before", {**SOFT, "align": "activations"}),
     ("calibration_tokens", 4096, {**GROUPED, "grouping": "outputs"}),
+    ("calibration_tokens", 4096, STABLE),
+    ("calibration_tokens", 4096, {**STABLE, "method": "smoe"}),
+    ("calibration_data", "some/where", {**STABLE, **GROUPED}),
+    ("calibrate", "before", STABLE),
+    ("calibrate", "before", {**COSINE, "temperature": "entropy", "method": "smoe"}),
     ("device", "cuda", {}),
 ]
 
@@ -236,6 +256,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'align' belongs": {"align": "weights"},
     "curvature 'diagonal' belongs": {"curvature": "diagonal", **SOFT},
     "'rank' belongs": {"rank": 2, **SOFT},
+    "curvature 'kronecker' is trained": {"curvature": "kronecker", **GROUPED},
+    "'temperature' belongs": {"temperature": "norms"},
     "curvature 'calibrated' weighs": {"eta": 1.5, **CURVED},
     "'down' belongs": {"down": "refit"},
     "'metric' belongs": {"metric": "calibrated"},
@@ -314,9 +336,15 @@ def test_soft_takes_the_fields_of_a_text_only_with_one(name: str):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"rank": 4, **GROUPED}, "'rank' belongs to merge 'soft' with curvature 'calibrated'"),
-        ({"rank": 4, **FITTED}, "'rank' belongs to merge 'soft' with curvature 'calibrated'"),
-        ({"rank": 4}, "'rank' belongs to merge 'soft' with curvature 'calibrated'"),
+        ({"rank": 4, **GROUPED}, "'rank' belongs to merge 'soft' with curvature 'calibrated' or 'kronecker'"),
+        ({"rank": 4, **FITTED}, "'rank' belongs to merge 'soft' with curvature 'calibrated' or 'kronecker'"),
+        ({"rank": 4}, "'rank' belongs to merge 'soft' with curvature 'calibrated' or 'kronecker'"),
+        ({"curvature": "kronecker"}, "'curvature' belongs to merge 'grouped' or 'soft'"),
+        ({"curvature": "kronecker", "method": "smoe"}, "'curvature' belongs to merge 'grouped' or 'soft'"),
+        ({"curvature": "kronecker", **FITTED}, "curvature 'kronecker' is trained where experts are merged in the"),
+        ({**KRONECKER, "ridge": 0.1}, "'ridge' belongs to a curvature or a refitted down_proj"),
+        ({**KRONECKER, "calibration_tokens": 4096}, "'calibration_tokens' belongs to a recipe that reads"),
+        ({**KRONECKER, "method": "smoe"}, "method 'smoe' merges nothing"),
         ({"curvature": "calibrated"}, "'curvature' belongs to merge 'grouped' or 'soft'"),
         ({"curvature": "calibrated", "method": "smoe"}, "'curvature' belongs to merge 'grouped' or 'soft'"),
         ({"align": "activations"}, "'align' belongs to merge 'grouped' or 'soft'"),
@@ -347,6 +375,15 @@ def test_what_a_calibrated_soft_does_not_go_with(values: dict[str, Any], says: s
         ({"method": "smear", **CURVED}, (True, False, False)),
         ({"method": "smoe"}, (False, False, False)),
         (GROUPED, (False, False, False)),
+        (COSINE, (True, True, True)),
+        ({"method": "camex", **STABLE}, (True, True, False)),
+        ({"method": "smear", **SOFT, **STABLE}, (True, False, False)),
+        ({"method": "smoe", **COSINE}, (True, False, False)),
+        ({"method": "smoe", **STABLE}, (True, False, False)),
+        ({**GROUPED, **COSINE}, (True, False, False)),
+        ({**FITTED, **STABLE}, (True, False, False)),
+        ({"method": "smoe", "routing": "linear"}, (False, False, False)),
+        (KRONECKER, (True, True, True)),
     ],
     ids=str,
 )
@@ -376,6 +413,11 @@ def test_class_base_and_walk(values: dict[str, Any], expected: tuple[bool, ...])
         CURVED,
         {**CURVED, "rank": 2, "align": "none", "ridge": 0.1, "seed": 3, "calibrate": "before", "eta": 0.5},
         {**SOFT, "align": "weights", "method": "smear", "calibration_data": "text.txt", "calibration_tokens": 512},
+        COSINE,
+        {**COSINE, **CURVED},
+        {**COSINE, **FITTED, "temperature": "norms"},
+        {**STABLE, "method": "smoe", "calibrate": "before", "seed": 4},
+        {**KRONECKER, **STABLE, "rank": 3, "seed": 2**64 - 1},
     ],
 )
 def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, Any]):
@@ -408,6 +450,18 @@ def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, An
         ({**SOFT, "align": "weights"}, True, (None, "identity", "weights", None, None)),
         ({**SOFT, "align": "activations"}, True, (None, "identity", "activations", None, None)),
         ({**SOFT, "curvature": "identity", "align": "none"}, False, (None, "identity", "none", None, None)),
+        (KRONECKER, False, (None, "kronecker", "none", None, 1)),
+        ({**KRONECKER, "rank": 3}, False, (None, "kronecker", "none", None, 3)),
+        ({**KRONECKER, "align": "activations"}, True, (None, "kronecker", "activations", None, 1)),
+        ({**KRONECKER, "method": "smear"}, False, (None, "kronecker", "none", None, 1)),
+        ({**KRONECKER, **STABLE}, True, (None, "kronecker", "none", None, 1)),
+        (STABLE, True, (None, None, None, None, None)),
+        ({**STABLE, "method": "smoe"}, True, (None, None, None, None, None)),
+        ({**STABLE, **SOFT}, True, (None, "identity", "none", None, None)),
+        ({**STABLE, **GROUPED}, True, ("weights", "identity", "none", "merge", None)),
+        (COSINE, False, (None, None, None, None, None)),
+        ({**COSINE, **GROUPED}, False, ("weights", "identity", "none", "merge", None)),
+        ({**COSINE, "temperature": "entropy"}, True, (None, None, None, None, None)),
     ],
     ids=str,
 )
@@ -415,6 +469,61 @@ def test_what_is_implied_and_which_recipes_read_text(values: dict[str, Any], cal
     recipe = Recipe.from_dict(values)
     assert (recipe.grouping, recipe.curvature, recipe.align, recipe.down, recipe.rank) == implied
     assert recipe.calibrated == calibrated
+
+
+@pytest.mark.parametrize(
+    ("values", "temperature"),
+    [
+        ({}, None),
+        (STABLE, None),
+        (COSINE, "norms"),
+        ({**COSINE, "method": "smoe"}, "norms"),
+        ({**COSINE, **SOFT}, "norms"),
+        ({**COSINE, **KRONECKER}, "norms"),
+        ({**COSINE, **GROUPED}, "norms"),
+        ({**COSINE, **CURVED}, "entropy"),
+        ({**COSINE, **SOFT, "align": "weights"}, "entropy"),
+        ({**COSINE, **FITTED}, "entropy"),
+        ({**COSINE, **GROUPED, "grouping": "outputs"}, "entropy"),
+        ({**COSINE, **CURVED, "temperature": "norms"}, "norms"),
+        ({**COSINE, **FITTED, "temperature": "norms"}, "norms"),
+        ({**COSINE, "temperature": "entropy"}, "entropy"),
+    ],
+    ids=str,
+)
+def test_how_sharp_a_cosine_router_is_where_nothing_is_said(values: dict[str, Any], temperature: str | None):
+    """As text says, where it is read anyway; what is implied makes no recipe read text that would not."""
+    recipe = Recipe.from_dict(values)
+    assert recipe.temperature == temperature
+    linear = {name: value for name, value in values.items() if name not in COSINE}
+    if "temperature" not in values and values.get("routing") != "stable":
+        assert recipe.calibrated == Recipe.from_dict(linear).calibrated
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+OF_ANY_TEXT: dict[str, Any] = {
+    **{"seed": 1, "calibration_data": "text.txt", "calibration_tokens": 4096, "calibrate": "before"},
+}
+
+
+@pytest.mark.parametrize("name", OF_ANY_TEXT)
+@pytest.mark.parametrize("method", ["namex-full", "camex", "smoe"])
+def test_routing_takes_the_fields_of_a_text_only_with_one(name: str, method: str):
+    field = {name: OF_ANY_TEXT[name], "method": method}
+    for reads in (STABLE, {**COSINE, "temperature": "entropy"}):
+        assert getattr(Recipe.from_dict({**reads, **field}), name) == OF_ANY_TEXT[name]
+    for reads_none in ({}, COSINE, {**COSINE, "temperature": "norms"}):
+        with pytest.raises(RecipeError, match=rf"^'{name}' belongs to"):
+            Recipe.from_dict({**reads_none, **field})
+
+
+@pytest.mark.parametrize("temperature", ["norms", "entropy"])
+@pytest.mark.parametrize("around", [{}, SOFT, GROUPED, FITTED, CURVED, {"method": "smoe"}], ids=str)
+def test_a_temperature_is_one_of_a_cosine_router(temperature: str, around: dict[str, Any]):
+    assert Recipe.from_dict({**around, **COSINE, "temperature": temperature}).temperature == temperature
+    for routing in ("linear", "stable"):
+        with pytest.raises(RecipeError, match=r"^'temperature' belongs to routing 'cosine'; found routing=" + routing):
+            Recipe.from_dict({**around, "routing": routing, "temperature": temperature})
 
 
 def test_equal_recipes_are_stored_alike():

@@ -15,7 +15,8 @@ from namex_hf.report.card import card
 from namex_hf.report.report import Report, layer_summary, layer_table
 from tests.report.conftest import FORMS
 
-NEEDS_CODE = ("qwen2_moe residual", "qwen2_moe smear", "deepseek residual", "deepseek camex", "deepseek grouped")
+STOCK = ("qwen2_moe grouped", "qwen2_moe calibrated", "qwen2_moe sparse", "deepseek as qwen2_moe")
+NEEDS_CODE = [form for form in FORMS if form not in STOCK]
 STATUS = {"agreement", "no_agreement", "no game", "own_base", "reused", "uniform"}
 
 
@@ -58,7 +59,8 @@ def test_the_report_holds_what_was_decided(patched: dict[str, Path], form: str):
     assert report.source["name"] == family
     assert report.source["commit"] is None
     assert report.source["fingerprint"] == report.run["source"]
-    layers = [] if recipe.method in ("smoe", "smear") else [0, 1, 2] if family == "qwen2_moe" else [1, 2]
+    untouched = recipe.method in ("smoe", "smear") and recipe.routing == "linear"
+    layers = [] if untouched else [0, 1, 2] if family == "qwen2_moe" else [1, 2]
     assert [layer["layer"] for layer in report.layers] == layers
     assert {"namex_hf", "python", "torch", "transformers"} <= set(report.versions)
     assert report.totals["bytes_in"] == report.source["bytes"]
@@ -149,3 +151,35 @@ def test_the_recipe_on_the_card_is_yaml_whatever_the_data_is_called():
     recipe = Recipe(merge="grouped", experts=5, fit="router", calibration_data="it's: mine #1.txt")
     made = card(example(run={"recipe": recipe.to_dict()}), {})
     assert yaml.safe_load(made.split("```yaml\n")[1].split("```")[0]) == recipe.to_dict()
+
+
+def test_routing_is_in_the_card_and_in_the_table_where_it_was_compared(patched: dict[str, Path]):
+    cards = {form: (folder / "README.md").read_text() for form, folder in patched.items()}
+    assert [form for form, text in cards.items() if "Routing `" in text] == ["qwen2_moe stable", "deepseek cosine"]
+    assert "a token's id decides" in cards["qwen2_moe stable"]
+    told = {"agreement with linear", "load entropy, linear", "load entropy"}
+    for form, folder in patched.items():
+        titles, rows = layer_table(report_of(folder))
+        assert told.intersection(titles) == (told if form == "qwen2_moe stable" else set()), form
+        if form == "qwen2_moe stable":
+            first = report_of(folder).layers[0]["routing"]
+            assert rows[0][titles.index("agreement with linear")] == f"{first['agreement']:.3f}"
+            assert rows[0][titles.index("load entropy")] == f"{first['load_entropy']:.3f}"
+    records = [{"agreement": 0.25, "load_entropy_linear": 0.5, "load_entropy": 0.75}] * 2
+    titles, rows = layer_table(report_of(patched["deepseek cosine"]).with_routing(records))
+    assert [row[titles.index("agreement with linear")] for row in rows] == ["0.250", "0.250"]
+
+
+def test_trainable_curvature_is_counted(patched: dict[str, Path]):
+    """Hidden size and width of the toys, 16 = 4 x 4 and 8 = 2 x 4, twice: rank 2."""
+    config = json.loads((patched["deepseek kronecker"] / "config.json").read_text())
+    assert (config["hidden_size"], config["moe_intermediate_size"]) == (16, 8)
+    each = 2 * 3 * (4**2 + 4**2 + 2**2 + 4**2)
+    layers = report_of(patched["deepseek kronecker"]).layers
+    counts = report_of(patched["deepseek kronecker"]).totals["curvature_parameters"]
+    assert counts == {"an expert": each, "in all": each * config["n_routed_experts"] * len(layers)}
+    assert all(
+        "curvature_parameters" not in report_of(folder).totals
+        for form, folder in patched.items()
+        if form != "deepseek kronecker"
+    )

@@ -136,7 +136,7 @@ def test_exact_answers_of_a_random_model_are_booleans(model: Any, tokenizer: Any
 def test_exact_answers_reads_what_is_generated(tokenizer: Any):
     problems = [{"question": f"How much is {n} and 1?", "answer": f"#### {n + 1}"} for n in (1, 20, 300)]
 
-    class Knowing:
+    class Knowing(torch.nn.Module):
         """Answers 2 to everything, and is asked in rows padded on the left."""
 
         device = torch.device("cpu")
@@ -144,6 +144,7 @@ def test_exact_answers_reads_what_is_generated(tokenizer: Any):
 
         def generate(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, **options: Any) -> torch.Tensor:
             assert options["do_sample"] is False
+            assert not self.training
             assert attention_mask[:, -1].all()
             self.prompts += tokenizer.batch_decode(input_ids, skip_special_tokens=True)
             said = tokenizer(["<<1+1=2>>\n#### 2"] * len(input_ids), return_tensors="pt").input_ids
@@ -151,4 +152,5 @@ def test_exact_answers_reads_what_is_generated(tokenizer: Any):
 
     model = Knowing()
     assert exact_answers(model, tokenizer, problems, batch=2) == [True, False, False]
+    assert model.training
     assert model.prompts == [f"Question: {problem['question']}\nAnswer:" for problem in problems]

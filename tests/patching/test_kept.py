@@ -38,7 +38,7 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import CalibrationError, CheckpointError, RecipeError
-from namex_hf.patching import curved
+from namex_hf.patching import blocks as patched_blocks
 from namex_hf.patching.patch import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
@@ -289,8 +289,8 @@ class Told:
         handle = block.register_forward_pre_hook(lambda module, arguments: given.append(arguments))
         self.patched(self.text, use_cache=False)
         handle.remove()
-        ((_, segments, _),) = given
-        self.found = block.routed(inputs.flatten(0, 1), segments, None).view(inputs.shape)
+        ((_, token_ids, segments, _),) = given
+        self.found = block.routed(inputs.flatten(0, 1), token_ids, segments, None).view(inputs.shape)
         self.inputs = double(inputs.flatten(0, 1))
         self.experts = experts_at(self.plain, layer)
 
@@ -380,8 +380,8 @@ def test_long_texts_go_in_batches(odd, words: Path, tmp_path: Path, monkeypatch:
     """Of whole sequences, the last one smaller: the same numbers up to rounding."""
     source, recipe = odd("deepseek", torch.float32, tokenizer=True), recipe_on(words, **CURVED)
     results = []
-    for tokens in (curved.BATCH_TOKENS, 200, 1):  # of sequences of 64
-        monkeypatch.setattr(curved, "BATCH_TOKENS", tokens)
+    for tokens in (patched_blocks.BATCH_TOKENS, 200, 1):  # of sequences of 64
+        monkeypatch.setattr(patched_blocks, "BATCH_TOKENS", tokens)
         report = patch_checkpoint(source, tmp_path / f"{tokens}", recipe)
         written, layers = read_tensors(tmp_path / f"{tokens}"), [layer["layer"] for layer in report.layers]
         stored = [stored_curvature(written, layer) for layer in layers]

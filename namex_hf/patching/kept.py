@@ -1,4 +1,5 @@
-"""``merge: soft`` on calibration text: experts in a common order, and the curvature of what they hear."""
+"""Recipes that keep the experts, on calibration text: under ``soft`` their curvature and common order, and routers in
+another form under any."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -10,21 +11,20 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from ..calibration.decoder import BATCH_TOKENS, on_meta
 from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
-from ..families import PROJECTIONS, Config, Family
+from ..families import PROJECTIONS, Config
 from ..merging.alignment import layer_orders, permuted
 from ..merging.base import own_base
 from ..merging.directions import layer_curvature
 from ..merging.experts import Base, Experts, grams
 from ..merging.propagation import Walk, propagate
 from ..merging.record import cosines
-from ..models.configuration_namex import soft_choice
-from ..models.soft_segments import History, plan_segments
 from ..recipe import Recipe
+from .added import kronecker_tensors, router_tensors
+from .blocks import Blocks, block_tensors
 from .finite import check_finite
 from .layer import read_shared
 from .on_text import Heard, Source, Tell, heard_layers, resumed, source_of, told
@@ -34,55 +34,18 @@ from .walk import Advance, carried_items, carry_over, packs_of_added, propagatio
 
 
 @dataclass(frozen=True)
-class Curved:
+class Kept:
     """A MoE layer that is finished."""
 
     layer: int
     orders: torch.Tensor  # of its experts' neurons, int64 [experts, width]
-    tensors: dict[str, torch.Tensor]  # in the experts' dtype: base.gate_proj ..., curvature.usage ...
+    tensors: dict[str, torch.Tensor]  # base.gate_proj ..., curvature.usage ..., cosine_router.scale ...
     cosines: torch.Tensor
     record: dict[str, Any]
     stream: Stream
 
 
-class SoftBlocks:
-    """The MoE blocks of the patched model itself, one with tensors at a time.
-
-    Memory: nothing but the tensors that it is given, and a batch's merged experts.
-    """
-
-    def __init__(self, config: Config, family: Family) -> None:
-        """
-        Args:
-            config: ``config.json`` of the patched model.
-        """
-        choice = soft_choice(config["namex"])
-        assert choice is not None
-        self.model, self.family, self.choice = on_meta(config), family, choice
-
-    @torch.no_grad()
-    def output(self, layer: int, tensors: dict[str, torch.Tensor], inputs: torch.Tensor, length: int) -> torch.Tensor:
-        """The routed output to sequences, ``[tokens, hidden]`` as `inputs`, which are float32.
-
-        Args:
-            tensors: of the block, by their names in it; their dtype is that of the arithmetic.
-            length: of a sequence.
-        """
-        block: Any = self.model.get_submodule(self.family.block(layer))
-        block.load_state_dict(tensors, strict=False, assign=True)
-        dtype, output = tensors["gate.weight"].dtype, torch.empty_like(inputs)
-        step = max(1, BATCH_TOKENS // length) * length
-        for start in range(0, len(inputs), step):
-            flat = inputs[start : start + step]
-            real = torch.ones(len(flat) // length, length, dtype=torch.bool, device=flat.device)
-            history = History.empty(len(real), flat.device)
-            segments, _ = plan_segments(history, real, None, self.choice.segment, self.choice.span, keep=False)
-            output[start : start + step] = block.routed(flat.to(dtype), segments, None)
-        block.to("meta")
-        return output
-
-
-def curve_layers(
+def keep_layers(
     source: Source,
     shared: Callable[[int], Base],
     patched: Config,
@@ -90,7 +53,7 @@ def curve_layers(
     text: CalibrationText,
     stream: Stream | None,
     tell: Tell,
-) -> Iterator[Curved]:
+) -> Iterator[Kept]:
     """Take the text, and the base expert where there is one, through the MoE layers.
 
     Args:
@@ -101,39 +64,43 @@ def curve_layers(
     Memory: what `heard_layers` and the walk of the base expert say, two thirds of a layer's experts again in the
     layout of the model's class, and outputs, twice ``[tokens, hidden]`` in float32.
     """
-    blocks, walk = SoftBlocks(patched, source.family), None if stream is None else stream.walk
+    blocks, walk = Blocks(patched, source.family), None if stream is None else stream.walk
     for heard in heard_layers(source, recipe, text, stream, tell):
         layer, mixture = heard.layer, heard.mixture
         with source.named(layer):
-            made, walk = _curve(source, partial(shared, layer), recipe, heard, walk, partial(tell, layer))
+            made, walk = _keep(source, partial(shared, layer), recipe, heard, walk, partial(tell, layer))
+        norm = source.read(source.family.router_norm(layer))
+        routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids)
+        made = replace(made, tensors=made.tensors | routers)
         wanted = mixture.output(heard.text.inputs, heard.text.routing)
-        length = text.ids.shape[1]
-        output = blocks.output(layer, _block(mixture.experts, mixture.router, made.tensors), heard.text.inputs, length)
+        with blocks.filled(layer, block_tensors(mixture.experts, mixture.router, made.tensors), recipe.device) as block:
+            output = blocks.output(block, heard.text.inputs, text.ids)
+            routing = blocks.compared(block, heard.text, text.ids)
         error = float((output - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo().tiny))
         hidden = heard.passed_on(output if recipe.calibrate == "after" else wanted)
         record = {
             "layer": layer,
             **made.record,
-            "errors": [{"stage": "soft", "error": error}],
+            **routing,
+            "errors": [{"stage": recipe.merge, "error": error}],
             "seconds": heard.seconds,
         }
         yield replace(made, record=record, stream=Stream(layer + 1, hidden, walk))
         del heard, mixture, made, wanted, output  # before the next layer is read
 
 
-def _curve(
+def _keep(
     source: Source,
     shared: Callable[[], Base],
     recipe: Recipe,
     heard: Heard,
     walk: Walk | None,
     tell: Callable[[str], None],
-) -> tuple[Curved, Walk | None]:
+) -> tuple[Kept, Walk | None]:
     """A layer without the record's end and the stream, and the base expert on its way to the next."""
-    assert recipe.align is not None
     text, activation, experts = heard.text, heard.mixture.activation, dict(heard.mixture.experts)
     count, dtype = len(experts["gate_proj"]), experts["gate_proj"][0].dtype
-    orders = layer_orders(experts, recipe.align, text.inputs, text.routing, activation)
+    orders = layer_orders(experts, recipe.align or "none", text.inputs, text.routing, activation)
     reorder(experts, orders)
     tell("aligned")
     usage, mass = text.routing.count(count).tolist(), text.routing.mass(count).tolist()
@@ -149,12 +116,14 @@ def _curve(
     else:
         nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
         alike = cosines(grams(experts, nothing, "expert", recipe.device))
-    if recipe.rank is not None:
+    tensors |= kronecker_tensors(recipe, source.shape, heard.layer, dtype)
+    if recipe.curvature == "calibrated":
+        assert recipe.rank is not None
         found = layer_curvature(experts, text.inputs, text.routing, activation, recipe.rank, recipe.ridge)
         tensors |= {f"curvature.{name}": tensor.to(dtype) for name, tensor in found.tensors().items()}
         record["explained"] = [round(part.explained, 4) for part in (found.inputs, found.neurons)]
         tell("curvature")
-    return Curved(heard.layer, orders, tensors, alike, record, Stream(heard.layer + 1, heard.tapped.rest)), walk
+    return Kept(heard.layer, orders, tensors, alike, record, Stream(heard.layer + 1, heard.tapped.rest)), walk
 
 
 def reorder(experts: Experts, orders: torch.Tensor) -> None:
@@ -164,41 +133,28 @@ def reorder(experts: Experts, orders: torch.Tensor) -> None:
             experts[name][number].copy_(matrix)
 
 
-def _block(experts: Experts, router: torch.Tensor, made: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a block of the patched class, by their names in it, in one dtype as in a loaded model."""
-    down = torch.as_tensor(experts["down_proj"])
-    tensors = {
-        "gate.weight": router.to(down.dtype),
-        "experts.gate_up_proj": torch.cat([torch.as_tensor(experts[name]) for name in PROJECTIONS[:2]], dim=1),
-        "experts.down_proj": down,
-    }
-    for name, tensor in made.items():
-        kind, _, part = name.partition(".")
-        tensors[f"base_expert.{part}.weight" if kind == "base" else name] = tensor
-    return tensors
-
-
-def patch_curved(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
     """Read the text through all layers, then write all shards; returns the weight map (tensor name to file name)."""
     check_finite(plan, advance)
-    curve_checkpoint(plan, state, advance)
+    keep_checkpoint(plan, state, advance)
     packs = packs_of_added(plan)
     carried = len(plan.checkpoint.shards)
     names = shard_names(carried + len(packs))
     with Reader() as reader:
-        items_of = carried_items if plan.recipe.align == "none" else partial(reordered_items, state, reader)
+        in_order = plan.recipe.align in (None, "none")
+        items_of = carried_items if in_order else partial(reordered_items, state, reader)
         carry_over(plan, folder, names[:carried], advance, Event(), items_of)
     write_added(plan, folder, state, packs, names[carried:])
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
 
-def curve_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
+def keep_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
     stream = resumed(plan, state, advance)
     with Reader() as reader:
         source, shared = source_of(plan, reader), partial(read_shared, plan, reader)
-        for made in curve_layers(source, shared, plan.config(), plan.recipe, plan.text, stream, partial(told, advance)):
+        for made in keep_layers(source, shared, plan.config(), plan.recipe, plan.text, stream, partial(told, advance)):
             usage = torch.tensor(made.record["usage"])
             tensors = {**made.tensors, "new.orders": made.orders, "cosines": made.cosines, "usage": usage}
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})

@@ -1,0 +1,125 @@
+"""Trainable curvature of ``merge: soft``: M_i of NAMEx eq. 2 and 9 as a sum of Kronecker products, as CAMEx has it.
+
+For a matrix tau ``[rows, columns]``
+
+    M(tau) = sum_r (A1_r x A2_r) tau (B1_r x B2_r)^T
+
+with ``x`` the Kronecker product, A1 and A2 of the divisors of `rows` that are nearest to its square root, B1 and B2 of
+those of `columns` (2048 = 32 x 64, 1408 = 32 x 44): at rank 1 an expert of that size has 24,240 such numbers.
+
+It starts as the identity at any rank: the first product is I, and each other one has ``B2 = 0`` and the rest random.
+(CAMEx's code starts all of them at I, so at `rank` times the identity; scaled by 1/rank that is the identity too, but
+then all products have one gradient and stay equal for good.)
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+
+def factor_pair(size: int) -> tuple[int, int]:
+    """The two divisors of `size` that are nearest to its square root, the smaller first."""
+    smaller = next(divisor for divisor in range(math.isqrt(size), 0, -1) if size % divisor == 0)
+    return smaller, size // smaller
+
+
+def kronecker_parameters(hidden: int, width: int, rank: int) -> int:
+    """Numbers of one expert's curvature, of its three matrices."""
+    return 3 * rank * sum(side * side for size in (hidden, width) for side in factor_pair(size))
+
+
+class Factors(NamedTuple):
+    """M_i of one kind of matrix, of every expert: A1, A2, B1, B2, each ``[experts, rank, side, side]``."""
+
+    left_outer: torch.Tensor
+    left_inner: torch.Tensor
+    right_outer: torch.Tensor
+    right_inner: torch.Tensor
+
+    def of(self, used: torch.Tensor | None) -> "Factors":
+        """Those of some experts; None: all."""
+        return self if used is None else Factors(*(factor[used] for factor in self))
+
+
+Kronecker = tuple[Factors, Factors, Factors]
+"""Of gate, up and down."""
+
+
+def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """``M_i(tau_i)`` of every expert, ``[experts, rows, columns]``.
+
+    Memory: besides the result, `tau` twice; with gradients four times for every rank.
+    """
+    count, rows, columns = tau.shape
+    total = None
+    for a1, a2, b1, b2 in zip(*(factor.to(tau.dtype).unbind(1) for factor in factors), strict=True):
+        (outer, inner), (left, right) = (a1.shape[-1], a2.shape[-1]), (b1.shape[-1], b2.shape[-1])
+        term = tau.reshape(count, rows * left, right) @ b2.mT
+        term = b1[:, None] @ term.view(count, rows, left, right)
+        term = a2[:, None] @ term.view(count, outer, inner, columns)
+        term = a1 @ term.view(count, outer, inner * columns)
+        total = term if total is None else total + term
+    assert total is not None
+    return total.view(count, rows, columns).to(tau.dtype)  # autocast multiplies in another
+
+
+class KroneckerProducts(nn.Module):
+    """The trainable M_i of one kind of matrix, ``[rows, columns]``. Its forward hands them out.
+
+    Through a forward, so that wrappers (PEFT's ``modules_to_save``, offloading) act on what is handed out.
+    """
+
+    def __init__(self, experts: int, rows: int, columns: int, rank: int):
+        super().__init__()
+        for name, side in zip(Factors._fields, (*factor_pair(rows), *factor_pair(columns)), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.empty(experts, rank, side, side)))
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The identity. What a checkpoint has filled stays."""
+        for name, factor in self.named_parameters():
+            init.copy_(factor, identity(factor, name == "right_inner", generator))
+
+    def forward(self, like: torch.Tensor) -> Factors:
+        """Args: like, a tensor of the pass, which wrappers look at."""
+        return Factors(*(getattr(self, name) for name in Factors._fields))
+
+
+class KroneckerCurvature(nn.Module):
+    """A layer's trainable M_i, as ``{gate,up,down}_proj.{left,right}_{outer,inner}``."""
+
+    def __init__(self, experts: int, hidden: int, width: int, rank: int):
+        super().__init__()
+        self.gate_proj = KroneckerProducts(experts, width, hidden, rank)
+        self.up_proj = KroneckerProducts(experts, width, hidden, rank)
+        self.down_proj = KroneckerProducts(experts, hidden, width, rank)
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """The identity."""
+        for products in (self.gate_proj, self.up_proj, self.down_proj):
+            products.reset_parameters(generator)
+
+    def forward(self, like: torch.Tensor) -> Kronecker:
+        """Of gate, up and down. Args: like, a tensor of the pass, which wrappers look at."""
+        return self.gate_proj(like), self.up_proj(like), self.down_proj(like)
+
+
+def identity(like: torch.Tensor, zeroed: bool, generator: torch.Generator | None = None) -> torch.Tensor:
+    """What a factor ``[experts, rank, side, side]`` starts as: I in the first product, in the others as above.
+
+    Args:
+        zeroed: whether it is the factor that keeps the other products at zero.
+    """
+    experts, rank, side, _ = like.shape
+    start = torch.zeros(experts, rank, side, side, device=like.device)
+    if not zeroed and rank > 1 and not like.is_meta:
+        start.normal_(std=1 / math.sqrt(side), generator=generator)
+    if not like.is_meta:
+        start[:, 0] = torch.eye(side, device=like.device)
+    return start.to(like.dtype)
+
+
+__all__ = ["Factors", "Kronecker", "KroneckerCurvature", "KroneckerProducts", "curved", "kronecker_parameters"]

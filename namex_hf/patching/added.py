@@ -1,0 +1,122 @@
+"""What a MoE block has more than before, the base expert and measured curvature aside: routers in another form, and
+curvature that is still to be trained."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from ..families import Config, Family, MoeShape
+from ..merging.calibrated import Text
+from ..merging.routers import assignment, cosine_form, cosines, scale_by_entropy, scale_by_norms
+from ..merging.routing import Routing, route
+from ..models.soft_kronecker import KroneckerCurvature, kronecker_parameters
+from ..recipe import Recipe
+
+KINDS = ("base", "curvature", "cosine_router", "stable_router")
+"""How names of added tensors begin, before the part that they are."""
+
+
+def patched_config(config: Config, family: Family, shape: MoeShape, recipe: Recipe) -> dict[str, Any]:
+    """``config.json`` of the result, before code is added to it or it is written in another family's form."""
+    result = {**config, "namex": recipe.to_dict()}
+    if recipe.experts is not None:
+        result[family.experts_field] = recipe.experts
+        result["num_experts_per_tok"] = min(shape.top_k, recipe.experts)
+    if recipe.own_class:
+        result["model_type"] = family.patched_type
+    return result
+
+
+def router_tensors(
+    recipe: Recipe,
+    router: torch.Tensor,
+    norm: torch.Tensor,
+    config: Config,
+    text: Text | None = None,
+    ids: torch.Tensor | None = None,
+) -> dict[str, torch.Tensor]:
+    """A router in the form that the recipe asks for, by the names of its parts in the block; none where it is linear.
+
+    Args:
+        router: ``[experts, hidden]``, the linear one of the patched layer.
+        norm: ``[hidden]``, of the norm before it.
+        config: of the patched model.
+        text: as the layer hears it; None: no text is read.
+        ids: of its tokens, ``[sequences, length]``.
+
+    Memory: float32 ``[tokens, experts]`` a few times.
+    """
+    if recipe.routing == "cosine":
+        projection, embeddings = cosine_form(router)
+        if recipe.temperature == "norms":
+            scale = scale_by_norms(router, norm)
+        else:
+            assert text is not None
+            logits = text.inputs @ router.to(text.inputs).T
+            scale = scale_by_entropy(logits, cosines(text.inputs, projection, embeddings))
+        parts = {"projection": projection, "embeddings": embeddings, "scale": torch.tensor([scale])}
+        return {f"cosine_router.{name}": tensor.to(router.dtype) for name, tensor in parts.items()}
+    if recipe.routing == "stable":
+        assert text is not None
+        assert ids is not None
+        routing = route(text.inputs, router.to(text.inputs), assigned_top_k(recipe, config), renormalises=False)
+        ids = ids.to(routing.index.device)
+        learnt = ~text.held_out.to(ids.device)
+        tokens = learnt.repeat_interleave(ids.shape[1])
+        learnt_routing = Routing(routing.index[tokens], routing.value[tokens])
+        table = assignment(ids[learnt].flatten(), learnt_routing, len(router), config["vocab_size"])
+        return {"stable_router.assignment": table.cpu()}
+    return {}
+
+
+def assigned_top_k(recipe: Recipe, config: Config) -> int:
+    """How many experts ``routing: stable`` assigns to an id."""
+    return recipe.top_k or config["num_experts_per_tok"]
+
+
+def kronecker_tensors(recipe: Recipe, shape: MoeShape, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The start of a trainable curvature, by the names of its parts in the block; none where the recipe has none."""
+    if recipe.curvature != "kronecker":
+        return {}
+    assert recipe.rank is not None
+    curvature = KroneckerCurvature(shape.experts, shape.hidden, shape.width, recipe.rank)
+    curvature.reset_parameters(torch.Generator().manual_seed((recipe.seed + layer) % (1 << 63)))
+    return {f"curvature.{name}": tensor.to(dtype) for name, tensor in curvature.state_dict().items()}
+
+
+def router_bytes(recipe: Recipe, shape: MoeShape, kept: int, config: Config, dtype: torch.dtype) -> int:
+    """Bytes of a layer's `router_tensors`."""
+    if recipe.routing == "stable":
+        return config["vocab_size"] * assigned_top_k(recipe, config) * torch.int32.itemsize
+    return sum(map(math.prod, cosine_shapes(recipe, kept, shape.hidden).values())) * dtype.itemsize
+
+
+def cosine_shapes(recipe: Recipe, kept: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a layer's `router_tensors` under routing ``cosine``."""
+    if recipe.routing != "cosine":
+        return {}
+    rank = min(kept, hidden)
+    shapes = {"projection": (rank, hidden), "embeddings": (kept, rank), "scale": (1,)}
+    return {f"cosine_router.{name}": shape for name, shape in shapes.items()}
+
+
+def curvature_bytes(recipe: Recipe, shape: MoeShape, dtype: torch.dtype) -> int:
+    """Bytes of a layer's curvature under ``soft``, measured or to be trained."""
+    if recipe.rank is None:
+        return 0
+    if recipe.curvature == "kronecker":
+        return shape.experts * kronecker_parameters(shape.hidden, shape.width, recipe.rank) * dtype.itemsize
+    return shape.experts * (3 + recipe.rank * (shape.hidden + shape.width)) * dtype.itemsize
+
+
+def by_block_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Added tensors by their names in the block."""
+    return {block_name(name): tensor for name, tensor in tensors.items()}
+
+
+def block_name(name: str) -> str:
+    """Where in a block a tensor belongs that is called ``base.gate_proj``, ``curvature.usage`` ..."""
+    kind, _, part = name.partition(".")
+    return f"base_expert.{part}.weight" if kind == "base" else name

@@ -1,0 +1,91 @@
+"""The MoE blocks of the patched model itself, at work on calibration text while the checkpoint is still being made."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ..calibration.decoder import BATCH_TOKENS, on_meta
+from ..families import PROJECTIONS, Config, Family
+from ..merging.calibrated import Text
+from ..merging.experts import Experts
+from ..models.configuration_namex import soft_choice
+from ..models.soft_segments import History, plan_segments
+from .added import by_block_name
+from .compared import compared
+
+
+def block_tensors(experts: Experts, router: torch.Tensor, added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a block of the patched class, by their names in it, in one dtype as in a loaded model."""
+    down = torch.as_tensor(experts["down_proj"])
+    return {
+        "gate.weight": router.to(down.dtype),
+        "experts.gate_up_proj": torch.cat([torch.as_tensor(experts[name]) for name in PROJECTIONS[:2]], dim=1),
+        "experts.down_proj": down,
+        **{n: t.to(down.dtype) if t.is_floating_point() else t for n, t in by_block_name(added).items()},
+    }
+
+
+class Blocks:
+    """One block with tensors at a time.
+
+    Memory: nothing but the tensors that it is given, and what a batch takes: under ``soft`` its merged experts.
+    """
+
+    def __init__(self, config: Config, family: Family) -> None:
+        """
+        Args:
+            config: ``config.json`` of the patched model.
+        """
+        self.model, self.family, self.choice = on_meta(config), family, soft_choice(config["namex"])
+
+    @contextmanager
+    def filled(self, layer: int, tensors: dict[str, torch.Tensor], device: str) -> Iterator[Any]:
+        """The block of a layer, with `block_tensors`, on a device."""
+        block: Any = self.model.get_submodule(self.family.block(layer))
+        block.load_state_dict({name: t.to(device) for name, t in tensors.items()}, strict=False, assign=True)
+        try:
+            yield block
+        finally:
+            block.to("meta")
+
+    @torch.no_grad()
+    def output(self, block: Any, inputs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The routed output to sequences, ``[tokens, hidden]`` as `inputs`, which are float32.
+
+        Args:
+            block: from `filled`; the dtype of its tensors is that of the arithmetic.
+            ids: ``[sequences, length]``.
+        """
+        count, length = max(1, BATCH_TOKENS // ids.shape[1]), ids.shape[1]
+        output = torch.empty_like(inputs)
+        parts = zip(inputs.split(count * length), output.split(count * length), ids.split(count), strict=True)
+        for some, answer, rows in parts:
+            rows = rows.to(inputs.device)
+            answer.copy_(block.routed(some.to(block.gate.weight.dtype), rows, *self._layout(rows)))
+        return output
+
+    def _layout(self, ids: torch.Tensor) -> tuple[Any, ...]:
+        """What a block that merges by segments takes besides."""
+        if self.choice is None:
+            return ()
+        real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
+        history = History.empty(len(ids), ids.device)
+        return plan_segments(history, real, None, self.choice.segment, self.choice.span, keep=False)[0], None
+
+    def compared(self, block: Any, text: Text, ids: torch.Tensor) -> dict[str, Any]:
+        """``routing``, for the layer's record; nothing where it is linear.
+
+        Under ``stable`` on the sequences that are held out; a cosine router learns one number of the text, so on all.
+
+        Args:
+            ids: ``[sequences, length]``.
+        """
+        if block.routing == "linear":
+            return {}
+        inputs, ids = text.inputs, ids.to(text.inputs.device)
+        if block.routing == "stable":
+            inputs = inputs[text.held_out.repeat_interleave(ids.shape[1])]
+            ids = ids[text.held_out]
+        return {"routing": compared(block, inputs, ids.flatten())}

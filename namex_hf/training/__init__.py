@@ -1,0 +1,1 @@
+"""Training: what is learnt while a patched model is fine-tuned."""
