@@ -17,7 +17,7 @@ demo: $(READY)  ## patch the packaged model, compare the methods, let it talk
 	$(BIN)/python examples/talk.py out/tiny
 
 test: $(READY)  ## the whole suite, no network and no accelerator needed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -130,7 +130,8 @@ def _patch(options: argparse.Namespace) -> int:
         return 0
     if folder.complete:
         run_plan(plan, options.out, overwrite=options.overwrite)
-        console.print(f"{escape(str(options.out))} is complete: this model was patched with this recipe before")
+        said = f"{escape(str(options.out))} is complete: this model was patched with this recipe before"
+        console.print(said, soft_wrap=True)
         return 0
     columns = (
         TextColumn("{task.description:>16}"),

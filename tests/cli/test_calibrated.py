@@ -166,6 +166,7 @@ def test_the_dry_run_reads_no_tensor_and_no_text(
         monkeypatch.setattr(Reader, name, no)
     monkeypatch.setattr(patching_text, "calibration_text", no)
     monkeypatch.setattr(patching_text.AutoTokenizer, "from_pretrained", no)
+    monkeypatch.setenv("COLUMNS", "400")  # the temporary folder's name may be long
     before = set(tmp_path.rglob("*"))
     assert ran(speaking, "--out", tmp_path / "out", *FIT, "--calibration-data", prose, "--dry-run") == 0
     said = flat(capsys.readouterr().out)
