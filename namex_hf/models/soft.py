@@ -135,7 +135,7 @@ class SoftExperts(Qwen2MoeExperts):
                 gate_up, down, used = gate_up[some], down[some], some
         of_inputs = of_neurons = None
         if curvature is not None and len(curvature) == 3:
-            gate_up, down = self._curved(gate_up, down, base, curvature, used)
+            gate_up, down = self.deltas(gate_up, down, base, curvature, used)
             rest = torch.ones_like(rest)
         elif curvature is not None:
             of_inputs, of_neurons = curvature
@@ -158,7 +158,7 @@ class SoftExperts(Qwen2MoeExperts):
         gate_ups, downs = zip(*parts, strict=True)
         return torch.cat(outputs), (torch.cat(gate_ups), torch.cat(downs))
 
-    def _curved(
+    def deltas(
         self,
         gate_up: torch.Tensor,
         down: torch.Tensor,
@@ -166,7 +166,7 @@ class SoftExperts(Qwen2MoeExperts):
         curvature: Kronecker,
         used: torch.Tensor | None,
     ) -> Merged:
-        """``M_i (E_i - E_m)``, in the layout of the experts."""
+        """``M_i (E_i - E_m)``, in the layout of the experts; without a base expert ``M_i E_i``."""
         if base is not None:
             gate_up, down = gate_up - base[0], down - base[1]
         of_gate, of_up, of_down = (factors.of(used) for factors in curvature)
@@ -252,7 +252,7 @@ class SoftRouting(ChosenRouting):
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
             curvature = None if self.curvature is None else self.curvature(flat)
-            output, merged = self.experts(tokens, shares, self._base(flat), carried, segments.keep, curvature)
+            output, merged = self.experts(tokens, shares, self.base(flat), carried, segments.keep, curvature)
         elif carried is not None:
             output, merged = swiglu(tokens, carried, self.activation), carried
             if segments.keep is not None:
@@ -264,7 +264,8 @@ class SoftRouting(ChosenRouting):
         output = output.flatten(0, 1)[segments.place]
         return output.new_zeros(flat.shape).index_copy(0, segments.tokens, output)
 
-    def _base(self, like: torch.Tensor) -> Merged | None:
+    def base(self, like: torch.Tensor) -> Merged | None:
+        """The base expert's matrices, in the layout of the experts; None: there is none. Args: like, for an adapter."""
         if not self.has_base:
             return None
         expert = self.base_expert

@@ -1,1 +1,1 @@
-"""Training: what is learnt while a patched model is fine-tuned."""
+"""Training: what is learnt while a patched model is fine-tuned, and what becomes of it."""
