@@ -28,6 +28,10 @@ class CalibrationError(NamexError):
     """Calibration data that cannot be found or read, or too little of it."""
 
 
+class TrainingError(NamexError):
+    """A training run that cannot start, or data that it cannot read."""
+
+
 class MissingExtraError(NamexError):
     """A choice that needs packages which are not installed; the message names the extra that brings them."""
 

@@ -30,4 +30,11 @@ def family_of(config: Config) -> Family:
     raise FamilyError(f"model_type {found!r} is not a supported family; accepted: {supported}")
 
 
-__all__ = ["FAMILIES", "PROJECTIONS", "Config", "Family", "MoeShape", "Reexpression", "family_of"]
+def original_family(config: Config) -> Family:
+    """As `family_of`, of a model that may be patched."""
+    originals = {family.patched_type: family.model_type for family in FAMILIES.values()}
+    found = config.get("model_type")
+    return family_of({**config, "model_type": originals.get(str(found), found)})
+
+
+__all__ = ["FAMILIES", "PROJECTIONS", "Config", "Family", "MoeShape", "Reexpression", "family_of", "original_family"]

@@ -73,6 +73,7 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
         # transformers looks up by the class's name what to record, and enters it only when a model is constructed;
         # without this router_logits would be missing and the auxiliary loss with it.
         _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
+        part._no_split_modules = set(type(part)._no_split_modules)  # collected when it was constructed, by class name
     for layer in model.model.layers:
         layer.__class__ = layer_class
         mlp: Any = layer.mlp

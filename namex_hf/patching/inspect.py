@@ -4,7 +4,7 @@ from typing import Any
 
 from ..checkpoint.layout import per_expert
 from ..checkpoint.source import Checkpoint
-from ..families import FAMILIES, family_of
+from ..families import original_family
 
 
 def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -14,9 +14,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         FamilyError, CheckpointError: the checkpoint is none that could be patched or was.
     """
     config = checkpoint.config
-    originals = {family.patched_type: name for name, family in FAMILIES.items()}
-    found = config.get("model_type")
-    family = family_of({**config, "model_type": originals[found]} if found in [*originals] else config)
+    family = original_family(config)
     shape = family.shape(config)
     spans = per_expert(checkpoint, family, shape)
     kinds = {

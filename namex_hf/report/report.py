@@ -22,6 +22,7 @@ class Report:
     totals: dict[str, Any]
     versions: dict[str, str] = field(default_factory=lambda: versions())
     perplexity: dict[str, dict[str, float]] | None = None  # domain -> before, after
+    training: dict[str, Any] | None = None  # what was trained on what, and what came of it
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -39,9 +40,9 @@ class Report:
         return replace(self, perplexity=perplexity)
 
 
-def versions() -> dict[str, str]:
+def versions(*more: str) -> dict[str, str]:
     """Versions of what the numbers depend on."""
-    found = {name: importlib.metadata.version(name) for name in LIBRARIES}
+    found = {name: importlib.metadata.version(name) for name in (*LIBRARIES, *more)}
     return {"namex_hf": __version__, "python": platform.python_version(), **found}
 
 

@@ -80,11 +80,12 @@ def freeze(model: Any) -> Student:
 
 
 class StageOne:
-    """Mixin for `transformers.Trainer` and what derives from it, such as TRL's: `begin`, with an optimiser for both.
+    """Mixin for `transformers.Trainer`: `begin`, with an optimiser for both.
 
     What it adds is part of the model's loss, so it needs a trainer that minimises this: no label smoothing, no loss of
-    its own. What evaluation reports is the model's loss alone. Checkpoints hold the student: a run is resumed with the
-    model loaded from the checkpoint that it is resumed from. Under an adapter they do not.
+    its own (TRL's `SFTTrainer` has one). What evaluation reports is the model's loss alone. Checkpoints hold the
+    student: a run is resumed with the model loaded from the checkpoint that it is resumed from. Under an adapter they
+    do not.
 
     Args:
         student_learning_rate: of the student, which starts from nothing; `learning_rate` is the model's. Both follow

@@ -1,0 +1,132 @@
+"""The bargain goes on while a patched model is trained: its base expert walks again through the experts as they are."""
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..errors import TrainingError
+from ..families import PROJECTIONS, original_family
+from ..merging.experts import Base, NotFiniteError
+from ..merging.propagation import Walk, propagate
+from ..patching.threads import shared_out
+from ..patching.walk import propagation_of
+from ..recipe import Recipe
+from .gathered import base_of, experts_of, gathered, write_base
+
+
+@dataclass(frozen=True)
+class Settled:
+    """One layer's games over the experts as they are now."""
+
+    layer: int
+    record: list[dict[str, Any]]
+    """Of every game, as a report has it."""
+    cosines: torch.Tensor
+    """Between the players of every game, float32 ``[games, N, N]``."""
+    drift: float | None
+    """How far training had taken the layer's base from where it now is, relative to its norm; None where it stayed."""
+
+
+@torch.no_grad()
+def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
+    """Solve the games of all layers again, and let the base expert walk on through them (paper eq. 6 and 9).
+
+    The walk begins with the first MoE layer's base as it was trained. Every later layer's base is overwritten with what
+    the walk brings; what gradients had made of it is gone, and reported as its drift. What adapters add to experts
+    counts. Under ``method: camex`` nothing walks, and no base changes.
+
+    Args:
+        model: a patched one of transformers, as the trainer has it: under an adapter, sharded (FSDP2, DeepSpeed
+            ZeRO-3; on every process, and not before the first pass) or not.
+        recipe: of the model.
+        write: False: the games are played around the bases as they are, and none is changed.
+
+    Memory: one decoder layer whole, where it is sharded; a copy of its experts, where an adapter acts on them; the base
+    three times in float32, and chunks.
+
+    Raises:
+        TrainingError: an expert is not finite any more.
+    """
+    model = getattr(model, "get_base_model", lambda: model)()
+    config = model.config.to_dict()
+    choice = propagation_of(recipe)
+    settled: list[Settled] = []
+    walk = None
+    with shared_out():
+        for position, index in enumerate(original_family(config).shape(config).layers):
+            layer = model.model.layers[index]
+            with gathered(layer):
+                experts, trained = experts_of(layer.mlp), base_of(layer.mlp)
+                own = walk is None or not write
+                if walk is None or not write:
+                    walk = Walk(trained)
+                device = str(trained["gate_proj"].device)
+                try:
+                    step = propagate(experts, walk, replace(choice, device=device), position)
+                except NotFiniteError as error:
+                    raise TrainingError(f"layer {index}, {error}: training has diverged") from error
+            drift = None if own else distance(trained, walk.base)
+            if not own:
+                write_base(layer.mlp, walk.base)
+            settled.append(Settled(index, step.record, step.cosines, drift))
+            walk = step.walk
+    return settled
+
+
+def distance(found: Base, wanted: Base) -> float:
+    """``|found - wanted| / |wanted|`` over all projections; infinite where nothing but zeros is wanted."""
+    moved = sum(float((found[name] - wanted[name]).square().sum()) for name in PROJECTIONS)
+    norm = sum(float(wanted[name].square().sum()) for name in PROJECTIONS)
+    return math.sqrt(moved / norm) if norm else math.inf
+
+
+def summary(settled: list[Settled]) -> dict[str, float]:
+    """The state of the bargain in a few numbers, for a log.
+
+    The largest spread of a game's weights (standard deviation over mean) and the largest residual, over all games; the
+    mean drift over layers; and the share of games without agreement.
+    """
+    games = [game for layer in settled for game in layer.record]
+    found: dict[str, list[float]] = {
+        "bargain/spread": [game["spread"] for game in games if game["spread"] is not None],
+        "bargain/residual": [game["residual"] for game in games if game["residual"] is not None],
+    }
+    drifts = [layer.drift for layer in settled if layer.drift is not None]
+    values = {name: max(numbers) for name, numbers in found.items() if numbers}
+    if drifts:
+        values["bargain/drift"] = sum(drifts) / len(drifts)
+    refused = sum(game["status"] == "no_agreement" for game in games)
+    return values | {"bargain/no_agreement": refused / len(games)}
+
+
+class BargainCallback(TrainerCallback):
+    """Solves and propagates again after every n-th optimiser step.
+
+    It holds no state that a checkpoint would have to keep: where it acts follows from the number of the step, and what
+    it does from the parameters.
+
+    Args:
+        recipe: of the model that is trained.
+        every: n, at least 1.
+
+    Attributes:
+        state: numbers of the last time, see `summary`, until they are logged.
+        seconds: spent so far.
+    """
+
+    def __init__(self, recipe: Recipe, every: int):
+        self.recipe, self.every = recipe, every
+        self.state: Mapping[str, float] = {}
+        self.seconds = 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After the optimiser, before what is logged and saved."""
+        if state.global_step % self.every == 0:
+            start = time.perf_counter()
+            self.state = summary(rebargain(model, self.recipe))
+            self.seconds += time.perf_counter() - start

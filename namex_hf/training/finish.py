@@ -1,0 +1,74 @@
+"""A trained model becomes a folder in the Hub's layout, as `namex-patch` writes them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule
+
+from ..checkpoint.companions import carry
+from ..checkpoint.folder import CONFIG, REPORT, OutputFolder, write_text
+from ..checkpoint.shard import write_tensors
+from ..models import remote_code
+from ..recipe import Recipe
+from ..report.card import card
+from ..report.report import Report
+from .bargain import Settled
+
+METADATA = {"format": "pt"}
+
+
+def layer_records(settled: list[Settled], seconds: float) -> list[dict[str, Any]]:
+    """As a report has them.
+
+    Args:
+        seconds: that all layers took together.
+    """
+    return [
+        {"layer": one.layer, "games": one.record, "drift": one.drift, "seconds": round(seconds / len(settled), 4)}
+        for one in settled
+    ]
+
+
+def save_trained(
+    folder: OutputFolder,
+    model: Any,
+    tokenizer: Any,
+    carried: Path,
+    report: Report,
+    settled: list[Settled],
+    state_dict: dict[str, Any] | None = None,
+    shard_size: str = "5GB",
+) -> None:
+    """Write model, tokenizer, report and card; the folder is no model until all of it is there.
+
+    Args:
+        folder: claimed.
+        carried: folder of the checkpoint that training began with, for its licence and the like.
+        state_dict: gathered, where the model is sharded.
+
+    Memory: one shard in the Hub's layout, beyond the model.
+    """
+    out, staged = folder.path, folder.state / "model"
+    shutil.rmtree(staged, ignore_errors=True)
+    model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
+    tokenizer.save_pretrained(staged)
+    carry(carried, out)
+    config = json.loads((staged / CONFIG).read_text("utf-8"))
+    # A sharded model's class is one that torch has made, with files of its own.
+    stock = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    code = remote_code(config["model_type"])
+    config |= {"architectures": [stock.__name__], **({"auto_map": code.auto_map} if code.files else {})}
+    for path in sorted(staged.iterdir()):
+        if path.name != CONFIG and path.suffix != ".py":
+            path.replace(out / path.name)
+    for file in code.files:
+        write_text(out / file.name, file.read_text("utf-8"))
+    if settled:
+        cosines = {f"layers.{one.layer}.cosines": one.cosines.contiguous() for one in settled}
+        write_tensors(out / "namex_statistics.safetensors", cosines, METADATA)
+    write_text(out / "namex_recipe.yaml", Recipe.from_dict(report.run["recipe"]).to_yaml())
+    write_text(out / "README.md", card(report, config))
+    write_text(out / REPORT, report.to_json())
+    folder.finish(config)

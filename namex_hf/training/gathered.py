@@ -1,0 +1,91 @@
+"""Parameters of one decoder layer as its forward uses them: whole, and with what an adapter adds."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ..families import PROJECTIONS
+from ..models.soft import dense_weight
+
+
+@contextmanager
+def gathered(layer: nn.Module) -> Iterator[None]:
+    """While it lasts the layer's parameters are whole on every process, and no other layer's are.
+
+    Memory: one decoder layer, where it is sharded (FSDP2, DeepSpeed ZeRO-3).
+    """
+    if isinstance(layer, FSDPModule):
+        layer.unshard()
+        try:
+            yield
+        finally:
+            layer.reshard()
+    elif any(hasattr(parameter, "ds_id") for parameter in layer.parameters()):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(layer.parameters())):
+            yield
+    else:
+        yield
+
+
+def applied(module: Any, name: str) -> torch.Tensor:
+    """A fused tensor of experts as the forward uses it, with what LoRA adds to it.
+
+    Args:
+        module: the experts, or PEFT's wrappers around them, one a tensor.
+
+    Memory: a copy of the tensor where an adapter acts on it.
+    """
+    wrapper, delta = module, None
+    while hasattr(wrapper, "base_layer"):
+        if wrapper.parameter_name == name and not wrapper.merged and not wrapper.disable_adapters:
+            for adapter in wrapper.active_adapters:
+                more = wrapper.get_delta_weight(adapter).detach()
+                delta = more if delta is None else delta + more
+        wrapper = wrapper.base_layer
+    value = getattr(wrapper, name).detach()
+    return value if delta is None else value + delta
+
+
+def experts_of(block: Any) -> dict[str, torch.Tensor]:
+    """Routed experts of a block by projection, stacked: views where no adapter acts on them."""
+    gate, up = applied(block.experts, "gate_up_proj").chunk(2, dim=1)
+    return {"gate_proj": gate, "up_proj": up, "down_proj": applied(block.experts, "down_proj")}
+
+
+def base_of(block: Any) -> dict[str, torch.Tensor]:
+    """A copy of the base expert of a block by projection, in float32."""
+    linears = {name: getattr(block.base_expert, name) for name in PROJECTIONS}
+    like = next(block.base_expert.parameters())
+    return {name: dense_weight(linear, like).detach().float().clone() for name, linear in linears.items()}
+
+
+@torch.no_grad()
+def write_base(block: Any, base: Mapping[str, torch.Tensor]) -> None:
+    """Give a block another base expert; every process gets the first one's, and keeps its shard of it.
+
+    Args:
+        base: by projection, whole.
+    """
+    for name in PROJECTIONS:
+        parameter = getattr(block.base_expert, name).weight
+        value = base[name].to(parameter.dtype).contiguous()
+        if isinstance(parameter, DTensor):
+            sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # the first process's
+            parameter.to_local().copy_(sharded.to_local())
+        elif hasattr(parameter, "ds_id"):
+            import deepspeed
+
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.copy_(value)
+        else:
+            if distributed.is_available() and distributed.is_initialized():
+                value = value.to(parameter.device)
+                distributed.broadcast(value, 0)
+            parameter.copy_(value)

@@ -1,0 +1,95 @@
+"""What a training run is to do, settled before a tensor is read."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from trl import SFTConfig
+
+from .choice import check_present, lora
+from .start import Start
+
+VOLATILE = (
+    *("output_dir", "run_name", "report_to", "project", "trackio_space_id", "resume_from_checkpoint", "disable_tqdm"),
+    *(
+        "log_level",
+        "log_level_replica",
+        "log_on_each_node",
+        "logging_dir",
+        "logging_first_step",
+        "logging_nan_inf_filter",
+    ),
+    *("save_strategy", "save_steps", "save_total_limit", "dataset_num_proc", "dataloader_num_workers", "hub_token"),
+    *("push_to_hub", "hub_model_id", "do_train", "do_eval", "do_predict", "local_rank", "use_cpu"),
+)
+"""Arguments that do not make a run another run."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A low-rank adapter in the place of the parameters themselves."""
+
+    rank: int
+    alpha: int
+    dropout: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is trained, and what is measured."""
+
+    kinds: tuple[str, ...]
+    adapter: Adapter | None
+    bargain_every: int
+    measures: tuple[str, ...]
+    model_options: dict[str, Any]
+    """Of `from_pretrained`."""
+
+    def stated(self) -> dict[str, Any]:
+        adapter = None if self.adapter is None else vars(self.adapter)
+        options = {name: str(option) for name, option in self.model_options.items()}
+        return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **options}
+
+
+def stated(arguments: SFTConfig) -> dict[str, Any]:
+    """Training arguments that are not as they are by default, and that the result depends on."""
+    values = json.loads(json.dumps(arguments.to_dict(), default=str))
+    plain = json.loads(
+        json.dumps(SFTConfig(output_dir="x", use_cpu=arguments.use_cpu, bf16=False).to_dict(), default=str)
+    )
+    names = {field.name for field in fields(SFTConfig)} - set(VOLATILE)
+    return {name: values[name] for name in sorted(names & set(values)) if values[name] != plain.get(name)}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a choice comes to on a model."""
+
+    kinds: tuple[str, ...]
+    bargain_every: int
+    adapter: Any
+    """PEFT's configuration, or None."""
+
+
+def planned(start: Start, choice: Choice) -> Plan:
+    """Settled before a tensor is read.
+
+    Raises:
+        TrainingError: a kind that the model has none of, or that the adapter cannot be put on.
+    """
+    outline = start.outline()
+    kinds = check_present(outline, choice.kinds)
+    walks = start.recipe.propagates and {"experts", "base"} & set(kinds)
+    every, adapter = choice.bargain_every if walks else 0, None
+    if choice.adapter is not None:
+        kinds = tuple(kind for kind in kinds if kind not in ("embeddings", "norms"))
+        adapter = lora(outline, kinds, **vars(choice.adapter), carry_base=bool(every))
+    return Plan(kinds, every, adapter)
+
+
+def measures_for(size: int, asked: Sequence[str] | None, largest: int) -> tuple[str, ...]:
+    """What to score a model by: what was asked for, or all where it is small enough, else chats alone."""
+    if asked is not None:
+        return () if list(asked) == ["none"] else tuple(asked)
+    return ("chats", "text", "problems") if size <= largest else ("chats",)

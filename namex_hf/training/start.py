@@ -1,0 +1,121 @@
+"""What training starts from: a patched folder, or a stock checkpoint that is patched in memory."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.resolve import resolve
+from ..checkpoint.source import Checkpoint
+from ..errors import TrainingError
+from ..families import family_of, original_family
+from ..models import load_patched
+from ..patching.added import patched_config
+from ..patching.live import patch_model
+from ..patching.plan import check_fit
+from ..recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint and a recipe that fit together; no tensor is read yet."""
+
+    checkpoint: Checkpoint
+    recipe: Recipe
+    patched: bool
+    """Whether the checkpoint is patched already."""
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """As a report has it."""
+        found = self.checkpoint
+        return {
+            "name": found.name,
+            "commit": found.commit,
+            "fingerprint": found.fingerprint(),
+            "bytes": found.size,
+            "patched": self.patched,
+        }
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can attend to."""
+        found = self.checkpoint.config.get("max_position_embeddings")
+        return found if isinstance(found, int) else None
+
+    def tokenizer(self) -> Any:
+        """Raises:
+        TrainingError: there is none.
+        """
+        if not has_tokenizer(self.checkpoint.folder):  # transformers may make an empty one up
+            raise TrainingError(f"{self.checkpoint.name} has no tokenizer, and chats cannot be read without one")
+        return AutoTokenizer.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
+
+    def outline(self) -> Any:
+        """The patched model without numbers, on the meta device."""
+        config = self.checkpoint.config
+        if not self.patched:
+            family = family_of(config)
+            config = patched_config(config, family, family.shape(config), self.recipe)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+    def model(self, tokenizer: Any, **options: Any) -> Any:
+        """The patched model.
+
+        Args:
+            tokenizer: for a recipe that reads calibration text.
+            **options: of `from_pretrained`.
+
+        Raises:
+            NamexError: tensors or text are missing.
+        """
+        folder, shown = self.checkpoint.folder, logging.is_progress_bar_enabled()
+        logging.disable_progress_bar()
+        try:
+            if self.patched:
+                return load_patched(folder, **options)
+            model = AutoModelForCausalLM.from_pretrained(folder, **options)
+        finally:
+            if shown:
+                logging.enable_progress_bar()
+        patch_model(model, self.recipe, tokenizer if self.recipe.calibrated else None)
+        model.name_or_path = model.config._name_or_path = self.checkpoint.name
+        return model
+
+
+def start_from(name: str, revision: str | None = None, recipe: Recipe | None = None) -> Start:
+    """Find what is to be trained.
+
+    Args:
+        name: a folder, a packaged model, or a Hub id.
+        recipe: for a checkpoint that is not patched yet; None: the default, NAMEx-Full.
+
+    Raises:
+        CheckpointError, FamilyError: there is none, or none of a supported family.
+        RecipeError: it does not fit the checkpoint.
+        TrainingError: a recipe for what is patched already.
+    """
+    checkpoint = resolve(name, revision)
+    found = checkpoint.config.get("namex")
+    if isinstance(found, dict):
+        if recipe is not None:
+            raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
+        original_family(checkpoint.config)
+        return Start(checkpoint, Recipe.from_dict(found), patched=True)
+    recipe = recipe or Recipe()
+    check_fit(recipe, family_of(checkpoint.config).shape(checkpoint.config))
+    return Start(checkpoint, recipe, patched=False)
+
+
+def dtype_of(name: str) -> torch.dtype | str:
+    """Raises:
+    TrainingError: none of the names that TRL accepts.
+    """
+    accepted = ("auto", "bfloat16", "float16", "float32")
+    if name not in accepted:
+        raise TrainingError(f"dtype is {name!r}; accepted: {', '.join(accepted)}")
+    return name if name == "auto" else getattr(torch, name)

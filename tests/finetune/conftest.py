@@ -1,0 +1,122 @@
+"""`finetune/sft_smoltalk.py` in processes of its own, forked from a server that has imported what it needs."""
+
+import json
+import multiprocessing
+import os
+import runpy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+SCRIPT = Path(__file__).parents[2] / "finetune" / "sft_smoltalk.py"
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["namex_hf.training.tune"])
+SMALL: dict[str, Any] = {
+    "model_name_or_path": "tiny",
+    "max_length": 128,
+    "per_device_train_batch_size": 2,
+    "max_steps": 5,
+    "learning_rate": 1e-3,
+    "gradient_checkpointing": False,
+    "logging_steps": 1,
+    "save_steps": 2,
+    "held_out": 8,
+    "scores": ["chats"],
+    "bargain_every": 2,
+    "disable_tqdm": True,
+    "save_total_limit": 5,
+}
+"""Arguments of a run of seconds."""
+
+
+def work(arguments: list[str], log: Path) -> None:
+    """Be the script."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        sys.argv = [str(SCRIPT), *arguments]
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+
+
+@pytest.fixture(scope="session")
+def script() -> Path:
+    return SCRIPT
+
+
+@pytest.fixture(scope="session")
+def server() -> Any:
+    return SERVER
+
+
+@pytest.fixture(scope="session")
+def small() -> dict[str, Any]:
+    return SMALL
+
+
+@dataclass
+class Ended:
+    code: int | None
+    said: str
+    """Standard output and error together."""
+    out: Path
+
+    @property
+    def report(self) -> dict[str, Any]:
+        return json.loads((self.out / "namex_report.json").read_text("utf-8"))
+
+    @property
+    def losses(self) -> list[dict[str, float]]:
+        return self.report["training"]["loss"]
+
+
+@pytest.fixture(scope="session")
+def call() -> Callable[[list[str], Path], tuple[int | None, str]]:
+    """``call(arguments, log)``: exit status and all that was said."""
+
+    def whole(arguments: list[str], log: Path) -> tuple[int | None, str]:
+        process = SERVER.Process(target=work, args=(arguments, log))
+        process.start()
+        process.join()
+        return process.exitcode, log.read_text("utf-8")
+
+    return whole
+
+
+@pytest.fixture(scope="session")
+def start() -> Callable[..., Any]:
+    """``start(out, "--use_peft", max_steps=3, ...)``: a run that has begun, its log beside `out`."""
+
+    def begin(out: Path, *flags: str, **changes: Any) -> Any:
+        config = out.with_suffix(".yaml")
+        config.write_text(yaml.safe_dump({k: v for k, v in (SMALL | changes).items() if v is not None}))
+        arguments = ["--config", str(config), "--output_dir", str(out), *flags]
+        process = SERVER.Process(target=work, args=(arguments, out.with_suffix(".log")))
+        process.start()
+        return process
+
+    return begin
+
+
+@pytest.fixture(scope="session")
+def run(start: Callable[..., Any]) -> Callable[..., Ended]:
+    """A whole run."""
+
+    def whole(out: Path, *flags: str, **changes: Any) -> Ended:
+        process = start(out, *flags, **changes)
+        process.join()
+        return Ended(process.exitcode, out.with_suffix(".log").read_text("utf-8"), out)
+
+    return whole
+
+
+@pytest.fixture(scope="session")
+def plain(run: Callable[..., Ended], tmp_path_factory: pytest.TempPathFactory) -> Ended:
+    """One undisturbed run of `SMALL`, which no test changes."""
+    ended = run(tmp_path_factory.mktemp("plain") / "out")
+    assert ended.code == 0, ended.said
+    return ended
