@@ -128,8 +128,8 @@ def main(arguments: list[str]) -> None:
     """Read the arguments, check them, train what is asked for, and compare."""
     if "--config" not in arguments and "--model_name_or_path" not in arguments:
         arguments = [*arguments, "--config", str(DEFAULT_CONFIG)]
-    parser = TrlParser(  # type: ignore[arg-type]
-        (NamexArguments, TrainingArguments),
+    parser = TrlParser(
+        [NamexArguments, TrainingArguments],  # type: ignore[list-item]
         description=__doc__,
         formatter_class=RawDescriptionHelpFormatter,
         prog="sft_smoltalk.py",

@@ -75,7 +75,7 @@ def prose(folder: Path) -> Iterator[Document]:
                 yield chapter.strip(), held_out
 
 
-def _synsets(folder: Path) -> Iterator[tuple[list[str], str, str, int]]:
+def synsets(folder: Path) -> Iterator[tuple[list[str], str, str, int]]:
     """(words, kind of word, gloss, lexicographer file) of every synset of WordNet."""
     for kind in ("noun", "verb", "adj", "adv"):
         for line in (next((folder / DEBIAN["dictionary"]).rglob(f"data.{kind}"))).read_text("latin-1").splitlines():
@@ -89,7 +89,7 @@ def _synsets(folder: Path) -> Iterator[tuple[list[str], str, str, int]]:
 
 def dictionary(folder: Path) -> Iterator[Document]:
     """WordNet's words with gloss and example; three lexicographer files are held out."""
-    for words, kind, gloss, lexicon in _synsets(folder):
+    for words, kind, gloss, lexicon in synsets(folder):
         yield f"{', '.join(words)} ({kind}): {gloss}", lexicon in HELD_OUT_LEXICON
 
 
@@ -128,7 +128,7 @@ def conversations(folder: Path) -> Iterator[list[dict[str, str]]]:
         yield [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     draw = random.Random(4)
     asked = ("What does {} mean?", "Define the word {}.", "What is the meaning of {}?")
-    for words, _, gloss, lexicon in _synsets(folder):
+    for words, _, gloss, lexicon in synsets(folder):
         if lexicon not in HELD_OUT_LEXICON and draw.random() < 0.08:
             content = draw.choice(asked).format(words[0])
             yield [{"role": "user", "content": content}, {"role": "assistant", "content": gloss.split("; ")[0] + "."}]

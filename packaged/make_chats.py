@@ -65,7 +65,7 @@ def entries(folder: Path) -> Split[Entry]:
     (Of an inflected form the dictionary has rare senses alone: "smoothed" is "made smooth by ironing".) A definition
     that occurs twice, in one split or in both, is left out.
     """
-    synsets = list(corpora._synsets(folder))
+    synsets = list(corpora.synsets(folder))
     senses = Counter(word for words, *_ in synsets for word in {word.lower() for word in words})
     novels = " ".join(text for text, held_out in corpora.prose(folder) if not held_out)
     common = {word for word in re.findall(r"\b[a-z]+\b", novels) if not INFLECTED.fullmatch(word)} - UNFIT

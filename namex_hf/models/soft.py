@@ -129,7 +129,8 @@ class SoftExperts(Qwen2MoeExperts):
         gate_up, down, used = self.gate_up_proj, self.down_proj, None
         # Without a base expert not even what rounding leaves of the mass may count.
         rest = torch.zeros_like(shares[:, 0]) if base is None else 1 - shares.sum(-1)
-        if not torch.is_grad_enabled():
+        # Which experts are in use is data, on which no graph can branch: a compiled pass takes all of them.
+        if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             some = shares.any(0).nonzero()[:, 0]
             if FEW * len(some) <= self.num_experts:
                 gate_up, down, used = gate_up[some], down[some], some
@@ -190,6 +191,8 @@ def _kept(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
     """Those of `merged`, the groups from `start` on, that are to be kept, in memory of their own."""
     if keep is None:
         return merged
+    if not len(keep):  # in training: which of none lie here is not asked, as that would be data
+        return _at(merged, keep)
     here = keep[(keep >= start) & (keep < start + len(merged[0]))] - start
     return _at(merged, here)
 
@@ -356,6 +359,7 @@ class SegmentedModel:
             **kwargs,
         )
 
+    @torch.compiler.disable  # how many runs and groups there are is data: one break here in place of one at each count
     @torch.no_grad()
     def _lay_out(
         self, choice: SoftChoice, given: torch.Tensor, attention_mask, position_ids, cache: SoftCache | None

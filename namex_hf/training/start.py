@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed.fsdp import is_fsdp_enabled
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
@@ -78,6 +80,11 @@ class Start:
         try:
             if self.patched:
                 return load_patched(folder, **options)
+            if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
+                raise TrainingError(
+                    f"{self.checkpoint.name} is not patched, and cannot be where parameters are sharded while they are "
+                    "read (zero3_init_flag, fsdp_cpu_ram_efficient_loading); accepted: a folder of namex-patch"
+                )
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
         finally:
             if shown:
