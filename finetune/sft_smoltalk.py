@@ -67,7 +67,7 @@ class NamexArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "of a Hub data set; SmolTalk has 'all'"})
     dataset_train_split: str = field(default="train", metadata={"help": "of a Hub data set, to train on"})
     dataset_test_split: str = field(default="test", metadata={"help": "of a Hub data set, to score on"})
-    held_out: int = field(default=200, metadata={"help": "chats to score on, at most"})
+    held_out: int = field(default=200, metadata={"help": "chats to score on, at most; at least 2"})
     train_kinds: list[str] = field(
         default_factory=lambda: [EVERYTHING],
         metadata={
@@ -175,8 +175,10 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
     Raises:
         TrainingError: naming the argument, what was found and what is accepted.
     """
-    if asked.bargain_every < 0 or asked.held_out < 0 or asked.lora_r < 1:
-        raise TrainingError("--bargain_every and --held_out accept numbers from 0, --lora_r from 1")
+    if asked.model_name_or_path is None:
+        raise TrainingError("--model_name_or_path is needed: a folder, a packaged model or a Hub id")
+    if asked.bargain_every < 0 or asked.held_out < 2 or asked.lora_r < 1:
+        raise TrainingError("--bargain_every accepts numbers from 0, --lora_r from 1, --held_out from 2")
     check_kinds(asked.train_kinds, asked.use_peft)
     for name, found, accepted in (
         ("compare", asked.compare, COMPARED),

@@ -39,7 +39,7 @@ def load_chats(source: str | None, config: str | None, splits: tuple[str, str], 
         source: None: the packaged chats; a ``.jsonl`` or ``.parquet`` file with `messages`; or a Hub data set.
         config: of a Hub data set.
         splits: to train on and to score on. A local file has neither: some chats, drawn by `seed`, are held back.
-        held_out: chats to score on, at most; of a local file not more than a tenth.
+        held_out: chats to score on, at least 2; of a local file not more than a tenth.
 
     Memory: all chats of a local file.
 
@@ -64,8 +64,8 @@ def load_chats(source: str | None, config: str | None, splits: tuple[str, str], 
             order = np.random.default_rng(seed).permutation(len(rows)).tolist()
             back = [rows[index] for index in sorted(order[:count])]
             rows = [rows[index] for index in sorted(order[count:])]
-        if not rows or (held_out and not back):
-            raise TrainingError(f"{path}: {len(rows) + len(back)} chats; at least 10 are needed to hold one back")
+        if len(back) < 2:
+            raise TrainingError(f"{path}: {len(rows) + len(back)} chats; at least 20 are needed to hold two back")
         digest = hashlib.sha256(json.dumps([rows, back]).encode()).hexdigest()
         name = "packaged" if path is None else path.name
         return Chats(datasets.Dataset.from_list(rows), datasets.Dataset.from_list(back), name, digest)
@@ -102,7 +102,7 @@ def file_chats(path: Path) -> Iterator[Chat]:
 
         try:
             rows = pyarrow.parquet.read_table(path).to_pylist()
-        except pyarrow.ArrowException as error:
+        except (pyarrow.ArrowException, OSError) as error:
             raise TrainingError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
         yield from (checked(row, f"{path} row {number}") for number, row in enumerate(rows, start=1))
     elif path.suffix in (".jsonl", ".json"):
@@ -133,11 +133,16 @@ def checked(row: Any, where: str) -> Chat:
         turn = turn if isinstance(turn, dict) else {}
         if turn.get("role") not in ROLES:
             raise TrainingError(f"{where}, turn {place}: role {turn.get('role')!r}; accepted: {', '.join(ROLES)}")
-        if not isinstance(turn.get("content"), str):
+        if not is_text(turn.get("content")):
             raise TrainingError(f"{where}, turn {place}: content is {turn.get('content')!r}; accepted: text")
     if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
         raise TrainingError(f"{where}: no turn of the assistant says anything, so there is nothing to learn")
     return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages]}
+
+
+def is_text(found: Any) -> bool:
+    """Whether it is a string that some encoding has: JSON can spell half a surrogate pair."""
+    return isinstance(found, str) and not any("\ud800" <= letter <= "\udfff" for letter in found)
 
 
 def check_template(tokenizer: Any, model: str) -> None:

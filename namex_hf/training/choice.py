@@ -97,6 +97,7 @@ def lora(model: Any, kinds: Sequence[str], rank: int, alpha: int, dropout: float
         TrainingError: dropout with experts or routers.
     """
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     names = [name for name, _ in model.named_parameters()]
     fused = [end for kind in FUSED if kind in kinds for end in FUSED[kind] if any(n.endswith(end) for n in names)]
@@ -104,12 +105,15 @@ def lora(model: Any, kinds: Sequence[str], rank: int, alpha: int, dropout: float
     whole = [WHOLE[kind] for kind in WHOLE if kind in kinds or (kind == "base" and carry_base)]
     if fused and dropout:
         raise TrainingError(f"lora_dropout is {dropout}; with experts or routers accepted: 0")
+    targets: Any = rf".*\.({'|'.join(linear)})" if linear else []
+    if not linear and not fused:
+        targets = DUMMY_TARGET_MODULES
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
         lora_alpha=alpha,
         lora_dropout=dropout,
-        target_modules=rf".*\.({'|'.join(linear)})" if linear else [],
+        target_modules=targets,
         target_parameters=fused or None,
         modules_to_save=whole or None,
     )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
+import numpy as np
 
 from ..scoring.arithmetic import exact_answers, held_out_problems
 from ..scoring.intervals import mean_interval
@@ -58,9 +58,9 @@ def difference(measure: str, groups: Sequence[Sequence[float]], other: Sequence[
     Returns:
         ``value``, ``low``, ``high``: of perplexities the ratio, of answers the difference in points.
     """
-    pairs = [torch.tensor(a) - torch.tensor(b) for a, b in zip(groups, other, strict=True)]
+    pairs = [np.subtract(a, b) for a, b in zip(groups, other, strict=True)]
     low, high = mean_interval([pair.tolist() for pair in pairs])
-    mean = float(sum(pair.mean() for pair in pairs) / len(pairs))
+    mean = float(np.mean([pair.mean() for pair in pairs]))
     scale = (lambda x: 100 * x) if measure == "problems" else math.exp
     return {"value": scale(mean), "low": scale(low), "high": scale(high)}
 

@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from ..checkpoint.folder import REPORT, OutputFolder, write_text
 from ..errors import TrainingError
+from ..families.kinds import kind_of
 from ..recipe import Recipe
 from ..report.report import Report, versions
 from .bargain import Settled, rebargain
@@ -102,6 +103,10 @@ class Run:
             bargain_every=plan.bargain_every,
         )
         check_sharding(self.trainer, choice.adapter)
+        if plan.adapter is not None and "base" not in plan.kinds:
+            for name, parameter in self.trainer.model.named_parameters():
+                if kind_of(name) == "base":  # carried along; PEFT would train it
+                    parameter.requires_grad_(False)
         counts = lengths(chats.train, self.tokenizer, self.trainer.chat_template)
         console.print(length_table(counts, len(chats.train), arguments.max_length or max(counts)))
         self.trains = check_trains(self.trainer.model, plan.kinds)

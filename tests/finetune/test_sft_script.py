@@ -163,6 +163,13 @@ def test_lora_on_experts_router_and_base(run, tmp_path):
         assert layer.drift < 1e-5  # the walk has seen what the adapter adds to the experts
 
 
+def test_an_adapter_on_experts_alone_carries_the_base_and_does_not_train_it(run, tmp_path):
+    ended = run(tmp_path / "out", "--use_peft", train_kinds=["experts"], lora_r=2, max_steps=1)
+    assert ended.code == 0, ended.said
+    assert set(ended.report["training"]["trainable"]) == {"experts"}
+    assert any(".base_expert." in name for name in load_file(ended.out / "adapter" / "adapter_model.safetensors"))
+
+
 def test_lora_killed_and_continued(start, run, tmp_path):
     flags, changes = ("--use_peft",), {"train_kinds": ["experts"], "lora_r": 2, "max_steps": 4}
     whole = run(tmp_path / "whole", *flags, **changes)
@@ -206,6 +213,8 @@ REFUSED = {
     "a kind without an adapter": ({"train_kinds": ["norms"], "use_peft": True}, "accepted under --use_peft"),
     "dropout on experts": ({"use_peft": True, "lora_dropout": 0.1}, "lora_dropout is 0.1"),
     "a negative number": ({"bargain_every": -1}, "numbers from 0"),
+    "nothing to score on": ({"held_out": 0}, "--held_out from 2"),
+    "no model": ({"model_name_or_path": None}, "--model_name_or_path is needed"),
     "an unknown comparison": ({"compare": ["smear"]}, "--compare smear"),
     "an unknown score": ({"scores": ["mmlu"]}, "--scores mmlu"),
     "too long a sequence": ({"max_length": 4096}, "attends to 1024 tokens"),
