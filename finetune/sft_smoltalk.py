@@ -215,14 +215,16 @@ def tell(console: Console, folders: dict[str, Path], measures: tuple[str, ...]) 
     items = {name: scores_of(folder) for name, folder in folders.items()}
     if not all(items.values()):
         return
-    table = Table(title="before and after")
+    table = Table(title="before -> after")
     table.add_column("")
     for name in measures:
-        table.add_column(MEASURES[name], justify="right")
+        table.add_column("problems, %" if name == "problems" else f"{name}, perplexity", justify="right")
     for name, found in items.items():
         cells = [" -> ".join(f"{value(m, found[when][m]):.2f}" for when in ("before", "after")) for m in measures]
         table.add_row(name, *cells)
     console.print(table)
+    for name in measures:
+        console.print(f"{name}: {MEASURES[name]}", soft_wrap=True)
     main_run, *rivals = items
     for rival in rivals:
         after, other = items[main_run]["after"], items[rival]["after"]

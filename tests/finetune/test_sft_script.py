@@ -80,7 +80,7 @@ def test_what_is_logged(plain):
 
 
 def test_what_is_printed(plain):
-    for text in ("chats to train on", "tokens a chat", "what trains", "experts", "2,457,600", "before and after"):
+    for text in ("chats to train on", "tokens a chat", "what trains", "experts", "2,457,600", "before -> after"):
         assert text in plain.said
     assert "Traceback" not in plain.said
 
