@@ -1,0 +1,193 @@
+"""The models to score: found and checked before any is loaded."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from transformers import CONFIG_MAPPING
+
+from ..checkpoint.companions import PATTERNS, has_tokenizer
+from ..checkpoint.resolve import COMMIT, UNREACHABLE, local_folder
+from ..checkpoint.source import INDEX, Checkpoint, open_checkpoint
+from ..errors import CheckpointError, FamilyError
+from ..families import original_family
+from ..patching.plan import Plan, make_plan
+from ..recipe import Recipe, read_yaml
+
+SHARD = "5GB"
+WANTED = ("model*.safetensors", INDEX, "config.json", "namex_*", *PATTERNS)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One row of the report: a model as it is, or a stock model with a recipe to be applied to it."""
+
+    label: str
+    """Of its row and its folder in the output."""
+    checkpoint: Checkpoint
+    """What is scored or, where there is a plan, what is patched."""
+    plan: Plan | None = None
+    """Of the patch that is made first."""
+    original: str | None = None
+    """Label of the model it is compared with."""
+
+    @property
+    def recipe(self) -> dict[str, Any] | None:
+        """The recipe that made it; None of a model that is not patched."""
+        if self.plan is not None:
+            return dict(self.plan.run["recipe"])
+        found = self.checkpoint.config.get("namex")
+        return found if isinstance(found, dict) else None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What tells it from every other model, plain and without local paths.
+
+        Weights that were trained on keep their headers: of a local folder the files' sizes and times count as well.
+        """
+        files = {}
+        if self.checkpoint.commit is None:
+            stats = {path.name: path.stat() for path in self.checkpoint.shards}
+            files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        return {
+            "model": self.checkpoint.fingerprint(),
+            "files": files,
+            "patch": None if self.plan is None else self.plan.run,
+        }
+
+
+def found(name: str, revision: str | None = None) -> Checkpoint:
+    """The checkpoint that a folder, a packaged model's name or a Hub id names, of any family, patched or not.
+
+    Raises:
+        CheckpointError: no such model, no tokenizer, no network, or a damaged checkpoint.
+    """
+    folder = local_folder(name)
+    if folder is None:
+        checkpoint = _from_hub(name, revision)
+    elif revision is not None:
+        raise CheckpointError(f"--revision {revision} belongs to a Hub id; {name} is a local folder")
+    else:
+        checkpoint = open_checkpoint(folder)
+    if not has_tokenizer(checkpoint.folder):
+        raise CheckpointError(f"{name} has no tokenizer (tokenizer.json); without one no text can be scored")
+    return checkpoint
+
+
+def _from_hub(name: str, revision: str | None) -> Checkpoint:
+    try:
+        folder = snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(f"{name} is not in the local cache and the Hub cannot be reached: no network?") from error
+    except HfHubHTTPError as error:  # before what it is made of
+        raise CheckpointError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
+    except UNREACHABLE as error:
+        raise CheckpointError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
+    match = COMMIT.search(Path(folder).as_posix())
+    return open_checkpoint(Path(folder), match[1] if match else None, name)
+
+
+def check_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a model whose class is not at hand.
+
+    Raises:
+        CheckpointError: the class comes with the model and its code is not to be trusted, or is not there.
+        FamilyError: nobody knows the ``model_type``.
+    """
+    config = checkpoint.config
+    auto_map = config.get("auto_map")
+    references = [text for text in (auto_map or {}).values() if isinstance(text, str)]
+    files = sorted({text.split(".")[0] + ".py" for text in references if "--" not in text})
+    missing = [file for file in files if not (checkpoint.folder / file).is_file()]
+    if trust_remote_code and missing:
+        raise CheckpointError(
+            f"{checkpoint.name}/config.json: auto_map names {', '.join(missing)}, which the folder lacks; "
+            "--trust_remote_code needs every file that it names"
+        )
+    known = config.get("model_type") in CONFIG_MAPPING
+    if not known and not references:
+        raise FamilyError(
+            f"{checkpoint.name}/config.json: model_type {config.get('model_type')!r} is known neither to transformers "
+            "nor to namex_hf, and there is no auto_map"
+        )
+    if not known and not trust_remote_code:
+        raise CheckpointError(
+            f"{checkpoint.name}/config.json: model_type {config.get('model_type')!r} comes with code of its own "
+            f"({', '.join(files) or references[0]}); read it, then say --trust_remote_code"
+        )
+
+
+def candidates(
+    names: list[str], recipes: list[Path], revision: str | None = None, trust_remote_code: bool = False
+) -> list[Candidate]:
+    """Every model as it is and, where there are recipes, each of them applied to it.
+
+    A patched folder is compared with the model it was made of, if that is among them.
+
+    Raises:
+        CheckpointError, FamilyError, RecipeError: as of `found`, `check_code`, `make_plan`.
+    """
+    given = {path: Recipe.from_dict(read_yaml(path)) for path in recipes}
+    labels = _told_apart(recipes)
+    rows: list[Candidate] = []
+    for name in dict.fromkeys(names):
+        checkpoint = found(name, revision)
+        check_code(checkpoint, trust_remote_code)
+        label = _label(checkpoint.name, {row.label for row in rows})
+        rows.append(Candidate(label, checkpoint))
+        rows += [
+            Candidate(f"{label}+{labels[path]}", checkpoint, make_plan(checkpoint, recipe, SHARD), label)
+            for path, recipe in given.items()
+        ]
+    stock = {row.checkpoint.fingerprint(): row.label for row in rows if row.recipe is None}
+    return [
+        row if row.original else Candidate(row.label, row.checkpoint, None, stock.get(_made_of(row.checkpoint) or ""))
+        for row in rows
+    ]
+
+
+def _made_of(checkpoint: Checkpoint) -> str | None:
+    """Hash of the model that a patched folder was made of, as its report says."""
+    path = checkpoint.folder / "namex_report.json"
+    if not path.is_file():
+        return None
+    source = json.loads(path.read_text("utf-8")).get("source")
+    return source.get("fingerprint") if isinstance(source, dict) else None
+
+
+def _told_apart(paths: list[Path]) -> dict[Path, str]:
+    """File names, with the folder's where two are equal."""
+    stems = [path.stem for path in paths]
+    return {path: path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}-{path.stem}" for path in paths}
+
+
+def _label(name: str, taken: set[str]) -> str:
+    """A folder's name that tells the model; a number where another has it."""
+    label = name.replace("/", "--")
+    number = next(n for n in range(1, len(taken) + 2) if (label if n == 1 else f"{label}-{n}") not in taken)
+    return label if number == 1 else f"{label}-{number}"
+
+
+def shape_of(config: Mapping[str, Any]) -> tuple[str, int, int] | None:
+    """Family, layers and width, which tell published models apart; None of a family that is not known."""
+    try:
+        family = original_family(config).model_type
+    except FamilyError:
+        return None
+    return family, config["num_hidden_layers"], config["hidden_size"]
+
+
+def bytes_in(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of the weights once loaded. Args: dtype, as lm-eval takes it; ``auto``: the configuration's."""
+    name = (checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")) if dtype == "auto" else dtype
+    wanted = getattr(torch, str(name), None)
+    size = wanted.itemsize if isinstance(wanted, torch.dtype) else None
+    return sum(
+        span.size // span.dtype.itemsize * (size if size and span.dtype.is_floating_point else span.dtype.itemsize)
+        for span in checkpoint.spans.values()
+    )

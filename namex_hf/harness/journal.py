@@ -1,0 +1,114 @@
+"""Answers of a model to requests, kept as they come, so that a run that was killed goes on from there.
+
+A file a process, ``answers-RANK.jsonl``: a line says what the run is, the batch size that was found, or the answer to
+one request, named by the hash of what was asked. Lines are written batch by batch and synced. A line that a kill cut
+short is dropped, and its batch is asked again: batches are made from all requests, so an answer does not depend on when
+the run was killed.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Self
+
+from ..errors import OutputError
+
+
+def key_of(kind: str, *asked: Any) -> str:
+    """SHA-256 of a request; `asked` is plain."""
+    return hashlib.sha256(json.dumps([kind, *asked], sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """What is known of one model's answers to one task.
+
+    Args:
+        folder: where the files are; made if need be.
+        identity: what makes the run this run, plain.
+        rank: of this process. All processes' answers are read, its own file is written.
+
+    Raises:
+        OutputError: the folder has answers of another run.
+    """
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int = 0):
+        folder.mkdir(parents=True, exist_ok=True)
+        self._identity = json.loads(json.dumps(identity))
+        self._answers: dict[str, Any] = {}
+        self._batches: dict[str, int] = {}
+        own, whole = folder / f"answers-{rank}.jsonl", 0
+        for path in sorted(folder.glob("answers-*.jsonl")):
+            read = self._read(path)
+            if path == own:
+                whole = read
+        self._file = own.open("ab")
+        self._file.truncate(whole)
+        if not whole:
+            self._write([{"run": self._identity}])
+
+    def _read(self, path: Path) -> int:
+        """Take in the whole lines of a file; returns how many bytes they are."""
+        whole = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                break
+            whole += len(line)
+            if "run" in entry:
+                self._check(path, entry["run"])
+            elif "batch" in entry:
+                self._batches[entry["batch"]] = entry["size"]
+            else:
+                self._answers[entry["request"]] = entry["answer"]
+        return whole
+
+    def _check(self, path: Path, found: dict[str, Any]) -> None:
+        if changed := changes(found, self._identity):
+            raise OutputError(
+                f"{path} has answers of a run with another {' and '.join(changed)}; use --overwrite or another "
+                "--output_path"
+            )
+
+    def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
+        self._file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._answers
+
+    def __getitem__(self, key: str) -> Any:
+        return self._answers[key]
+
+    def add(self, answers: Mapping[str, Any]) -> None:
+        """Keep the answers of one batch, by their requests' keys."""
+        self._answers.update(answers)
+        self._write({"request": key, "answer": answer} for key, answer in answers.items())
+
+    def batch(self, kind: str) -> int | None:
+        """The batch size found for a kind of request, if one was."""
+        return self._batches.get(kind)
+
+    def keep_batch(self, kind: str, size: int) -> None:
+        """Keep it: a run that goes on must cut its batches as before."""
+        self._batches[kind] = size
+        self._write([{"batch": kind, "size": size}])
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Which fields of two identities differ."""
+    return sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))

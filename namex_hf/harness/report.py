@@ -1,0 +1,221 @@
+"""The report of a zero-shot run: what was measured, against what, and where each number comes from."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult
+
+from .paired import Difference
+from .paper import PaperScore
+
+SHARES = ("acc", "acc_norm", "exact_match")
+"""Metrics that are shares of items, shown in per cent."""
+LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
+CHOICES = ("merge", "routing", "method", "disagreement")
+"""Columns that tell what was done to a model."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row's model."""
+
+    label: str
+    name: str
+    commit: str | None
+    fingerprint: str
+    """Of the checkpoint, from its configuration and headers."""
+    recipe: dict[str, Any] | None
+    original: str | None
+    dtype: str
+
+    @property
+    def choices(self) -> tuple[str, str, str, str]:
+        """Merge, routing, method and disagreement point, as in the paper's tables; dashes of an unpatched model."""
+        if self.recipe is None:
+            return ("-", "linear", "-", "-")
+        plain = self.recipe["method"] == "smoe"
+        merge = "-" if plain else self.recipe["merge"]
+        bargains = self.recipe["method"].startswith("namex")
+        disagreement = self.recipe.get("disagreement", "zero") if bargains else "-"
+        return merge, self.recipe.get("routing", "linear"), self.recipe["method"], disagreement
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number."""
+
+    model: str
+    task: str
+    metric: str
+    filter: str
+    value: float
+    stderr: float | None
+    items: int
+    num_fewshot: int
+    higher_is_better: bool
+    data: dict[str, Any]
+    """Data set, its configuration and split, as the task's file names them."""
+    file: str
+    """Where it stands, relative to the report; the samples lie beside it."""
+    original: str | None = None
+    difference: Difference | None = None
+    paper: PaperScore | None = None
+
+
+@dataclass(frozen=True)
+class ZeroShotReport:
+    """Everything, as ``report.json`` holds it. All values are plain but for the nested records."""
+
+    run: dict[str, Any]
+    models: list[Model]
+    scores: list[Score]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "ZeroShotReport":
+        found = json.loads(text)
+        scores = [
+            Score(
+                **{
+                    **score,
+                    "difference": score["difference"] and Difference(**score["difference"]),
+                    "paper": score["paper"] and PaperScore(**score["paper"]),
+                }
+            )
+            for score in found["scores"]
+        ]
+        return cls(found["run"], [Model(**model) for model in found["models"]], scores)
+
+    def model(self, label: str) -> Model:
+        return next(model for model in self.models if model.label == label)
+
+
+def eval_results(report: ZeroShotReport, label: str) -> list[EvalResult]:
+    """The entries of a model card's ``model-index`` for one model of the report (`ModelCardData(eval_results=...)`)."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=score.data["dataset"],
+            dataset_name=score.task,
+            dataset_config=score.data["config"],
+            dataset_split=score.data["split"],
+            dataset_args={"num_few_shot": score.num_fewshot},
+            metric_type=score.metric,
+            metric_name=f"{score.metric} ({score.filter})" if score.filter != "none" else score.metric,
+            metric_value=score.value,
+            metric_args={"stderr": score.stderr, "items": score.items, "limit": report.run["limit"]},
+            source_name=f"lm-eval {report.run['versions']['lm_eval']}",
+            source_url=LM_EVAL,
+        )
+        for score in report.scores
+        if score.model == label
+    ]
+
+
+def shown(score: Score, value: float, form: str = "") -> str:
+    """A value in the unit of its metric: per cent of items, or as it is."""
+    return format(100 * value, f"{form}.2f") if score.metric in SHARES else format(value, f"{form}.4f")
+
+
+def table(report: ZeroShotReport, task: str) -> tuple[list[str], list[list[str]]]:
+    """Titles and rows of a task's table."""
+    titles = ["model", *CHOICES, "metric", "score", "to the original", "95 %", "p"]
+    rows = [[*_first(report, score), *_comparison(score)] for score in report.scores if score.task == task]
+    papers = [score.paper for score in report.scores if score.task == task]
+    if any(papers):
+        titles += ["paper", "paper, to its original"]
+        rows = [[*row, *_paper(paper)] for row, paper in zip(rows, papers, strict=True)]
+    return titles, rows
+
+
+def _first(report: ZeroShotReport, score: Score) -> list[str]:
+    error = "" if score.stderr is None else f" ± {shown(score, score.stderr)}"
+    metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+    return [score.model, *report.model(score.model).choices, metric, shown(score, score.value) + error]
+
+
+def _comparison(score: Score) -> list[str]:
+    if score.difference is None:
+        return ["", "", ""]
+    found = score.difference
+    interval = f"{shown(score, found.low, '+')} to {shown(score, found.high, '+')}"
+    return [f"{shown(score, found.mean, '+')} ± {shown(score, found.stderr)}", interval, p_value(found.p)]
+
+
+def _paper(paper: PaperScore | None) -> list[str]:
+    return ["", ""] if paper is None else [f"{paper.value:.2f}", f"{paper.value - paper.original:+.2f}"]
+
+
+def p_value(p: float) -> str:
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def sentence(score: Score) -> str | None:
+    """What a comparison says, in words; nothing where there is none."""
+    found = score.difference
+    if found is None:
+        return None
+    unit = " points" if score.metric in SHARES else ""
+    what = f"{score.model}, {score.metric}: {shown(score, found.mean, '+')}{unit} to {score.original}"
+    if found.higher == found.lower == 0:
+        return f"{what}; the two score alike on each of {score.items} items."
+    better, worse = (found.higher, found.lower) if score.higher_is_better else (found.lower, found.higher)
+    sign = "p " if found.p < 0.001 else "p = "
+    told = f"on {score.items} items ({better} better, {worse} worse; {sign}{p_value(found.p)})"
+    if found.is_noise:
+        return f"{what} is within the noise: no difference is shown {told}."
+    verdict = "better" if (found.mean > 0) == score.higher_is_better else "worse"
+    return f"{what} is more than noise: {verdict} {told}."
+
+
+def markdown(report: ZeroShotReport) -> str:
+    """``report.md``."""
+    run = report.run
+    limit = "" if run["limit"] is None else f", the first {run['limit']} items of every task only"
+    lines = [
+        "# Zero-shot scores" if not run["num_fewshot"] else f"# Scores with {run['num_fewshot']} examples",
+        "",
+        f"lm-eval {run['versions']['lm_eval']}, namex_hf {run['versions']['namex_hf']}, seed {run['seed']}, weights in "
+        f"{run['dtype']} on {run['device']}{limit}. Shares in per cent, ± one standard error.",
+        "",
+        "The difference to the original is paired, item by item: ± its standard error, 95 % bootstrap interval, p by "
+        "McNemar's exact test (right or wrong) or the paired t-test (other scores). Of comparisons without any "
+        "difference, one in twenty has p < 0.05.",
+    ]
+    for task in dict.fromkeys(score.task for score in report.scores):
+        titles, rows = table(report, task)
+        lines += ["", f"## {task}", "", _row(titles), "|---" * len(titles) + "|", *map(_row, rows)]
+        told = [text for score in report.scores if score.task == task and (text := sentence(score))]
+        lines += ["", *(f"* {text}" for text in told)] if told else []
+        lines += ["", *_notes(report, task)]
+    lines += ["", "## Models", "", _row(["model", "from", "commit", "recipe"]), "|---|---|---|---|"]
+    lines += [_row([m.label, m.name, m.commit or "none (local)", _fields(m.recipe)]) for m in report.models]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(report: ZeroShotReport, task: str) -> list[str]:
+    scores = [score for score in report.scores if score.task == task]
+    files = ", ".join(f"`{file}`" for file in dict.fromkeys(score.file for score in scores))
+    notes = [f"Every number, with its samples beside it: {files}."]
+    is_arc = task.startswith("arc")
+    if tables := sorted({score.paper.table for score in scores if score.paper}):
+        notes += [
+            "",
+            f"Paper: Table {' and '.join(tables)} ({report.run['stage']}), printed without standard errors; it states "
+            f"neither the harness, nor the metric, nor the number of examples{', nor which half of ARC' * is_arc}.",
+        ]
+    return notes
+
+
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _fields(recipe: Mapping[str, Any] | None) -> str:
+    if recipe is None:
+        return "none"
+    return ", ".join(f"{name}: {value}" for name, value in recipe.items() if value is not None)

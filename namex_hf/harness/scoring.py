@@ -1,0 +1,72 @@
+"""One model on one task: asked, kept, and never asked again for what is known."""
+
+import json
+import random
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lm_eval.evaluator import evaluate
+from lm_eval.utils import handle_non_serializable
+
+from ..checkpoint.folder import write_text
+from ..errors import OutputError
+from .items import RESULTS, SAMPLES
+from .journal import Journal, changes
+from .language_model import NamexLM
+from .tasks import Chosen
+
+JOURNAL = "answers"
+
+
+def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The results of this very run, if the folder has them.
+
+    Raises:
+        OutputError: it has another run's.
+    """
+    path = folder / RESULTS
+    if not path.is_file():
+        return None
+    results = json.loads(path.read_text("utf-8"))
+    if changed := changes(results["run"], json.loads(json.dumps(identity))):
+        raise OutputError(
+            f"{path} is of a run with another {' and '.join(changed)}; use --overwrite or another --output_path"
+        )
+    return results
+
+
+def score(
+    model: NamexLM, task: Chosen, folder: Path, identity: Mapping[str, Any], limit: int | None, seed: int
+) -> dict[str, Any]:
+    """Results as lm-eval gives them, with ``run``; written with every sample into the folder. All processes call it.
+
+    A run that was killed goes on from its journal; the results are those of an undisturbed one.
+
+    Args:
+        limit: documents of every task; None: all.
+        seed: of Python's, numpy's and torch's generators.
+    """
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  (what lm-eval's tasks draw from)
+    torch.manual_seed(seed)
+    with Journal(folder / JOURNAL, identity, model.rank) as model.journal:
+        found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.journal.batch(kind))}
+    model.journal = None
+    if found is not None:
+        results = {"run": dict(identity), "batch_sizes": batches, **found}
+        for name, samples in results.pop("samples").items():
+            ordered = sorted(samples, key=lambda sample: (sample["doc_id"], sample["filter"]))
+            lines = [json.dumps(sample, default=handle_non_serializable) + "\n" for sample in ordered]
+            write_text(folder / SAMPLES.format(name), "".join(lines))
+        write_text(folder / RESULTS, json.dumps(results, indent=1, default=_plain) + "\n")
+    model.barrier()
+    return json.loads((folder / RESULTS).read_text("utf-8"))
+
+
+def _plain(value: Any) -> Any:
+    """A task's functions by name."""
+    return value.__name__ if callable(value) else handle_non_serializable(value)

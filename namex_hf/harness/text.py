@@ -1,0 +1,82 @@
+"""Perplexity of text as a task of lm-eval: any file, in pieces that are scored one by one.
+
+Pieces are what a paired comparison draws from. Measured a word and a byte, as lm-eval's ``wikitext``, so that models
+with other tokenizers compare.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict
+
+from .errors import TaskError
+
+PIECE = 2000
+"""Characters from which on a piece ends at the next blank line."""
+
+
+def pieces(text: str, size: int = PIECE) -> list[str]:
+    """The text cut at blank lines into pieces of at least `size` characters but the last; only blanks are lost."""
+    found: list[str] = []
+    held: list[str] = []
+    for paragraph in re.split(r"\n\s*\n", text):
+        if not paragraph.strip():
+            continue
+        held.append(paragraph.strip("\n"))
+        if sum(map(len, held)) >= size:
+            found.append("\n\n".join(held))
+            held = []
+    return found + (["\n\n".join(held)] if held else [])
+
+
+def read_pieces(path: Path) -> list[str]:
+    """Raises:
+    TaskError: no such file, not UTF-8, or nothing in it.
+    """
+    try:
+        found = pieces(path.read_text("utf-8"))
+    except OSError as error:
+        raise TaskError(f"--text {path} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise TaskError(f"--text {path} is no UTF-8 text (byte {error.start})") from error
+    if not found:
+        raise TaskError(f"--text {path} is empty; at least one line of text is needed")
+    return found
+
+
+def as_dataset(texts: list[str], **_: Any) -> DatasetDict:
+    """Documents of one column, ``text``, as the split ``test``."""
+    return DatasetDict({"test": Dataset.from_dict({"text": texts})})
+
+
+def measured(document: dict[str, str], results: list[float]) -> dict[str, tuple[float, int]]:
+    """``process_results`` of a piece of text."""
+    (log_likelihood,) = results
+    size, words = len(document["text"].encode()), len(document["text"].split())
+    return {
+        "bits_per_byte": (log_likelihood, size),
+        "byte_perplexity": (log_likelihood, size),
+        "word_perplexity": (log_likelihood, words),
+    }
+
+
+def text_task(path: Path) -> dict[str, Any]:
+    """The task of one file, named ``text_STEM``.
+
+    Raises:
+        TaskError: as of `read_pieces`.
+    """
+    texts = read_pieces(path)
+    return {
+        "task": "text_" + re.sub(r"\W+", "_", path.stem),
+        "custom_dataset": lambda **_: as_dataset(texts),
+        "test_split": "test",
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "process_results": measured,
+        "metric_list": [{"metric": name} for name in ("bits_per_byte", "byte_perplexity", "word_perplexity")],
+        "num_fewshot": 0,
+        "metadata": {"version": 1.0},
+    }

@@ -1,0 +1,122 @@
+"""Runs in processes of their own: killed, two at once, and lm-eval's own command beside ours."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from namex_hf import Recipe, patch_checkpoint
+
+from .conftest import SCRIPT, TASKS, Command, said, samples
+
+ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "ACCELERATE_USE_CPU": "true",
+}
+
+
+def launched(*arguments: str | Path) -> None:
+    done = subprocess.run([sys.executable, *map(str, arguments)], env=ALONE, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_a_killed_run_goes_on_to_the_same_report(zero_shot: Command, tmp_path: Path) -> None:
+    arguments = [
+        "--models",
+        "tiny",
+        "--tasks",
+        "namex_sums",
+        "namex_word_problems",
+        "--limit",
+        "10",
+        "--batch_size",
+        "2",
+    ]
+    assert zero_shot(*arguments, "--output_path", tmp_path / "whole").status == 0
+
+    out = tmp_path / "killed"
+    journal = out / "tiny" / "namex_sums" / "answers" / "answers-0.jsonl"
+    command = [sys.executable, SCRIPT, "--device", "cpu", *arguments, "--output_path", out]
+    process = subprocess.Popen(list(map(str, command)), env=ALONE, stdout=subprocess.DEVNULL)
+    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"request") >= 4):
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (out / "report.json").exists(), "the run was over before it was killed"
+    answered = journal.read_bytes()
+
+    assert zero_shot(*arguments, "--output_path", out).status == 0
+    assert journal.read_bytes().startswith(answered[: answered.rindex(b"\n") + 1])  # nothing is asked twice
+    keys = [json.loads(line).get("request") for line in journal.read_text().splitlines()[1:]]
+    assert len(keys) == len(set(keys))
+    assert (out / "report.json").read_text() == (tmp_path / "whole" / "report.json").read_text()
+    for task in ("namex_sums", "namex_word_problems"):
+        name = f"samples_{task}.jsonl"
+        assert (out / "tiny" / task / name).read_bytes() == (tmp_path / "whole" / "tiny" / task / name).read_bytes()
+
+
+def test_two_processes_share_the_requests(zero_shot: Command, tmp_path: Path) -> None:
+    tasks = ("namex_sums", "namex_word_problems", "namex_text")
+    arguments = ["--models", "tiny", "--tasks", *tasks, "--limit", "5", "--batch_size", "4", "--dtype", "float32"]
+    launched(
+        # accelerate launch --cpu starts one process, whatever it is told; --multi_gpu also starts them on CPUs.
+        *(
+            "-m",
+            "accelerate.commands.launch",
+            "--multi_gpu",
+            "--num_processes",
+            "2",
+            "--main_process_port",
+            "0",
+            SCRIPT,
+        ),
+        *("--device", "cpu", *arguments, "--output_path", tmp_path / "two"),
+    )
+    assert zero_shot(*arguments, "--output_path", tmp_path / "one").status == 0
+
+    def asked(out: Path, task: str) -> list[str]:
+        lines = [line for path in (out / "tiny" / task / "answers").glob("*") for line in path.read_text().splitlines()]
+        return sorted(key for line in lines if (key := json.loads(line).get("request")))
+
+    for task in tasks:
+        files = sorted(path.name for path in (tmp_path / "two" / "tiny" / task / "answers").glob("*"))
+        assert files == ["answers-0.jsonl", "answers-1.jsonl"]
+        assert asked(tmp_path / "two", task) == asked(tmp_path / "one", task)  # each once: none twice, none left out
+    reports = [json.loads((tmp_path / name / "report.json").read_text())["scores"] for name in ("one", "two")]
+    for one, two in zip(*reports, strict=True):
+        assert (one["task"], one["metric"], one["items"]) == (two["task"], two["metric"], two["items"])
+        assert abs(one["value"] - two["value"]) < 1e-5
+    one, two = (samples(tmp_path / name / "tiny", "namex_word_problems") for name in ("one", "two"))
+    # lm-eval hands a process that has fewer items its last one again: it is answered twice, though asked once.
+    assert [sample["filtered_resps"] for sample in one] == [sample["filtered_resps"] for sample in two]
+
+
+def test_lm_evals_own_command_gives_the_same_scores(zero_shot: Command, tmp_path: Path) -> None:
+    patched = tmp_path / "patched"
+    patch_checkpoint("tiny", patched, Recipe())
+    launched(
+        *("-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={patched},trust_remote_code=True"),
+        *("--tasks", "namex_sums,namex_word_problems", "--include_path", TASKS, "--limit", "6", "--batch_size", "4"),
+        *("--device", "cpu", "--num_fewshot", "0", "--log_samples", "--output_path", tmp_path / "plain"),
+    )
+    answer = zero_shot(
+        *("--models", patched, "--tasks", "namex_sums", "namex_word_problems", "--limit", "6", "--batch_size", "4"),
+        *("--output_path", tmp_path / "ours"),
+    )
+    assert answer.status == 0, answer.err
+    for task in ("namex_sums", "namex_word_problems"):
+        (path,) = (tmp_path / "plain").rglob(f"samples_{task}_*.jsonl")
+        plain = sorted(map(json.loads, path.read_text().splitlines()), key=lambda sample: sample["doc_id"])
+        # lm-eval writes its log-likelihoods as text.
+        theirs = [
+            [[tuple(map(str, r)) if isinstance(r, list) else r for r in one] for one in s["resps"]] for s in plain
+        ]
+        ours = [
+            [[tuple(map(str, r)) if isinstance(r, list) else r for r in one] for one in item]
+            for item in said(tmp_path / "ours" / "patched", task)
+        ]
+        assert ours == theirs

@@ -1,0 +1,99 @@
+"""The paper's numbers, and what a report says in words."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from transformers import Qwen2MoeConfig
+
+from namex_hf.harness.paired import difference
+from namex_hf.harness.paper import Paper
+from namex_hf.harness.report import Model, Score, ZeroShotReport, markdown, sentence
+from namex_hf.models import DeepseekConfig
+
+from .conftest import ROOT
+
+TABLES = ROOT / "eval" / "paper_tables.json"
+QWEN = {**Qwen2MoeConfig().to_dict(), "model_type": "qwen2_moe", "num_hidden_layers": 24, "hidden_size": 2048}
+DEEPSEEK = {**DeepseekConfig().to_dict(), "model_type": "namex_deepseek", "num_hidden_layers": 28, "hidden_size": 2048}
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "task", "stage", "value", "original"),
+    [
+        (QWEN, None, "mmlu", "zero-shot", 61.28, 61.28),
+        (QWEN, {"method": "ep-camex", "merge": "residual"}, "gsm8k", "zero-shot", 60.23, 60.12),
+        (QWEN, {"method": "namex-full", "routing": "cosine"}, "arc_challenge", "zero-shot", 50.93, 50.6),
+        (QWEN, {"method": "namex-full", "disagreement": "mean"}, "arc_easy", "fine-tuned", 51.25, 51.12),
+        (DEEPSEEK, {"method": "smoe", "routing": "stable"}, "gsm8k", "zero-shot", 17.5, 17.5),
+        (DEEPSEEK, {"method": "namex-full"}, "mmlu", "fine-tuned", 45.47, 45.21),
+    ],
+)
+def test_the_papers_number(config, recipe, task, stage, value, original) -> None:
+    found = Paper(TABLES, stage).score(config, recipe, task)
+    assert found is not None
+    assert (found.value, found.original) == (value, original)
+
+
+@pytest.mark.parametrize(
+    ("config", "recipe", "task"),
+    [
+        ({**QWEN, "hidden_size": 128}, None, "mmlu"),
+        (QWEN, {"method": "namex-full", "merge": "grouped"}, "mmlu"),
+        (QWEN, {"method": "namex-full", "momentum": "complex"}, "mmlu"),
+        (QWEN, {"method": "camex"}, "mmlu"),
+        (QWEN, None, "hellaswag"),
+        ({"model_type": "llama", "num_hidden_layers": 24, "hidden_size": 2048}, None, "mmlu"),
+    ],
+)
+def test_the_paper_has_no_such_number(config, recipe, task) -> None:
+    assert Paper(TABLES).score(config, recipe, task) is None
+
+
+def report(new: list[float], old: list[float], metric: str = "acc", higher_is_better: bool = True) -> ZeroShotReport:
+    paper = Paper(TABLES).score(QWEN, {"method": "namex-full"}, "mmlu")
+    data = {"dataset": "cais/mmlu", "config": "all", "split": "test"}
+    scores = [
+        Score("a", "mmlu", metric, "none", sum(old) / len(old), 0.01, len(old), 0, higher_is_better, data, "a/r.json"),
+        Score(
+            *("b", "mmlu", metric, "none", sum(new) / len(new), 0.01, len(new), 0, higher_is_better, data, "b/r.json"),
+            *("a", difference(new, old), paper),
+        ),
+    ]
+    models = [
+        Model("a", "Qwen/a", "c0ffee", "f", None, None, "auto"),
+        Model("b", "Qwen/a", "c0ffee", "f", {"method": "namex-full", "merge": "residual"}, "a", "auto"),
+    ]
+    versions = {"lm_eval": "0", "namex_hf": "0"}
+    run = {"limit": None, "num_fewshot": 0, "seed": 1, "dtype": "auto", "device": "cpu", "stage": "zero-shot"}
+    return ZeroShotReport({**run, "versions": versions}, models, scores)
+
+
+def test_a_difference_within_the_noise_is_called_so() -> None:
+    made = report([1, 1, 0, 1] * 20, [1, 0, 1, 1] * 20)
+    text = markdown(made)
+    assert "b, acc: +0.00 points to a is within the noise: no difference is shown on 80 items" in text
+    assert "| b | residual | linear | namex-full | zero | acc | 75.00 ± 1.00 |" in text
+    assert "| 61.87 | +0.59 |" in text
+    assert "Paper: Table 17 (zero-shot)" in text
+    assert "`a/r.json`, `b/r.json`" in text
+    assert "c0ffee" in text
+
+
+def test_a_difference_that_is_more() -> None:
+    made = report([1.0] * 40 + [0.0] * 40, [0.0] * 80)
+    assert "b, acc: +50.00 points to a is more than noise: better on 80 items (40 better, 0 worse; p <0.001)" in str(
+        sentence(made.scores[1])
+    )
+    losses = report([1.5 + i / 100 for i in range(20)], [1 + i / 90 for i in range(20)], "bits_per_byte", False)
+    assert "is more than noise: worse on 20 items (0 better, 20 worse" in str(sentence(losses.scores[1]))
+    assert sentence(made.scores[0]) is None
+
+
+def test_the_report_survives_its_file() -> None:
+    made = report([1, 0, 1], [0, 0, 1])
+    assert ZeroShotReport.from_json(made.to_json()) == made
+    assert json.loads(made.to_json())["scores"][1]["difference"]["test"] == "mcnemar"
+    with_examples = replace(made, run={**made.run, "num_fewshot": 5, "limit": 3})
+    assert markdown(with_examples).startswith("# Scores with 5 examples")
+    assert "the first 3 items of every task only" in markdown(with_examples)
