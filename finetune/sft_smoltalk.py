@@ -141,6 +141,8 @@ def main(arguments: list[str]) -> None:
     start = start_from(asked.model_name_or_path, asked.model_revision, recipe)
     if asked.compare and start.patched:
         raise TrainingError(f"--compare begins with a stock checkpoint; {start.checkpoint.name} is patched already")
+    if start.recipe.method in [COMPARED[name] for name in asked.compare]:
+        raise TrainingError(f"--compare {' '.join(asked.compare)}: the recipe's method is {start.recipe.method} itself")
     set_length(training, start.context)
     if training.chat_template_path is None:
         check_template(start.tokenizer(), start.checkpoint.name)
@@ -156,17 +158,15 @@ def main(arguments: list[str]) -> None:
     choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options)
 
     out = Path(training.output_dir)
-    reports, folders = {}, {}
-    runs = {f"{start.recipe.method}": (start, out)}
+    runs = {start.recipe.method: (start, out)}
     for name in asked.compare:
-        rival = Recipe.from_dict({**rival_fields(start.recipe, COMPARED[name])})
+        rival = Recipe.from_dict(rival_fields(start.recipe, COMPARED[name]))
         runs[name] = start_from(asked.model_name_or_path, asked.model_revision, rival), out / "compare" / name
     for name, (one, folder) in runs.items():
         console.rule(f"{name}: {folder}")
-        reports[name] = tune(one, chats, training, choice, folder, console, asked.overwrite)
-        folders[name] = folder
+        tune(one, chats, training, choice, folder, console, asked.overwrite)
     if training.process_index == 0:
-        tell(Console(), folders, measures)
+        tell(Console(), {name: folder for name, (_, folder) in runs.items()}, measures)
 
 
 def check(asked: NamexArguments, training: TrainingArguments) -> None:
@@ -197,7 +197,7 @@ def rival_fields(recipe: Recipe, method: str) -> dict[str, Any]:
     """The same choices under another method, as far as it has them."""
     if method == "smoe":
         return {"method": method}
-    return {name: found for name, found in recipe.to_dict().items() if name not in ("weighting",)} | {"method": method}
+    return {name: found for name, found in recipe.to_dict().items() if name != "weighting"} | {"method": method}
 
 
 def set_length(training: TrainingArguments, context: int | None) -> None:

@@ -84,6 +84,8 @@ def write_base(block: Any, base: Mapping[str, torch.Tensor]) -> None:
 
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
+            if parameter.requires_grad:  # the optimiser's own copy, from which its next step would write the old base
+                deepspeed.utils.safe_set_full_fp32_param(parameter, base[name].to(parameter.device))
         else:
             if distributed.is_available() and distributed.is_initialized():
                 value = value.to(parameter.device)

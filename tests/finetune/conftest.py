@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,8 +35,24 @@ SMALL: dict[str, Any] = {
 """Arguments of a run of seconds."""
 
 
-def work(arguments: list[str], log: Path) -> None:
+def die_in_step(done: int) -> None:
+    """Have this process killed by SIGKILL in the optimiser step after so many."""
+    from transformers import Trainer
+
+    step = Trainer.training_step
+
+    def last(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.state.global_step == done:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(self, *args, **kwargs)
+
+    Trainer.training_step = last
+
+
+def work(arguments: list[str], log: Path, die_after: int | None = None) -> None:
     """Be the script."""
+    if die_after is not None:
+        die_in_step(die_after)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -51,6 +68,11 @@ def script() -> Path:
 @pytest.fixture(scope="session")
 def server() -> Any:
     return SERVER
+
+
+@pytest.fixture(scope="session")
+def dying() -> Callable[[int], None]:
+    return die_in_step
 
 
 @pytest.fixture(scope="session")
@@ -91,11 +113,11 @@ def call() -> Callable[[list[str], Path], tuple[int | None, str]]:
 def start() -> Callable[..., Any]:
     """``start(out, "--use_peft", max_steps=3, ...)``: a run that has begun, its log beside `out`."""
 
-    def begin(out: Path, *flags: str, **changes: Any) -> Any:
+    def begin(out: Path, *flags: str, die_after: int | None = None, **changes: Any) -> Any:
         config = out.with_suffix(".yaml")
         config.write_text(yaml.safe_dump({k: v for k, v in (SMALL | changes).items() if v is not None}))
         arguments = ["--config", str(config), "--output_dir", str(out), *flags]
-        process = SERVER.Process(target=work, args=(arguments, out.with_suffix(".log")))
+        process = SERVER.Process(target=work, args=(arguments, out.with_suffix(".log"), die_after))
         process.start()
         return process
 

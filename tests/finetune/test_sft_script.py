@@ -1,10 +1,7 @@
 """The SmolTalk script as a user calls it."""
 
 import json
-import os
 import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
@@ -112,12 +109,9 @@ def test_another_run_is_refused_that_folder(plain, run):
 
 @pytest.mark.parametrize("moment", ["in a step", "while a checkpoint is written"])
 def test_killed_and_continued(plain, start, run, tmp_path, moment):
-    """By SIGKILL after the second of five steps: losses, experts and all other weights of an undisturbed run."""
+    """By SIGKILL in the fourth of five steps: losses, experts and all other weights of an undisturbed run."""
     out = tmp_path / "out"
-    process = start(out)
-    while process.is_alive() and not (out / "checkpoint-2" / "trainer_state.json").exists():
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    process = start(out, die_after=3)
     process.join()
     assert process.exitcode == -9
     assert not (out / "config.json").exists()
@@ -174,11 +168,9 @@ def test_lora_killed_and_continued(start, run, tmp_path):
     flags, changes = ("--use_peft",), {"train_kinds": ["experts"], "lora_r": 2, "max_steps": 4}
     whole = run(tmp_path / "whole", *flags, **changes)
     out = tmp_path / "out"
-    process = start(out, *flags, **changes)
-    while process.is_alive() and not (out / "checkpoint-2" / "trainer_state.json").exists():
-        time.sleep(0.001)
-    os.kill(process.pid, signal.SIGKILL)
+    process = start(out, *flags, die_after=3, **changes)
     process.join()
+    assert process.exitcode == -9
     ended = run(out, *flags, **changes)
     assert ended.losses == whole.losses
     assert weights(out) == weights(whole.out)
@@ -216,6 +208,7 @@ REFUSED = {
     "nothing to score on": ({"held_out": 0}, "--held_out from 2"),
     "no model": ({"model_name_or_path": None}, "--model_name_or_path is needed"),
     "an unknown comparison": ({"compare": ["smear"]}, "--compare smear"),
+    "a comparison with itself": ({"compare": ["original"], "recipe": "RECIPE"}, "the recipe's method is smoe itself"),
     "an unknown score": ({"scores": ["mmlu"]}, "--scores mmlu"),
     "too long a sequence": ({"max_length": 4096}, "attends to 1024 tokens"),
     "no such model": ({"model_name_or_path": "tinny"}, "packaged model"),
@@ -229,6 +222,9 @@ REFUSED = {
 
 @pytest.mark.parametrize(("changes", "text"), REFUSED.values(), ids=REFUSED)
 def test_refused_in_one_line_and_without_a_trace(run, tmp_path, changes, text):
+    if "recipe" in changes:
+        (tmp_path / "smoe.yaml").write_text("method: smoe")
+        changes = {**changes, "recipe": str(tmp_path / "smoe.yaml")}
     ended = run(tmp_path / "out", **changes)
     assert ended.code == 2, ended.said
     last = ended.said.strip().splitlines()[-1]

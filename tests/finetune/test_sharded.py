@@ -3,10 +3,8 @@
 import json
 import os
 import runpy
-import signal
 import socket
 import sys
-import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -45,7 +43,9 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = pretend  # type: ignore[method-assign]
 
 
-def one_of_two(script: str, rank: int, port: int, arguments: list[str], log: Path, environment: dict[str, str]) -> None:
+def one_of_two(
+    script: str, rank: int, port: int, arguments: list[str], log: Path, environment: dict[str, str], die: Any
+) -> None:
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -53,13 +53,17 @@ def one_of_two(script: str, rank: int, port: int, arguments: list[str], log: Pat
         os.environ.update({name: str(value) for name, value in place.items()} | environment)
         if environment and "pretend" in log.name:
             shard_on_cpus()
+        if die is not None:
+            die(3)
         sys.argv = [script, *arguments]
         runpy.run_path(script, run_name="__main__")
 
 
 @pytest.fixture
 def begin_two(script: Path, server: Any, small: dict[str, Any]) -> Callable[..., list[BaseProcess]]:
-    def begin(out: Path, environment: dict[str, str], pretend: bool = True, **changes: Any) -> list[BaseProcess]:
+    def begin(
+        out: Path, environment: dict[str, str], pretend: bool = True, die: Any = None, **changes: Any
+    ) -> list[BaseProcess]:
         config = out.with_suffix(".yaml")
         config.write_text(yaml.safe_dump(small | {"per_device_train_batch_size": 1} | changes))
         with socket.socket() as free:
@@ -69,7 +73,7 @@ def begin_two(script: Path, server: Any, small: dict[str, Any]) -> Callable[...,
         processes = []
         for rank in range(2):
             log = out.with_name(f"{out.name}.{rank}.{'pretend' if pretend else 'plain'}.log")
-            told = (str(script), rank, port, arguments, log, environment)
+            told = (str(script), rank, port, arguments, log, environment, die)
             processes.append(server.Process(target=one_of_two, args=told))
             processes[-1].start()
         return processes
@@ -113,15 +117,13 @@ def test_fsdp2_trains_as_one_process_does(begin_two, one_process, tmp_path, grad
         assert layer.drift < 1e-6
 
 
-def test_fsdp2_killed_and_continued(begin_two, tmp_path):
+def test_fsdp2_killed_and_continued(begin_two, dying, tmp_path):
     whole, out = tmp_path / "whole", tmp_path / "out"
     finished(begin_two(whole, FSDP2, **SAME), whole)
-    processes = begin_two(out, FSDP2, **SAME)
-    while processes[0].is_alive() and not (out / "checkpoint-2" / "trainer_state.json").exists():
-        time.sleep(0.001)
+    processes = begin_two(out, FSDP2, die=dying, **SAME)
     for process in processes:
-        os.kill(process.pid, signal.SIGKILL)
         process.join()
+    assert -9 in [process.exitcode for process in processes]
     assert not (out / "config.json").exists()
     finished(begin_two(out, FSDP2, **SAME), out)
     assert "going on from checkpoint-" in said(out)
