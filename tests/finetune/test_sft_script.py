@@ -141,6 +141,29 @@ def test_soft_with_a_trainable_curvature_from_a_patched_folder(run, tmp_path):
     assert set(ended.report["training"]["trainable"]) == set(kinds)
 
 
+@pytest.mark.parametrize(
+    ("fields", "model_type"),
+    [
+        ({}, "namex_deepseek"),
+        ({"merge": "soft", "routing": "cosine", "method": "ep-camex"}, "namex_deepseek"),
+        ({"merge": "grouped", "experts": 12}, "deepseek"),
+    ],
+    ids=["residual", "soft", "grouped"],
+)
+def test_deepseek_by_other_recipes(run, tmp_path, fields, model_type):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(Recipe(**fields).to_yaml())
+    ended = run(tmp_path / "out", model_name_or_path="tiny-deepseek", recipe=str(recipe), max_steps=2)
+    assert ended.code == 0, ended.said
+    model = load_patched(ended.out)
+    assert model.config.model_type == model_type
+    assert model.config.namex["merge"] == fields.get("merge", "residual")
+    bargains = model_type.startswith("namex")
+    assert ("bargain/drift" in ended.losses[1]) == bargains
+    assert ("no bargain in training" in ended.said) != bargains
+    assert {layer["layer"] for layer in ended.report["layers"]} == ({1, 2, 3, 4} if bargains else set())
+
+
 def test_lora_on_experts_router_and_base(run, tmp_path):
     """The folder is the merged model; the adapter on a freshly patched one gives the same."""
     kinds = ["experts", "router", "base", "attention"]
