@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars, a dozen a task; tqdm reads it when it is imported
+
 import torch
 from rich.console import Console
 from rich.markup import escape
