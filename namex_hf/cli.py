@@ -19,6 +19,9 @@ from .checkpoint.folder import OutputFolder
 from .checkpoint.resolve import packaged_models, peek, resolve
 from .checkpoint.source import Checkpoint
 from .errors import NamexError, RecipeError
+from .hub.client import check_repo
+from .hub.errors import PublishError
+from .hub.push import Target, check_access
 from .patching.inspect import inspection
 from .patching.patch import describe, rewrite_report, run_plan
 from .patching.plan import make_plan
@@ -88,6 +91,8 @@ def _patch_parser() -> Parser:
     parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
     parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to USER/NAME, privately unless told")
+    parser.add_argument("--public", action="store_true", help="--push-to-hub: for everybody to see")
     recipe = parser.add_argument_group("recipe", "every field of a recipe; flags go before the file")
     recipe.add_argument("--recipe", type=Path, metavar="FILE", help="a YAML file of the fields below")
     for spec in fields(Recipe):
@@ -120,6 +125,7 @@ def _patch(options: argparse.Namespace) -> int:
     if options.quiet:
         disable_progress_bars()  # of downloads
     recipe = recipe_of(options)
+    target = _target(options)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
     folder = OutputFolder(options.out, plan.run)
@@ -132,7 +138,7 @@ def _patch(options: argparse.Namespace) -> int:
         run_plan(plan, options.out, overwrite=options.overwrite)
         said = f"{escape(str(options.out))} is complete: this model was patched with this recipe before"
         console.print(said, soft_wrap=True)
-        return 0
+        return _pushed(options, target)
     columns = (
         TextColumn("{task.description:>16}"),
         BarColumn(),
@@ -157,6 +163,27 @@ def _patch(options: argparse.Namespace) -> int:
         if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
             hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
             console.print(hint, soft_wrap=True)
+        console.print(f"pictures: namex-report {escape(str(options.out))}", soft_wrap=True)
+    return _pushed(options, target)
+
+
+def _target(options: argparse.Namespace) -> Target | None:
+    """Where the result is to be pushed, if it is; that it can be is asked before anything is read."""
+    if options.push_to_hub is None:
+        if options.public:
+            raise PublishError("--public says who may see what --push-to-hub REPO pushes, which is missing")
+        return None
+    check_repo(options.push_to_hub)
+    if not options.dry_run:
+        check_access(options.push_to_hub)
+    return Target(options.push_to_hub, options.public)
+
+
+def _pushed(options: argparse.Namespace, target: Target | None) -> int:
+    if target is not None:
+        from .commands.push import publish  # which is a command like these
+
+        publish(options.out, target, options.quiet)
     return 0
 
 

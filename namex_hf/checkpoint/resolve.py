@@ -119,7 +119,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         family_of(read_json(config))
         match = COMMIT.search(config.parent.as_posix())
         commit = match[1] if match else None
-        wanted = ["model*.safetensors", INDEX, "config.json", *PATTERNS]
+        wanted = ["model*.safetensors", INDEX, "config.json", "README.md", *PATTERNS]  # the card, for its licence
         folder = Path(
             snapshot_download(name, revision=commit or revision, allow_patterns=wanted, local_files_only=cached)
         )

@@ -177,7 +177,7 @@ def _write_companions(plan: Plan, out: Path, state: State, report: Report, weigh
     if statistics:
         write_tensors(out / "namex_statistics.safetensors", statistics, METADATA)
     write_text(out / "namex_recipe.yaml", plan.recipe.to_yaml())
-    write_text(out / "README.md", card(report, config))
+    write_text(out / "README.md", card(report, config, out, plan.checkpoint.folder))
     write_text(out / REPORT, report.to_json())
 
 
@@ -204,5 +204,5 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
 def rewrite_report(out: Path, report: Report) -> None:
     """Put a report with more in it (perplexity, say) in the place of the old one, and into the card."""
     config = json.loads((out / CONFIG).read_text("utf-8"))
-    write_text(out / "README.md", card(report, config))
+    write_text(out / "README.md", card(report, config, out))
     write_text(out / REPORT, report.to_json())

@@ -1,5 +1,7 @@
 """Two models over the same text."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the classes that the folders need)
-from .perplexity import held_out_texts, perplexities
+from .perplexity import held_out_texts, text_losses
 
 
 def load(folder: str | Path) -> Any:
@@ -25,10 +27,33 @@ def load(folder: str | Path) -> Any:
 def compare(before: Path, after: Path, tokens: int | None = None) -> dict[str, dict[str, float]]:
     """Perplexity per domain of the packaged held-out text, before and after, with the geometric mean last.
 
+    Beside ``before`` and ``after`` their standard errors over windows of text, and that of the ratio, paired window by
+    window: ``before_stderr``, ``after_stderr``, ``ratio_stderr``; not where a text has a single window.
+
     Memory: one of the models at a time.
     """
     tokenizer, texts = AutoTokenizer.from_pretrained(before), held_out_texts()
     found = {}
     for name, folder in (("before", before), ("after", after)):
-        found[name] = perplexities(load(folder), tokenizer, texts, tokens)
-    return {domain: {"before": found["before"][domain], "after": found["after"][domain]} for domain in found["before"]}
+        found[name] = text_losses(load(folder), tokenizer, texts, tokens)
+    groups = {**{domain: [domain] for domain in texts}, "mean": list(texts)}
+    return {
+        group: measured([found["before"][one] for one in domains], [found["after"][one] for one in domains])
+        for group, domains in groups.items()
+    }
+
+
+def measured(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> dict[str, float]:
+    """Perplexities and their standard errors, by the delta method.
+
+    Args:
+        before, after: a text each, the losses of its windows in nats, float64 ``[windows]``.
+    """
+    values = {"before": before, "after": after, "ratio": [new - old for old, new in zip(before, after, strict=True)]}
+    means = {name: math.exp(sum(float(each.mean()) for each in some) / len(some)) for name, some in values.items()}
+    found = {name: means[name] for name in ("before", "after")}
+    if min(map(len, before)) > 1:
+        for name, some in values.items():
+            spread = math.sqrt(sum(float(each.var()) / len(each) for each in some)) / len(some)
+            found[f"{name}_stderr"] = means[name] * spread
+    return found

@@ -47,6 +47,17 @@ def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch: int =
     return math.exp(float(window_losses(model, tokens, window, batch).mean()))
 
 
+def text_losses(
+    model: Any, tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None, window: int = 512
+) -> dict[str, torch.Tensor]:
+    """`window_losses` of each text. Args as of `perplexities`."""
+    found = {}
+    for name, text in texts.items():
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+        found[name] = window_losses(model, ids if tokens is None else ids[:tokens], window)
+    return found
+
+
 def perplexities(
     model: Any, tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None, window: int = 512
 ) -> dict[str, float]:
@@ -55,9 +66,7 @@ def perplexities(
     Args:
         tokens: of each text, from its beginning; all by default.
     """
-    found = {}
-    for name, text in texts.items():
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-        found[name] = perplexity(model, ids if tokens is None else ids[:tokens], window)
+    losses = text_losses(model, tokenizer, texts, tokens, window)
+    found = {name: math.exp(float(each.mean())) for name, each in losses.items()}
     found["mean"] = math.exp(sum(map(math.log, found.values())) / len(found))
     return found

@@ -69,6 +69,6 @@ def save_trained(
         cosines = {f"layers.{one.layer}.cosines": one.cosines.contiguous() for one in settled}
         write_tensors(out / "namex_statistics.safetensors", cosines, METADATA)
     write_text(out / "namex_recipe.yaml", Recipe.from_dict(report.run["recipe"]).to_yaml())
-    write_text(out / "README.md", card(report, config))
+    write_text(out / "README.md", card(report, config, out, carried))
     write_text(out / REPORT, report.to_json())
     folder.finish(config)

@@ -9,7 +9,7 @@ import numpy as np
 from ..scoring.arithmetic import exact_answers, held_out_problems
 from ..scoring.intervals import mean_interval
 from ..scoring.labelled import labelled_losses
-from ..scoring.perplexity import held_out_texts, window_losses
+from ..scoring.perplexity import held_out_texts, text_losses
 
 TEXT_TOKENS = 4096
 """Of each domain of the packaged held-out text."""
@@ -35,10 +35,8 @@ def measure(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], measures
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         found["chats"] = [labelled_losses(model, rows, pad).tolist()]
     if "text" in measures:
-        found["text"] = []
-        for text in held_out_texts().values():
-            ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-            found["text"].append(window_losses(model, ids[:TEXT_TOKENS], window=256).tolist())
+        losses = text_losses(model, tokenizer, held_out_texts(), TEXT_TOKENS, window=256)
+        found["text"] = [each.tolist() for each in losses.values()]
     if "problems" in measures:
         right = exact_answers(model, tokenizer, held_out_problems(), chat=True)
         found["problems"] = [[float(one) for one in right]]

@@ -8,9 +8,40 @@ import os
 import sys
 import tempfile
 
-from namex_hf import cli
+import torch
+from huggingface_hub import get_token, snapshot_download
+from transformers import AutoModelForCausalLM
 
-COMMANDS = {"namex-patch": cli.patch, "namex-inspect": cli.inspect}
+from namex_hf import cli
+from namex_hf.commands import push
+
+
+def token(arguments: tuple[str, ...]) -> int:
+    """Be somebody else from here on: nobody without a token."""
+    os.environ.pop("HF_TOKEN", None)
+    if arguments:
+        os.environ["HF_TOKEN"] = arguments[0]
+    assert get_token() == (arguments[0] if arguments else None)
+    return 0
+
+
+def same(arguments: tuple[str, ...]) -> int:
+    """Whether a repository, fetched anew, gives the logits of a folder, bit for bit."""
+    repository, folder, *revision = arguments
+    fetched = snapshot_download(repository, revision=revision[0] if revision else None)
+    ids = torch.arange(200)[None]
+    models = [AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32) for place in (fetched, folder)]
+    with torch.no_grad():
+        return int(not torch.equal(*(model(input_ids=ids).logits for model in models)))
+
+
+COMMANDS = {
+    "namex-patch": cli.patch,
+    "namex-inspect": cli.inspect,
+    "namex-push": push.main,
+    "token": token,
+    "same": same,
+}
 
 
 def answer(name: str, *arguments: str) -> dict[str, object]:

@@ -1,0 +1,1 @@
+"""Commands that stand beside `namex-patch`, a file each."""

@@ -1,0 +1,120 @@
+"""``namex-push``: a patched folder goes to the Hub, once it is known to be whole."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub.utils import disable_progress_bars
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from ..cli import Parser, _run, _size
+from ..hub.checks import Checked, check_folder, check_metadata
+from ..hub.client import check_repo
+from ..hub.files import CARD, Selection, select, summarised
+from ..hub.push import Target, push
+from ..hub.scores import read_evaluation, row_of, with_scores
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``namex-push``."""
+    return _run(_parser(), arguments, _push)
+
+
+def _parser() -> Parser:
+    parser = Parser(
+        prog="namex-push",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Publish a patched folder on the Hub, privately unless told, once it is known to load.\n"
+        "A push that was broken off is continued by the same command. The token is that of HF_TOKEN or of\n"
+        "'hf auth login'.",
+        epilog="examples:\n"
+        "  namex-push out/qwen --repo USER/NAME --dry-run\n"
+        "  namex-push out/qwen --repo USER/NAME --eval out/zero-shot/report.json\n"
+        "  namex-push out/qwen --repo USER/NAME --public",
+    )
+    parser.add_argument("folder", metavar="DIR", type=Path, help="a folder of namex-patch or sft_smoltalk.py")
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="made where it is missing")
+    parser.add_argument("--public", action="store_true", help="for everybody to see; needed for a public repository")
+    parser.add_argument("--revision", metavar="BRANCH", help="made where it is missing, or refs/pr/N (default: main)")
+    parser.add_argument("--pull-request", action="store_true", help="propose it to a repository that is there")
+    parser.add_argument("--eval", type=Path, metavar="FILE", help="report.json of zero_shot.py: scores for the card")
+    parser.add_argument("--eval-label", metavar="LABEL", help="row of that report, where the weights were copied since")
+    parser.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="adapter, compare or checkpoint-N of a fine-tuned folder, which stay otherwise; may be repeated",
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check, list what would go up, ask no network")
+    parser.add_argument("--quiet", action="store_true", help="nothing but the address")
+    return parser
+
+
+def _push(options: argparse.Namespace) -> int:
+    if options.eval_label is not None and options.eval is None:
+        _parser().error("--eval-label names a row of --eval FILE, which is missing")
+    target = Target(options.repo, options.public, options.revision, options.pull_request)
+    check_repo(target.repo)
+    checked = check_folder(options.folder)
+    selection = select(checked.checkpoint, tuple(options.include))
+    card = checked.card
+    if options.eval is not None:
+        evaluation = read_evaluation(options.eval)
+        label = row_of(evaluation, options.eval, options.folder, options.eval_label)
+        card = with_scores(card, evaluation, label, target.repo.split("/")[1])
+        check_metadata(card, options.folder / CARD)
+    if not options.quiet:
+        show(Console(stderr=not options.dry_run), checked, selection, target)
+    if options.dry_run:
+        return 0
+    send(selection, card, target, options.quiet)
+    return 0
+
+
+def publish(folder: Path, target: Target, quiet: bool) -> None:
+    """Check a folder and push it, for ``namex-patch --push-to-hub``.
+
+    Raises:
+        PublishError, CheckpointError: as of `check_folder` and `push`.
+    """
+    checked = check_folder(folder)
+    selection = select(checked.checkpoint)
+    if not quiet:
+        show(Console(stderr=True), checked, selection, target)
+    send(selection, checked.card, target, quiet)
+
+
+def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
+    """Push, and print the address."""
+    if quiet or not sys.stderr.isatty():
+        disable_progress_bars()
+    found = push(selection, card, target)
+    print(f"{found.address} ({'private' if found.private else 'public'}, commit {found.commit})")
+
+
+def show(console: Console, checked: Checked, selection: Selection, target: Target) -> None:
+    """Every file with its size, what stays and why, what was checked."""
+    console.print(f"to {escape(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
+    table = Table()
+    table.add_column("goes up")
+    table.add_column("bytes", justify="right")
+    for file in selection.files:
+        table.add_row(escape(file.name), f"{file.size:,}")
+    table.add_section()
+    table.add_row(f"{len(selection.files)} files", f"{_size(selection.size)}")
+    console.print(table)
+    for name, reason in summarised(selection.left_out).items():
+        console.print(f"stays: {escape(name)}: {escape(reason)}", soft_wrap=True)
+    for note in checked.notes:
+        console.print(f"note: {escape(note)}", soft_wrap=True)
+    ran = "it runs" if checked.ran else "every tensor's name and shape fits its class"
+    console.print(f"checked: whole, its code is there, {ran}, metadata of the card", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,171 @@
+"""What has to hold before a folder goes up: it is whole, it loads, its text can be read, its card is valid."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
+from transformers import AutoTokenizer
+from transformers.utils import logging
+
+from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.folder import REPORT, STATE
+from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
+from ..errors import CheckpointError
+from ..models import load_patched, remote_code
+from ..report.card_metadata import read_block
+from ..report.report import Report
+from .errors import PublishError
+from .files import CARD
+
+RUN_BYTES = 256 << 20
+"""A model up to this size is run on a few tokens; of a larger one every tensor's name and shape is checked."""
+LARGEST_FILE = 50 * 10**9
+"""Bytes of one file, as the Hub recommends."""
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A folder that may go up."""
+
+    checkpoint: Checkpoint
+    card: str
+    ran: bool
+    """Whether it was run, not only matched against its class."""
+    notes: list[str] = field(default_factory=list)
+    """What is no reason to refuse it, and worth a line."""
+
+
+def check_folder(folder: Path) -> Checked:
+    """Look at everything that can be wrong with a folder, without a network.
+
+    Raises:
+        PublishError: unfinished, not written by this package, code missing, a card that the Hub would refuse.
+        CheckpointError: damaged, or it does not load.
+    """
+    if not folder.is_dir():
+        raise PublishError(f"{folder} is no folder; needed: one that namex-patch or sft_smoltalk.py has written")
+    if (folder / STATE).exists():
+        raise PublishError(f"{folder} is unfinished ({STATE} is there); the command that made it finishes it")
+    checkpoint = open_checkpoint(folder)
+    config = checkpoint.config
+    if not isinstance(config.get("namex"), dict) or not (folder / REPORT).is_file():
+        raise PublishError(
+            f"{folder}: config.json has no recipe under 'namex', or {REPORT} is missing; needed: a folder that "
+            "namex-patch or sft_smoltalk.py has written"
+        )
+    _check_report(folder / REPORT)
+    _check_code(checkpoint)
+    card = _check_card(folder / CARD)
+    large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]
+    if large:
+        raise PublishError(f"{large[0]} is larger than 50 GB, which the Hub does not take; patch with --shard-size 5GB")
+    notes = []
+    rows = _check_loads(checkpoint)
+    if has_tokenizer(folder):
+        _check_tokenizer(folder, rows)
+    else:
+        notes.append("no tokenizer: those who load it need the original's")
+    if "license" not in read_block(card):
+        notes.append("the card states no licence")
+    return Checked(checkpoint, card, checkpoint.size <= RUN_BYTES, notes)
+
+
+def _check_report(path: Path) -> None:
+    read_json(path)
+    try:
+        Report.from_json(path.read_text("utf-8"))
+    except TypeError as error:  # fields that it has not, or too few
+        raise PublishError(f"{path} is no report of a patch ({error})") from error
+
+
+def _check_code(checkpoint: Checkpoint) -> None:
+    """The class's files, all of them, and a pointer to them alone."""
+    code = remote_code(str(checkpoint.config.get("model_type")))
+    found = checkpoint.config.get("auto_map") or {}
+    if found != code.auto_map:
+        raise PublishError(
+            f"config.json: auto_map is {found}; accepted for this model_type: {code.auto_map or 'none'}; patch it again"
+        )
+    for file in code.files:
+        if not (checkpoint.folder / file.name).is_file():
+            raise PublishError(f"{checkpoint.folder} lacks {file.name}, which the model's class needs without namex_hf")
+
+
+def _check_card(path: Path) -> str:
+    """The card's text, once its metadata is known to be valid."""
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise PublishError(f"{path} cannot be read ({error.strerror}); needed: the model card") from error
+    except UnicodeDecodeError as error:
+        raise PublishError(f"{path} is no UTF-8 text ({error.reason})") from error
+    check_metadata(text, path)
+    return text
+
+
+def check_metadata(text: str, path: Path) -> None:
+    """Raises:
+    PublishError: the metadata block is missing, no YAML, or has a field that the Hub cannot read.
+    """
+    block = read_block(text)
+    if not block:
+        raise PublishError(f"{path}: no metadata block (YAML between two lines '---') that can be read")
+    wanted: dict[str, Any] = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list}
+    for name, kind in wanted.items():
+        if name in block and not isinstance(block[name], kind):
+            found = type(block[name]).__name__
+            raise PublishError(f"{path}: metadata field '{name}' is {found}; accepted: {kind.__name__}")
+    try:
+        ModelCardData(**block)
+        if "model-index" in block:
+            model_index_to_eval_results(block["model-index"])
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise PublishError(f"{path}: metadata that the Hub cannot read ({reason})") from error
+
+
+def _check_loads(checkpoint: Checkpoint) -> int:
+    """Load it as its class; returns how many tokens it has embeddings for."""
+    small = checkpoint.size <= RUN_BYTES
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model, info = load_patched(
+            checkpoint.folder, device_map=None if small else "meta", local_files_only=True, output_loading_info=True
+        )
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever transformers makes of it
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{checkpoint.folder} does not load ({reason})") from error
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+    if info["unexpected_keys"]:
+        name = sorted(info["unexpected_keys"])[0]
+        raise CheckpointError(f"{checkpoint.folder}: tensor {name} is one that the model's class does not have")
+    if small:
+        _check_runs(model, checkpoint.folder)
+    return int(model.get_input_embeddings().weight.shape[0])
+
+
+@torch.no_grad()
+def _check_runs(model: Any, folder: Path) -> None:
+    ids = torch.arange(min(8, model.config.vocab_size))[None]
+    if not model.eval()(input_ids=ids, use_cache=False).logits.isfinite().all():
+        raise CheckpointError(f"{folder}: the model gives NaN or infinity on its first {ids.numel()} tokens")
+
+
+def _check_tokenizer(folder: Path, rows: int) -> None:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        largest = max(tokenizer("A test, 1 2 3.", return_attention_mask=False)["input_ids"], default=0)
+        known = max(tokenizer.get_vocab().values(), default=0)
+    except Exception as error:  # whatever a foreign tokenizer raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise CheckpointError(f"{folder}: its tokenizer does not load ({reason})") from error
+    if max(largest, known) >= rows:
+        raise CheckpointError(f"{folder}: its tokenizer has token {max(largest, known)}; the model has rows for {rows}")

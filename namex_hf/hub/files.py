@@ -1,0 +1,133 @@
+"""What of a folder goes up: files that are known, by name; everything else stays and is told."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..checkpoint.companions import companions
+from ..checkpoint.folder import CONFIG, REPORT
+from ..checkpoint.source import INDEX, Checkpoint
+from ..models import remote_code
+from ..report.card_measured import SCORES
+from .errors import PublishError
+
+CARD = "README.md"
+OURS = (CONFIG, INDEX, CARD, REPORT, SCORES, "namex_recipe.yaml", "namex_statistics.safetensors")
+PICTURES = re.compile(r"namex_report/[^/]+\.(?:png|svg|html)|namex_report\.html")
+FOLDERS = re.compile(r"adapter|compare|checkpoint-\d+")
+"""Folders of a fine-tuning run that go up only when they are asked for."""
+INSIDE = (".safetensors", ".json", ".jinja", ".txt", ".md", ".yaml", ".py", ".png", ".svg", ".html")
+"""Kinds of files that go up from such a folder."""
+TRACES = re.compile(
+    r"optimizer|scheduler|rng_state|trainer_state|training_args|scaler|[._]log|events\.out|"
+    r"(?:^|/)(?:runs|\.namex|checkpoint-\d+)/"
+)
+"""In names of files that belong to a run and not to its result."""
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file."""
+
+    name: str
+    """In the repository: the path below the folder, with slashes."""
+    path: Path
+    size: int
+    """Bytes."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What goes up, and what stays with the reason."""
+
+    files: tuple[Upload, ...]
+    left_out: dict[str, str]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(file.size for file in self.files)
+
+
+def select(checkpoint: Checkpoint, include: tuple[str, ...] = ()) -> Selection:
+    """The files of a patched folder that belong on the Hub.
+
+    Args:
+        include: folders of a fine-tuning run to take along: ``adapter``, ``compare``, ``checkpoint-N``.
+
+    Raises:
+        PublishError: `include` names something else, or a file that is needed is a link that leaves the folder.
+    """
+    folder = checkpoint.folder
+    for name in include:
+        if not FOLDERS.fullmatch(name) or not (folder / name).is_dir():
+            raise PublishError(f"--include {name}: accepted: adapter, compare or checkpoint-N, where {folder} has it")
+    known = _known(checkpoint)
+    files, left_out = [], {}
+    for path in sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()):
+        name = path.relative_to(folder).as_posix()
+        reason = _why_not(path, name, folder, known, include)
+        if reason is None:
+            files.append(Upload(name, path, path.stat().st_size))
+        elif name in known and reason == LINK:
+            raise PublishError(f"{path} is a link that leaves the folder; needed: the file itself")
+        else:
+            left_out[name] = reason
+    return Selection(tuple(files), left_out)
+
+
+LINK = "a link that leaves the folder"
+
+
+def _known(checkpoint: Checkpoint) -> set[str]:
+    folder, config = checkpoint.folder, checkpoint.config
+    code = {path.name for path in remote_code(str(config.get("model_type"))).files}
+    return {
+        *OURS,
+        *(shard.name for shard in checkpoint.shards),
+        *(path.name for path in companions(folder)),
+        *code,
+    }
+
+
+def _why_not(path: Path, name: str, folder: Path, known: set[str], include: tuple[str, ...]) -> str | None:
+    """Why a file stays; None for one that goes up."""
+    top = name.split("/")[0]
+    if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
+        return LINK
+    if top in include:
+        if path.suffix not in INSIDE:
+            return _kind(name)
+        return "of a run" if TRACES.search(name.removeprefix(f"{top}/")) else None
+    if name in known or PICTURES.fullmatch(name):
+        return None
+    if FOLDERS.fullmatch(top):
+        return f"goes up with --include {top}"
+    return _kind(name)
+
+
+def _kind(name: str) -> str:
+    if name.startswith("."):
+        return "hidden"
+    if name.endswith(".py"):
+        return "code that is not of this model's class"
+    if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+        return "a pickle"
+    return "not of the model"
+
+
+def summarised(left_out: dict[str, str]) -> dict[str, str]:
+    """The same by the outermost folder, with the number of files where it has several."""
+    found: dict[tuple[str, str], int] = {}
+    for name, reason in left_out.items():
+        top, *rest = name.split("/")
+        key = (f"{top}/" if rest else top, reason)
+        found[key] = found.get(key, 0) + 1
+    return {f"{top} ({count} files)" if count > 1 else top: reason for (top, reason), count in found.items()}
+
+
+def holds(file: Upload, secret: str) -> bool:
+    """Whether a text file that is to go up has `secret` in it."""
+    if file.path.suffix == ".safetensors":
+        return False
+    return secret.encode() in file.path.read_bytes()

@@ -1,0 +1,149 @@
+"""A checked folder goes up, in one commit, to a repository that is private unless told."""
+
+import re
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
+
+from ..checkpoint.folder import CONFIG, REPORT
+from ..checkpoint.source import INDEX
+from ..report.card_metadata import put_block, read_block, usable
+from ..report.card_story import PLACE, picture_lines
+from ..report.card_text import put_section
+from .client import client
+from .errors import PublishError
+from .files import CARD, Selection, holds
+
+STALE = ("model*.safetensors", INDEX, "*.py", "namex_*", "namex_report/*")
+"""Files of an earlier push that go with the next one, unless they are in it: left-over weights would be loaded."""
+PULL_REQUEST = re.compile(r"refs/pr/\d+")
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where a folder goes."""
+
+    repo: str
+    """``USER/NAME``."""
+    public: bool = False
+    revision: str | None = None
+    """A branch, made where it is missing, or ``refs/pr/N``; None: the main branch."""
+    pull_request: bool = False
+    message: str = "Push with namex_hf"
+
+    def __post_init__(self) -> None:
+        if self.pull_request and self.revision is not None:
+            raise PublishError("--pull-request is made to the main branch; it does not go with --revision")
+
+
+@dataclass(frozen=True)
+class Published:
+    """What came of it."""
+
+    address: str
+    private: bool
+    commit: str
+
+
+def push(selection: Selection, card: str, target: Target) -> Published:
+    """Make the repository where it is missing, and send the files; what is there already is not sent again.
+
+    The files go up from a temporary folder of links, so that the folder itself stays as it is.
+
+    Args:
+        selection: of a folder that was checked.
+        card: goes up in the place of the folder's own, its snippet with the repository's name.
+
+    Raises:
+        PublishError: the repository is another model's, public without consent or cannot be written to; the Hub or
+            the network fails. The same call then goes on.
+    """
+    for file in selection.files:
+        if (token := get_token()) and holds(file, token):
+            raise PublishError(f"{file.path} holds the token that is in use; take it out first")
+    with client(target.repo) as api, tempfile.TemporaryDirectory(prefix="namex-push-") as staged:
+        _ready(api, target)
+        private = bool(api.model_info(target.repo).private)
+        if not private and not target.public:
+            raise PublishError(f"{target.repo} is public; say --public, or take another repository")
+        if not target.pull_request:
+            _check_ours(api, target)
+        _stage(selection, completed(card, api, selection, target.repo), Path(staged))
+        found = api.upload_folder(
+            repo_id=target.repo,
+            folder_path=staged,
+            revision=target.revision,
+            create_pr=target.pull_request,
+            delete_patterns=list(STALE),
+            commit_message=target.message,
+        )
+        address = f"{api.endpoint}/{target.repo}"
+        if target.revision is not None:
+            address += f"/tree/{target.revision}"
+        return Published(found.pr_url or address, private, found.oid)
+
+
+def check_access(repo: str) -> None:
+    """Ask the Hub who the token is, before hours of work.
+
+    Raises:
+        PublishError: no token, one that is refused, or no Hub.
+    """
+    with client(repo) as api:
+        api.whoami()
+
+
+def _ready(api: HfApi, target: Target) -> None:
+    if target.pull_request:
+        return  # to a repository that is there, which may be somebody else's
+    api.create_repo(target.repo, private=not target.public, exist_ok=True)
+    if target.revision is not None and not PULL_REQUEST.fullmatch(target.revision):
+        api.create_branch(target.repo, branch=target.revision, exist_ok=True)
+
+
+def _check_ours(api: HfApi, target: Target) -> None:
+    names = set(api.list_repo_files(target.repo, revision=target.revision))
+    if CONFIG in names and REPORT not in names:
+        raise PublishError(
+            f"{target.repo} holds a model that namex_hf did not write; accepted: a new or empty repository, one of an "
+            "earlier push, or --pull-request"
+        )
+
+
+def completed(card: str, api: HfApi, selection: Selection, repo: str) -> str:
+    """The card with the repository in its snippet and the pictures that go along; where it states no licence, with the
+    licence, languages and tags of the base model's card."""
+    card = card.replace(f'"{PLACE}"', f'"{repo}"')
+    pictures = [file.path for file in selection.files if file.name.startswith("namex_report/")]
+    if pictures:
+        card = put_section(card, "pictures", picture_lines(pictures[0].parent.parent))
+    block = read_block(card)
+    base = block.get("base_model")
+    if isinstance(base, str) and "license" not in block:
+        found = _stated(api, base, block.get("base_model_commit"))
+        tags = list(dict.fromkeys([*block.get("tags", []), *found.pop("tags", [])]))
+        card = put_block(card, block | {"tags": tags} | {key: found[key] for key in found if key not in block})
+    return card
+
+
+def _stated(api: HfApi, base: str, commit: str | None) -> dict[str, Any]:
+    """Metadata of the base model's own card, as far as it can be carried; empty where it cannot be seen."""
+    try:
+        path = api.hf_hub_download(base, CARD, revision=commit)
+    except (RepositoryNotFoundError, EntryNotFoundError):
+        return {}
+    return usable(read_block(Path(path).read_text("utf-8", "replace")))
+
+
+def _stage(selection: Selection, card: str, folder: Path) -> None:
+    for file in selection.files:
+        place = folder / file.name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if file.name == CARD:
+            place.write_text(card, "utf-8")
+        else:
+            place.symlink_to(file.path.resolve())

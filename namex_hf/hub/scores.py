@@ -1,0 +1,140 @@
+"""Zero-shot scores on a card: the row of an evaluation report that is this very folder's, and what is shown of it."""
+
+import json
+from filecmp import cmp
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import REPORT
+from ..checkpoint.source import open_checkpoint
+from ..errors import CheckpointError
+from ..harness.report import Model, Score, ZeroShotReport, eval_results, shown
+from ..report.card_metadata import model_index, put_block, read_block
+from ..report.card_text import plain, put_section, table
+from ..report.report import Report
+
+SECTION = "scores"
+MODELS = "models"
+"""Folder beside the report of what was patched on the way."""
+
+
+def read_evaluation(path: Path) -> ZeroShotReport:
+    """``report.json`` of ``eval/zero_shot.py``.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is no such report.
+    """
+    try:
+        found = ZeroShotReport.from_json(path.read_text("utf-8"))
+        _ = found.run["limit"], found.run["seed"], found.run["dtype"], found.run["versions"]["lm_eval"]
+        return found
+    except OSError as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error.strerror}); needed: report.json of zero_shot.py"
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: no report of zero_shot.py ({type(error).__name__}: {error})") from error
+
+
+def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | None = None) -> str:
+    """The label of the row that scored `folder`.
+
+    A row is the folder's where its fingerprint (configuration, names, shapes and places of all tensors) is, and the
+    weights were those that lie here: files of the same sizes and times, as the results beside the report record them.
+    Or where a recipe was applied to a model of that fingerprint, the folder's report names just these, it was not
+    trained since, and the model came from a commit of the Hub or the patched one beside the report is equal to it. A
+    label that is given stands for times and contents of files, which copies change or lack, not for the fingerprint.
+
+    Args:
+        path: of the report; results lie beside it.
+
+    Raises:
+        CheckpointError: no such row, or several.
+    """
+    fitting = [model for model in evaluation.models if _fits(evaluation, model, path.parent, folder, label is not None)]
+    labels = [model.label for model in fitting if label in (None, model.label)]
+    if len(labels) == 1:
+        return labels[0]
+    known = ", ".join(model.label for model in evaluation.models)
+    if labels:
+        raise CheckpointError(f"{path}: several rows are of {folder}: {', '.join(labels)}; --eval-label says which")
+    what = f"no row {label} of the fingerprint" if label else "no row of the weights"
+    raise CheckpointError(f"{path}: {what} of {folder}; rows: {known}")
+
+
+def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path, told: bool) -> bool:
+    if model.fingerprint == open_checkpoint(folder).fingerprint():
+        return told or _same_files(_files_scored(evaluation, model, results), folder)
+    report = Report.from_json((folder / REPORT).read_text("utf-8"))
+    made_alike = (
+        model.recipe is not None
+        and report.training is None
+        and report.run.get("source") == model.fingerprint
+        and report.run.get("recipe") == model.recipe
+        and report.run.get("export_as") is None
+    )
+    return made_alike and (told or model.commit is not None or _same_bytes(results / MODELS / model.label, folder))
+
+
+def _same_bytes(scored: Path, folder: Path) -> bool:
+    """Whether two folders hold the same weights; False where the first is gone."""
+    names = sorted(path.name for path in folder.glob("model*.safetensors"))
+    return all((scored / name).is_file() and cmp(scored / name, folder / name, shallow=False) for name in names)
+
+
+def _files_scored(evaluation: ZeroShotReport, model: Model, results: Path) -> dict[str, Any]:
+    """Sizes and times of the weights that were scored; empty where no result beside the report says so."""
+    for score in evaluation.scores:
+        path = results / score.file
+        if score.model == model.label and path.is_file():
+            try:
+                files = json.loads(path.read_text("utf-8"))["run"]["files"]
+            except (ValueError, KeyError, TypeError):
+                return {}
+            return files if isinstance(files, dict) else {}
+    return {}
+
+
+def _same_files(scored: dict[str, Any], folder: Path) -> bool:
+    stats = {name: (folder / Path(name).name).stat() for name in scored if (folder / Path(name).name).is_file()}
+    return bool(scored) and scored == {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def with_scores(card: str, evaluation: ZeroShotReport, label: str, name: str) -> str:
+    """The card with ``model-index`` in its metadata and a table of the scores; a second time it is replaced.
+
+    Args:
+        name: what ``model-index`` calls the model.
+    """
+    block = read_block(card) | {"model-index": model_index(name, eval_results(evaluation, label))}
+    return put_section(put_block(card, block), SECTION, score_lines(evaluation, label))
+
+
+def score_lines(evaluation: ZeroShotReport, label: str) -> list[str]:
+    """A table of one model's scores, beside those of the model it was made of where that was scored too."""
+    run, scores = evaluation.run, [score for score in evaluation.scores if score.model == label]
+    limit = "" if run["limit"] is None else f", the first {run['limit']} items of each task only"
+    compared = any(score.difference is not None for score in scores)
+    titles = ["task", "metric", "items", "score", *(["difference to the original"] if compared else [])]
+    rows = [[*_score_cells(score), *([_difference(score)] if compared else [])] for score in scores]
+    paired = "; differences are paired, item by item" if compared else ""
+    return [
+        "## Scores",
+        "",
+        f"By lm-eval {plain(run['versions']['lm_eval'])}, seed {plain(run['seed'])}, weights in {plain(run['dtype'])}"
+        f"{limit}. Shares in per cent, ± one standard error{paired}.",
+        "",
+        *table(titles, rows),
+    ]
+
+
+def _score_cells(score: Score) -> list[str]:
+    metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+    error = "" if score.stderr is None else f" ± {shown(score, score.stderr)}"
+    shots = f", {score.num_fewshot} examples" if score.num_fewshot else ""
+    return [plain(score.task) + shots, plain(metric), f"{score.items:,}", shown(score, score.value) + error]
+
+
+def _difference(score: Score) -> str:
+    found = score.difference
+    return "" if found is None else f"{shown(score, found.mean, '+')} ± {shown(score, found.stderr)}"

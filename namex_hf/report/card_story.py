@@ -1,0 +1,118 @@
+"""What a card says in words: what was merged and how, how to load it, what it is not good for."""
+
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from ..checkpoint.companions import has_tokenizer
+from .card_text import plain
+from .report import Report
+
+MERGES = {
+    "residual": "top-k experts as they were, and a base expert for the mass that top-k leaves over",
+    "soft": "one merged expert processes the tokens of a causal segment",
+    "grouped": "fewer experts: each is made of a group of the original's",
+}
+METHODS = {
+    "namex-full": "the experts of every layer bargain (Nash) over the step by which it walks on",
+    "namex": "the experts of the first layer bargain (Nash), and by their weights it walks through all layers",
+    "ep-camex": "it walks on by the plain mean of the experts' differences to it",
+    "camex": "every layer has one of its own, moved by the plain mean of the experts' differences to it",
+    "smear": "there is no base: the router alone merges all experts",
+    "smoe": "nothing is merged",
+}
+ROUTINGS = {
+    "cosine": "tokens find experts by the angle between hidden state and expert embedding",
+    "stable": "a token's id decides which experts it gets; the linear router does for ids not in the calibration text",
+}
+PLACE = "PATH_OR_ID"
+"""Stands for the folder or Hub id in the snippet until it is known."""
+
+
+def story_lines(report: Report) -> list[str]:
+    """Two sentences: what this was made of, and what became of the experts."""
+    recipe = report.run["recipe"]
+    what = "the sparse original" if recipe["method"] == "smoe" else MERGES[recipe["merge"]]
+    lines = [
+        f"Made of {_source(report)}, a Mixture-of-Experts model (`{report.family}`). "
+        f"`{recipe['method']}`, `{recipe['merge']}`: {what}{_how(recipe)}."
+    ]
+    if recipe["routing"] != "linear":
+        lines += ["", f"Routing `{recipe['routing']}`: {ROUTINGS[recipe['routing']]}."]
+    return lines
+
+
+def _how(recipe: dict[str, Any]) -> str:
+    if recipe["method"] == "smoe":
+        return ""
+    if recipe["merge"] == "grouped":
+        fitted = (
+            ", fitted to the original layer's output on calibration text" if recipe.get("fit", "none") != "none" else ""
+        )
+        weighting = recipe.get("weighting") or ("nash" if recipe["method"].startswith("namex") else "uniform")
+        return f", weighted by `{weighting}`{fitted}"
+    return f"; {METHODS[recipe['method']]}"
+
+
+def _source(report: Report) -> str:
+    name, commit = report.source["name"], report.source["commit"]
+    if commit is None:
+        return f"**{plain(name) or 'a model'}** (a local copy; its hash is in `namex_report.json`)"
+    address = f"https://huggingface.co/{quote(name)}/tree/{quote(commit, safe='')}"
+    return f"[{plain(name)}]({address}) at commit {plain(commit[:12])}"
+
+
+def loading_lines(config: dict[str, Any], folder: Path | None, place: str = PLACE) -> list[str]:
+    """A snippet that loads the model and, where there is a tokenizer, lets it go on with a text."""
+    remote = ", trust_remote_code=True" if "auto_map" in config else ""
+    talks = folder is None or has_tokenizer(folder)
+    lines = [
+        f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if talks else ''}",
+        "",
+        f'model = AutoModelForCausalLM.from_pretrained("{place}"{remote})',
+    ]
+    if talks:
+        lines += [
+            f'tokenizer = AutoTokenizer.from_pretrained("{place}"{remote})',
+            'inputs = tokenizer("The first thing to know", return_tensors="pt", return_token_type_ids=False)',
+            "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
+        ]
+    after = "The folder holds no tokenizer: that of the original is needed." if not talks else ""
+    code = (
+        "The model's class comes as code with the folder; with `namex_hf` imported that code is not run."
+        if remote
+        else ""
+    )
+    return ["```python", *lines, "```", *(["", text] if (text := " ".join(filter(None, (after, code)))) else [])]
+
+
+def picture_lines(folder: Path | None) -> list[str]:
+    """The pictures of the folder's report, linked; nothing where there are none."""
+    files = sorted(folder.glob("namex_report/*.png")) if folder is not None else []
+    if not files:
+        return []
+    shown = [f"![{plain(path.stem.replace('_', ' '))}](namex_report/{quote(path.name)})" for path in files]
+    return ["## Pictures", "", *"\n\n".join(shown).split("\n")]
+
+
+def limit_lines(report: Report, licence: dict[str, Any]) -> list[str]:
+    """What is not known and what to look out for."""
+    recipe = report.run["recipe"]
+    limits = []
+    if not report.perplexity and not (report.training or {}).get("scores"):
+        limits.append("How well it does was not measured when this was written.")
+    elif report.perplexity:
+        limits.append("A small loss in perplexity can hide a large one in exact answers: score it on your own task.")
+    if recipe["merge"] == "soft":
+        limits.append(
+            "One merged expert a segment does not replace the experts of every token; without training it is far "
+            "behind the original."
+        )
+    if recipe["merge"] == "grouped":
+        limits.append("Experts that went took what they alone knew along; arithmetic suffers first.")
+    if recipe["method"] != "smoe":
+        limits.append("Only `transformers` was tried; other loaders may not know this form.")
+    limits.append("Biases, gaps and terms of the original are those of this model too.")
+    if "license" not in licence:
+        limits.append("The licence of the original could not be told: look it up before you pass this on.")
+    return [f"* {one}" for one in limits]

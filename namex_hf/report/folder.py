@@ -1,0 +1,123 @@
+"""A patched folder as its pictures need it: the record, the statistics, and its experts layer by layer."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.bytes import Reader
+from ..checkpoint.folder import REPORT
+from ..checkpoint.header import TensorSpan, read_header
+from ..checkpoint.layout import per_expert
+from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
+from ..errors import CheckpointError
+from ..families import PROJECTIONS, Family, MoeShape, original_family
+from ..recipe import Recipe
+from .report import Report
+
+STATISTICS = "namex_statistics.safetensors"
+ACCEPTED = "accepted: a finished folder of namex-patch or sft_smoltalk.py"
+
+
+@dataclass(frozen=True)
+class PatchedFolder:
+    """What a patched folder says of itself; its tensors are read when they are asked for."""
+
+    path: Path
+    report: Report
+    recipe: Recipe
+    checkpoint: Checkpoint
+    family: Family  # of the original
+    shape: MoeShape  # of the folder's own experts: fewer than the original's under ``grouped``
+    spans: dict[str, TensorSpan]  # under per-expert names
+    cosines: dict[int, torch.Tensor]  # by layer, float32 [games, N, N]
+    usage: dict[int, torch.Tensor]  # by layer, tokens that each of the original's experts received, int64 [N]
+
+    def record(self, layer: int) -> dict[str, Any]:
+        """The report's record of a MoE layer.
+
+        Raises:
+            CheckpointError: there is none.
+        """
+        for record in self.report.layers:
+            if record["layer"] == layer:
+                return record
+        raise CheckpointError(f"{REPORT} has no record of layer {layer}, of which {STATISTICS} has cosines")
+
+    def experts(self, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
+        """The routed experts of a layer by projection, stacked, in their own dtype."""
+        return {
+            name: torch.stack(
+                [reader.read(self.spans[self.family.expert(layer, e, name)]) for e in range(self.shape.experts)]
+            )
+            for name in PROJECTIONS
+        }
+
+    def shared(self, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
+        """The shared expert of a layer by projection."""
+        return {name: reader.read(self.spans[self.family.shared(layer, name)]) for name in PROJECTIONS}
+
+    def domain_grams(self, layer: int) -> torch.Tensor | None:
+        """Gram matrices of the domain vectors of a layer's games, float64 ``[games, N, N]``, from norms and cosines.
+
+        None where the layer played no game around one base expert.
+        """
+        alike = self.cosines.get(layer)
+        if alike is None:
+            return None
+        games = self.record(layer)["games"]
+        if len(games) != len(alike) or any("norms" not in game or "members" in game for game in games):
+            return None
+        norms = torch.tensor([game["norms"] for game in games], dtype=torch.float64)
+        if norms.shape != alike.shape[:2]:
+            raise CheckpointError(
+                f"{REPORT}: layer {layer} has norms {list(norms.shape)}; {STATISTICS} has cosines {list(alike.shape)}"
+            )
+        return norms[:, :, None] * alike.double() * norms[:, None, :]
+
+
+def open_patched(path: Path) -> PatchedFolder:
+    """Read the report, the statistics and all headers of a patched folder.
+
+    Raises:
+        CheckpointError, FamilyError, RecipeError: it is none, or damaged; one line that names the file.
+    """
+    config = read_json(path / "config.json")
+    if not isinstance(config.get("namex"), dict):
+        raise CheckpointError(f"{path}: config.json has no recipe under 'namex'; {ACCEPTED}")
+    report = _report(path)
+    checkpoint = open_checkpoint(path)
+    family = original_family(config)
+    shape = family.shape(config)
+    recipe = Recipe.from_dict(config["namex"])
+    tensors = _statistics(path / STATISTICS)
+    cosines = {layer: t for (layer, what), t in tensors.items() if what == "cosines"}
+    usage = {layer: t for (layer, what), t in tensors.items() if what == "usage"}
+    spans = per_expert(checkpoint, family, shape)
+    return PatchedFolder(path, report, recipe, checkpoint, family, shape, spans, cosines, usage)
+
+
+def _report(path: Path) -> Report:
+    try:
+        report = Report(**read_json(path / REPORT))
+        _ = [(record["layer"], record["games"], record["seconds"]) for record in report.layers]
+        _ = (report.run["recipe"], report.source["name"])
+    except (TypeError, KeyError) as error:
+        raise CheckpointError(f"{REPORT} in {path} is no report of namex_hf ({error}); {ACCEPTED}") from error
+    return report
+
+
+def _statistics(path: Path) -> dict[tuple[int, str], torch.Tensor]:
+    """``layers.L.WHAT`` by layer and name; nothing where no game was played and no text read."""
+    if not path.is_file():
+        return {}
+    found = {}
+    with Reader() as reader:
+        for name, span in read_header(path).items():
+            match name.split("."):
+                case ["layers", layer, what] if layer.isdecimal():
+                    found[int(layer), what] = reader.read(span)
+                case _:
+                    raise CheckpointError(f"{path.name}: tensor {name}; accepted: layers.L.cosines and layers.L.usage")
+    return found

@@ -1,0 +1,21 @@
+"""The pictures of a report, a file each. They need matplotlib, the extra ``report``."""
+
+from matplotlib import rc_context
+
+from . import damage, groups, similarity, stability, training, usage, utilities, walk, weights
+from .picture import STYLE, Material, Picture
+
+ORDER = (similarity, weights, walk, utilities, stability, usage, groups, damage, training)
+
+
+def draw(material: Material) -> list[Picture]:
+    """All pictures for which a folder has the data, in their order."""
+    with rc_context(STYLE):
+        found = [one for module in ORDER if (one := module.picture(material)) is not None]
+        for one in found:
+            one.figure.draw_without_rendering()
+            one.figure.set_layout_engine("none")  # laid out once: every file of a picture is the same picture
+    return found
+
+
+__all__ = ["Material", "Picture", "draw"]

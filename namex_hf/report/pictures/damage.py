@@ -1,0 +1,44 @@
+"""What every layer lost, on calibration text, after each stage of the work on it."""
+
+from .picture import COLOURS, DASHES, MARKS, Material, Picture, figure, from_zero, layers_below, plain
+
+STAGES = {
+    "merged": "experts merged",
+    "router": "router fitted",
+    "down": "down refitted",
+    "residual": "this model: residual",
+    "soft": "this model: soft",
+}
+
+
+def picture(material: Material) -> Picture | None:
+    """A line a stage, the last stage of a name where there are rounds; none where no text was read."""
+    found: dict[str, dict[int, float]] = {}
+    for record in material.folder.report.layers:
+        for one in record.get("errors", []):
+            found.setdefault(STAGES.get(one["stage"], one["stage"]), {})[record["layer"]] = one["error"]
+    if not found:
+        return None
+    drawn = figure(3.2)
+    axes = drawn.subplots()
+    for index, (stage, errors) in enumerate(found.items()):
+        style = index % len(COLOURS)
+        axes.plot(
+            list(errors),
+            list(errors.values()),
+            color=COLOURS[style],
+            linestyle=DASHES[style],
+            marker=MARKS[style],
+            markersize=4,
+            label=stage,
+        )
+    layers_below(axes, list(material.folder.shape.layers))
+    axes.set_ylabel("squared error of the routed output,\nrelative to the output")
+    from_zero(axes)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
+    plain(axes)
+    line = (
+        "How far a layer's routed output on calibration text is from the original's: 0 is the same output, 1 as far off"
+        " as no output at all. Lower is better; lines of later stages lie below earlier ones where the stage helped."
+    )
+    return Picture("6-damage", "What each layer lost", line, drawn)

@@ -1,0 +1,129 @@
+"""What a picture is, and how all of them look."""
+
+import io
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from ..answers import Answers
+from ..folder import PatchedFolder
+
+INK = "#0b0d12"
+"""Of text and axes. No data has this colour: in a vector picture it can be replaced by another ground's ink."""
+PALE = "#e6e9ef"
+"""The ink on a dark ground."""
+COLOURS = ("#2f7fd1", "#e08214", "#159a80", "#b35fbf", "#c9483b", "#8a8d91")
+"""Told apart with every kind of colour blindness, on white and on black; lines have their dashes and marks besides."""
+MARKS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
+DIVERGING = LinearSegmentedColormap.from_list(
+    "below and above", ["#b35806", "#f1a340", "#f7f7f7", "#67a9cf", "#2166ac"]
+)
+"""Orange below, blue above."""
+STYLE: Any = {
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "axes.titlecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "legend.labelcolor": INK,
+    "grid.color": INK,
+    "grid.alpha": 0.15,
+    "axes.grid": False,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.framealpha": 0.0,
+    "font.family": "DejaVu Sans",
+    "font.size": 9.0,
+    "axes.titlesize": 9.0,
+    "figure.constrained_layout.use": True,
+    "figure.constrained_layout.w_pad": 0.1,  # inches: room for ticks that change once they have their places
+    "figure.constrained_layout.h_pad": 0.06,
+    "hatch.linewidth": 0.5,
+    "svg.hashsalt": "namex",
+    "svg.fonttype": "path",
+}
+WIDTH = 9.0  # inches
+DOTS = 144  # an inch, of PNG
+COLUMNS = 6  # of panels
+
+
+@dataclass(frozen=True)
+class Material:
+    """What there is to draw."""
+
+    folder: PatchedFolder
+    answers: Answers | None = None  # to calibration text; None where none was read
+    distances: Mapping[str, list[float]] = field(default_factory=dict)  # by method; empty where there is no walk
+    layer: int | None = None  # asked for; None: the most telling one
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, and the line that says what it shows and how to read it."""
+
+    name: str  # of its files
+    title: str
+    line: str
+    figure: Figure
+
+    def svg(self, ink: str = INK, ground: str | None = None) -> bytes:
+        """As vectors, on a transparent ground unless one is given."""
+        return self._saved("svg", ground, metadata={"Date": None}).replace(INK.encode(), ink.encode())
+
+    def png(self) -> bytes:
+        """As dots, on white."""
+        return self._saved("png", "white", dpi=DOTS)
+
+    def _saved(self, form: str, ground: str | None, **more: Any) -> bytes:
+        file = io.BytesIO()
+        with rc_context(STYLE):
+            self.figure.savefig(file, format=form, facecolor=ground or "none", **more)
+        return file.getvalue()
+
+
+def figure(height: float) -> Figure:
+    """An empty figure of the common width, in inches; not one of pyplot's."""
+    return Figure(figsize=(WIDTH, height))
+
+
+def tiles(count: int) -> tuple[int, int]:
+    """Rows and columns for so many panels."""
+    columns = min(count, COLUMNS)
+    return math.ceil(count / columns), columns
+
+
+def plain(axes: Axes) -> None:
+    """No box, a light grid: for lines and dots."""
+    axes.grid(True)
+    axes.set_axisbelow(True)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+
+
+def from_zero(axes: Axes) -> None:
+    """The y axis from 0 to a little above the data."""
+    axes.set_ylim(0, 1.06 * axes.get_ylim()[1])
+
+
+def layers_below(axes: Axes, layers: list[int]) -> None:
+    """Layers along the x axis, not more labels than there is room for."""
+    step = math.ceil(len(layers) / 12)
+    axes.set_xticks(layers[::step], [str(layer) for layer in layers[::step]])
+    axes.set_xlabel("layer")
+
+
+def limit(values: Any, least: float = 1e-3) -> float:
+    """The largest modulus of what is finite, for a symmetric scale of colours."""
+    finite = np.abs(np.asarray(values, dtype=float))
+    finite = finite[np.isfinite(finite)]
+    return max(least, float(finite.max())) if finite.size else least

@@ -1,0 +1,88 @@
+"""How far the base expert walks (the paper's Figure 5), and how near the bargain stays to the plain mean."""
+
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from ..folder import PatchedFolder
+from .picture import COLOURS, DASHES, MARKS, Material, Picture, figure, from_zero, layers_below, plain
+from .weights import SHORT
+
+
+def picture(material: Material) -> Picture | None:
+    """Distances by method and cosines by game, as far as they are known."""
+    folder, parts = material.folder, []
+    cosines = cosines_to_mean(folder)
+    if material.distances:
+        parts.append("distances")
+    if cosines:
+        parts.append("cosines")
+    if not parts:
+        return None
+    drawn = figure(3.8)
+    line = ""
+    for place, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
+        if part == "distances":
+            _distances(place, folder, material.distances)
+            line += (
+                "How far the base expert moves between a MoE layer and the next, if each method walks over this"
+                f" folder's experts from the base '{folder.recipe.base}' with gamma {folder.recipe.gamma:g}: falling"
+                " lines settle, rising ones do not; lines on each other are the same walk. "
+            )
+        else:
+            _cosines(place, folder, cosines)
+            line += (
+                "Cosine between the step that the weights make and the plain mean's: 1 where weighing changes nothing."
+            )
+    return Picture("3-walk", "The walk of the base expert", line.strip(), drawn)
+
+
+def cosines_to_mean(folder: PatchedFolder) -> dict[str, list[tuple[int, float]]]:
+    """By game: pairs of layer and cosine."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for record in folder.report.layers:
+        for game in record["games"]:
+            if game.get("cosine_to_mean") is not None:
+                name = " + ".join(SHORT[part] for part in game["projections"])
+                found.setdefault(name, []).append((record["layer"], game["cosine_to_mean"]))
+    return found
+
+
+def _distances(axes: Axes, folder: PatchedFolder, distances: Any) -> None:
+    layers = list(folder.shape.layers)
+    for index, (name, values) in enumerate(distances.items()):
+        axes.plot(
+            layers[1:],
+            values,
+            color=COLOURS[index],
+            linestyle=DASHES[index],
+            linewidth=max(1.5, 5 - 1.5 * index),  # so that walks that are the same do not hide each other
+            marker=MARKS[index],
+            markersize=max(4, 9 - 2 * index),
+            label=name,
+        )
+    layers_below(axes, layers[1:])
+    axes.set_xlabel("layer that the base expert comes to")
+    axes.set_ylabel("L2 distance from the base before")
+    from_zero(axes)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    plain(axes)
+
+
+def _cosines(axes: Axes, folder: PatchedFolder, cosines: dict[str, list[tuple[int, float]]]) -> None:
+    for index, (name, pairs) in enumerate(cosines.items()):
+        shift = 0.12 * (index - (len(cosines) - 1) / 2)  # so that equal values do not hide each other
+        axes.plot(
+            [layer + shift for layer, _ in pairs],
+            [value for _, value in pairs],
+            linestyle="none",
+            color=COLOURS[index],
+            marker=MARKS[index],
+            markersize=4,
+            label=name,
+        )
+    layers_below(axes, list(folder.shape.layers))
+    axes.set_ylabel("cosine to the plain mean's step")
+    axes.ticklabel_format(axis="y", useOffset=False)
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    plain(axes)
