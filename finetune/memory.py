@@ -9,11 +9,12 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from namex_hf.cli import Parser
 from namex_hf.errors import CheckpointError, MissingExtraError, NamexError
 
 try:
@@ -35,14 +36,6 @@ try:
 except ImportError as missing:
     print(f"memory.py: error: {MissingExtraError('fine-tuning', 'train')} ({missing})", file=sys.stderr)
     sys.exit(2)
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every error here."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"memory.py: error: {message} (see --help)", file=sys.stderr)
-        sys.exit(2)
 
 
 def parser() -> Parser:

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers.trainer_utils import get_last_checkpoint
 from trl import SFTTrainer
 
 from ..errors import TrainingError
@@ -74,9 +73,6 @@ class NamexTrainer(SFTTrainer):
 
 def last_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end: the state of the trainer is its last file."""
-    found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if found is None:
-        return None
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
     for path in numbered:
         try:

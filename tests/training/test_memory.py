@@ -319,7 +319,7 @@ def test_the_script_answers_wrong_usage_in_one_line(script, capsys):
         script.main(["--devices", "many"])
     assert left.value.code == 2
     said = capsys.readouterr().err
-    assert said == "memory.py: error: argument --devices: invalid int value: 'many' (see --help)\n"
+    assert said == "memory.py: error: argument --devices: invalid int value: 'many' (see memory.py --help)\n"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
