@@ -30,6 +30,7 @@ from .report.report import Report, layer_table
 
 SCORED_BYTES = 256 << 20  # a checkpoint up to this size has its perplexity measured
 SCORED_TOKENS = 8192  # of each domain
+DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
 
 
@@ -90,7 +91,7 @@ def _patch_parser() -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="replace a folder of another namex-patch run")
     parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
     parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
-    parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity")
+    parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity, no pictures")
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to USER/NAME, privately unless told")
     parser.add_argument("--public", action="store_true", help="--push-to-hub: for everybody to see")
     recipe = parser.add_argument_group("recipe", "every field of a recipe; flags go before the file")
@@ -163,7 +164,7 @@ def _patch(options: argparse.Namespace) -> int:
         if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
             hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
             console.print(hint, soft_wrap=True)
-        console.print(f"pictures: namex-report {escape(str(options.out))}", soft_wrap=True)
+        _draw(options.out, checkpoint.size, report, console)
     return _pushed(options, target)
 
 
@@ -233,6 +234,29 @@ def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) 
         return report
     rewrite_report(out, report)
     return report
+
+
+def _draw(out: Path, size: int, report: Report, console: Console) -> None:
+    """The pictures of a folder that is whole already, and their links in its card; without them it stays as it is.
+
+    Args:
+        size: bytes of the original; the pictures of a large one are a step of their own, ``namex-report``.
+        report: the folder's, perplexity included.
+    """
+    later = f"namex-report {escape(str(out))}"
+    if size > DRAWN_BYTES:
+        console.print(f"pictures: {later}", soft_wrap=True)
+        return
+    from .commands.report import write_pictures  # which is a command like these
+
+    try:
+        page = write_pictures(out, console=console)
+        rewrite_report(out, report)  # the card links the pictures that are there
+    except Exception as error:  # whatever comes of drawing: the patched folder itself is whole
+        said = str(error) if isinstance(error, NamexError) else f"{type(error).__name__}: {error}"
+        console.print(f"no pictures: {escape(said)}; once that is mended: {later}", soft_wrap=True)
+        return
+    console.print(f"pictures: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
 
 
 def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:

@@ -97,9 +97,16 @@ def write_pictures(
         target.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             for form, content in (("png", picture.png()), ("svg", picture.svg(ground="white"))):
-                (target / f"{picture.name}.{form}").write_bytes(content)
+                _write(target / f"{picture.name}.{form}", content)
         write_text(target / PAGE, text)
     return target / PAGE
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A picture is whole or not there: what a killed run has left can be published."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content)
+    part.replace(path)
 
 
 def _answered(folder: PatchedFolder, tokens: int | None, console: Console) -> Answers | None:

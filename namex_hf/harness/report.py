@@ -13,6 +13,8 @@ from .paper import PaperScore
 SHARES = ("acc", "acc_norm", "exact_match")
 """Metrics that are shares of items, shown in per cent."""
 LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
+FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml")
+"""What a task's file names in place of a data set where it reads plain files."""
 CHOICES = ("merge", "routing", "method", "disagreement")
 """Columns that tell what was done to a model."""
 
@@ -95,11 +97,20 @@ class ZeroShotReport:
 
 
 def eval_results(report: ZeroShotReport, label: str) -> list[EvalResult]:
-    """The entries of a model card's ``model-index`` for one model of the report (`ModelCardData(eval_results=...)`)."""
+    """The entries of a model card's ``model-index`` for one model of the report (`ModelCardData(eval_results=...)`).
+
+    The Hub takes results of equal data set, configuration and split for one entry, called like its first. Tasks that
+    share these, or that read plain files, go by their own names in place of the data set's.
+    """
+    scores = [score for score in report.scores if score.model == label]
+    tasks: dict[tuple[str, ...], set[str]] = {}
+    for score in scores:
+        tasks.setdefault(_data_of(score), set()).add(score.task)
+    alone = {data for data, of in tasks.items() if len(of) == 1 and data[0] not in FORMATS}
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=score.data["dataset"],
+            dataset_type=score.data["dataset"] if _data_of(score) in alone else score.task,
             dataset_name=score.task,
             dataset_config=score.data["config"],
             dataset_split=score.data["split"],
@@ -111,9 +122,12 @@ def eval_results(report: ZeroShotReport, label: str) -> list[EvalResult]:
             source_name=f"lm-eval {report.run['versions']['lm_eval']}",
             source_url=LM_EVAL,
         )
-        for score in report.scores
-        if score.model == label
+        for score in scores
     ]
+
+
+def _data_of(score: Score) -> tuple[str, ...]:
+    return tuple(str(score.data[name]) for name in ("dataset", "config", "split"))
 
 
 def shown(score: Score, value: float, form: str = "") -> str:

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -150,18 +149,7 @@ _Plain.add_representer(str, _Plain.represent_str)
 
 
 def model_index(name: str, results: Iterable[EvalResult]) -> list[dict[str, Any]]:
-    """``model-index`` of a card, as the Hub reads it.
-
-    Results of one data set, configuration and split are one entry of it; tasks that share them (all that read ``json``
-    files) go by their own names, else they would all be called like the first.
-    """
-    results = list(results)
-    names: dict[tuple[Any, ...], set[str]] = {}
-    for one in results:
-        names.setdefault(one.unique_identifier, set()).add(one.dataset_name)
-    apart = [
-        replace(one, dataset_type=one.dataset_name) if len(names[one.unique_identifier]) > 1 else one for one in results
-    ]
-    data = ModelCardData(model_name=one_line(name), eval_results=apart)
+    """``model-index`` of a card, as the Hub reads it."""
+    data = ModelCardData(model_name=one_line(name), eval_results=list(results))
     index: list[dict[str, Any]] = data.to_dict()["model-index"]
     return index

@@ -32,7 +32,8 @@ def methods(recipe: Recipe) -> dict[str, Propagation]:
 def distances(folder: PatchedFolder) -> dict[str, list[float]]:
     """L2 distances between successive base experts, gate, up and down together, by method; L - 1 for L MoE layers.
 
-    Empty where the recipe has no base expert, or one layer alone is a mixture.
+    Empty where the recipe has no base expert, or one layer alone is a mixture. The methods walk side by side: every
+    layer but the last is read once for all of them.
 
     Memory: one layer's experts in their own dtype, and of each method the base in float32 with its momentum.
     """

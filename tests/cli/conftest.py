@@ -30,6 +30,12 @@ def copied(toys: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(toys["qwen2_moe"], tmp_path / "copied"))
 
 
+@pytest.fixture(autouse=True)
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every checkpoint is too large for pictures at the end of its run, which take seconds; `test_pictures` draws."""
+    monkeypatch.setattr(cli, "DRAWN_BYTES", 0)
+
+
 @pytest.fixture
 def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     """Run namex-patch on bad input and return its complaint, after checking what holds for every one."""

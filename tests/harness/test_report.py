@@ -4,15 +4,18 @@ import json
 from dataclasses import replace
 
 import pytest
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import Qwen2MoeConfig
 
 from namex_hf.harness.paired import difference
 from namex_hf.harness.paper import Paper
-from namex_hf.harness.report import Model, Score, ZeroShotReport, markdown, sentence
+from namex_hf.harness.report import Model, Score, ZeroShotReport, eval_results, markdown, sentence
 from namex_hf.models import DeepseekConfig
 
 from .conftest import ROOT
 
+DATA = ("dataset", "config", "split")
 TABLES = ROOT / "eval" / "paper_tables.json"
 QWEN = {**Qwen2MoeConfig().to_dict(), "model_type": "qwen2_moe", "num_hidden_layers": 24, "hidden_size": 2048}
 DEEPSEEK = {**DeepseekConfig().to_dict(), "model_type": "namex_deepseek", "num_hidden_layers": 28, "hidden_size": 2048}
@@ -97,3 +100,34 @@ def test_the_report_survives_its_file() -> None:
     with_examples = replace(made, run={**made.run, "num_fewshot": 5, "limit": 3})
     assert markdown(with_examples).startswith("# Scores with 5 examples")
     assert "the first 3 items of every task only" in markdown(with_examples)
+
+
+@pytest.mark.parametrize(
+    ("of_task", "types"),
+    [
+        ({"a": ("json", None, "test"), "b": ("json", None, "test")}, {"a": "a", "b": "b"}),
+        ({"a": ("json", None, "test")}, {"a": "a"}),
+        ({"gsm8k": ("openai/gsm8k", "main", "test")}, {"gsm8k": "openai/gsm8k"}),
+        (
+            {"gsm8k": ("openai/gsm8k", "main", "test"), "gsm8k_cot": ("openai/gsm8k", "main", "test")},
+            {"gsm8k": "gsm8k", "gsm8k_cot": "gsm8k_cot"},
+        ),
+        (
+            {"arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test"), "arc_hard": ("allenai/ai2_arc", "ARC-Hard", "test")},
+            {"arc_easy": "allenai/ai2_arc", "arc_hard": "allenai/ai2_arc"},
+        ),
+    ],
+    ids=["plain files", "one plain file", "a data set", "shared", "two configurations"],
+)
+def test_every_task_is_an_entry_of_its_own(of_task: dict[str, tuple[str, str | None, str]], types: dict[str, str]):
+    """There and back through a card's metadata: two metrics a task, all under the task's name."""
+    scores = [
+        Score("a", task, metric, "none", 0.5, 0.1, 4, 0, True, dict(zip(DATA, data, strict=True)), "a/r.json")
+        for task, data in of_task.items()
+        for metric in ("acc", "acc_norm")
+    ]
+    made = replace(report([1, 0], [0, 0]), scores=[*scores, replace(scores[0], model="b", task="another")])
+    card = ModelCardData(model_name="a", eval_results=eval_results(made, "a"))
+    _, found = model_index_to_eval_results(card.to_dict()["model-index"])
+    assert {one.dataset_name: one.dataset_type for one in found} == types
+    assert [(one.dataset_name, one.metric_type) for one in found] == [(one.task, one.metric) for one in scores]

@@ -15,6 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 
 from namex_hf.bargaining import spectral_radius
+from namex_hf.checkpoint.bytes import Reader
+from namex_hf.checkpoint.header import TensorSpan
+from namex_hf.families import PROJECTIONS
 from namex_hf.report.answers import answers
 from namex_hf.report.folder import PatchedFolder, open_patched
 from namex_hf.report.pictures import Material, Picture, draw
@@ -146,6 +149,28 @@ def test_distances_of_the_recipe_are_the_steps_that_its_run_made(patched: dict[s
     assert len(found) == 5
     assert found["NAMEx-Full, quaternion"][0] == pytest.approx(wanted[0], rel=1e-4)  # no momentum before the first
     assert found["NAMEx-Full, quaternion"][1] != pytest.approx(wanted[1], rel=1e-3)
+
+
+def test_the_methods_walk_side_by_side(patched: dict[str, Path], monkeypatch: pytest.MonkeyPatch):
+    """However many they are, a tensor is read once, and the last layer's, from which no base comes, not at all."""
+    folder, read = open_patched(patched["qwen2_moe residual"]), []
+    of_span = {(span.file, span.begin): name for name, span in folder.spans.items()}
+    read_into = Reader.read_into
+
+    def counted(self: Reader, span: TensorSpan, target: torch.Tensor) -> None:
+        read.append(of_span[span.file, span.begin])
+        read_into(self, span, target)
+
+    monkeypatch.setattr(Reader, "read_into", counted)
+    assert len(distances(folder)) == 5
+    shared = [folder.family.shared(folder.shape.layers[0], part) for part in PROJECTIONS]
+    experts = [
+        folder.family.expert(layer, expert, part)
+        for layer in folder.shape.layers[:-1]
+        for part in PROJECTIONS
+        for expert in range(folder.shape.experts)
+    ]
+    assert sorted(read) == sorted([*experts, *shared])
 
 
 def test_a_momentum_of_its_own_walks_too(patched: dict[str, Path]):
