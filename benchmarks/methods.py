@@ -9,7 +9,6 @@ import copy
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -19,17 +18,10 @@ from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
 from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
 from namex_hf.scoring.compare import load
+from namex_hf.scoring.floor import without_routed_experts
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
 
 Change = Callable[[Any], Any]
-
-
-def without_routed_experts(model: Any) -> Any:
-    """The shared expert alone: what the routed experts are worth."""
-    for name, weight in model.named_parameters():
-        if name.endswith("mlp.experts.down_proj"):
-            torch.nn.init.zeros_(weight)
-    return model
 
 
 def patched(**fields: Any) -> Change:

@@ -1,7 +1,7 @@
 """One HTML page out of a report and its pictures: nothing is fetched, nothing is run, light and dark by the reader."""
 
 import base64
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
@@ -48,7 +48,24 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
     title = f"{name}, patched by namex_hf"
     what = "the sparse original" if recipe.get("method") == "smoe" else WORDS.get(recipe.get("merge"), "")
     words = f"{recipe.get('method')}, {recipe.get('merge')}, {recipe.get('routing')} routing: {what}."
-    parts = [
+    parts = [f"<p>{escape(words)}</p>", *_perplexity(report), *map(figure, pictures)]
+    if not pictures:
+        parts.append("<p>This folder has no data to draw: no expert was weighed and no text was read.</p>")
+    titles, rows = layer_table(report)
+    parts += ["<h2>Layers</h2>", table(titles, rows), "<h2>Recipe</h2>", f"<pre>{escape(recipe_text)}</pre>"]
+    return document(title, parts, report.versions)
+
+
+def document(title: str, parts: Sequence[str], versions: Mapping[str, str], style: str = "") -> str:
+    """A whole page.
+
+    Args:
+        parts: HTML of the body, below the title.
+        versions: of the libraries, by name; its last line.
+        style: CSS beyond `STYLE`.
+    """
+    libraries = ", ".join(f"{library} {version}" for library, version in versions.items())
+    head = [
         "<!doctype html>",
         '<html lang="en">',
         "<head>",
@@ -57,25 +74,15 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<link rel="icon" href="data:,">',
         f"<title>{escape(title)}</title>",
-        f"<style>{STYLE}</style>",
+        f"<style>{STYLE}{style}</style>",
         "</head>",
-        "<body>",
-        "<main>",
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{escape(words)}</p>",
-        *_perplexity(report),
-        *(_figure(picture) for picture in pictures),
     ]
-    if not pictures:
-        parts.append("<p>This folder has no data to draw: no expert was weighed and no text was read.</p>")
-    titles, rows = layer_table(report)
-    parts += ["<h2>Layers</h2>", _table(titles, rows), "<h2>Recipe</h2>", f"<pre>{escape(recipe_text)}</pre>"]
-    versions = ", ".join(f"{library} {version}" for library, version in report.versions.items())
-    parts += [f'<p class="soft">{escape(versions)}</p>', "</main>", "</body>", "</html>", ""]
-    return "\n".join(parts)
+    body = ["<body>", "<main>", f"<h1>{escape(title)}</h1>", *parts, f'<p class="soft">{escape(libraries)}</p>']
+    return "\n".join([*head, *body, "</main>", "</body>", "</html>", ""])
 
 
-def _figure(picture: "Picture") -> str:
+def figure(picture: "Picture") -> str:
+    """A picture with its title and what it says, in ink for light and for dark ground."""
     from .pictures.picture import INK, PALE
 
     light, dark = (_data(picture.svg(ink), "image/svg+xml") for ink in (INK, PALE))
@@ -98,10 +105,11 @@ def _perplexity(report: Report) -> list[str]:
         [domain, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{one['after'] / one['before']:.3f}"]
         for domain, one in report.perplexity.items()
     ]
-    return ["<h2>Perplexity on held-out text</h2>", _table(["domain", "before", "after", "ratio"], rows)]
+    return ["<h2>Perplexity on held-out text</h2>", table(["domain", "before", "after", "ratio"], rows)]
 
 
-def _table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table that scrolls where the screen is narrow."""
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'

@@ -1,0 +1,1 @@
+"""Several recipes on one model, side by side: what ``namex-compare`` is made of."""

@@ -1,0 +1,52 @@
+"""Finished cells, a file each, so that a run that was killed goes on from there.
+
+A file is named by the hash of everything that determines the cell: the model, what it is scored on, versions, and the
+recipe with its calibration text.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint.folder import write_text
+
+CELLS = "cells"
+
+
+def key_of(run: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
+    """SHA-256 of what determines a cell. Args: run, cell, plain."""
+    return hashlib.sha256(json.dumps([run, cell], sort_keys=True).encode()).hexdigest()
+
+
+class Journal:
+    """The finished cells of a folder.
+
+    Args:
+        run: what makes the run this run, plain.
+    """
+
+    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
+        self.folder, self.run = folder / CELLS, run
+
+    def path(self, cell: Mapping[str, Any]) -> Path:
+        """Of a cell's file, whether it is there or not."""
+        return self.folder / f"{key_of(self.run, cell)[:24]}.json"
+
+    def read(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
+        """What was measured; None of a cell that is not finished, or whose file was damaged or meant another."""
+        try:
+            entry = json.loads(self.path(cell).read_text("utf-8"))
+        except (OSError, ValueError):
+            return None
+        if not isinstance(entry, dict) or entry.get("key") != key_of(self.run, cell):
+            return None
+        result = entry.get("result")
+        return result if isinstance(result, dict) else None
+
+    def write(self, cell: Mapping[str, Any], label: str, result: Mapping[str, Any]) -> None:
+        """Keep what was measured, whole or not at all."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        entry = {"key": key_of(self.run, cell), "label": label, "cell": cell, "result": result}
+        write_text(self.path(cell), json.dumps(entry, indent=1) + "\n")

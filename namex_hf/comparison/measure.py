@@ -1,0 +1,123 @@
+"""One cell, in a process of its own: patched, scored, clocked."""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..errors import CheckpointError
+from ..patching.patch import run_plan
+from ..patching.plan import make_plan
+from ..recipe import Recipe
+from ..scoring.arithmetic import exact_answers, held_out_problems
+from ..scoring.compare import load
+from ..scoring.floor import without_routed_experts
+from ..scoring.perplexity import text_losses
+from ..scoring.speed import NEW, PROMPT, speed
+from .settings import WINDOW, Settings
+from .size import size_of
+
+SHARD = "5GB"
+BATCH = 32  # problems answered together
+
+Tell = Callable[[str, int, int], None]
+"""Called with what is being done, how much of it is, and how much there is."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a process is to do."""
+
+    label: str
+    checkpoint: Checkpoint
+    settings: Settings
+    recipe: Recipe | None = None
+    """None: the model is scored as it is."""
+    routed: bool = True
+    """False: without its routed experts."""
+    out: Path | None = None
+    """Where the recipe writes its model."""
+    threads: int = 1
+
+
+def measure(task: Task, tell: Tell) -> dict[str, Any]:
+    """All that there is to know of a cell, plain.
+
+    ``losses`` by domain: nats a token of every window; ``right``: a problem each, None where none is asked;
+    ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
+    zeros are computed all the same; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
+    patched; ``threads``.
+
+    Raises:
+        NamexError: what the patching refuses, or a model whose losses are no numbers.
+    """
+    torch.set_num_threads(task.threads)
+    seconds = peak = None
+    found = task.checkpoint
+    if task.recipe is not None:
+        assert task.out is not None
+        plan = make_plan(task.checkpoint, task.recipe, SHARD)
+        totals = run_plan(plan, task.out, progress=lambda what, *of: tell(f"patching, {what}", *of)).totals
+        seconds, peak, found = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
+    model = load(found.folder).to(task.settings.device)
+    if not task.routed:
+        model = without_routed_experts(model)
+    return {
+        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, tell, clocked=task.routed),
+        **asdict(size_of(found, task.routed)),
+        "seconds": seconds,
+        "peak_resident_bytes": peak,
+        "threads": task.threads,
+    }
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Of the original, with something to fill batches with; no code of others is run.
+
+    Raises:
+        CheckpointError: none that transformers can open.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever a foreign tokenizer raises
+        raise CheckpointError(
+            f"{folder} has no tokenizer that transformers can open ({type(error).__name__}); without one no text can "
+            "be scored"
+        ) from error
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def scores(model: Any, tokenizer: Any, settings: Settings, tell: Tell, clocked: bool = True) -> dict[str, Any]:
+    """Losses, answers and speed of a loaded model. Speed comes last, when everything is warm.
+
+    Raises:
+        CheckpointError: losses that are no finite numbers.
+    """
+    losses = {}
+    longest = model.config.max_position_embeddings
+    for done, (name, text) in enumerate(settings.texts.items()):
+        tell(f"perplexity, {name}", done, len(settings.texts))
+        found = text_losses(model, tokenizer, {name: text}, settings.tokens, min(WINDOW, longest))[name].tolist()
+        if not all(map(math.isfinite, found)):
+            raise CheckpointError(f"the model's losses on the text '{name}' are no finite numbers")
+        losses[name] = found
+    problems, right = held_out_problems()[: settings.problems], []
+    for start in range(0, len(problems), BATCH):
+        tell("word problems", start, len(problems))
+        right += exact_answers(model, tokenizer, problems[start : start + BATCH], BATCH)
+    found_speed = _speed(model, tokenizer, settings, tell) if clocked else {"prefill": None, "decode": None}
+    return {"losses": losses, "right": right or None, **found_speed}
+
+
+def _speed(model: Any, tokenizer: Any, settings: Settings, tell: Tell) -> dict[str, float]:
+    tell("speed", 0, 1)
+    text = next(iter(settings.texts.values()))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    return asdict(speed(model, ids, prompt=min(PROMPT, model.config.max_position_embeddings - NEW)))

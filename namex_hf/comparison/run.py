@@ -1,0 +1,264 @@
+"""A comparison: checked as a whole, measured cell by cell, put together."""
+
+import shutil
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.folder import OutputFolder, read_run
+from ..checkpoint.source import Checkpoint
+from ..errors import CalibrationError, CheckpointError, RecipeError
+from ..patching.patch import _keep_apart as keep_apart
+from ..patching.plan import make_plan
+from ..patching.text import text_of
+from ..recipe import Recipe
+from ..report.report import versions
+from .grid import Cell, slug
+from .journal import CELLS, Journal
+from .measure import SHARD, Task, tokenizer_of
+from .processes import Job, Outcome, outcomes
+from .rows import Row, row_of, with_means
+from .settings import Settings
+
+ORIGINAL, FLOOR = "original", "routed experts removed"
+MODELS, WORK = "models", "work"
+BEGINNING = 1000  # characters that are looked at to see whether a text is one
+KNOWN, BEGINS, ENDED = "known", "begins", "ended"
+"""What an `Event` says beside progress."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One model to be measured, and what determines it besides the run."""
+
+    label: str
+    identity: dict[str, Any]
+    recipe: Recipe | None = None
+    routed: bool = True
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A checked comparison."""
+
+    checkpoint: Checkpoint
+    settings: Settings
+    cells: tuple[Cell, ...]
+    wanted: dict[str, Wanted]
+    """Every model, once, by the label of its first cell."""
+    same: dict[str, str]
+    """By a cell's label: that of the cell with the same recipe that is run; its own where it is the first."""
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """What makes results of this run comparable, plain and without local paths."""
+        source = {"fingerprint": self.checkpoint.fingerprint(), "files": _files(self.checkpoint)}
+        return {"comparison": 1, "source": source, **self.settings.identity, "versions": versions()}
+
+
+@dataclass(frozen=True)
+class How:
+    """How to run, which changes no score."""
+
+    jobs: int = 1
+    keep: bool = False
+    overwrite: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What came of it."""
+
+    plan: Plan
+    results: dict[str, dict[str, Any]]
+    """By label, of those in `Plan.wanted` that did not fail."""
+    failed: dict[str, str]
+    """Reasons by label."""
+    rows: list[Row] = field(default_factory=list)
+    """The original, the floor, then the grid's."""
+
+    @property
+    def original(self) -> dict[str, Any]:
+        return self.results[ORIGINAL]
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a listener is told."""
+
+    label: str
+    what: str
+    done: int = 0
+    of: int = 0
+    outcome: Outcome | None = None
+    """None while the cell is under way."""
+
+
+Listener = Callable[[Event], None]
+
+
+def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cell]) -> Plan:
+    """Check every cell against the model, read the texts, find duplicates.
+
+    Raises:
+        RecipeError, CalibrationError: a recipe that does not fit this model, or text that cannot be had, naming file
+            and values.
+        FamilyError, CheckpointError: a model that cannot be patched, or has no tokenizer.
+    """
+    _slugs_apart(cells)
+    tokenizer = tokenizer_of(checkpoint.folder)
+    _check_texts(settings, tokenizer)
+    wanted = {
+        ORIGINAL: Wanted(ORIGINAL, {"reference": ORIGINAL}),
+        FLOOR: Wanted(FLOOR, {"reference": FLOOR}, routed=False),
+    }
+    heard: dict[tuple[Any, ...], dict[str, Any]] = {}
+    first: dict[str, str] = {}
+    same = {}
+    for cell in cells:
+        try:
+            made = make_plan(checkpoint, cell.recipe, SHARD, reads_text=False)
+            identity = _identity(made.recipe, checkpoint, heard)
+        except (RecipeError, CalibrationError) as error:
+            raise type(error)(f"{cell.where}: {error}") from error
+        same[cell.label] = first.setdefault(repr(identity), cell.label)
+        if same[cell.label] == cell.label:
+            wanted[cell.label] = Wanted(cell.label, identity, cell.recipe)
+    return Plan(checkpoint, settings, tuple(cells), wanted, same)
+
+
+def _files(checkpoint: Checkpoint) -> dict[str, list[int]]:
+    """Sizes and times of a local model's files: weights that were trained on keep the headers of the untrained."""
+    if checkpoint.commit is not None:
+        return {}
+    stats = {path.name: path.stat() for path in checkpoint.shards}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+
+
+def _check_texts(settings: Settings, tokenizer: Any) -> None:
+    for name, text in settings.texts.items():
+        found = len(tokenizer(text[:BEGINNING], add_special_tokens=False, verbose=False).input_ids)
+        if found < 2:
+            raise CalibrationError(f"--texts {name} has {found} tokens; accepted: texts of 2 or more")
+
+
+def _slugs_apart(cells: Sequence[Cell]) -> None:
+    places: dict[str, str] = {}
+    for cell in cells:
+        other = places.setdefault(cell.slug, cell.label)
+        if other != cell.label or cell.label in (ORIGINAL, FLOOR):
+            raise RecipeError(f"{cell.where}: label '{cell.label}' is that of another row; rename the file")
+
+
+def _identity(recipe: Recipe, checkpoint: Checkpoint, heard: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+    """What determines a cell besides the run; texts that were read before are not read again."""
+    if not recipe.calibrated:
+        return {"recipe": recipe.to_dict()}
+    source = recipe.calibration_data, recipe.calibration_tokens, recipe.seed, recipe.merge, recipe.routing
+    if source not in heard:
+        text = text_of(recipe, checkpoint)
+        heard[source] = {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}
+    told = heard[source]
+    return {"recipe": replace(recipe, calibration_data=told["name"]).to_dict(), "calibration": told}
+
+
+def compare(plan: Plan, out: Path, how: How, listener: Listener) -> Comparison:
+    """Measure what is not measured yet, the original first, each cell in a process of its own.
+
+    A cell that fails is told of and left out; the others go on. A cell that a kill interrupted begins anew, so that its
+    time is that of one run.
+
+    Raises:
+        OutputError: the folder holds another comparison or something else, or is in use.
+        CheckpointError: the original cannot be scored; nothing of a folder without finished cells is left.
+    """
+    folder = OutputFolder(out, plan.run)
+    keep_apart(plan.checkpoint, out)
+    folder.check(how.overwrite)
+    with folder.claimed(how.overwrite):
+        if how.overwrite:
+            shutil.rmtree(out / CELLS, ignore_errors=True)
+        shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was killed
+        journal = Journal(out, plan.run)
+        known = {label: _finished(plan, label, journal, out, how) for label in plan.wanted}
+        results = {label: found for label, found in known.items() if found is not None}
+        for label in results:
+            listener(Event(label, KNOWN))
+        failed: dict[str, str] = {}
+        for labels in ([ORIGINAL], [label for label in plan.wanted if label != ORIGINAL]):
+            jobs = [_job(plan.wanted[label], plan, out, how) for label in labels if label not in results]
+            with closing(_measured(jobs, how, listener)) as ended:
+                for outcome in ended:
+                    label = outcome.job.task.label
+                    if outcome.result is None:
+                        failed[label] = str(outcome.error)
+                    else:
+                        results[label] = {**outcome.result, "at_once": how.jobs}
+                        journal.write(plan.wanted[label].identity, label, results[label])
+                    _clear(outcome, how)
+                    listener(Event(label, ENDED, outcome=outcome))
+            if ORIGINAL in failed:
+                if not (out / CELLS).is_dir() and not list((out / WORK).glob("*.log")):
+                    folder.remove()
+                raise CheckpointError(f"{plan.checkpoint.name} cannot be scored as it is: {failed[ORIGINAL]}")
+        if not failed:
+            shutil.rmtree(out / WORK, ignore_errors=True)
+    return assemble(plan, results, failed)
+
+
+def _finished(plan: Plan, label: str, journal: Journal, out: Path, how: How) -> dict[str, Any] | None:
+    """What was measured; None also where a model is to be kept and is not there."""
+    wanted = plan.wanted[label]
+    if how.keep and wanted.recipe is not None:
+        kept = read_run(out / MODELS / slug(label))  # of a file that had other fields then, perhaps
+        if kept is None or kept.get("recipe") != wanted.identity["recipe"]:
+            return None
+    return journal.read(wanted.identity)
+
+
+def _job(wanted: Wanted, plan: Plan, out: Path, how: How) -> Job:
+    name = slug(wanted.label)
+    folder = None if wanted.recipe is None else out / (MODELS if how.keep else WORK) / name
+    threads = max(1, torch.get_num_threads() // how.jobs)
+    task = Task(wanted.label, plan.checkpoint, plan.settings, wanted.recipe, wanted.routed, folder, threads)
+    return Job(task, out / WORK / f"{name}.log")
+
+
+def _measured(jobs: Sequence[Job], how: How, listener: Listener) -> Generator[Outcome]:
+    def begin(job: Job) -> None:
+        job.log.parent.mkdir(exist_ok=True)
+        if job.task.out is not None:  # left by a run that was killed
+            shutil.rmtree(job.task.out, ignore_errors=True)
+            job.task.out.parent.mkdir(exist_ok=True)
+        listener(Event(job.task.label, BEGINS))
+
+    def heard(task: Task, what: str, done: int, of: int) -> None:
+        listener(Event(task.label, what, done, of))
+
+    yield from outcomes(jobs, how.jobs, begin, heard)
+
+
+def _clear(outcome: Outcome, how: How) -> None:
+    """Remove what nobody asked to keep."""
+    folder = outcome.job.task.out
+    if folder is not None and (outcome.error or not how.keep):
+        shutil.rmtree(folder, ignore_errors=True)
+    if not outcome.fault:
+        outcome.job.log.unlink(missing_ok=True)
+
+
+def assemble(plan: Plan, results: Mapping[str, dict[str, Any]], failed: Mapping[str, str]) -> Comparison:
+    """The rows of what was measured."""
+    original = results[ORIGINAL]
+    rows = [row_of(label, results[label], original) for label in (ORIGINAL, FLOOR) if label in results]
+    pairs = []
+    for cell in plan.cells:
+        label = plan.same[cell.label]
+        if label in results:
+            recipe = plan.wanted[label].identity["recipe"]
+            pairs.append((cell, row_of(cell.label, results[label], original, cell, recipe)))
+    return Comparison(plan, dict(results), dict(failed), rows + with_means(pairs))

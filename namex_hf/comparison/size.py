@@ -1,0 +1,60 @@
+"""How large a model is, and how much of it a token passes through."""
+
+from dataclasses import dataclass
+from math import prod
+
+from ..checkpoint.layout import per_expert
+from ..checkpoint.source import Checkpoint
+from ..families import PROJECTIONS, original_family
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of a checkpoint, from its headers alone."""
+
+    experts: int
+    """Routed ones of a layer."""
+    bytes: int
+    """Of all tensors."""
+    active: int
+    """Parameters that a token passes through."""
+
+
+def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
+    """Count a model, patched or not.
+
+    Active are all parameters, embeddings included, but routed experts beyond a token's top-k. Under ``soft`` a token
+    passes through one merged expert a layer; base experts and curvature, which only the merge reads, do not count, nor
+    do linear routers that another has replaced.
+
+    Args:
+        routed: False: as if routed experts and their routers were not there.
+
+    Raises:
+        FamilyError, CheckpointError: as of `original_family` and `per_expert`.
+    """
+    family = original_family(checkpoint.config)
+    shape = family.shape(checkpoint.config)
+    spans = per_expert(checkpoint, family, shape)
+    experts = {
+        family.expert(layer, expert, projection)
+        for layer in shape.layers
+        for expert in range(shape.experts)
+        for projection in PROJECTIONS
+    }
+    recipe = checkpoint.config.get("namex") or {}
+    soft = recipe.get("merge") == "soft" and recipe.get("method") != "smoe"
+    apart = set(experts)
+    if not routed or recipe.get("routing", "linear") != "linear":  # another router has taken the linear one's place
+        apart |= {family.router(layer) for layer in shape.layers}
+    if soft:
+        parts = tuple(
+            f"{family.block(layer)}.{kind}." for layer in shape.layers for kind in ("base_expert", "curvature")
+        )
+        apart |= {name for name in spans if name.startswith(parts)}
+    dense = sum(prod(span.shape) for name, span in spans.items() if name not in apart and span.dtype.is_floating_point)
+    one = sum(prod(shape.of(projection)) for projection in PROJECTIONS)
+    through = (1 if soft else shape.top_k) * len(shape.layers) * one
+    if not routed:
+        return Size(0, sum(span.size for name, span in spans.items() if name not in apart), dense)
+    return Size(shape.experts, checkpoint.size, dense + through)
