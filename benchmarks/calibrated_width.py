@@ -1,7 +1,7 @@
 """Memory and time of a calibrated patch at true layer width: ``python benchmarks/calibrated_width.py``.
 
 Makes Qwen2-MoE checkpoints of true width on the spot (hidden 2048, 60 experts of 1408, bf16; random weights, the
-tokenizer of the packaged model), of four and of eight layers, merges each to half its experts with ``fit: router``, and
+tokenizer of the packaged model), of four and of eight layers, merges each to half its experts with ``--fit``, and
 prints the peak resident memory above that of a process that only imports, and seconds a layer and a token. Random
 experts say nothing about quality; memory and time do not depend on what the weights are.
 """
@@ -23,13 +23,21 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=60)
     parser.add_argument("--kept", type=int, default=30)
     parser.add_argument("--tokens", type=int, default=4096, help="of calibration text")
+    parser.add_argument("--fit", choices=("router", "layer"), default="router")
+    parser.add_argument("--fit-steps", type=int, default=1000, help="a layer and fit (default: %(default)s)")
     parser.add_argument("--folder", type=Path, help="where to work (default: a temporary folder), on a real disk")
     arguments = parser.parse_args()
     tiny = local_folder("tiny")
     assert tiny is not None
     layer = 3 * arguments.experts * HIDDEN * WIDTH * 2
     imports = child()[1]
-    recipe = {"merge": "grouped", "experts": arguments.kept, "fit": "router", "calibration_tokens": arguments.tokens}
+    recipe = {
+        "merge": "grouped",
+        "experts": arguments.kept,
+        "fit": arguments.fit,
+        "fit_steps": arguments.fit_steps,
+        "calibration_tokens": arguments.tokens,
+    }
     for layers in arguments.layers:
         with tempfile.TemporaryDirectory(dir=arguments.folder) as work:
             source, out = Path(work) / "source", Path(work) / "out"

@@ -22,9 +22,10 @@ from .errors import NamexError, RecipeError
 from .hub.client import check_repo
 from .hub.errors import PublishError
 from .hub.push import Target, check_access
+from .patching.effort import Effort, effort_of, measured_speed
 from .patching.inspect import inspection
 from .patching.patch import describe, rewrite_report, run_plan
-from .patching.plan import make_plan
+from .patching.plan import Plan, make_plan
 from .recipe import RULES, Recipe, read_yaml
 from .report.report import Report, layer_table
 
@@ -133,7 +134,7 @@ def _patch(options: argparse.Namespace) -> int:
     if options.dry_run:
         # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.calibrated)
-        _print_dry_run(describe(plan, options.out), recipe)
+        _print_dry_run(describe(plan, options.out), plan)
         return 0
     if folder.complete:
         run_plan(plan, options.out, overwrite=options.overwrite)
@@ -147,6 +148,8 @@ def _patch(options: argparse.Namespace) -> int:
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
+    if effort := effort_of(plan):
+        console.print(_said(effort, plan), soft_wrap=True)
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
         task = progress.add_task("patching", total=None)
@@ -259,7 +262,18 @@ def _draw(out: Path, size: int, report: Report, console: Console) -> None:
     console.print(f"pictures: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
 
 
-def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
+def _said(effort: Effort, plan: Plan) -> str:
+    """What the fit of whole layers will take at least."""
+    seconds, layers = effort.seconds(measured_speed(plan)), len(plan.shape.layers)
+    time_left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return (
+        f"{layers} layers fitted, each in {effort.steps} steps, {effort.operations / 1e12:.3g} T operations: at least "
+        f"{time_left} a layer at the speed that such products have here; about {_size(plan.peak_bytes)} of memory"
+    )
+
+
+def _print_dry_run(what: dict[str, Any], plan: Plan) -> None:
+    recipe = plan.recipe
     table = Table(title="dry run: nothing was read but headers, nothing was written", show_header=False, min_width=60)
     table.add_row("recipe", f"{recipe.merge}, {recipe.method}, {recipe.routing} routing")
     table.add_row("MoE layers", str(what["layers"]))
@@ -270,6 +284,8 @@ def _print_dry_run(what: dict[str, Any], recipe: Recipe) -> None:
     if what["calibration_tokens"]:
         text = f"{what['calibration_tokens']} tokens of {recipe.calibration_data}, not read yet"
         table.add_row("calibration text", escape(text))
+    if what["fit"]:
+        table.add_row("fit", _said(what["fit"], plan))
     if what["curvature_parameters"]:
         table.add_row("trainable curvature", _counts(what["curvature_parameters"]))
     table.add_row("disk needed / free", f"{_size(what['space_needed'])} / {_size(what['free'])}")

@@ -69,23 +69,30 @@ class Recipe:
     )
     weighting: str | None = _choice(
         None,
-        ("nash", "uniform", "usage"),
-        "grouped: weights inside a group (default: what the method implies); usage: tokens it received",
+        ("nash", "uniform", "usage", "saliency"),
+        "grouped: weights inside a group (default: what the method implies; where experts are kept, usage). usage: "
+        "tokens received; saliency: mean over them of gate value times norm of the answer",
+    )
+    operator: str = _choice(
+        "merge",
+        ("merge", "keep", "random", "shared"),
+        "grouped: what a group becomes. merge: one expert of all; keep: its weightiest expert, the others are pruned; "
+        "random, shared: controls of a fit, that begins at random experts or at slices of the shared one",
     )
     experts: int | None = _value(None, int, "grouped: how many experts stay in every layer")
     fit: str = _choice(
         "none",
-        ("none", "router"),
-        "grouped: fit to the original layer's output on calibration text. router: the router's rows; it also makes "
-        "calibrated merging the default of curvature, align, grouping and down",
+        ("none", "router", "layer"),
+        "grouped: fit to the original on calibration text. router: the router's rows; layer: after that rows and "
+        "experts. A fit makes calibrated merging the default of curvature, align, grouping and down",
     )
-    fit_steps: int = _value(1000, int, "fit: steps of the optimiser a layer; the best on held-out tokens are kept")
+    fit_steps: int = _value(1000, int, "fit: steps of an optimiser a layer; the best on held-out tokens are kept")
     grouping: str | None = _choice(
         None,
-        ("damage", "outputs", "router", "weights"),
+        ("damage", "outputs", "router", "weights", "none"),
         "grouped: how groups are found. damage: least added error of the output on calibration text (Ward); outputs, "
-        "router, weights: average linkage of mean outputs, gate values, weights (default: damage with a fit, else "
-        "weights)",
+        "router, weights: average linkage of mean outputs, gate values, weights; none: no groups, the weightiest "
+        "experts of the layer are kept (default: damage with a fit, else weights)",
     )
     curvature: str | None = _choice(
         None,
@@ -112,6 +119,13 @@ class Recipe:
         ("merge", "refit"),
         "grouped: down_proj merged like gate and up, or refitted in closed form to the original layer's output "
         "(default: refit with a fit, else merge)",
+    )
+    target: str | None = _choice(
+        None,
+        ("layer", "model"),
+        "grouped: what a fit or refit of a layer aims at. layer: the routed output that the original layer gives to "
+        "what it now hears; model: the original model's hidden states, so that a layer makes up for those below it "
+        "(default: model, where calibrate is after)",
     )
     metric: str = _choice(
         "euclidean",
@@ -185,7 +199,9 @@ class Recipe:
         "soft: which tokens route a segment: all before it, the segment before it, or (after the prompt) the prompt",
     )
     every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
-    seed: int = _value(0, int, "seed of the choice of calibration text; grouped: of batches, of random directions")
+    seed: int = _value(
+        0, int, "seed of the choice of calibration text; grouped: of batches, directions and experts at random"
+    )
     device: str = _value("cpu", str, "torch device of the arithmetic; never stored in outputs")
 
     def __post_init__(self) -> None:
@@ -199,6 +215,8 @@ class Recipe:
         for name, value in _implied(self).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
+        if self.fitted and self.target is None:
+            object.__setattr__(self, "target", "layer" if self.calibrate == "before" else "model")
         if self.routing == "cosine" and self.temperature is None:
             object.__setattr__(self, "temperature", "entropy" if self.calibrated else "norms")
         for rule in RULES:
@@ -230,7 +248,9 @@ class Recipe:
     @property
     def weights_by(self) -> str | None:
         """The weighting in force: the stated one, or what the method implies, which may be none."""
-        return self.weighting or IMPLIED.get(self.method)
+        if self.operator in ("random", "shared"):
+            return None
+        return self.weighting or ("usage" if self.operator == "keep" else IMPLIED.get(self.method))
 
     @property
     def own_class(self) -> bool:
@@ -248,6 +268,11 @@ class Recipe:
         return self.has_base and self.method != "camex"
 
     @property
+    def fitted(self) -> bool:
+        """Whether anything is fitted to the original's hidden states."""
+        return self.merge == "grouped" and (self.fit != "none" or self.down == "refit")
+
+    @property
     def calibrated(self) -> bool:
         """Whether calibration text is read."""
         return (
@@ -259,7 +284,8 @@ class Recipe:
             or self.metric == "calibrated"
             or self.routing == "stable"
             or self.temperature == "entropy"
-            or "usage" in (self.weights_by, self.power)
+            or self.weights_by in ("usage", "saliency")
+            or self.power == "usage"
         )
 
     @property
@@ -336,7 +362,7 @@ RULES: tuple[Rule, ...] = (
         ("method", "merge"),
     ),
     *_rules_for(
-        ("experts", "weighting", "fit", "grouping", "down", "metric", "power"),
+        ("experts", "weighting", "operator", "fit", "grouping", "down", "metric", "power"),
         lambda r: r.merge == "grouped",
         "belongs to merge 'grouped'",
         ("merge",),
@@ -346,6 +372,36 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.merge in ("grouped", "soft"),
         "belongs to merge 'grouped' or 'soft'",
         ("merge",),
+    ),
+    Rule(
+        lambda r: r.operator != "merge" and (r.curvature != "identity" or r.align != "none"),
+        "'curvature' and 'align' say how experts are merged: they belong to operator 'merge'",
+        ("operator", "curvature", "align"),
+    ),
+    Rule(
+        lambda r: r.operator != "merge" and r.method != "namex-full",
+        "'method' says how experts are merged: it belongs to operator 'merge'",
+        ("operator", "method"),
+    ),
+    Rule(
+        lambda r: r.operator == "keep" and r.weights_by not in ("usage", "saliency"),
+        "operator 'keep' retains the weightiest expert: 'weighting' is usage or saliency",
+        ("operator", "weighting"),
+    ),
+    Rule(
+        lambda r: r.operator in ("random", "shared") and r.weighting is not None,
+        "operators 'random' and 'shared' weigh no experts: they go without 'weighting'",
+        ("operator", "weighting"),
+    ),
+    Rule(
+        lambda r: r.operator in ("random", "shared") and r.fit == "none",
+        "operators 'random' and 'shared' are controls of a fit: they need one",
+        ("operator", "fit"),
+    ),
+    Rule(
+        lambda r: r.grouping == "none" and r.operator != "keep",
+        "grouping 'none' keeps the weightiest experts of a layer: it needs operator 'keep'",
+        ("grouping", "operator"),
     ),
     *_rules_for(
         ("seed",),
@@ -385,6 +441,17 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.fit != "none",
         "belongs to a fit",
         ("fit",),
+    ),
+    *_rules_for(
+        ("target",),
+        lambda r: r.fitted,
+        "belongs to a fit or a refitted down_proj",
+        ("fit", "down"),
+    ),
+    Rule(
+        lambda r: r.target == "model" and r.calibrate == "before",
+        "target 'model' makes up for the errors of the layers below, which calibrate 'before' does not hear",
+        ("target", "calibrate"),
     ),
     *_rules_for(
         ("ridge",),
@@ -499,7 +566,8 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 def _implied(recipe: Recipe) -> dict[str, Any]:
     """What fields are where they are not stated."""
     if recipe.merge == "grouped":
-        return {name: pair[recipe.fit != "none"] for name, pair in IMPLIED_BY_FIT.items()}
+        implied = {name: pair[recipe.fit != "none"] for name, pair in IMPLIED_BY_FIT.items()}
+        return implied if recipe.operator == "merge" else {**implied, "curvature": "identity", "align": "none"}
     if recipe.merge == "soft":
         curvature = recipe.curvature or "identity"
         return {"curvature": curvature, **IMPLIED_BY_CURVATURE.get(curvature, {})}

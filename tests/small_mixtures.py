@@ -58,3 +58,15 @@ def gates64(routing: Routing, experts: int) -> np.ndarray:
 def output64(inputs: torch.Tensor, routing: Routing, experts: dict[str, torch.Tensor]) -> np.ndarray:
     """The routed output, ``[tokens, hidden]``."""
     return np.einsum("tn,tnh->th", gates64(routing, len(experts["gate_proj"])), answers64(inputs, experts))
+
+
+def usage64(routing: Routing, experts: int) -> np.ndarray:
+    """Tokens that every expert received, ``[N]``."""
+    return (gates64(routing, experts) > 0).sum(0).astype(float)
+
+
+def saliency64(inputs: torch.Tensor, routing: Routing, experts: dict[str, torch.Tensor]) -> np.ndarray:
+    """Mean over an expert's tokens of gate value times norm of its answer, ``[N]``; 0 of one without tokens."""
+    gates = gates64(routing, len(experts["gate_proj"]))
+    added = (gates * np.linalg.norm(answers64(inputs, experts), axis=2)).sum(0)
+    return added / np.maximum((gates > 0).sum(0), 1)

@@ -1,18 +1,22 @@
 """A layer with fewer experts, merged on what calibration text showed of it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 
-from .experts import PROJECTIONS, Experts, grams
+from .experts import PROJECTIONS, Base, Experts, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
+from .layer_fit import Problem, fit_layer
 from .members import Tuning, gather, merge_members
 from .record import cosines
 from .refit import refit_downs
 from .router_fit import answers, fit_router, gate_values
 from .routing import Activation, Routing, answer, route, routed_output
+from .strangers import random_experts, shared_experts
+from .weightings import Seen
 
 OUTPUT_TOKENS = 4096  # that every expert answers, used or not, where groups are found by outputs
 FIT_TOKENS = 16384  # that the router's rows are fitted on
@@ -27,9 +31,10 @@ class Choice:
 
     count: int
     tuning: Tuning
-    grouping: str = "damage"  # damage, outputs, router, weights
+    grouping: str = "damage"  # damage, outputs, router, weights, none
+    operator: str = "merge"  # merge, keep, random, shared
     down: str = "refit"  # merge, refit
-    fit: str = "none"  # none, router
+    fit: str = "none"  # none, router, layer
     fit_steps: int = 1000
     seed: int = 0
 
@@ -65,7 +70,8 @@ class Text:
     inputs: torch.Tensor  # float32 [tokens, hidden], of the mixture
     routing: Routing  # by the layer's own router
     sequences: int  # of equal length, one after the other
-    held_out: torch.Tensor  # bool [sequences]: not for the fit of the router's rows, but for choosing among them
+    held_out: torch.Tensor  # bool [sequences]: not for the fits by steps, but for choosing among them
+    wanted: torch.Tensor | None = None  # float32 [tokens, hidden]; None: what the layer itself answers
 
 
 @dataclass
@@ -73,12 +79,13 @@ class Shrinking:
     """A layer on the way to fewer experts.
 
     Memory: the K experts in their dtype, three times ``[tokens, hidden]`` beside the text, a copy of the largest
-    group, and what `router_fit.Answers` takes.
+    group, and what `router_fit.Answers` or, after it, `layer_fit.fit_layer` takes.
     """
 
     source: Mixture
     text: Text
     choice: Choice
+    shared: Callable[[], Base] = dict  # the shared expert, asked for by operator ``shared``
     advance: Callable[[str], None] = lambda what: None
     record: dict[str, Any] = field(default_factory=dict)
 
@@ -89,7 +96,10 @@ class Shrinking:
             NotFiniteError: an expert holds NaN or infinity.
         """
         text, count = self.text, len(self.source.router)
-        self.wanted = self.source.output(text.inputs, text.routing)
+        if self.choice.count == count or text.wanted is None:
+            self.wanted = self.source.output(text.inputs, text.routing)
+        else:
+            self.wanted = text.wanted
         self.mass = text.routing.mass(count).cpu()
         nothing = {name: torch.zeros(self.source.experts[name][0].shape) for name in PROJECTIONS}
         self.gram = grams(self.source.experts, nothing, "expert", text.inputs.device)[0]
@@ -100,21 +110,49 @@ class Shrinking:
         self.weight = self.balanced()
         self.groups = self.find_groups()
         self.record |= {"groups": [list(group) for group in self.groups], "errors": [], "fits": []}
+        if self.choice.operator == "keep":
+            self.groups = tuple((max(group, key=lambda number: float(self.standing[number])),) for group in self.groups)
+            self.record["kept"] = [group[0] for group in self.groups]
+        self.made = self.begin()
         self.result = Mixture(
-            self.merge(),
+            self.made,
             self.average_rows(),
             min(self.source.top_k, self.choice.count),
             self.source.renormalises,
             self.source.activation,
         )
         output = self.note("merged", self.output())
-        for _ in range(ROUNDS if self.choice.fit == "router" and self.choice.down == "refit" else 1):
-            if self.choice.fit == "router" and self.choice.count > 1:  # one expert has all the mass whatever its row
+        for _ in range(ROUNDS if self.choice.fit != "none" and self.choice.down == "refit" else 1):
+            if self.choice.fit != "none" and self.choice.count > 1:  # one expert has all the mass whatever its row
                 self.fit_rows()
                 output = self.note("router", self.output())
             if self.choice.down == "refit":
                 output = self.note("down", self.refit())
+        if self.choice.fit == "layer":
+            self.fit_all()
+            output = self.note("layer", self.output())
         return self.result, output
+
+    @cached_property
+    def seen(self) -> Seen:
+        """What the text shows of the experts; saliencies where they are asked for."""
+        source, text = self.source, self.text
+        usage = text.routing.count(len(source.router)).double().cpu()
+        if self.choice.tuning.combination.weighting != "saliency":
+            return Seen(usage)
+        saliency = torch.zeros_like(usage)
+        for number in range(len(usage)):
+            token, gate = text.routing.of(number)
+            if len(token):
+                given = answer(text.inputs[token], source.expert(number, text.inputs), source.activation)
+                saliency[number] = float((gate * given.norm(dim=1)).double().mean())
+        self.record["saliency"] = saliency.tolist()
+        return Seen(usage, saliency)
+
+    @property
+    def standing(self) -> torch.Tensor:
+        """What an expert is kept by: its saliency, where that weighs, or the tokens that it received."""
+        return self.seen.usage if self.seen.saliency is None else self.seen.saliency
 
     def balanced(self) -> torch.Tensor:
         """Weights ``[tokens]`` of errors under which all sequences count alike, their mean square 1.
@@ -145,6 +183,9 @@ class Shrinking:
     def find_groups(self) -> Groups:
         """Which experts become one."""
         source, text, choice = self.source, self.text, self.choice
+        if choice.grouping == "none":
+            best = sorted(range(len(source.router)), key=lambda number: -float(self.standing[number]))
+            return tuple((number,) for number in sorted(best[: choice.count]))
         if choice.grouping == "weights":
             return groups_by_weights(self.gram, choice.count)
         every = max(1, len(text.inputs) // OUTPUT_TOKENS)
@@ -170,6 +211,15 @@ class Shrinking:
             ]
         ).cpu()
 
+    def begin(self) -> dict[str, torch.Tensor]:
+        """The K experts before any fit, in the experts' dtype."""
+        source, choice = self.source, self.choice
+        if choice.operator == "random":
+            return random_experts(source.experts, choice.count, choice.seed)
+        if choice.operator == "shared":
+            return shared_experts(self.shared(), source.experts, choice.count)
+        return self.merge()
+
     def merge(self) -> dict[str, torch.Tensor]:
         """One expert a group, in the experts' dtype; a group of one is its expert, bit for bit."""
         source, text, tuning = self.source, self.text, self.choice.tuning
@@ -178,9 +228,10 @@ class Shrinking:
             if len(group) == 1:
                 continue
             ranked = tuple(sorted(group, key=lambda number: -float(self.mass[number])))
-            members = gather(
-                source.experts, ranked, text.inputs, self.weighted(text.routing), source.activation, tuning.align
-            )
+            usage, saliency = self.seen.usage[list(ranked)], self.seen.saliency
+            seen = Seen(usage, None if saliency is None else saliency[list(ranked)])
+            heard = self.weighted(text.routing)
+            members = gather(source.experts, ranked, text.inputs, heard, source.activation, tuning.align, seen)
             merged, games = merge_members(members, tuning)
             for name in PROJECTIONS:
                 result[name][place] = merged[name]
@@ -208,8 +259,23 @@ class Shrinking:
         fitted = fit_router(
             inputs, known, result.router, result.top_k, result.renormalises, held_out, choice.fit_steps, choice.seed
         )
-        self.record["fits"].append({"before": fitted.before, "after": fitted.after, "steps": fitted.steps})
+        fit = {"of": "router", "before": fitted.before, "after": fitted.after, "steps": fitted.steps}
+        self.record["fits"].append(fit)
         result.router.copy_(fitted.router)
+
+    def fit_all(self) -> None:
+        """Fit rows and experts together."""
+        text, choice, result = self.text, self.choice, self.result
+        held_out = text.held_out.repeat_interleave(len(text.inputs) // text.sequences)
+        problem = Problem(
+            text.inputs, self.wanted, self.weight, held_out, result.top_k, result.renormalises, result.activation
+        )
+
+        def advance(step: int) -> None:
+            self.advance(f"fitted, step {step} of {choice.fit_steps}")
+
+        fitted = fit_layer(problem, self.made, result.router, choice.fit_steps, choice.seed, advance)
+        self.record["fits"].append({"of": "layer", **asdict(fitted)})
 
     def refit(self) -> torch.Tensor:
         """Refit every ``down_proj`` under the router as it stands; returns the output."""

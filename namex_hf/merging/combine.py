@@ -8,7 +8,7 @@ import torch
 from .experts import PROJECTIONS, Base, Experts, each_projection, games_of, grams, weighted_sum
 from .grouping import Groups
 from .record import game_record
-from .weightings import WEIGHTINGS, Bargain, Weights
+from .weightings import WEIGHTINGS, Bargain, Seen, Weights
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,7 @@ class Combination:
     device: str = "cpu"
 
 
-def shares(
-    gram: torch.Tensor, choice: Combination, precision: torch.dtype, usage: torch.Tensor | None = None
-) -> Weights:
+def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """Weights of the members of one group, on the simplex, the base included.
 
     The game is played around the group's first member, which is its base: its own domain vector is zero, so it has no
@@ -32,9 +30,9 @@ def shares(
 
     Args:
         gram: float64 ``[games, n, n]`` of the members' domain vectors around the first.
-        usage: float64 ``[n]``, where calibration text tells.
+        seen: where calibration text tells.
     """
-    found = WEIGHTINGS[choice.weighting](gram, choice.rules, precision, usage)
+    found = WEIGHTINGS[choice.weighting](gram, choice.rules, precision, seen)
     if choice.weighting != "nash":
         return found
     size = gram.shape[-1]

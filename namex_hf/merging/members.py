@@ -12,6 +12,7 @@ from .curvature import CurvedSum, curved_loss, second_moment
 from .experts import PROJECTIONS, Experts, games_of, grams, weighted_sum
 from .record import game_record, loss_record
 from .routing import Activation, Routing, neurons
+from .weightings import Seen
 
 
 @dataclass(frozen=True)
@@ -35,15 +36,11 @@ class Members:
     inputs: torch.Tensor  # float32 [tokens, hidden], the layer's
     routing: Routing
     activation: Activation
+    seen: Seen
 
     def expert(self, place: int) -> dict[str, torch.Tensor]:
         """A member's matrices in float32, where the inputs are."""
         return {name: self.matrices[name][place].to(self.inputs) for name in PROJECTIONS}
-
-    @property
-    def usage(self) -> torch.Tensor:
-        """Tokens that each member received, float64 ``[n]`` on the CPU."""
-        return torch.tensor([len(self.routing.of(number)[0]) for number in self.numbers], dtype=torch.float64)
 
     def moment(self, place: int, name: str) -> torch.Tensor:
         """The second moment of the inputs of a member's matrix, from its own tokens, float32."""
@@ -61,8 +58,12 @@ def gather(
     routing: Routing,
     activation: Activation,
     align: str,
+    seen: Seen,
 ) -> Members:
     """Bring a group's experts into one order of neurons, that of the first.
+
+    Args:
+        seen: of the group's experts, in the order of ``numbers``.
 
     Memory: a copy of the group in the experts' dtype.
     """
@@ -80,7 +81,7 @@ def gather(
             continue
         for name, matrix in permuted({n: matrices[n][place] for n in PROJECTIONS}, order.cpu()).items():
             matrices[name][place] = matrix
-    return Members(numbers, matrices, inputs, routing, activation)
+    return Members(numbers, matrices, inputs, routing, activation, seen)
 
 
 def merge_members(members: Members, tuning: Tuning) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
@@ -112,7 +113,7 @@ def by_weights(members: Members, tuning: Tuning) -> Weighed:
     rules, matrices = tuning.combination.rules, members.matrices
     first = {name: matrices[name][0] for name in PROJECTIONS}
     gram = grams(matrices, first, rules.granularity, tuning.combination.device)
-    settled = shares(gram, tuning.combination, first["gate_proj"].dtype, members.usage)
+    settled = shares(gram, tuning.combination, first["gate_proj"].dtype, members.seen)
     games = games_of(rules.granularity)
     record = [game_record(game, gram[index], settled, index) for index, game in enumerate(games)]
     return {name: settled.values[index] for index, game in enumerate(games) for name in game}, record
@@ -134,7 +135,7 @@ def by_losses(members: Members, tuning: Tuning) -> Weighed:
         point = matrices[0] if zero else torch.stack(matrices).mean(0)
         power = torch.ones(count, dtype=torch.float64)
         if tuning.power == "usage":
-            power = members.usage
+            power = members.seen.usage
         elif tuning.power == "loss":
             losses = [curved_loss(point, *pair) for pair in zip(matrices, moments, strict=True)]
             power = torch.tensor(losses, dtype=torch.float64)

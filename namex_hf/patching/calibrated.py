@@ -31,7 +31,7 @@ def choice_of(recipe: Recipe) -> Choice:
     align, curvature, grouping, down = recipe.align, recipe.curvature, recipe.grouping, recipe.down
     assert recipe.experts and align and curvature and grouping and down, "a grouped recipe states them all"  # noqa: PT018
     tuning = Tuning(combination_of(recipe), align, curvature, recipe.metric, recipe.power, recipe.ridge)
-    return Choice(recipe.experts, tuning, grouping, down, recipe.fit, recipe.fit_steps, recipe.seed)
+    return Choice(recipe.experts, tuning, grouping, recipe.operator, down, recipe.fit, recipe.fit_steps, recipe.seed)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def shrink_layers(
     blocks = Blocks(patched, source.family) if recipe.routing != "linear" else None
     for heard in heard_layers(source, recipe, text, stream, tell):
         layer = heard.layer
-        shrinking = Shrinking(heard.mixture, heard.text, choice_of(recipe), partial(tell, layer))
+        shared = partial(source.shared, layer)
+        shrinking = Shrinking(heard.mixture, heard.text, choice_of(recipe), shared, partial(tell, layer))
         with source.named(layer):
             smaller, output = shrinking.run()
         routers: dict[str, torch.Tensor] = {}
@@ -73,7 +74,7 @@ def shrink_layers(
                 shrinking.record |= blocks.compared(block, heard.text, text.ids)
         hidden = heard.passed_on(output if recipe.calibrate == "after" else shrinking.wanted)
         record = {"layer": layer, **shrinking.record, "seconds": heard.seconds}
-        yield Made(layer, smaller, shrinking.cosines, record, Stream(layer + 1, hidden), routers)
+        yield Made(layer, smaller, shrinking.cosines, record, Stream(layer + 1, hidden, heard.original), routers)
         del heard, shrinking, smaller, output  # before the next layer is read
 
 

@@ -27,9 +27,8 @@ NUMBERS = re.compile(r"(\d+)")
 
 
 def combination_of(recipe: Recipe) -> Combination:
-    """How a recipe makes one expert of a group."""
-    assert recipe.weights_by is not None
-    return Combination(recipe.weights_by, rules_of(recipe), recipe.device)
+    """How a recipe makes one expert of a group; operators ``random`` and ``shared`` weigh nobody."""
+    return Combination(recipe.weights_by or "uniform", rules_of(recipe), recipe.device)
 
 
 @dataclass

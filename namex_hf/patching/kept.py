@@ -19,14 +19,13 @@ from ..families import PROJECTIONS, Config
 from ..merging.alignment import layer_orders, permuted
 from ..merging.base import own_base
 from ..merging.directions import layer_curvature
-from ..merging.experts import Base, Experts, grams
+from ..merging.experts import Experts, grams
 from ..merging.propagation import Walk, propagate
 from ..merging.record import cosines
 from ..recipe import Recipe
 from .added import kronecker_tensors, router_tensors
 from .blocks import Blocks, block_tensors
 from .finite import check_finite
-from .layer import read_shared
 from .on_text import Heard, Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
 from .state import State, Stream
@@ -47,7 +46,6 @@ class Kept:
 
 def keep_layers(
     source: Source,
-    shared: Callable[[int], Base],
     patched: Config,
     recipe: Recipe,
     text: CalibrationText,
@@ -57,7 +55,6 @@ def keep_layers(
     """Take the text, and the base expert where there is one, through the MoE layers.
 
     Args:
-        shared: reads the shared expert of a layer.
         patched: ``config.json`` of the result.
         stream: where to go on; None: at the bottom.
 
@@ -68,7 +65,7 @@ def keep_layers(
     for heard in heard_layers(source, recipe, text, stream, tell):
         layer, mixture = heard.layer, heard.mixture
         with source.named(layer):
-            made, walk = _keep(source, partial(shared, layer), recipe, heard, walk, partial(tell, layer))
+            made, walk = _keep(source, recipe, heard, walk, partial(tell, layer))
         norm = source.read(source.family.router_norm(layer))
         routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids)
         made = replace(made, tensors=made.tensors | routers)
@@ -85,13 +82,12 @@ def keep_layers(
             "errors": [{"stage": recipe.merge, "error": error}],
             "seconds": heard.seconds,
         }
-        yield replace(made, record=record, stream=Stream(layer + 1, hidden, walk))
+        yield replace(made, record=record, stream=Stream(layer + 1, hidden, walk=walk))
         del heard, mixture, made, wanted, output  # before the next layer is read
 
 
 def _keep(
     source: Source,
-    shared: Callable[[], Base],
     recipe: Recipe,
     heard: Heard,
     walk: Walk | None,
@@ -108,7 +104,7 @@ def _keep(
     tensors: dict[str, torch.Tensor] = {}
     if recipe.has_base:
         if walk is None:
-            walk = Walk(own_base(recipe.base, experts, shared, source.shape.width))
+            walk = Walk(own_base(recipe.base, experts, partial(source.shared, heard.layer), source.shape.width))
         position = source.shape.layers.index(heard.layer)
         step = propagate(experts, walk, propagation_of(recipe), position)
         tensors |= {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
@@ -153,8 +149,8 @@ def keep_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     assert plan.text is not None
     stream = resumed(plan, state, advance)
     with Reader() as reader:
-        source, shared = source_of(plan, reader), partial(read_shared, plan, reader)
-        for made in keep_layers(source, shared, plan.config(), plan.recipe, plan.text, stream, partial(told, advance)):
+        source, tell = source_of(plan, reader), partial(told, advance)
+        for made in keep_layers(source, plan.config(), plan.recipe, plan.text, stream, tell):
             usage = torch.tensor(made.record["usage"])
             tensors = {**made.tensors, "new.orders": made.orders, "cosines": made.cosines, "usage": usage}
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})

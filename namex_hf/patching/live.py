@@ -13,7 +13,6 @@ from ..calibration.text import CalibrationText
 from ..errors import CalibrationError, FamilyError
 from ..families import PROJECTIONS, Family, MoeShape, family_of
 from ..merging.base import own_base
-from ..merging.experts import Base
 from ..merging.groups import merge_layer
 from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
@@ -160,11 +159,8 @@ def _keep_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, t
     def experts(layer: int) -> dict[str, torch.Tensor]:
         return {name: stacked.clone() for name, stacked in _experts(_block(model, layer), shape.width).items()}
 
-    def shared(layer: int) -> Base:
-        return _shared(_block(model, layer), family)
-
     source, made = _source(model, family, shape, experts), {}
-    for one in keep_layers(source, shared, patched, recipe, text, None, lambda layer, stage: None):
+    for one in keep_layers(source, patched, recipe, text, None, lambda layer, stage: None):
         made[one.layer] = one.orders, one.tensors
     patch_classes(model, recipe.to_dict())
     for layer, (orders, tensors) in made.items():

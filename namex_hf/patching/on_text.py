@@ -12,8 +12,9 @@ from transformers.activations import ACT2FN
 from ..calibration.decoder import Decoder, Read, Tapped
 from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
-from ..families import Config, Family, MoeShape
+from ..families import PROJECTIONS, Config, Family, MoeShape
 from ..merging.calibrated import Mixture, Text
+from ..merging.experts import Base
 from ..merging.routing import Routing
 from ..recipe import Recipe
 from .layer import named, read_experts
@@ -36,6 +37,10 @@ class Source:
     experts: Callable[[int], dict[str, torch.Tensor]]  # of a MoE layer, stacked by projection, for the caller to change
     named: Callable[[int], AbstractContextManager[None]]  # gives a complaint about an expert its tensor's name
 
+    def shared(self, layer: int) -> Base:
+        """The shared expert of a MoE layer by projection."""
+        return {name: self.read(self.family.shared(layer, name)) for name in PROJECTIONS}
+
 
 @dataclass(frozen=True)
 class Heard:
@@ -45,6 +50,7 @@ class Heard:
     tapped: Tapped
     mixture: Mixture
     text: Text
+    original: torch.Tensor | None  # what the model that is patched hands to the next layer, where layers aim at that
     start: float  # of the work on it, by `time.perf_counter`
 
     def passed_on(self, output: torch.Tensor) -> torch.Tensor:
@@ -65,38 +71,53 @@ def heard_layers(
         stream: where to go on; None: at the bottom.
 
     Memory: one decoder layer without its experts in float32, one layer's experts in their own dtype, and twice
-    ``[tokens, hidden]`` in float32: the stream, and the mixture's inputs.
+    ``[tokens, hidden]`` in float32: the stream, and the mixture's inputs. Four times under ``target: model``: the
+    stream of the model that is patched, and what is wanted of the mixture.
     """
     shape, device = source.shape, recipe.device
     decoder = Decoder(source.config, source.family, shape, source.read, device)
     hidden = decoder.embed(text.ids).cpu() if stream is None else stream.hidden
+    original = None
+    if recipe.target == "model":
+        original = hidden.clone() if stream is None else stream.original
     activation = ACT2FN[source.config.get("hidden_act", "silu")]
     for layer in range(0 if stream is None else stream.layer, max(shape.layers) + 1):
         start = time.perf_counter()
         with decoder.layer(layer) as module:
             if not module.is_mixture:
                 hidden = module.forward(hidden)
+                original = None if original is None else module.forward(original)
                 continue
+            aim = None if original is None else module.tap(original)
             tapped = module.tap(hidden)
         tell(layer, "read")
         hidden = tapped.rest
         routing = Routing(tapped.index.to(device), tapped.value.to(device))
+        router = source.read(source.family.router(layer))
+        mixture = Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
+        wanted = None
+        if aim is not None:
+            original = _unpatched(mixture, aim, device)
+            wanted = (original - hidden).view_as(tapped.inputs).to(device)
+            del aim
         measures = recipe.merge == "grouped" or recipe.routing == "stable"
         held_out = text.held_out if measures else torch.zeros(len(text.ids), dtype=torch.bool)
         yield Heard(
             layer,
             tapped,
-            Mixture(
-                source.experts(layer),
-                source.read(source.family.router(layer)),
-                shape.top_k,
-                shape.renormalises,
-                activation,
-            ),
-            Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device)),
+            mixture,
+            Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device), wanted),
+            original,
             start,
         )
-        del tapped, routing  # before the next layer is read
+        del tapped, routing, mixture, wanted  # before the next layer is read
+
+
+def _unpatched(mixture: Mixture, tapped: Tapped, device: str) -> torch.Tensor:
+    """A layer's whole output, over ``tapped.rest``, with the routed experts that it has."""
+    routing = Routing(tapped.index.to(device), tapped.value.to(device))
+    output = mixture.output(tapped.inputs.to(device), routing)
+    return tapped.rest.add_(output.cpu().view_as(tapped.rest))
 
 
 def source_of(plan: Plan, reader: Reader) -> Source:

@@ -22,6 +22,7 @@ from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
 from .calibrated import patch_calibrated
+from .effort import effort_of
 from .grouped import patch_grouped
 from .kept import patch_kept
 from .plan import Plan, make_plan
@@ -101,8 +102,9 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
 def space_needed(plan: Plan) -> int:
     """Bytes on disk at the fullest moment of a run: the result, each layer's base, the state, and a margin."""
     state = 2 * plan.all_added_bytes
-    if plan.recipe.calibrated:  # the stream twice while one replaces the other
-        state += 8 * plan.recipe.calibration_tokens * plan.shape.hidden
+    if plan.recipe.calibrated:  # the stream twice while one replaces the other, and so that of the original
+        streams = 4 if plan.recipe.target == "model" else 2
+        state += 4 * streams * plan.recipe.calibration_tokens * plan.shape.hidden
         if plan.recipe.merge == "grouped":  # all new layers
             routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
             state += routed * plan.kept // plan.shape.experts
@@ -198,6 +200,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "carried": [path.name for path in companions(plan.checkpoint.folder)],
         "calibration_tokens": plan.recipe.calibration_tokens if plan.recipe.calibrated else None,
         "curvature_parameters": plan.curvature_parameters,
+        "fit": effort_of(plan),
     }
 
 

@@ -16,6 +16,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError
 from ..families import FAMILIES, PROJECTIONS, Family, MoeShape, family_of
 from ..merging.calibrated import FIT_TOKENS
+from ..merging.layer_fit import BATCH
 from ..merging.router_fit import CHUNK_BYTES
 from ..models import remote_code
 from ..models.soft import LARGEST
@@ -109,9 +110,9 @@ class Plan:
 
     @property
     def calibration_bytes(self) -> int:
-        """Of `peak_bytes`, what calibration adds: the text four times as hidden states, the smaller layer and its
-        largest group (``soft``: the layer again, and a batch's merged experts), what the experts answer to the text,
-        sums in float64, a decoder layer without its experts."""
+        """Of `peak_bytes`, what calibration adds: the text four times as hidden states (``target: model``: six times),
+        the smaller layer and its largest group (``soft``: the layer again, and a batch's merged experts), what the
+        experts answer to the text or a fit of the layer holds, sums in float64, a decoder layer without its experts."""
         if not self.recipe.calibrated:
             return 0
         hidden, width, kept = self.shape.hidden, self.shape.width, self.kept
@@ -124,7 +125,18 @@ class Plan:
         sums = 8 * (3 * hidden * hidden + 6 * hidden * width)
         around = 4 * hidden * (4 * hidden + 3 * self.shape.shared_width)
         again = layer * kept // self.shape.experts + layer // 2 + merged
-        return 4 * tokens * hidden * 4 + again + answered + sums + around
+        streams = 6 if self.recipe.target == "model" else 4
+        return streams * tokens * hidden * 4 + again + max(answered, self.fit_bytes) + sums + around
+
+    @property
+    def fit_bytes(self) -> int:
+        """Of `calibration_bytes`, what a fit of a whole layer holds: the smaller layer twice in float32, the gradient
+        of one matrix, and a batch through the top-k experts."""
+        if self.recipe.fit != "layer":
+            return 0
+        hidden, width = self.shape.hidden, self.shape.width
+        batch = BATCH * min(self.shape.top_k, self.kept) * (4 * width + 3 * hidden)
+        return 4 * (2 * self.kept * 3 * hidden * width + hidden * width + batch)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
@@ -213,6 +225,11 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
         raise RecipeError(
             f"recipe field 'base' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of the "
             f"routed width {shape.width}: choose another base, first, mean or index:K"
+        )
+    if recipe.operator == "shared" and shape.shared_width % shape.width:
+        raise RecipeError(
+            f"recipe field 'operator' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of "
+            f"the routed width {shape.width}: the other control is random"
         )
     if recipe.merge == "residual" and recipe.has_base and shape.renormalises:
         raise RecipeError(

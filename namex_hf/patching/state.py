@@ -25,6 +25,7 @@ class Stream:
 
     layer: int
     hidden: torch.Tensor  # float32 [sequences, length, hidden]
+    original: torch.Tensor | None = None  # as hidden, of the model that is patched, where layers aim at that
     walk: Walk | None = None  # the base expert that arrives with it
 
 
@@ -53,7 +54,9 @@ class State:
         return position, _walk(tensors)
 
     def save_stream(self, stream: Stream) -> None:
-        _save(self.folder / STREAM, {"hidden": stream.hidden} | _tensors(stream.walk), {"layer": stream.layer})
+        original = {} if stream.original is None else {"original": stream.original}
+        tensors = {"hidden": stream.hidden, **original, **_tensors(stream.walk)}
+        _save(self.folder / STREAM, tensors, {"layer": stream.layer})
 
     def load_stream(self) -> Stream | None:
         """What was saved last, in memory of its own: mapped tensors may be worked on with other roundings."""
@@ -61,7 +64,8 @@ class State:
         if not path.is_file():
             return None
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        return Stream(json.loads(read_metadata(path)["record"])["layer"], tensors.pop("hidden"), _walk(tensors))
+        layer, hidden = json.loads(read_metadata(path)["record"])["layer"], tensors.pop("hidden")
+        return Stream(layer, hidden, tensors.pop("original", None), _walk(tensors))
 
     def records(self) -> list[dict[str, Any]]:
         """What was written down about each finished layer, in order."""

@@ -5,6 +5,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..checkpoint.companions import has_tokenizer
+from ..recipe import Recipe
 from .card_text import plain
 from .report import Report
 
@@ -20,6 +21,11 @@ METHODS = {
     "camex": "every layer has one of its own, moved by the plain mean of the experts' differences to it",
     "smear": "there is no base: the router alone merges all experts",
     "smoe": "nothing is merged",
+}
+FITS = {
+    "none": "",
+    "router": ", and the router fitted to the original on calibration text",
+    "layer": ", and router and experts fitted to the original on calibration text, layer by layer",
 }
 ROUTINGS = {
     "cosine": "tokens find experts by the angle between hidden state and expert embedding",
@@ -46,11 +52,14 @@ def _how(recipe: dict[str, Any]) -> str:
     if recipe["method"] == "smoe":
         return ""
     if recipe["merge"] == "grouped":
-        fitted = (
-            ", fitted to the original layer's output on calibration text" if recipe.get("fit", "none") != "none" else ""
-        )
-        weighting = recipe.get("weighting") or ("nash" if recipe["method"].startswith("namex") else "uniform")
-        return f", weighted by `{weighting}`{fitted}"
+        made = Recipe.from_dict(recipe)
+        how = {
+            "merge": f", weighted by `{made.weights_by}`",
+            "keep": f"; of each the expert stays that is heaviest by `{made.weights_by}`, the others are pruned",
+            "random": "; a control, which begins at random experts",
+            "shared": "; a control, which begins at slices of the shared expert",
+        }
+        return how[made.operator] + FITS[made.fit]
     return f"; {METHODS[recipe['method']]}"
 
 

@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from namex_hf import cli
 from namex_hf.checkpoint.bytes import Reader
-from namex_hf.checkpoint.resolve import PACKAGED
+from namex_hf.checkpoint.resolve import PACKAGED, resolve
 from namex_hf.patching import text as patching_text
+from namex_hf.patching.plan import make_plan
+from namex_hf.recipe import Recipe
 from tests.cli.toy import change_config, save_toy
 
 FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
@@ -241,3 +243,25 @@ def test_another_text_on_a_finished_folder(refused, speaking: Path, tmp_path: Pa
     assert "another calibration and recipe; use --overwrite" in refused(speaking, *FIT, "--seed", "1")
     assert ran(speaking, "--out", tmp_path / "out", *FIT, "--seed", "1", "--quiet", "--overwrite") == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["namex"]["seed"] == 1
+
+
+@pytest.mark.parametrize("when", [(), ("--dry-run",)], ids=["", "dry-run"])
+def test_what_a_fit_of_layers_takes_is_said_beforehand(
+    speaking: Path,
+    prose: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    when: tuple[str, ...],
+):
+    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setattr(cli, "SCORED_BYTES", 0)
+    flags = (*FIT, "--calibration-data", prose, "--fit-steps", "3", *when)
+    assert ran(speaking, "--out", tmp_path / "router", *flags) == 0
+    assert "layers fitted" not in "".join(capsys.readouterr())
+    assert ran(speaking, "--out", tmp_path / "layer", *flags, "--fit", "layer") == 0
+    said = flat("".join(capsys.readouterr()))
+    assert re.search(r"3 layers fitted, each in 3 steps, [\d.e-]+ T operations: at least 0 s a layer", said)
+    recipe = Recipe(merge="grouped", experts=3, fit="layer", fit_steps=3, calibration_tokens=1024)
+    peak = make_plan(resolve(str(speaking)), recipe, "5GB", reads_text=False).peak_bytes
+    assert f"about {peak / 1e6:.2f} MB of memory" in said

@@ -127,10 +127,11 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags += " --device cpu --momentum none --solver newton --ccp-iterations 2"
     flags += " --routing-span all --fit none --curvature identity --align none --down merge --metric euclidean"
     flags += " --power equal --calibration-data packaged --calibration-tokens 65536 --calibrate after --ridge 0.01"
-    flags += " --fit-steps 1000"
+    flags += " --fit-steps 1000 --operator merge"
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
     walking += " --curvature calibrated --rank 2 --calibration-tokens 4096 --routing cosine --temperature norms"
-    given = {flag for flag in f"{flags} {walking}".split() if flag.startswith("--")}
+    aiming = "--merge grouped --experts 4 --down refit --target layer --calibration-tokens 4096 --quiet"
+    given = {flag for flag in f"{flags} {walking} {aiming}".split() if flag.startswith("--")}
     assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in fields(Recipe)}
     speaking = save_toy(tmp_path / "speaking", tokenizer=True)
     assert ran(speaking, "--out", tmp_path / "walking", *walking.split()) == 0
@@ -138,6 +139,10 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     walked = {"merge": "soft", "momentum": "complex", "beta": "0.9,0.25", "eta": 0.5, "segment": 8, "top_k": 2}
     walked |= {"curvature": "calibrated", "rank": 2, "calibration_tokens": 4096}
     wanted = Recipe.from_dict({**walked, "routing": "cosine", "temperature": "norms"})
+    assert config["namex"] == wanted.to_dict()
+    assert ran(speaking, "--out", tmp_path / "aiming", *aiming.split()) == 0
+    config = json.loads((tmp_path / "aiming" / "config.json").read_text())
+    wanted = Recipe(merge="grouped", experts=4, down="refit", target="layer", calibration_tokens=4096)
     assert config["namex"] == wanted.to_dict()
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())

@@ -214,7 +214,9 @@ def test_bytes_in_and_out(file: Path, plan: Plan):
     else:
         assert plan.bytes_out == plan.checkpoint.size + LAYERS[model] * added
     assert plan.bytes_out <= space_needed(plan) < 1.1 * plan.checkpoint.size
-    assert plan.peak_bytes < (6e9 if plan.recipe.calibrated else 2.2 * plan.layer_bytes(plan.shape.layers[0]))
+    # Where layers aim at the original's hidden states, these go along with the text, beside what is wanted of a layer.
+    aim = 2 * 4 * plan.recipe.calibration_tokens * 2048 if plan.recipe.target == "model" else 0
+    assert plan.peak_bytes < (6e9 + aim if plan.recipe.calibrated else 2.2 * plan.layer_bytes(plan.shape.layers[0]))
 
 
 @patches()

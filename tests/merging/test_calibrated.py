@@ -7,7 +7,18 @@ import numpy as np
 import pytest
 import torch
 from float64_reference import double
-from small_mixtures import HIDDEN, PROJECTIONS, answers64, draws, gates64, output64, random_experts, random_tokens
+from small_mixtures import (
+    HIDDEN,
+    PROJECTIONS,
+    answers64,
+    draws,
+    gates64,
+    output64,
+    random_experts,
+    random_tokens,
+    saliency64,
+    usage64,
+)
 from torch.nn.functional import silu
 
 from namex_hf.merging import calibrated
@@ -15,12 +26,17 @@ from namex_hf.merging.calibrated import Choice, Mixture, Shrinking, Text
 from namex_hf.merging.combine import Combination
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
+from namex_hf.merging.layer_fit import Problem
 from namex_hf.merging.members import Tuning
+from namex_hf.merging.strangers import random_experts as strangers
+from namex_hf.merging.strangers import shared_experts
 
 EXPERTS, TOP_K, SEQUENCES, LENGTH = 6, 2, 4, 40
 GROUPINGS = ("damage", "outputs", "router", "weights")
 FITTED = {"down": "refit", "fit": "router", "fit_steps": 50}
 PLAIN = {"down": "merge", "fit": "none"}
+WHOLE = {"down": "refit", "fit": "layer", "fit_steps": 25}
+SALIENT = Tuning(Combination("saliency"))
 
 
 def mixture(seed: int = 0, dtype: torch.dtype = torch.float32, renormalises: bool = False) -> Mixture:
@@ -40,10 +56,16 @@ def shrinking(count: int, of: Mixture | None = None, loud: float = 1.0, length: 
     return Shrinking(of, text(of, loud, length), Choice(count, tuning, **choices))
 
 
+def shared() -> dict[str, torch.Tensor]:
+    """A shared expert of two slices."""
+    of = random_experts(2, 50)
+    return {name: torch.cat(list(of[name]), dim=int(name == "down_proj")) for name in PROJECTIONS}
+
+
 def weights64(wanted: np.ndarray) -> np.ndarray:
     """Weights of the squared errors, up to scale: 1 over the energy of the token's sequence."""
     energy = (wanted.reshape(SEQUENCES, -1) ** 2).sum(1)
-    return np.repeat(1 / energy, LENGTH)
+    return np.repeat(1 / energy, len(wanted) // SEQUENCES)
 
 
 def error64(found: np.ndarray, wanted: np.ndarray) -> float:
@@ -64,7 +86,7 @@ def assert_same(one: Mixture, other: Mixture) -> None:
 # --- what is kept ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("how", [PLAIN, FITTED])
+@pytest.mark.parametrize("how", [PLAIN, FITTED, WHOLE, {**PLAIN, "operator": "keep", "grouping": "none"}])
 def test_all_experts_are_the_layer_itself(how: dict) -> None:
     of = mixture(dtype=torch.bfloat16)
     run = shrinking(EXPERTS, of, **how)
@@ -89,7 +111,7 @@ def test_groups_of_one_are_their_experts(grouping: str, dtype: torch.dtype) -> N
         assert all(torch.equal(result.experts[name][place], of.experts[name][number]) for name in PROJECTIONS)
 
 
-@pytest.mark.parametrize("how", [PLAIN, FITTED])
+@pytest.mark.parametrize("how", [PLAIN, FITTED, WHOLE, {**WHOLE, "operator": "keep"}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_source_and_text_are_left_alone(how: dict, dtype: torch.dtype) -> None:
     of = mixture(dtype=dtype)
@@ -142,6 +164,21 @@ def test_output_is_that_of_the_result(grouping: str, how: dict) -> None:
         assert run.record["errors"][-1]["error"] == pytest.approx(error64(found, wanted), rel=1e-3)
 
 
+@pytest.mark.parametrize("operator", ["merge", "keep", "random", "shared"])
+def test_output_is_that_of_the_result_whatever_it_began_with(operator: str) -> None:
+    for dtype, count, how in product((torch.float32, torch.bfloat16), (1, 4), (PLAIN, WHOLE)):
+        of = mixture(dtype=dtype)
+        run = shrinking(count, of, loud=3.0, operator=operator, **how)
+        run.shared = shared
+        result, output = run.run()
+        assert (len(result.router), result.top_k) == (count, min(count, TOP_K))
+        assert {result.router.dtype, *(result.experts[name].dtype for name in PROJECTIONS)} == {dtype}
+        wanted, found = (output_of(one, run.text.inputs) for one in (of, result))
+        np.testing.assert_allclose(output.numpy(), found, rtol=1e-3, atol=1e-4 * np.abs(found).max())
+        assert run.record["errors"][-1]["error"] == pytest.approx(error64(found, wanted), rel=1e-3)
+        assert (run.record["games"] == []) == (operator != "merge")
+
+
 def test_errors_fall_from_stage_to_stage() -> None:
     for seed in range(4):
         run = shrinking(3, mixture(seed), length=10 * LENGTH, **FITTED)
@@ -161,13 +198,21 @@ def test_errors_fall_from_stage_to_stage() -> None:
         (PLAIN, ["merged"]),
         ({**FITTED, "fit": "none"}, ["merged", "down"]),
         ({**FITTED, "down": "merge"}, ["merged", "router"]),
+        (WHOLE, ["merged", "router", "down", "router", "down", "layer"]),
+        ({**WHOLE, "down": "merge"}, ["merged", "router", "layer"]),
+        ({**WHOLE, "operator": "random"}, ["merged", "router", "down", "router", "down", "layer"]),
     ],
 )
 def test_stages(how: dict, stages: list[str]) -> None:
     run = shrinking(3, **how)
+    told: list[str] = []
+    run.advance = told.append
     run.run()
     assert [entry["stage"] for entry in run.record["errors"]] == stages
-    assert len(run.record["fits"]) == stages.count("router")
+    assert [fit["of"] for fit in run.record["fits"]] == [stage for stage in stages if stage in ("router", "layer")]
+    steps = [what for what in told if what not in stages]
+    assert steps == (["fitted, step 25 of 25"] if "layer" in stages else [])
+    assert [what for what in told if what in stages] == stages
 
 
 def test_one_expert_has_no_router_to_fit() -> None:
@@ -175,6 +220,48 @@ def test_one_expert_has_no_router_to_fit() -> None:
     run.run()
     assert {entry["stage"] for entry in run.record["errors"]} == {"merged", "down"}
     assert run.record["fits"] == []
+    whole = shrinking(1, **WHOLE)
+    result, _ = whole.run()
+    assert [fit["of"] for fit in whole.record["fits"]] == ["layer"]
+    assert torch.equal(result.router, whole.average_rows())
+
+
+def test_a_fit_of_the_layer_ends_below_what_it_began_with() -> None:
+    """On the sequence that is held out as on all; what it says is what it did."""
+    for seed in range(3):
+        run = shrinking(3, mixture(seed), length=10 * LENGTH, **{**WHOLE, "fit_steps": 60})
+        result, _ = run.run()
+        *_, before, after = (entry["error"] for entry in run.record["errors"])
+        fit = run.record["fits"][-1]
+        assert set(fit) == {"of", "before", "after", "steps", "tried"}
+        assert after < 0.95 * before
+        assert fit["after"] < 0.95 * fit["before"]
+        assert fit["steps"] == fit["tried"] == 60
+        missed, wanted = (output_of(one, run.text.inputs)[-10 * LENGTH :] for one in (result, run.source))
+        relative = ((missed - wanted) ** 2).sum() / (wanted**2).sum()
+        assert fit["after"] == pytest.approx(relative, rel=1e-3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_what_the_layer_is_fitted_to(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tokens, weighted, and what is wanted of them; the last sequence held out; steps and seed as stated."""
+    fit, seen = calibrated.fit_layer, []
+
+    def spy(problem: Problem, experts, router, steps: int, seed: int, advance):
+        seen.append((problem, steps, seed))
+        return fit(problem, experts, router, steps, seed, advance)
+
+    monkeypatch.setattr(calibrated, "fit_layer", spy)
+    run, wanted = aiming(count, of=mixture(renormalises=True), loud=5.0, seed=4, **WHOLE)
+    run.run()
+    ((problem, steps, seed),) = seen
+    assert (steps, seed) == (25, 4)
+    assert (problem.top_k, problem.renormalises, problem.activation) == (min(count, TOP_K), True, silu)
+    assert torch.equal(problem.inputs, run.text.inputs)
+    np.testing.assert_allclose(double(problem.wanted), wanted, rtol=1e-3, atol=1e-4)
+    weight = weights64(wanted)
+    np.testing.assert_allclose(double(problem.weight) ** 2, weight / weight.mean(), rtol=1e-4)
+    assert problem.held_out.tolist() == 3 * LENGTH * [False] + LENGTH * [True]
 
 
 def test_record() -> None:
@@ -209,13 +296,149 @@ def test_rows_are_means_by_gate_values() -> None:
     np.testing.assert_allclose(rows[1], double(of.router[3:]).mean(0))
 
 
-@pytest.mark.parametrize("how", [PLAIN, FITTED])
+@pytest.mark.parametrize("how", [PLAIN, FITTED, WHOLE, {**WHOLE, "operator": "random"}])
 def test_repeats(how: dict) -> None:
-    one, again, other = (shrinking(3, seed=seed, **how) for seed in (0, 0, 1))
+    one, again, other = (shrinking(3, seed=seed, length=4 * LENGTH, **how) for seed in (0, 0, 1))
     result = one.run()[0]
     assert_same(again.run()[0], result)
     assert one.record == again.record
     assert torch.equal(other.run()[0].router, result.router) == (how["fit"] == "none")
+
+
+# --- what a group becomes --------------------------------------------------------------------------------------------
+
+
+def seen64(run: Shrinking, by: str) -> np.ndarray:
+    """What experts are kept by."""
+    if by == "usage":
+        return usage64(run.text.routing, EXPERTS)
+    return saliency64(run.text.inputs, run.text.routing, dict(run.source.experts))
+
+
+def assert_kept(result: Mixture, of: Mixture, numbers: list[int]) -> None:
+    assert torch.equal(result.router, of.router[numbers])
+    assert all(torch.equal(result.experts[name], of.experts[name][numbers]) for name in PROJECTIONS)
+
+
+BY = {"usage": Tuning(Combination("usage")), "saliency": SALIENT}
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weightiest_of_the_layer_are_kept(by: str, dtype: torch.dtype) -> None:
+    """Bit for bit and in their order, rows and all; by usage others than by saliency."""
+    kept = {}
+    for seed in range(4):
+        run = shrinking(3, mixture(seed, dtype), operator="keep", grouping="none", tuning=BY[by], **PLAIN)
+        result, _ = run.run()
+        numbers = sorted(np.argsort(-seen64(run, by), kind="stable")[:3].tolist())
+        assert_kept(result, run.source, numbers)
+        assert run.record["kept"] == numbers
+        assert run.record["groups"] == [[number] for number in numbers]
+        assert run.record["games"] == []
+        kept[seed] = numbers, sorted(np.argsort(-seen64(run, "usage"))[:3].tolist())
+    assert any(one != other for one, other in kept.values()) == (by == "saliency")
+
+
+@pytest.mark.parametrize("by", BY)
+@pytest.mark.parametrize("grouping", GROUPINGS)
+def test_the_weightiest_of_each_group_is_kept(by: str, grouping: str) -> None:
+    run = shrinking(3, operator="keep", grouping=grouping, tuning=BY[by], **PLAIN)
+    merged = shrinking(3, grouping=grouping, **PLAIN)
+    result, _ = run.run()
+    merged.run()
+    assert run.record["groups"] == merged.record["groups"]
+    numbers = [max(group, key=lambda number: seen64(run, by)[number]) for group in run.record["groups"]]
+    assert run.record["kept"] == numbers
+    assert_kept(result, run.source, numbers)
+
+
+def test_experts_of_equal_standing_are_kept_in_order() -> None:
+    """Also of those without tokens, whose rows are kept like any other's."""
+    of = mixture()
+    of.router[2:] = -50 * torch.ones(HIDDEN)
+    inputs = random_tokens(SEQUENCES * LENGTH, 0).abs()
+    run = shrinking(4, of, operator="keep", grouping="none", **PLAIN)
+    run.text = replace(run.text, inputs=inputs, routing=of.route(inputs))
+    result, _ = run.run()
+    assert run.record["usage"] == [160, 160, 0, 0, 0, 0]
+    assert_kept(result, of, [0, 1, 2, 3])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_saliency_is_written_down_and_weighs(dtype: torch.dtype) -> None:
+    """Mean of gate value times norm of the answer, where it is asked for: the shares of a group's members."""
+    run, other = shrinking(2, mixture(0, dtype), loud=5.0, tuning=SALIENT, **PLAIN), shrinking(2, **PLAIN)
+    run.run()
+    other.run()
+    saliency = seen64(run, "saliency")
+    assert run.record["saliency"] == pytest.approx(saliency.tolist(), rel=1e-4)
+    assert "saliency" not in other.record
+    assert run.record["games"]
+    for game in run.record["games"]:
+        wanted = saliency[game["members"]] / saliency[game["members"]].sum()
+        assert game["weights"] == pytest.approx(wanted.tolist(), rel=1e-4)
+        assert game["status"] == "saliency"
+
+
+def test_shares_by_usage_are_of_the_tokens() -> None:
+    """Not of the gate values, by which members are ranked."""
+    run = shrinking(2, loud=5.0, tuning=BY["usage"], **PLAIN)
+    run.run()
+    usage = seen64(run, "usage")
+    for game in run.record["games"]:
+        wanted = usage[game["members"]] / usage[game["members"]].sum()
+        assert game["weights"] == pytest.approx(wanted.tolist())
+
+
+def test_strangers_in_the_place_of_groups() -> None:
+    """The controls' experts, under the groups' rows."""
+    merged, drawn, sliced = (shrinking(3, operator=one, seed=3, **PLAIN) for one in ("merge", "random", "shared"))
+    sliced.shared = shared
+    rows = merged.run()[0].router
+    for run, wanted in ((drawn, strangers(drawn.source.experts, 3, 3)), (sliced, None)):
+        result, _ = run.run()
+        wanted = wanted or shared_experts(shared(), run.source.experts, 3)
+        assert_same(result, replace(result, experts=wanted, router=rows))
+        assert run.record["groups"] == merged.record["groups"]
+        assert run.record["games"] == []
+        assert "kept" not in run.record
+
+
+# --- what is wanted --------------------------------------------------------------------------------------------------
+
+
+def aiming(count: int, **how) -> tuple[Shrinking, np.ndarray]:
+    """A layer that is to answer as another would."""
+    run = shrinking(count, **how)
+    wanted = mixture(8).output(run.text.inputs, mixture(8).route(run.text.inputs))
+    run.text = replace(run.text, wanted=wanted)
+    return run, double(wanted)
+
+
+@pytest.mark.parametrize("how", [PLAIN, {**FITTED, "fit": "none"}, {**FITTED, "down": "merge"}, FITTED, WHOLE])
+def test_errors_are_those_of_the_output_wanted(how: dict) -> None:
+    """Where one is given; and every fit is to that."""
+    run, wanted = aiming(3, length=3 * LENGTH, **how)
+    result, _ = run.run()
+    assert run.record["errors"][-1]["error"] == pytest.approx(
+        error64(output_of(result, run.text.inputs), wanted), rel=1e-3
+    )
+    weight = weights64(wanted)
+    np.testing.assert_allclose(double(run.weight) ** 2, weight / weight.mean(), rtol=1e-4)
+    own, _ = shrinking(3, length=3 * LENGTH, **how).run()
+    found, other = (error64(output_of(one, run.text.inputs), wanted) for one in (result, own))
+    assert found < (0.9 * other if how != PLAIN else 1.1 * other)
+
+
+def test_a_layer_that_keeps_all_experts_answers_as_it_does() -> None:
+    """Whatever is wanted: nothing is fitted."""
+    run, wanted = aiming(EXPERTS, **FITTED)
+    result, output = run.run()
+    assert result is run.source
+    own = output_of(run.source, run.text.inputs)
+    np.testing.assert_allclose(double(output), own, rtol=1e-3, atol=1e-3)
+    assert np.abs(own - wanted).max() > 1
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)

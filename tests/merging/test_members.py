@@ -17,6 +17,8 @@ from small_mixtures import (
     random_experts,
     random_routing,
     random_tokens,
+    saliency64,
+    usage64,
 )
 from torch.nn.functional import silu
 
@@ -24,7 +26,7 @@ from namex_hf.merging.alignment import permuted
 from namex_hf.merging.combine import Combination
 from namex_hf.merging.members import Members, Tuning, by_losses, gather, merge_members
 from namex_hf.merging.routing import Routing
-from namex_hf.merging.weightings import WEIGHTINGS, Bargain
+from namex_hf.merging.weightings import WEIGHTINGS, Bargain, Seen
 
 EXPERTS, TOKENS = 6, 120
 INPUTS, ROUTING = random_tokens(TOKENS, 0), random_routing(TOKENS, EXPERTS, 2, 0)
@@ -36,8 +38,11 @@ ALIGN, CURVATURE, POWER = (
 )
 
 
-def group(experts, numbers=(4, 1, 2), align: str = "none", routing: Routing = ROUTING) -> Members:
-    return gather(experts, numbers, INPUTS, routing, silu, align)
+def group(experts, numbers=(4, 1, 2), align: str = "none", routing: Routing = ROUTING, inputs=INPUTS) -> Members:
+    count = len(experts["gate_proj"])
+    usage, saliency = usage64(routing, count), saliency64(INPUTS, routing, experts)
+    seen = Seen(*(torch.from_numpy(amount[list(numbers)]) for amount in (usage, saliency)))
+    return gather(experts, numbers, inputs, routing, silu, align, seen)
 
 
 def tuning(weighting: str = "nash", point: str = "zero", **choices) -> Tuning:
@@ -103,7 +108,7 @@ def test_activations_are_those_of_the_group_s_own_tokens() -> None:
     loud = torch.where(own[:, None], INPUTS, 100 * INPUTS)
     for seed in range(5):
         experts = random_experts(EXPERTS, seed)
-        one, other = (gather(experts, (4, 1, 2), x, ROUTING, silu, "activations") for x in (INPUTS, loud))
+        one, other = (group(experts, align="activations", inputs=x) for x in (INPUTS, loud))
         assert all(torch.equal(one.matrices[name], other.matrices[name]) for name in PROJECTIONS)
 
 
@@ -165,13 +170,16 @@ def moments(members: Members) -> dict[str, list[np.ndarray]]:
 
 
 @pytest.mark.parametrize("curvature", CURVATURE)
-@pytest.mark.parametrize("weighting", ["uniform", "usage", "nash"])
+@pytest.mark.parametrize("weighting", ["uniform", "usage", "saliency", "nash"])
 def test_merged_under_its_curvature(curvature: str, weighting: str) -> None:
     """``(sum w_i E_i C_i)(sum w_i C_i)^-1`` with the weights of the record and C_i of the aligned neurons."""
-    members = group(random_experts(EXPERTS, 0), align="weights")
+    experts = random_experts(EXPERTS, 0)
+    members = group(experts, align="weights")
     merged, record = merge_members(members, tuning(weighting, curvature=curvature))
-    usage = (gates64(ROUTING, EXPERTS) > 0).sum(0)[[4, 1, 2]]
-    expected = {"uniform": np.ones(3) / 3, "usage": usage / usage.sum()}
+    usage, saliency = (
+        all_of[[4, 1, 2]] for all_of in (usage64(ROUTING, EXPERTS), saliency64(INPUTS, ROUTING, experts))
+    )
+    expected = {"uniform": np.ones(3) / 3, "usage": usage / usage.sum(), "saliency": saliency / saliency.sum()}
     for name, game in zip(PROJECTIONS, record, strict=True):
         np.testing.assert_allclose(game["weights"], expected.get(weighting, game["weights"]), rtol=1e-12)
         top = bottom = 0
@@ -188,7 +196,7 @@ def test_merged_under_its_curvature(curvature: str, weighting: str) -> None:
 def test_power_in_the_game_over_weights(power: str) -> None:
     """a (K a) = p for all players but the first, who has no stake and keeps 1/n."""
     members = group(random_experts(EXPERTS, 0), (4, 1, 2, 0))
-    usage = (gates64(ROUTING, EXPERTS) > 0).sum(0)[[1, 2, 0]]
+    usage = usage64(ROUTING, EXPERTS)[[1, 2, 0]]
     _, record = merge_members(members, tuning(power=power, curvature="identity"))
     for name, game in zip(PROJECTIONS, record, strict=True):
         matrices = double(members.matrices[name]).reshape(4, -1)
@@ -236,7 +244,7 @@ def test_losses_against_a_general_optimiser(point: str, power: str) -> None:
     """With the zero point the first has no stake and keeps 1/n; the others share the rest."""
     members = group(random_experts(EXPERTS, 0), (4, 1, 2, 0))
     weights, record = by_losses(members, tuning(point=point, metric="calibrated", power=power))
-    usage = (gates64(ROUTING, EXPERTS) > 0).sum(0)[[4, 1, 2, 0]]
+    usage = usage64(ROUTING, EXPERTS)[[4, 1, 2, 0]]
     playing = slice(1 if point == "zero" else 0, None)
     for name, game in zip(PROJECTIONS, record, strict=True):
         matrices, plain = double(members.matrices[name]), np.stack(moments(members)[name])

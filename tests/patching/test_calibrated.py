@@ -5,6 +5,7 @@ import random
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from odd_checkpoints import (
     read_tensors,
     rewrite_tensors,
     same_bits,
+    shared_name,
 )
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -36,7 +38,7 @@ LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
 def recipe_on(words: Path, **fields: Any) -> Recipe:
     """Three experts, a short text and a short fit, unless said otherwise."""
     values: dict[str, Any] = {"merge": "grouped", "experts": 3, "calibration_tokens": TOKENS, **fields}
-    if values.get("fit") == "router":
+    if values.get("fit", "none") != "none":
         values = {"fit_steps": 30, **values}
     return Recipe(calibration_data=str(words), **values)
 
@@ -76,11 +78,23 @@ RECIPES: dict[str, dict[str, Any]] = {
     "gates": {"grouping": "router", "align": "weights", "disagreement": "mean", "power": "usage"},
     "refit": {"down": "refit", "granularity": "expert"},
     "one": {"fit": "router", "experts": 1},
+    "layer": {"fit": "layer"},
+    "own": {"fit": "router", "target": "layer"},
+    "ream": {"grouping": "router", "weighting": "saliency", "align": "activations"},
+    "kept": {"fit": "router", "operator": "keep"},
+    "reap": {"operator": "keep", "grouping": "none", "weighting": "saliency", "down": "refit"},
+    "random": {"fit": "layer", "operator": "random"},
+    "shared": {"fit": "router", "operator": "shared", "down": "merge"},
 }
+ON_TWO_FORMS = ("layer", "own", "ream", "kept", "reap", "random", "shared")
+ROWS = [
+    (form, name)
+    for form, name in product(FORMS, RECIPES)
+    if name not in ON_TWO_FORMS or form in ("qwen-bf16-fused", "deepseek-fused-renormalised")
+]
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize(("form", "name"), ROWS)
 def test_both_paths_agree(odd, words: Path, tmp_path: Path, form: str, name: str) -> None:
     """The folder, loaded, and `patch_model` on the live original: the same class, numbers and logits, bit for bit."""
     family, dtype, changes = FORMS[form]
@@ -102,6 +116,19 @@ def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:
     recipes |= {
         "longer": {"fit": "router", "calibration_tokens": 2 * TOKENS},
         "steps": {"fit": "router", "fit_steps": 60},
+        "longer fit": {"fit": "layer", "fit_steps": 60},
+        "other draw": {"fit": "layer", "operator": "random", "seed": 1},
+        "kept by saliency": {"fit": "router", "operator": "keep", "weighting": "saliency"},
+        "most used": {"operator": "keep", "grouping": "none", "down": "refit"},
+        "not random": {"fit": "layer", "method": "ep-camex", "curvature": "identity", "align": "none"},
+        "not shared": {
+            "fit": "router",
+            "method": "ep-camex",
+            "curvature": "identity",
+            "align": "none",
+            "down": "merge",
+        },
+        "as they are": {"operator": "keep", "grouping": "none", "weighting": "saliency"},
     }
     results: dict[str, dict[str, torch.Tensor]] = {}
     for name, fields in recipes.items():
@@ -110,6 +137,37 @@ def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:
     for name, result in results.items():
         for other in set(results) - {name}:
             assert differing(result, results[other]), f"{name} and {other} are one"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kept_experts_are_those_of_the_source(odd, words: Path, tmp_path: Path, family: str) -> None:
+    """Byte for byte, with their rows, in the order of their groups: pruned out of core."""
+    source = odd(family, torch.bfloat16, tokenizer=True)
+    report = patch_checkpoint(source, tmp_path / "out", recipe_on(words, operator="keep", grouping="router"))
+    before, after = read_tensors(source), read_tensors(tmp_path / "out")
+    for record in report.layers:
+        block, kept = f"model.layers.{record['layer']}.mlp", record["kept"]
+        assert [max(group, key=lambda number: record["usage"][number]) for group in record["groups"]] == kept
+        assert same_bits(after[f"{block}.gate.weight"], before[f"{block}.gate.weight"][kept])
+        for (place, number), name in product(enumerate(kept), ("gate_proj", "up_proj", "down_proj")):
+            tensors = after[f"{block}.experts.{place}.{name}.weight"], before[f"{block}.experts.{number}.{name}.weight"]
+            assert same_bits(*tensors)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_control_begins_at_its_own_layer_s_shared_expert(odd, words: Path, tmp_path: Path, family: str) -> None:
+    """Of three slices four experts, which a fit of the rows leaves alone."""
+    source = odd(family, torch.bfloat16, tokenizer=True)
+    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **{**RECIPES["shared"], "experts": 4}))
+    before, after = read_tensors(source), read_tensors(tmp_path / "out")
+    for layer, number in product(moe_layers(read_config(source)), range(4)):
+        block, part = f"model.layers.{layer}.mlp", slice(number % 3 * 8, number % 3 * 8 + 8)
+        whole = f"{block}.{shared_name(read_config(source))}"
+        for name in ("gate_proj", "up_proj"):
+            rows = before[f"{whole}.{name}.weight"][part]
+            assert same_bits(after[f"{block}.experts.{number}.{name}.weight"], rows)
+        columns = before[f"{whole}.down_proj.weight"][:, part]
+        assert same_bits(after[f"{block}.experts.{number}.down_proj.weight"], columns)
 
 
 def test_the_seed_draws_batches_too(odd, tmp_path: Path) -> None:
@@ -145,15 +203,29 @@ def block_inputs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
     return seen[0]
 
 
+@torch.no_grad()
+def layer_output(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
+    """Hidden states ``[sequences, length, hidden]`` above a layer."""
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[layer].register_forward_hook(lambda module, given, output: seen.append(output))
+    model(ids)
+    handle.remove()
+    return seen[0]
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("calibrate", ["after", "before"])
-def test_the_record_is_what_transformers_sees(odd, words: Path, tmp_path: Path, family: str, calibrate: str) -> None:
+@pytest.mark.parametrize(("calibrate", "target"), [("after", "layer"), ("after", "model"), ("before", "layer")])
+def test_the_record_is_what_transformers_sees(
+    odd, words: Path, tmp_path: Path, family: str, calibrate: str, target: str
+) -> None:
     """Errors, tokens and mass of every layer again, by hooks in transformers' own model on the same text.
 
     ``after``: every layer's inputs are what the patched model has there; ``before``: what the original has. Errors are
-    relative to the original's routed output, every sequence as heavy as any other.
+    relative to the original's routed output, under ``target: model`` to what brings the patched model's hidden states
+    to the original's; every sequence as heavy as any other.
     """
-    source, recipe = odd(family, torch.float32, tokenizer=True), recipe_on(words, fit="router", calibrate=calibrate)
+    how = {"fit": "router", "calibrate": calibrate, "target": target}
+    source, recipe = odd(family, torch.float32, tokenizer=True), recipe_on(words, **how)
     report = patch_checkpoint(source, tmp_path / "out", recipe)
     text = text_for(recipe, read_config(source), AutoTokenizer.from_pretrained(source))
     original, patched = load(source), load(tmp_path / "out")
@@ -163,6 +235,8 @@ def test_the_record_is_what_transformers_sees(odd, words: Path, tmp_path: Path, 
         inputs = block_inputs(patched if calibrate == "after" else original, layer, text.ids)
         wanted, index, value = block_output(original, layer, inputs)
         found, _, _ = block_output(patched, layer, inputs)
+        if target == "model":
+            wanted = layer_output(original, layer, text.ids) - (layer_output(patched, layer, text.ids) - found)
         relative = (found - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
         assert record["errors"][-1]["error"] == pytest.approx(float(relative.mean()), rel=2e-3)
         usage = [int((index == expert).sum()) for expert in range(7)]

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from killing import Killing, kill_after, run, settled, start
 from odd_checkpoints import all_files, settled_files, write_words
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, load_patched, patch_checkpoint
@@ -67,6 +68,19 @@ def test_killed_again_and_again(long_checkpoint: Path, tmp_path: Path, recipe: R
     ]
 
 
+def test_killed_while_a_layer_is_fitted(long_checkpoint: Path, tmp_path: Path, recipe: Recipe) -> None:
+    """In the middle of it and after it: the text, as the original has it too, goes on from the layer that is whole."""
+    out, recipe = tmp_path / "killed", replace(recipe, fit="layer", fit_steps=4)
+    run(long_checkpoint, tmp_path / "undisturbed", recipe, **OPTIONS)
+    killed(long_checkpoint, out, recipe, "layer 3: fitted, step 4 of 4")
+    killed(long_checkpoint, out, recipe, "layer 7: layer")
+    stream = load_file(out / STREAM)
+    assert stream["hidden"].shape == stream["original"].shape == (8, 64, 64)
+    assert not stream["hidden"].equal(stream["original"])
+    assert layers_made(long_checkpoint, out, recipe) == list(range(7, 13))
+    assert settled_files(out) == settled_files(tmp_path / "undisturbed")
+
+
 def test_killed_between_a_layer_and_the_stream_above_it(long_checkpoint: Path, tmp_path: Path, recipe: Recipe) -> None:
     """The layer is there, the text has not gone through it yet: it is made again, to the same bytes."""
     out, earlier = tmp_path / "killed", tmp_path / "stream"
@@ -113,7 +127,7 @@ def test_another_text_is_another_run(long_checkpoint: Path, tmp_path: Path, word
         "calibration": replace(recipe, calibration_data=str(other)),
         "calibration and recipe": replace(recipe, seed=1),
         "calibration and recipe ": replace(recipe, calibration_tokens=1024),
-        "recipe": replace(recipe, calibrate="before"),
+        "recipe": replace(recipe, calibrate="before", target=None),
     }
     for _ in range(2):
         before = all_files(out)

@@ -1,6 +1,7 @@
 """The recipe: values, refusals, the validity table, YAML."""
 
 from dataclasses import FrozenInstanceError, fields
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from namex_hf.recipe import RULES, Recipe, read_yaml
 GROUPED = {"merge": "grouped", "experts": 4}
 SOFT = {"merge": "soft"}
 FITTED = {**GROUPED, "fit": "router"}
+KEPT = {**GROUPED, "operator": "keep"}
+REFITTED = {**GROUPED, "down": "refit"}
 CURVED = {**SOFT, "curvature": "calibrated"}
 KRONECKER = {**SOFT, "curvature": "kronecker"}
 COSINE = {"routing": "cosine"}
@@ -31,9 +34,19 @@ AROUND: dict[str, dict[str, Any]] = {
     "smear": SOFT,
     "loss": {**FITTED, "metric": "calibrated"},
     "before": FITTED,
+    "keep": GROUPED,
+    "random": FITTED,
     "kronecker": SOFT,
     "norms": COSINE,
     "entropy": COSINE,
+}
+# What a value of one field needs, where the same word is a value of another.
+AROUND_FIELD: dict[tuple[str, str], dict[str, Any]] = {
+    ("metric", "calibrated"): FITTED,
+    ("operator", "shared"): FITTED,
+    ("grouping", "none"): KEPT,
+    ("target", "layer"): FITTED,
+    ("target", "model"): FITTED,
 }
 OF_GROUPED = ("fit", "grouping", "curvature", "align", "down", "weighting", "power")
 VALUES = [
@@ -120,9 +133,7 @@ def test_a_recipe_cannot_be_changed():
 
 @pytest.mark.parametrize(("name", "choice"), CHOICES)
 def test_every_choice_is_accepted(name: str, choice: str):
-    around = AROUND.get(choice, GROUPED if name in OF_GROUPED else {})
-    if (name, choice) == ("metric", "calibrated"):
-        around = FITTED
+    around = AROUND_FIELD.get((name, choice), AROUND.get(choice, GROUPED if name in OF_GROUPED else {}))
     assert getattr(Recipe.from_dict({**around, name: choice}), name) == choice
 
 
@@ -264,6 +275,15 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'power' belongs": {"power": "usage"},
     "'metric' is a choice of the Nash": {"metric": "calibrated", **FITTED, "method": "ep-camex"},
     "'power' is a choice of the Nash": {"power": "usage", **FITTED, "weighting": "usage"},
+    "'operator' belongs": {"operator": "keep"},
+    "'curvature' and 'align' say": {"align": "weights", **KEPT},
+    "'method' says": {"method": "ep-camex", **KEPT},
+    "operator 'keep' retains": {"weighting": "uniform", **KEPT},
+    "operators 'random' and 'shared' weigh": {"weighting": "usage", **FITTED, "operator": "random"},
+    "operators 'random' and 'shared' are": {"operator": "shared", **GROUPED},
+    "grouping 'none' keeps": {"grouping": "none", **FITTED},
+    "'target' belongs": {"target": "model", **GROUPED},
+    "target 'model' makes": {"target": "model", "calibrate": "before", **FITTED},
     "'fit_steps' belongs": {"fit_steps": 50, **GROUPED},
     "'ridge' belongs": {"ridge": 0.1, **GROUPED},
     "'calibration_data' belongs": {"calibration_data": "text.txt", **GROUPED},
@@ -406,6 +426,10 @@ def test_class_base_and_walk(values: dict[str, Any], expected: tuple[bool, ...])
         FITTED,
         {**FITTED, "metric": "calibrated", "power": "loss", "align": "none", "calibrate": "before"},
         {**GROUPED, "grouping": "outputs", "weighting": "usage", "calibration_tokens": 4096},
+        {**FITTED, "fit": "layer", "fit_steps": 300, "weighting": "saliency", "target": "layer"},
+        {**KEPT, "grouping": "none", "weighting": "saliency"},
+        {**FITTED, "operator": "shared", "target": "model"},
+        {**FITTED, "operator": "random", "calibrate": "before", "fit": "layer"},
         {"every": 3, "device": "cuda:1"},
         {"momentum": "quaternion", "solver": "ccp", "ccp_iterations": 5},
         {"momentum": "complex", "beta": "0.9,-0.5236"},
@@ -442,7 +466,14 @@ def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, An
         ({**GROUPED, "align": "activations"}, True, ("weights", "identity", "activations", "merge", None)),
         ({**GROUPED, "grouping": "router"}, True, ("router", "identity", "none", "merge", None)),
         ({**GROUPED, "curvature": "diagonal"}, True, ("weights", "diagonal", "none", "merge", None)),
-        ({**GROUPED, "down": "refit"}, True, ("weights", "identity", "none", "refit", None)),
+        (REFITTED, True, ("weights", "identity", "none", "refit", None)),
+        ({**FITTED, "fit": "layer"}, True, ("damage", "calibrated", "activations", "refit", None)),
+        ({**GROUPED, "weighting": "saliency"}, True, ("weights", "identity", "none", "merge", None)),
+        (KEPT, True, ("weights", "identity", "none", "merge", None)),
+        ({**KEPT, **FITTED}, True, ("damage", "identity", "none", "refit", None)),
+        ({**KEPT, "grouping": "none", "weighting": "saliency"}, True, ("none", "identity", "none", "merge", None)),
+        ({**FITTED, "operator": "random"}, True, ("damage", "identity", "none", "refit", None)),
+        ({**FITTED, "operator": "shared"}, True, ("damage", "identity", "none", "refit", None)),
         (SOFT, False, (None, "identity", "none", None, None)),
         (CURVED, True, (None, "calibrated", "activations", None, 4)),
         ({**CURVED, "align": "none", "rank": 2}, True, (None, "calibrated", "none", None, 2)),
@@ -469,6 +500,106 @@ def test_what_is_implied_and_which_recipes_read_text(values: dict[str, Any], cal
     recipe = Recipe.from_dict(values)
     assert (recipe.grouping, recipe.curvature, recipe.align, recipe.down, recipe.rank) == implied
     assert recipe.calibrated == calibrated
+
+
+@pytest.mark.parametrize(
+    ("values", "fitted", "target"),
+    [
+        ({}, False, None),
+        (SOFT, False, None),
+        (CURVED, False, None),
+        (STABLE, False, None),
+        (GROUPED, False, None),
+        ({**GROUPED, "weighting": "usage"}, False, None),
+        (KEPT, False, None),
+        ({**FITTED, "down": "merge"}, True, "model"),
+        (FITTED, True, "model"),
+        ({**FITTED, "fit": "layer"}, True, "model"),
+        (REFITTED, True, "model"),
+        ({**KEPT, "down": "refit"}, True, "model"),
+        ({**FITTED, "operator": "random"}, True, "model"),
+        ({**FITTED, "target": "layer"}, True, "layer"),
+        ({**REFITTED, "target": "layer"}, True, "layer"),
+        ({**FITTED, "calibrate": "before"}, True, "layer"),
+        ({**REFITTED, "calibrate": "before"}, True, "layer"),
+        ({**FITTED, "calibrate": "before", "target": "layer"}, True, "layer"),
+    ],
+    ids=str,
+)
+def test_what_a_fit_aims_at_where_nothing_is_said(values: dict[str, Any], fitted: bool, target: str | None):
+    recipe = Recipe.from_dict(values)
+    assert (recipe.fitted, recipe.target) == (fitted, target)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("values", "weights_by"),
+    [
+        (GROUPED, "nash"),
+        ({**GROUPED, "method": "ep-camex"}, "uniform"),
+        ({**GROUPED, "weighting": "saliency"}, "saliency"),
+        ({**GROUPED, "method": "ep-camex", "weighting": "nash"}, "nash"),
+        (KEPT, "usage"),
+        ({**KEPT, "weighting": "usage"}, "usage"),
+        ({**KEPT, "weighting": "saliency"}, "saliency"),
+        ({**FITTED, "operator": "random"}, None),
+        ({**FITTED, "operator": "shared"}, None),
+        ({"method": "smoe"}, None),
+    ],
+    ids=str,
+)
+def test_the_weighting_in_force(values: dict[str, Any], weights_by: str | None):
+    assert Recipe.from_dict(values).weights_by == weights_by
+
+
+# Choices of `grouped` on text that lean on each other; None: not stated.
+CALIBRATED = {
+    "operator": ("merge", "keep", "random", "shared"),
+    "weighting": (None, "nash", "uniform", "usage", "saliency"),
+    "grouping": (None, "weights", "none"),
+    "fit": ("none", "router", "layer"),
+    "down": (None, "merge", "refit"),
+    "align": (None, "none", "activations"),
+    "target": (None, "layer", "model"),
+    "calibrate": ("after", "before"),
+}
+
+
+def means_something(row: dict[str, Any]) -> bool:
+    """By the words of the table, once more."""
+    operator, weighting, fits = row["operator"], row["weighting"], row["fit"] != "none"
+    refits = row["down"] == "refit" or (row["down"] is None and fits)
+    if operator == "keep" and weighting not in (None, "usage", "saliency"):
+        return False
+    if operator in ("random", "shared") and (weighting is not None or not fits):
+        return False
+    if operator != "merge" and row["align"] == "activations":
+        return False
+    if operator != "keep" and row["grouping"] == "none":
+        return False
+    if row["target"] is not None and not (fits or refits):
+        return False
+    reads = fits or refits or weighting in ("usage", "saliency") or operator == "keep" or row["align"] == "activations"
+    return row["calibrate"] == "after" or (reads and row["target"] != "model")
+
+
+def test_every_combination_on_text_is_refused_or_means_what_it_says():
+    """And what is made of it is the same however often it is stored and read."""
+    assert all(set(choices) - {None} <= set(SPECS[name].metadata["choices"]) for name, choices in CALIBRATED.items())
+    found = {True: 0, False: 0}
+    for values in product(*CALIBRATED.values()):
+        row = dict(zip(CALIBRATED, values, strict=True))
+        stated = {name: value for name, value in row.items() if value is not None}
+        try:
+            recipe = Recipe.from_dict({**GROUPED, **stated})
+        except RecipeError:
+            recipe = None
+        assert (recipe is not None) == means_something(row), stated
+        found[recipe is not None] += 1
+        if recipe is not None:
+            assert all(getattr(recipe, name) == value for name, value in stated.items())
+            assert Recipe.from_dict(recipe.to_dict()) == recipe
+    assert min(found.values()) > 500
 
 
 @pytest.mark.parametrize(
@@ -621,7 +752,7 @@ def test_any_values_build_or_are_refused_as_a_recipe(values: dict[str, Any]):
         return
     assert not any(rule.broken(recipe) for rule in RULES)
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == Recipe.from_dict({**values, "device": "cpu"})
-    assert recipe.weights_by in ("nash", "uniform", None)
+    assert recipe.weights_by in ("nash", "uniform", "usage", "saliency", None)
 
 
 def test_the_docs_print_the_fields_and_the_validity_table():

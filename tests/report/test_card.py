@@ -170,6 +170,22 @@ def test_only_an_id_of_the_hub_is_a_base_model():
     assert linked in card(report(), {})
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({}, ", weighted by `nash`."),
+        ({"method": "ep-camex", "fit": "router"}, ", weighted by `uniform`, and the router fitted to the original on"),
+        ({"operator": "keep"}, "of each the expert stays that is heaviest by `usage`, the others are pruned."),
+        ({"operator": "keep", "weighting": "saliency", "fit": "layer"}, "by `saliency`, the others are pruned, and"),
+        ({"operator": "random", "fit": "layer"}, "begins at random experts, and router and experts fitted to the"),
+        ({"operator": "shared", "fit": "layer"}, "begins at slices of the shared expert, and router and experts"),
+    ],
+)
+def test_what_became_of_the_groups_is_told(fields: dict[str, Any], said: str):
+    made = Recipe(merge="grouped", experts=2, **fields)
+    assert said in card(report(recipe=made.to_dict()), {})
+
+
 def test_perplexity_comes_with_its_noise_where_it_is_known():
     plainly = {"prose": {"before": 10.0, "after": 11.0}}
     assert "| prose | 10.00 | 11.00 | 1.100 |" in card(report().with_perplexity(plainly), {})

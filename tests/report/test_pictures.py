@@ -18,10 +18,11 @@ from namex_hf.bargaining import spectral_radius
 from namex_hf.checkpoint.bytes import Reader
 from namex_hf.checkpoint.header import TensorSpan
 from namex_hf.families import PROJECTIONS
+from namex_hf.recipe import Recipe
 from namex_hf.report.answers import answers
 from namex_hf.report.folder import PatchedFolder, open_patched
 from namex_hf.report.pictures import Material, Picture, draw
-from namex_hf.report.pictures.groups import letters, marks
+from namex_hf.report.pictures.groups import letters, marks, pruned
 from namex_hf.report.pictures.picture import INK, PALE, tiles
 from namex_hf.report.pictures.similarity import whole
 from namex_hf.report.pictures.stability import radii_over_beta, total_weight
@@ -37,6 +38,7 @@ NAMES = {
     "qwen2_moe residual": WALKING,
     "qwen2_moe grouped": {"1-similarity", "2-weights", "3-walk", "6-usage", "6-groups"},
     "qwen2_moe calibrated": {"1-similarity", "2-weights", "3-walk", "6-usage", "6-groups", "6-damage"},
+    "qwen2_moe pruned": {"1-similarity", "6-usage", "6-groups", "6-damage"},
     "qwen2_moe sparse": {"1-similarity", "6-usage"},
     "qwen2_moe stable": {"1-similarity", "6-usage", "6-damage"},
     "qwen2_moe smear": {"1-similarity", "6-usage"},
@@ -300,6 +302,24 @@ def test_letters_and_marks_of_groups():
     found = marks([[0, 2], [1], [3, 4]])
     assert [found[expert][0] for expert in range(5)] == ["A", "·", "A", "B", "B"]
     assert found[1][1] == INK
+    assert [mark for mark, _ in pruned(4, [1, 3]).values()] == ["×", "·", "×", "·"]
+
+
+def test_pruned_experts_are_crossed_out(drawn: dict[str, list[Picture]], patched: dict[str, Path]):
+    (tree,) = [one for one in drawn["qwen2_moe pruned"] if one.name == "6-groups"]
+    records = open_patched(patched["qwen2_moe pruned"]).report.layers
+    for axes, record in zip(tree.figure.axes, records, strict=False):
+        said = dict(label.get_text().split("\n") for label in axes.get_xticklabels())
+        assert {int(expert) for expert, mark in said.items() if mark == "·"} == set(record["kept"])
+        assert set(said.values()) == {"·", "×"}
+    assert "A cross is an expert that is gone." in tree.line
+
+
+def test_controls_have_no_tree(patched: dict[str, Path]):
+    folder = open_patched(patched["qwen2_moe grouped"])
+    for operator in ("random", "shared"):
+        control = replace(folder, recipe=Recipe(merge="grouped", experts=5, operator=operator, fit="router"))
+        assert "6-groups" not in {one.name for one in draw(Material(control))}
 
 
 @pytest.mark.parametrize(("count", "wanted"), [(1, (1, 1)), (6, (1, 6)), (24, (4, 6)), (28, (5, 6))])

@@ -3,10 +3,10 @@
 import torch
 
 from ...bargaining import ccp_bargaining, nash_bargaining
-from .weighting import Bargain, Weights
+from .weighting import Bargain, Seen, Weights
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage: torch.Tensor | None = None) -> Weights:
+def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """Solve K a = 1/a (zero disagreement point) or K a = 1/a + d (mean), one game a leading index.
 
     The mean point gives every player what the step of the plain mean gives it, d = K 1/N, in units where the mean of
@@ -27,7 +27,7 @@ def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage:
         solution = ccp_bargaining(scaled, rules.ccp_iterations, precision)
     else:
         point = scaled.mean(-1) if rules.disagreement == "mean" else None
-        power = _power(rules, usage, gram)
+        power = _power(rules, seen, gram)
         solution = nash_bargaining(scaled, disagreement=point, power=power, precision=precision)
     values = solution.weights / unit
     if rules.scale == "simplex":
@@ -41,7 +41,7 @@ def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage:
     )
 
 
-def _power(rules: Bargain, usage: torch.Tensor | None, gram: torch.Tensor) -> torch.Tensor | None:
-    if rules.power == "equal" or usage is None or not usage.any():
+def _power(rules: Bargain, seen: Seen | None, gram: torch.Tensor) -> torch.Tensor | None:
+    if rules.power == "equal" or seen is None or not seen.usage.any():
         return None
-    return (usage / usage.mean()).to(gram)
+    return (seen.usage / seen.usage.mean()).to(gram)

@@ -2,10 +2,10 @@
 
 import torch
 
-from .weighting import Bargain, Weights
+from .weighting import Bargain, Seen, Weights
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage: torch.Tensor | None = None) -> Weights:
+def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """1/N for each of the N experts, one that is the base itself included."""
     games, count = gram.shape[:2]
     values = torch.full((games, count), 1 / count, dtype=torch.float64)

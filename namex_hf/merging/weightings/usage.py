@@ -2,17 +2,15 @@
 
 import torch
 
-from .weighting import Bargain, Weights
+from .weighting import Bargain, Seen, Weights, by_share
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage: torch.Tensor | None = None) -> Weights:
+def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """Shares of the tokens that the players receive; uniform where nobody receives any.
 
     Raises:
         ValueError: no usage is known.
     """
-    if usage is None:
+    if seen is None:
         raise ValueError("weights by usage need calibration text")
-    share = usage.double().cpu() if usage.any() else torch.ones(len(usage), dtype=torch.float64)
-    games = len(gram)
-    return Weights((share / share.sum()).repeat(games, 1), ("usage",) * games, (None,) * games, (None,) * games)
+    return by_share(seen.usage, len(gram), "usage")

@@ -17,6 +17,14 @@ class Weights:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What calibration text shows of a game's players."""
+
+    usage: torch.Tensor  # float64 [N], tokens that each received
+    saliency: torch.Tensor | None = None  # float64 [N], mean over them of gate value times norm of the answer
+
+
+@dataclass(frozen=True)
 class Bargain:
     """The rules of a game."""
 
@@ -29,16 +37,24 @@ class Bargain:
 
 
 class Weighting(Protocol):
-    """A function of the Gram matrices, and of how much the players are used where that is known."""
+    """A function of the Gram matrices, and of what text shows of the players where there is any."""
 
-    def __call__(
-        self, gram: torch.Tensor, rules: Bargain, precision: torch.dtype, usage: torch.Tensor | None = None
-    ) -> Weights:
+    def __call__(self, gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
         """Weigh the players.
 
         Args:
             gram: float64 ``[games, N, N]``.
             precision: the dtype that the players' vectors were stored in.
-            usage: float64 ``[N]``, tokens that each received on calibration text; None without such text.
+            seen: on calibration text; None without such text.
         """
         ...
+
+
+def by_share(amount: torch.Tensor, games: int, status: str) -> Weights:
+    """Every player's share of an amount, in all games alike; uniform where the amount is 0.
+
+    Args:
+        amount: ``[N]``, at least 0.
+    """
+    share = amount.double().cpu() if amount.any() else torch.ones(len(amount), dtype=torch.float64)
+    return Weights((share / share.sum()).repeat(games, 1), (status,) * games, (None,) * games, (None,) * games)

@@ -6,6 +6,7 @@ STAGES = {
     "merged": "experts merged",
     "router": "router fitted",
     "down": "down refitted",
+    "layer": "rows and experts fitted",
     "residual": "this model: residual",
     "soft": "this model: soft",
 }
@@ -38,7 +39,9 @@ def picture(material: Material) -> Picture | None:
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     plain(axes)
     line = (
-        "How far a layer's routed output on calibration text is from the original's: 0 is the same output, 1 as far off"
+        "How far a layer's routed output on calibration text is from the one wanted: 0 is the same output, 1 as far off"
         " as no output at all. Lower is better; lines of later stages lie below earlier ones where the stage helped."
     )
+    if material.folder.recipe.target == "model":
+        line += " Wanted is what leads back to the original's hidden states, errors of the layers below made up for."
     return Picture("6-damage", "What each layer lost", line, drawn)

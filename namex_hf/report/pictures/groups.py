@@ -15,21 +15,23 @@ def picture(material: Material) -> Picture | None:
     """A tree a layer; none where nothing was grouped."""
     folder = material.folder
     trees = {
-        record["layer"]: (folder.cosines[record["layer"]].mean(0).double(), record["groups"])
+        record["layer"]: (folder.cosines[record["layer"]].mean(0).double(), record["groups"], record.get("kept"))
         for record in folder.report.layers
         if "groups" in record and record["layer"] in folder.cosines
     }
+    if folder.recipe.operator in ("random", "shared"):
+        return None  # none of the experts had a part in what came out
     trees = {layer: tree for layer, tree in trees.items() if len(tree[0]) > 1}
     if not trees:
         return None
-    columns = 1 if max(len(cosines) for cosines, _ in trees.values()) > ONE_A_ROW else 2
+    columns = 1 if max(len(cosines) for cosines, *_ in trees.values()) > ONE_A_ROW else 2
     rows = -(-len(trees) // columns)
     drawn = figure(0.3 + 1.75 * rows)
     axes = drawn.subplots(rows, columns, squeeze=False)
     for place in axes.ravel()[len(trees) :]:
         place.set_visible(False)
-    for place, (layer, (cosines, groups)) in zip(axes.ravel(), trees.items(), strict=False):
-        _tree(place, cosines, groups)
+    for place, (layer, (cosines, groups, kept)) in zip(axes.ravel(), trees.items(), strict=False):
+        _tree(place, cosines, marks(groups) if kept is None else pruned(len(cosines), kept))
         place.set_title(f"layer {layer}: {len(cosines)} experts in {len(groups)} groups")
     for row in axes:
         row[0].set_ylabel("1 - cosine")
@@ -37,6 +39,7 @@ def picture(material: Material) -> Picture | None:
         "The tree joins experts whose weights are alike, the more alike the lower (average linkage). Below it the"
         " number of each expert and, for groups of two or more, the letter of its group; a dot is an expert that stays"
         f" as it was. Groups were found by '{folder.recipe.grouping}', so they need not follow the tree."
+        + (" A cross is an expert that is gone." if folder.recipe.operator == "keep" else "")
     )
     return Picture("6-groups", "Which experts became one", line, drawn)
 
@@ -62,7 +65,12 @@ def marks(groups: list[list[int]]) -> dict[int, tuple[str, str]]:
     return found
 
 
-def _tree(axes: Any, cosines: torch.Tensor, groups: list[list[int]]) -> None:
+def pruned(experts: int, kept: list[int]) -> dict[int, tuple[str, str]]:
+    """By expert a dot where it stays and a cross where it went, and a colour."""
+    return {expert: ("·", INK) if expert in kept else ("×", COLOURS[0]) for expert in range(experts)}
+
+
+def _tree(axes: Any, cosines: torch.Tensor, of_expert: dict[int, tuple[str, str]]) -> None:
     distance = (1 - cosines).clamp(min=0)
     tree = dendrogram(linkage(squareform(distance.numpy(), checks=False), "average"), no_plot=True)
     for across, up in zip(tree["icoord"], tree["dcoord"], strict=True):
@@ -71,7 +79,6 @@ def _tree(axes: Any, cosines: torch.Tensor, groups: list[list[int]]) -> None:
     highest = max(map(max, tree["dcoord"]))
     room = max(highest - lowest, 1e-3)
     axes.set_ylim(lowest - 0.25 * room, highest + 0.1 * room)
-    of_expert = marks(groups)
     places = [5 + 10 * index for index in range(len(tree["leaves"]))]
     size = 7 if len(places) <= 2 * ONE_A_ROW else 5.5
     axes.set_xticks(places, [f"{leaf}\n{of_expert[leaf][0]}" for leaf in tree["leaves"]], fontsize=size)

@@ -1,0 +1,48 @@
+"""What a fit of whole layers takes, known before it begins."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from ..merging.layer_fit import BATCH, CHECK_EVERY, CHECKED_TOKENS
+from .plan import Plan
+
+FORWARD, BACKWARD = 3, 4  # products a token and expert: three matrices; their gradients, and that of the neurons
+PROBED = 0.2  # seconds
+
+
+@dataclass(frozen=True)
+class Effort:
+    """Of fitting one layer."""
+
+    steps: int
+    operations: float  # multiplications and additions in the experts' products
+
+    def seconds(self, speed: float) -> float:
+        """At ``speed`` operations a second: a lower bound, as it knows nothing of all that is no product."""
+        return self.operations / speed
+
+
+def effort_of(plan: Plan) -> Effort | None:
+    """None where no layer is fitted whole."""
+    recipe, shape = plan.recipe, plan.shape
+    if recipe.fit != "layer" or plan.kept == shape.experts:
+        return None
+    checked = min(CHECKED_TOKENS, recipe.calibration_tokens // 8) / CHECK_EVERY
+    products = recipe.fit_steps * ((FORWARD + BACKWARD) * BATCH + FORWARD * checked)
+    return Effort(recipe.fit_steps, 2.0 * shape.hidden * shape.width * min(shape.top_k, plan.kept) * products)
+
+
+def measured_speed(plan: Plan) -> float:
+    """Operations a second in products of the size that one expert's tokens have in a step, on the recipe's device."""
+    rows, columns = plan.shape.of("gate_proj")
+    tokens = max(1, BATCH * min(plan.shape.top_k, plan.kept) // plan.kept)
+    left = torch.ones(tokens, columns, device=plan.recipe.device)
+    right = torch.ones(columns, rows, device=plan.recipe.device)
+    float((left @ right)[0, 0])  # the first product is slower, and a device answers when it is asked for a number
+    start, count = time.perf_counter(), 0
+    while (spent := time.perf_counter() - start) < PROBED:
+        float((left @ right)[0, 0])
+        count += 1
+    return 2.0 * tokens * rows * columns * count / spent

@@ -1,0 +1,52 @@
+"""What a fit of whole layers takes, against products that are counted."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from namex_hf.checkpoint.resolve import resolve
+from namex_hf.merging.layer_fit import BATCH, CHECK_EVERY, CHECKED_TOKENS, Problem, Trained
+from namex_hf.patching.effort import effort_of, measured_speed
+from namex_hf.patching.plan import Plan, make_plan
+from namex_hf.recipe import Recipe
+
+STEPS = 100
+
+
+def plan_of(experts: int, fit: str = "layer") -> Plan:
+    recipe = Recipe(merge="grouped", experts=experts, fit=fit, fit_steps=STEPS)
+    return make_plan(resolve("tiny"), recipe, "5GB", reads_text=False)
+
+
+@pytest.mark.parametrize("kept", [8, 2])
+def test_operations_are_those_of_a_step(kept: int) -> None:
+    """As torch counts them, but for the router's rows and for gradients of inputs, which nobody asks for."""
+    plan = plan_of(kept)
+    top_k, hidden, width = min(4, kept), plan.shape.hidden, plan.shape.width
+    tokens = torch.randn(BATCH, hidden)
+    matrices = {name: torch.randn(kept, *plan.shape.of(name)) for name in ("gate_proj", "up_proj", "down_proj")}
+    layer = Trained.of(matrices, torch.randn(kept, hidden), tokens)
+    every = torch.zeros(BATCH, dtype=torch.bool)
+    problem = Problem(tokens, tokens, torch.ones(BATCH), every, top_k, False, torch.nn.functional.silu)
+    with FlopCounterMode(display=False) as forward:
+        missed = problem.missed(torch.arange(BATCH), layer)
+    with FlopCounterMode(display=False) as backward:
+        missed.backward()
+    rows = 2 * BATCH * kept * hidden
+    products = 2 * BATCH * top_k * hidden * width
+    assert forward.get_total_flops() == 3 * products + rows
+    assert backward.get_total_flops() == 4 * products + rows
+    effort = effort_of(plan)
+    assert effort is not None
+    checks = CHECKED_TOKENS / CHECK_EVERY / BATCH
+    assert effort.operations == pytest.approx(STEPS * (7 + 3 * checks) * products)
+    assert effort.seconds(effort.operations / 5) == pytest.approx(5)
+
+
+def test_nothing_where_no_layer_is_fitted() -> None:
+    assert effort_of(plan_of(8, "router")) is None
+    assert effort_of(plan_of(16)) is None
+
+
+def test_the_speed_is_one() -> None:
+    assert 1e6 < measured_speed(plan_of(8)) < 1e15
