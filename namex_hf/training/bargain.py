@@ -39,9 +39,9 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
 
     The walk begins with the first MoE layer's base as it was trained. Every later layer's base is overwritten with what
     the walk brings; what gradients had made of it is gone, and reported as its drift. What adapters add to experts
-    counts. Under ``method: camex`` nothing walks, and no base changes. A live model (`live.go_live`), whose base walks in
-    every pass, goes on with the weights that are found here; bases are written all the same, and the drift is how far
-    they have walked from where the last call left them.
+    counts. Under ``method: camex`` nothing walks, and no base changes. A live model (`live.go_live`), whose base walks
+    in every pass, goes on with the weights that are found here; its bases are written all the same, and their drift is
+    how far the walk has come since they were written last.
 
     Args:
         model: a patched one of transformers, as the trainer has it: under an adapter, sharded (FSDP2, DeepSpeed
@@ -76,7 +76,7 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
             drift = None if own else distance(trained, walk.base)
             if not own:
                 write_base(layer.mlp, walk.base)
-            if write and step.walk is not None and isinstance(layer.mlp, LiveBlock):
+            if write and isinstance(layer.mlp, LiveBlock) and step.walk is not None and step.walk.weights is not None:
                 layer.mlp.weights = of_first_process(step.walk.weights, device).cpu()
             settled.append(Settled(index, step.record, step.cosines, drift))
             walk = step.walk

@@ -5,17 +5,14 @@ alone, and what a later layer uses is
 
     E_m^(l+1) = E_m^l + gamma sum_i alpha_i (E_i^l - E_m^l)
 
-worked out from layer l's experts as they are in this pass, so the later layers' gradients reach these experts and the
-first base. The weights alpha are constants of the pass; `bargain.rebargain`, and so `bargain.BargainCallback` after every
-n-th optimiser step, solves for them again.
+worked out from layer l's experts as they are in this pass, so gradients of later layers reach these experts and the
+first base. The weights alpha are constants of the pass; `bargain.rebargain`, and so `bargain.BargainCallback` after
+every n-th optimiser step, solves for them again.
 """
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from ..errors import TrainingError
 from ..families import original_family
@@ -129,8 +126,8 @@ def recipe_of(model: Any) -> Recipe:
     recipe = Recipe.from_dict(found)
     if not recipe.propagates:
         raise TrainingError(
-            f"no base expert walks through the layers under merge '{recipe.merge}', method '{recipe.method}'; accepted: "
-            "residual or soft, namex-full, namex or ep-camex"
+            f"no base expert walks through the layers under merge '{recipe.merge}', method '{recipe.method}'; "
+            "accepted: residual or soft, namex-full, namex or ep-camex"
         )
     return recipe
 

@@ -87,6 +87,8 @@ class LiveLayer(nn.Module):
     attended: Any
     routing: Any
     post_attention_layernorm: nn.Module
+    gradient_checkpointing: bool
+    _gradient_checkpointing_func: Any
 
     def forward(
         self,
@@ -102,23 +104,21 @@ class LiveLayer(nn.Module):
             TrainingError: under reentrant gradient checkpointing, which loses gradients of all but plain tensors.
         """
         self._refuse_reentrant()
-        passing = None
-        if isinstance(hidden_states, Carried):
-            hidden_states, passing = hidden_states
-        hidden_states = self.attended(hidden_states, past_key_values=past_key_values, **kwargs)
-        normed = self.post_attention_layernorm(hidden_states)
+        given, passing = hidden_states if isinstance(hidden_states, Carried) else (hidden_states, None)
+        attended = self.attended(given, past_key_values=past_key_values, **kwargs)
+        normed = self.post_attention_layernorm(attended)
         if isinstance(self.mlp, LiveBlock):
             routing = self.routing(segments, token_ids, past_key_values)
             mixed, passing = self.mlp(normed, *routing, passing=passing)
         else:
             mixed = self.mlp(normed)
-        hidden_states = hidden_states + mixed
-        return hidden_states if passing is None else Carried(hidden_states, passing)
+        return attended + mixed if passing is None else Carried(attended + mixed, passing)
 
     def _refuse_reentrant(self) -> None:
-        checkpointing = getattr(self, "_gradient_checkpointing_func", None)
-        if checkpointing is not None and getattr(checkpointing, "keywords", {}).get("use_reentrant"):
-            raise TrainingError("use_reentrant is true, under which a live base expert gets no gradient; accepted: false")
+        if self.gradient_checkpointing and self.training:
+            options = getattr(self._gradient_checkpointing_func, "keywords", {})  # of transformers' partial
+            if options.get("use_reentrant"):
+                raise TrainingError("use_reentrant is true, under which a live base gets no gradient; accepted: false")
 
 
 class LiveQwen2MoeSparseMoeBlock(LiveBlock, NamexQwen2MoeSparseMoeBlock):
@@ -129,7 +129,7 @@ class LiveSoftQwen2MoeSparseMoeBlock(LiveBlock, SoftQwen2MoeSparseMoeBlock):
     """``merge: soft``."""
 
 
-class LiveQwen2MoeDecoderLayer(LiveLayer, NamexQwen2MoeDecoderLayer):
+class LiveQwen2MoeDecoderLayer(LiveLayer, NamexQwen2MoeDecoderLayer):  # type: ignore[misc]
     pass
 
 
@@ -137,11 +137,11 @@ class LiveDeepseekMoeBlock(LiveBlock, NamexDeepseekMoeBlock):
     """``merge: residual``."""
 
 
-class LiveSoftDeepseekMoeBlock(LiveBlock, SoftDeepseekMoeBlock):
+class LiveSoftDeepseekMoeBlock(LiveBlock, SoftDeepseekMoeBlock):  # type: ignore[misc]
     """``merge: soft``."""
 
 
-class LiveDeepseekDecoderLayer(LiveLayer, NamexDeepseekDecoderLayer):
+class LiveDeepseekDecoderLayer(LiveLayer, NamexDeepseekDecoderLayer):  # type: ignore[misc]
     pass
 
 

@@ -32,7 +32,7 @@ class WeightedStep(torch.autograd.Function):
         """
         ctx.shares, ctx.dtype = weights.tolist(), experts.dtype
         chunk = CHUNK_BYTES if base.device.type == "cpu" else LARGE
-        with torch.autocast(base.device.type, enabled=False):
+        with torch.autocast(base.device.type, enabled=False):  # on accelerators it would multiply in 16 bits
             return weighted_step(experts, base, weights, base.device, chunk)
 
     @staticmethod
@@ -69,8 +69,6 @@ def step_on(
     Returns:
         The base of the next MoE layer, and its momentum buffers.
     """
-    of_game = {
-        name: weights[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game
-    }
+    of_game = {name: weights[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game}
     step = {name: WeightedStep.apply(experts[name], base[name], of_game[name]) for name in PROJECTIONS}
     return advance(base, step, momentum, choice.gamma, choice.beta)
