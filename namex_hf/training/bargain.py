@@ -109,11 +109,17 @@ def summary(settled: list[Settled]) -> dict[str, float]:
     return values | {"bargain/no_agreement": refused / len(games)}
 
 
+def is_live(model: Any) -> bool:
+    """Whether a model's base expert walks in the forward pass (`live.go_live`)."""
+    return any(isinstance(module, LiveBlock) for module in model.modules())
+
+
 class BargainCallback(TrainerCallback):
     """Solves and propagates again after every n-th optimiser step.
 
     It holds no state that a checkpoint would have to keep: where it acts follows from the number of the step, and what
-    it does from the parameters.
+    it does from the parameters. A live model's weights are such a state, so they are also solved for after a checkpoint
+    was saved, and where training goes on from one: both find the same.
 
     Args:
         recipe: of the model that is trained.
@@ -132,6 +138,19 @@ class BargainCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After the optimiser, before what is logged and saved."""
         if state.global_step % self.every == 0:
-            start = time.perf_counter()
-            self.state = summary(rebargain(model, self.recipe))
-            self.seconds += time.perf_counter() - start
+            self._act(model)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After a checkpoint was written."""
+        if is_live(model):
+            self._act(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Once a checkpoint has been read, where there is one."""
+        if state.global_step and is_live(model):
+            self._act(model)
+
+    def _act(self, model: Any) -> None:
+        start = time.perf_counter()
+        self.state = summary(rebargain(model, self.recipe))
+        self.seconds += time.perf_counter() - start
