@@ -162,7 +162,8 @@ def main(arguments: list[str]) -> None:
     if asked.attn_implementation:
         options["attn_implementation"] = asked.attn_implementation
     measures = measures_for(start.checkpoint.size, asked.scores, SCORED_BYTES)
-    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, asked.propagation == "live")
+    live = asked.propagation == "live"
+    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live)
 
     out = Path(training.output_dir)
     runs = {start.recipe.method: (start, out)}
