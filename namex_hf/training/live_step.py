@@ -49,6 +49,7 @@ class WeightedStep(torch.autograd.Function):
         return to_experts, to_base, None
 
 
+@torch.compiler.disable  # chunks and players are plain numbers: one break a layer in place of one at each of them
 def step_on(
     experts: Mapping[str, torch.Tensor],
     base: Base,
