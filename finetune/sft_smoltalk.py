@@ -79,6 +79,13 @@ class NamexArguments:
         default=10,
         metadata={"help": "solve the games and propagate the base expert again every n optimiser steps; 0: never"},
     )
+    propagation: str = field(
+        default="stored",
+        metadata={
+            "help": "stored: every layer's base expert trains, and a bargain writes it anew; live: it walks through "
+            "the layers in every pass, and the first one trains"
+        },
+    )
     use_peft: bool = field(default=False, metadata={"help": "LoRA in the place of the parameters themselves"})
     lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "its factor, over the rank"})
@@ -155,7 +162,8 @@ def main(arguments: list[str]) -> None:
     if asked.attn_implementation:
         options["attn_implementation"] = asked.attn_implementation
     measures = measures_for(start.checkpoint.size, asked.scores, SCORED_BYTES)
-    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options)
+    live = asked.propagation == "live"
+    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live)
 
     out = Path(training.output_dir)
     runs = {start.recipe.method: (start, out)}
@@ -179,6 +187,8 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
         raise TrainingError("--model_name_or_path is needed: a folder, a packaged model or a Hub id")
     if asked.bargain_every < 0 or asked.held_out < 2 or asked.lora_r < 1:
         raise TrainingError("--bargain_every accepts numbers from 0, --lora_r from 1, --held_out from 2")
+    if asked.propagation not in ("stored", "live"):
+        raise TrainingError(f"--propagation {asked.propagation}: accepted: stored, live")
     check_kinds(asked.train_kinds, asked.use_peft)
     for name, found, accepted in (
         ("compare", asked.compare, COMPARED),

@@ -91,16 +91,21 @@ def weighted_sum(
 
 
 def weighted_step(
-    matrices: Matrices, base: torch.Tensor, weights: torch.Tensor, device: str | torch.device = "cpu"
+    matrices: Matrices,
+    base: torch.Tensor,
+    weights: torch.Tensor,
+    device: str | torch.device = "cpu",
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> torch.Tensor:
-    """``sum_i w_i (E_i - E_m)``, the update of NAMEx (paper eq. 6 and 9), in float32.
+    """``sum_i w_i (E_i - E_m)``, the update of NAMEx (paper eq. 6 and 9), in the base's dtype.
 
     Args:
         matrices: N of ``[rows, columns]``, in any floating dtype.
-        base: ``[rows, columns]`` in float32.
+        base: ``[rows, columns]`` in float32, or float64.
         weights: ``[N]``.
+        chunk_bytes: size of the working buffer.
 
-    Memory: one chunk of every expert in float32 beyond the result.
+    Memory: that buffer, a chunk of every expert, beyond the result.
     """
     players = weights.nonzero().flatten().tolist()  # those without weight are not read
     centre = base.flatten()
@@ -111,9 +116,9 @@ def weighted_step(
     if isinstance(matrices, torch.Tensor) and len(players) == len(matrices):
         together = matrices.flatten(1)  # one strided copy a chunk instead of one a player
     flat = [matrices[player].flatten() for player in players]
-    shares = weights[players].to(device=device, dtype=torch.float32)
-    width = max(1, CHUNK_BYTES // (4 * len(players)))
-    buffer = torch.empty(len(players), min(width, len(centre)), device=device)
+    shares = weights[players].to(device=device, dtype=base.dtype)
+    width = max(1, chunk_bytes // (base.element_size() * len(players)))
+    buffer = torch.empty(len(players), min(width, len(centre)), dtype=base.dtype, device=device)
     for start in range(0, len(centre), width):
         columns = slice(start, start + width)
         tau = buffer[:, : len(centre[columns])]

@@ -22,6 +22,7 @@ With another `routing` s is the same mean of what that gives: under ``cosine`` o
 experts would choose none, so ``smear`` then counts the model's own number of them by default.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
     if type(linear) is nn.Linear and not linear.weight.is_meta:
         return linear.weight
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
+
+
+def base_matrices(expert: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What `dense_weight` says of the three matrices of a base expert, by projection."""
+    return {name: dense_weight(getattr(expert, name), like) for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 def swiglu(tokens: torch.Tensor, merged: Merged, activation) -> torch.Tensor:
@@ -234,9 +240,18 @@ class SoftRouting(ChosenRouting):
             self.curvature = kind(self.number, config.hidden_size, config.moe_intermediate_size, choice.rank)
 
     def routed(
-        self, flat: torch.Tensor, token_ids: torch.Tensor | None, segments: Segments, memory: LayerMemory | None
+        self,
+        flat: torch.Tensor,
+        token_ids: torch.Tensor | None,
+        segments: Segments,
+        memory: LayerMemory | None,
+        base: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; zeros at padding."""
+        """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; zeros at padding.
+
+        Args:
+            base: matrices by projection, in the place of the stored base expert.
+        """
         value, index = self.route(flat, token_ids)
         batch, new = len(segments.run), segments.run.shape[1] - segments.past
         index, value = index.view(batch, new, -1), value.view(batch, new, -1)
@@ -255,7 +270,7 @@ class SoftRouting(ChosenRouting):
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
             curvature = None if self.curvature is None else self.curvature(flat)
-            output, merged = self.experts(tokens, shares, self.base(flat), carried, segments.keep, curvature)
+            output, merged = self.experts(tokens, shares, self.base(flat, base), carried, segments.keep, curvature)
         elif carried is not None:
             output, merged = swiglu(tokens, carried, self.activation), carried
             if segments.keep is not None:
@@ -267,13 +282,18 @@ class SoftRouting(ChosenRouting):
         output = output.flatten(0, 1)[segments.place]
         return output.new_zeros(flat.shape).index_copy(0, segments.tokens, output)
 
-    def base(self, like: torch.Tensor) -> Merged | None:
-        """The base expert's matrices, in the layout of the experts; None: there is none. Args: like, for an adapter."""
+    def base(self, like: torch.Tensor, given: Mapping[str, torch.Tensor] | None = None) -> Merged | None:
+        """The base expert's matrices, in the layout of the experts; None: there is none.
+
+        Args:
+            like: a tensor of the pass, for an adapter.
+            given: those matrices by projection; None: the stored ones.
+        """
         if not self.has_base:
             return None
-        expert = self.base_expert
-        gate, up, down = (dense_weight(linear, like) for linear in (expert.gate_proj, expert.up_proj, expert.down_proj))
-        return torch.cat([gate, up]), down
+        if given is None:
+            given = base_matrices(self.base_expert, like)
+        return torch.cat([given["gate_proj"], given["up_proj"]]), given["down_proj"]
 
 
 class SegmentedLayer:
@@ -297,9 +317,8 @@ class SegmentedLayer:
         **kwargs,
     ) -> torch.Tensor:
         """As the stock layer's; `segments` and `token_ids` go to the block and not on to attention."""
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            hidden_states=self.input_layernorm(hidden_states),
+        hidden_states = self.attended(
+            hidden_states,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
@@ -307,15 +326,24 @@ class SegmentedLayer:
             position_embeddings=position_embeddings,
             **kwargs,
         )
-        hidden_states = residual + hidden_states
         normed = self.post_attention_layernorm(hidden_states)
-        routing: tuple[Any, ...] = ()
-        if isinstance(self.mlp, ChosenRouting):  # else a dense layer
-            routing = (token_ids,)
-        if routing and segments is not None:
-            memory = None if past_key_values is None else past_key_values.memory(self.self_attn.layer_idx)
-            routing = token_ids, segments, memory
-        return hidden_states + self.mlp(normed, *routing)
+        return hidden_states + self.mlp(normed, *self.routing(segments, token_ids, past_key_values))
+
+    def attended(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+        """The layer up to its second norm: attention added to what came in."""
+        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + attention
+
+    def routing(
+        self, segments: Segments | None, token_ids: torch.Tensor | None, past_key_values: SoftCache | None
+    ) -> tuple[Any, ...]:
+        """What the block takes beside hidden states; nothing in a dense layer."""
+        if not isinstance(self.mlp, ChosenRouting):
+            return ()
+        if segments is None:
+            return (token_ids,)
+        memory = None if past_key_values is None else past_key_values.memory(self.self_attn.layer_idx)
+        return token_ids, segments, memory
 
 
 class SegmentedModel:

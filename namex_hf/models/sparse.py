@@ -5,7 +5,11 @@
 second term, and a class is needed for the routing alone.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
 
@@ -28,11 +32,17 @@ def left_over_mass(scores: torch.Tensor) -> torch.Tensor:
     return (1.0 - scores.float().sum(-1, keepdim=True)).clamp(min=0.0).to(scores.dtype)
 
 
+def apart(tokens: torch.Tensor, base: Mapping[str, torch.Tensor], activation: Any) -> torch.Tensor:
+    """What `Qwen2MoeMLP` computes, ``[tokens, hidden] -> [tokens, hidden]``, with matrices that are no parameters."""
+    gate, up = F.linear(tokens, base["gate_proj"]), F.linear(tokens, base["up_proj"])
+    return F.linear(activation(gate) * up, base["down_proj"])
+
+
 class SparseRouting(ChosenRouting):
     """Mixin for a MoE block of `gate`, `experts` and, where one is, `base_expert`, a SwiGLU MLP of the routed width."""
 
     experts: nn.Module
-    base_expert: nn.Module | None
+    base_expert: Any
 
     def add_parts(self, config) -> None:
         """Give the block what it needs beyond the stock one."""
@@ -43,11 +53,23 @@ class SparseRouting(ChosenRouting):
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
         self.add_router(config)
 
-    def routed(self, flat: torch.Tensor, token_ids: torch.Tensor | None = None) -> torch.Tensor:
-        """``F(x)`` without the shared expert, ``[tokens, hidden] -> [tokens, hidden]``."""
+    def routed(
+        self,
+        flat: torch.Tensor,
+        token_ids: torch.Tensor | None = None,
+        base: Mapping[str, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        """``F(x)`` without the shared expert, ``[tokens, hidden] -> [tokens, hidden]``.
+
+        Args:
+            base: matrices by projection, in the place of the stored base expert.
+        """
         scores, chosen = self.route(flat, token_ids)
         output = self.experts(flat, chosen, scores)
-        return output if self.base_expert is None else output + left_over_mass(scores) * self.base_expert(flat)
+        if self.base_expert is None:
+            return output
+        answer = self.base_expert(flat) if base is None else apart(flat, base, self.base_expert.act_fn)
+        return output + left_over_mass(scores) * answer
 
 
 __all__ = ["SparseRouting", "left_over_mass"]

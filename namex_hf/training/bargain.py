@@ -16,7 +16,8 @@ from ..merging.propagation import Walk, propagate
 from ..patching.threads import shared_out
 from ..patching.walk import propagation_of
 from ..recipe import Recipe
-from .gathered import base_of, experts_of, gathered, write_base
+from .gathered import base_of, experts_of, gathered, of_first_process, write_base
+from .live_blocks import LiveBlock
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,9 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
 
     The walk begins with the first MoE layer's base as it was trained. Every later layer's base is overwritten with what
     the walk brings; what gradients had made of it is gone, and reported as its drift. What adapters add to experts
-    counts. Under ``method: camex`` nothing walks, and no base changes.
+    counts. Under ``method: camex`` nothing walks, and no base changes. A live model (`live.go_live`), whose base walks
+    in every pass, goes on with the weights that are found here; its bases are written all the same, and their drift is
+    how far the walk has come since they were written last.
 
     Args:
         model: a patched one of transformers, as the trainer has it: under an adapter, sharded (FSDP2, DeepSpeed
@@ -73,6 +76,8 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
             drift = None if own else distance(trained, walk.base)
             if not own:
                 write_base(layer.mlp, walk.base)
+            if write and isinstance(layer.mlp, LiveBlock) and step.walk is not None and step.walk.weights is not None:
+                layer.mlp.weights = of_first_process(step.walk.weights, device).cpu()
             settled.append(Settled(index, step.record, step.cosines, drift))
             walk = step.walk
     return settled
@@ -104,11 +109,17 @@ def summary(settled: list[Settled]) -> dict[str, float]:
     return values | {"bargain/no_agreement": refused / len(games)}
 
 
+def is_live(model: Any) -> bool:
+    """Whether a model's base expert walks in the forward pass (`live.go_live`)."""
+    return any(isinstance(module, LiveBlock) for module in model.modules())
+
+
 class BargainCallback(TrainerCallback):
     """Solves and propagates again after every n-th optimiser step.
 
     It holds no state that a checkpoint would have to keep: where it acts follows from the number of the step, and what
-    it does from the parameters.
+    it does from the parameters. A live model's weights are such a state, so they are also solved for after a checkpoint
+    was saved, and where training goes on from one: both find the same.
 
     Args:
         recipe: of the model that is trained.
@@ -127,6 +138,19 @@ class BargainCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         """After the optimiser, before what is logged and saved."""
         if state.global_step % self.every == 0:
-            start = time.perf_counter()
-            self.state = summary(rebargain(model, self.recipe))
-            self.seconds += time.perf_counter() - start
+            self._act(model)
+
+    def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """After a checkpoint was written."""
+        if is_live(model):
+            self._act(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        """Once a checkpoint has been read, where there is one."""
+        if state.global_step and is_live(model):
+            self._act(model)
+
+    def _act(self, model: Any) -> None:
+        start = time.perf_counter()
+        self.state = summary(rebargain(model, self.recipe))
+        self.seconds += time.perf_counter() - start

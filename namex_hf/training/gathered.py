@@ -35,7 +35,7 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
 
 def applied(module: Any, name: str) -> torch.Tensor:
-    """A fused tensor of experts as the forward uses it, with what LoRA adds to it.
+    """A fused tensor of experts as the forward uses it, with what LoRA adds to it. It hands gradients on to both.
 
     Args:
         module: the experts, or PEFT's wrappers around them, one a tensor.
@@ -46,17 +46,23 @@ def applied(module: Any, name: str) -> torch.Tensor:
     while hasattr(wrapper, "base_layer"):
         if wrapper.parameter_name == name and not wrapper.merged and not wrapper.disable_adapters:
             for adapter in wrapper.active_adapters:
-                more = wrapper.get_delta_weight(adapter).detach()
+                more = wrapper.get_delta_weight(adapter)
                 delta = more if delta is None else delta + more
         wrapper = wrapper.base_layer
-    value = getattr(wrapper, name).detach()
+    value = getattr(wrapper, name)
     return value if delta is None else value + delta
 
 
-def experts_of(block: Any) -> dict[str, torch.Tensor]:
-    """Routed experts of a block by projection, stacked: views where no adapter acts on them."""
+def attached_experts_of(block: Any) -> dict[str, torch.Tensor]:
+    """Routed experts of a block by projection, stacked: views where no adapter acts on them. They hand gradients on."""
     gate, up = applied(block.experts, "gate_up_proj").chunk(2, dim=1)
     return {"gate_proj": gate, "up_proj": up, "down_proj": applied(block.experts, "down_proj")}
+
+
+def experts_of(block: Any) -> dict[str, torch.Tensor]:
+    """`attached_experts_of`, without gradients."""
+    with torch.no_grad():
+        return {name: matrices.detach() for name, matrices in attached_experts_of(block).items()}
 
 
 def base_of(block: Any) -> dict[str, torch.Tensor]:
@@ -87,7 +93,12 @@ def write_base(block: Any, base: Mapping[str, torch.Tensor]) -> None:
             if parameter.requires_grad:  # the optimiser's own copy, from which its next step would write the old base
                 deepspeed.utils.safe_set_full_fp32_param(parameter, base[name].to(parameter.device))
         else:
-            if distributed.is_available() and distributed.is_initialized():
-                value = value.to(parameter.device)
-                distributed.broadcast(value, 0)
-            parameter.copy_(value)
+            parameter.copy_(of_first_process(value, parameter.device))
+
+
+def of_first_process(value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
+    """The first process's `value`, on `device`, so that rounding does not set processes apart; alone: `value`."""
+    if distributed.is_available() and distributed.is_initialized():
+        value = value.to(device)
+        distributed.broadcast(value, 0)
+    return value

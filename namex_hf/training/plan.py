@@ -45,11 +45,14 @@ class Choice:
     measures: tuple[str, ...]
     model_options: dict[str, Any]
     """Of `from_pretrained`."""
+    live: bool = False
+    """Whether the base expert walks through the layers in the forward pass."""
 
     def stated(self) -> dict[str, Any]:
         adapter = None if self.adapter is None else vars(self.adapter)
         options = {name: str(option) for name, option in self.model_options.items()}
-        return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **options}
+        live = {"live": True} if self.live else {}
+        return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **live, **options}
 
 
 def stated(arguments: SFTConfig) -> dict[str, Any]:
@@ -70,6 +73,7 @@ class Plan:
     bargain_every: int
     adapter: Any
     """PEFT's configuration, or None."""
+    live: bool = False
 
 
 def planned(start: Start, choice: Choice) -> Plan:
@@ -80,12 +84,12 @@ def planned(start: Start, choice: Choice) -> Plan:
     """
     outline = start.outline()
     kinds = check_present(outline, choice.kinds)
-    walks = start.recipe.propagates and {"experts", "base"} & set(kinds)
-    every, adapter = choice.bargain_every if walks else 0, None
+    walks = bool(start.recipe.propagates and {"experts", "base"} & set(kinds))
+    every, live, adapter = choice.bargain_every if walks else 0, choice.live and walks, None
     if choice.adapter is not None:
         kinds = tuple(kind for kind in kinds if kind not in ("embeddings", "norms"))
-        adapter = lora(outline, kinds, **vars(choice.adapter), carry_base=bool(every))
-    return Plan(kinds, every, adapter)
+        adapter = lora(outline, kinds, **vars(choice.adapter), carry_base=bool(every) or live)
+    return Plan(kinds, every, adapter, live)
 
 
 def measures_for(size: int, asked: Sequence[str] | None, largest: int) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from .bargain import Settled, rebargain
 from .chats import Chats, length_table, lengths
 from .choice import check_trains, table_of, train_only
 from .finish import layer_records, save_trained
+from .live import go_live
 from .plan import Adapter, Choice, Plan, planned, stated
 from .scores import Items, measure, value
 from .start import Start
@@ -107,6 +108,8 @@ class Run:
             for name, parameter in self.trainer.model.named_parameters():
                 if kind_of(name) == "base":  # carried along; PEFT would train it
                     parameter.requires_grad_(False)
+        if plan.live:
+            go_live(getattr(self.trainer.model, "get_base_model", lambda: self.trainer.model)())
         counts = lengths(chats.train, self.tokenizer, self.trainer.chat_template)
         console.print(length_table(counts, len(chats.train), arguments.max_length or max(counts)))
         self.trains = check_trains(self.trainer.model, plan.kinds)

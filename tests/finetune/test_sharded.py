@@ -131,6 +131,25 @@ def test_fsdp2_killed_and_continued(begin_two, dying, tmp_path):
     assert (out / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
+def test_fsdp2_trains_a_live_model_as_one_process_does_killed_and_continued(run, begin_two, dying, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("gamma: 0.6\nmomentum: complex\n")
+    live = {**SAME, "propagation": "live", "recipe": str(recipe), "save_steps": 1}
+    alone, out = run(tmp_path / "alone", **live), tmp_path / "out"
+    assert alone.code == 0, alone.said
+    processes = begin_two(out, FSDP2, die=dying, **live, gradient_checkpointing=True)
+    for process in processes:
+        process.join()
+    assert -9 in [process.exitcode for process in processes]
+    finished(begin_two(out, FSDP2, **live, gradient_checkpointing=True), out)
+    assert "going on from checkpoint-" in said(out)
+    assert losses(out) == pytest.approx(losses(alone.out), rel=1e-5)
+    found, wanted = load_patched(out), load_patched(alone.out)
+    assert type(found) is type(wanted)
+    for (name, one), other in zip(found.state_dict().items(), wanted.state_dict().values(), strict=True):
+        assert float((one - other).abs().max()) < 2e-6, name
+
+
 def test_data_parallel_trains_as_one_process_does(begin_two, one_process, tmp_path):
     out = tmp_path / "out"
     finished(begin_two(out, {}, **SAME), out)

@@ -1,0 +1,168 @@
+"""Train small models from nothing under every method of the paper's Table 1, and print the table.
+
+    python finetune/pretrain.py --output_dir out/pretrain                       # all ten rows, three seeds
+    python finetune/pretrain.py --output_dir out/short --rows "SMoE (Top-2)" NAMEx-Full --seeds 0 --steps 20
+
+Offline: it trains on the packaged calibration text and scores on the packaged held-out text, and on every .txt file of
+--texts besides (WikiText's validation and test, say). A run that was killed is continued by the same command: rows that
+are there are not trained again. What a row is: namex_hf/training/scratch.py.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from namex_hf.checkpoint.resolve import PACKAGED
+from namex_hf.errors import NamexError, TrainingError
+from namex_hf.scoring.perplexity import held_out_texts
+from namex_hf.training.scratch import ROWS, Schedule, run
+
+MEANING = {
+    "steps": "of the optimiser",
+    "sequences": "a step",
+    "length": "tokens of a sequence",
+    "peak": "highest learning rate",
+    "warm_up": "steps until it is reached",
+    "balance": "factor of the balance loss",
+    "bargain_every": "steps from one bargain to the next",
+    "score_tokens": "scored of each text, from its beginning",
+}
+"""Of what all rows have in common."""
+
+
+def main(arguments: list[str]) -> None:
+    """Train what is not there yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, required=True, help="a JSON file a run, and table.md")
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--texts", type=Path, help="a folder of .txt files to score on besides")
+    for name, value in asdict(Schedule()).items():
+        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{MEANING[name]} (default: {value})")
+    asked = vars(parser.parse_args(arguments))
+    schedule = Schedule(**{name: asked[name] for name in asdict(Schedule())})
+    check(asked, schedule)
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+    texts = training_text(tokenizer, schedule.length)
+    held_out = scored_text(tokenizer, asked["texts"])
+    runs = [(name, seed) for seed in asked["seeds"] for name in asked["rows"]]
+    found = {}
+    with Progress(console=Console(stderr=True)) as progress:
+        task = progress.add_task("training", total=len(runs) * schedule.steps)
+        for name, seed in runs:
+            progress.update(task, description=f"{name}, seed {seed}")
+            path = asked["output_dir"] / f"{file_name(name)}.{seed}.json"
+            found[name, seed] = known(path, schedule, sorted(held_out))
+            if found[name, seed]:
+                progress.advance(task, schedule.steps)
+                continue
+            one = run(name, seed, tokenizer, texts, held_out, schedule, lambda: progress.advance(task))
+            write(path, json.dumps(one))
+            found[name, seed] = one
+    table = table_of(found, asked["rows"], list(held_out))
+    console = Console(record=True, width=200)
+    console.print(table)
+    write(asked["output_dir"] / "table.md", console.export_text())
+
+
+def check(asked: dict[str, Any], schedule: Schedule) -> None:
+    """Raises:
+    TrainingError: naming the argument, what was found and what is accepted.
+    """
+    for name in asked["rows"]:
+        if name not in ROWS:
+            raise TrainingError(f"--rows {name}: accepted: {', '.join(ROWS)}")
+    for name, value in asdict(schedule).items():
+        least = 2 if name in ("length", "score_tokens") else 0 if name in ("peak", "balance", "warm_up") else 1
+        if not value >= least:  # NaN, too
+            raise TrainingError(f"--{name} {value}: accepted: from {least}")
+    if asked["texts"] is not None and not list(asked["texts"].glob("*.txt")):
+        raise TrainingError(f"--texts {asked['texts']}: no .txt file is there; accepted: a folder of them")
+
+
+def training_text(tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
+    """Token ids of every packaged domain, from the text that the packaged models were trained on.
+
+    Raises:
+        TrainingError: sequences longer than a domain.
+    """
+    folder = PACKAGED / "calibration"
+    texts = {path.stem: tokenizer(path.read_text("utf-8"), verbose=False).input_ids for path in folder.glob("*.txt")}
+    shortest = min(map(len, texts.values()))
+    if length >= shortest:
+        raise TrainingError(f"--length {length}: the shortest text has {shortest} tokens; accepted: fewer")
+    return {name: torch.tensor(ids, dtype=torch.int32) for name, ids in sorted(texts.items())}
+
+
+def scored_text(tokenizer: Any, folder: Path | None) -> dict[str, torch.Tensor]:
+    """Token ids of the packaged held-out domains, and of the files of a folder."""
+    more = {} if folder is None else {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))}
+    texts = {**held_out_texts(), **more}
+    return {name: torch.tensor(tokenizer(text, verbose=False).input_ids) for name, text in texts.items()}
+
+
+def known(path: Path, schedule: Schedule, scored: list[str]) -> dict[str, Any]:
+    """What an earlier run has left; empty where it has not.
+
+    Raises:
+        TrainingError: it had another schedule or other texts.
+    """
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text("utf-8"))
+    if found["schedule"] != asdict(schedule) or sorted(found["scores"]) != scored:
+        raise TrainingError(f"{path} is of another schedule or scored on other texts; accepted: another --output_dir")
+    return found
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, "utf-8")
+    part.replace(path)
+
+
+def file_name(row: str) -> str:
+    return "".join(letter if letter.isalnum() else "-" for letter in row.lower()).strip("-")
+
+
+def table_of(found: dict[tuple[str, int], dict[str, Any]], rows: list[str], texts: list[str]) -> Table:
+    """Perplexity of each text, and the mean of their bits per byte: means and deviations over seeds."""
+    table = Table(box=box.MARKDOWN)
+    for column in ("", "parameters", *texts, "bits per byte", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    for row in rows:
+        of_row = [one for (name, _), one in found.items() if name == row]
+        cells = [spread([one["scores"][text]["perplexity"] for one in of_row]) for text in texts]
+        bits = [statistics.mean(score["bits_per_byte"] for score in one["scores"].values()) for one in of_row]
+        seconds = statistics.mean(one["seconds"] for one in of_row)
+        table.add_row(row, f"{of_row[0]['parameters']:,}", *cells, spread(bits), f"{seconds:.0f}")
+    return table
+
+
+def spread(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.3f}"
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.3f}"
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (NamexError, OSError) as error:
+        print(f"pretrain.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("pretrain.py: stopped; the same command goes on where it was", file=sys.stderr)
+        sys.exit(130)

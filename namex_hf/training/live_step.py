@@ -1,0 +1,75 @@
+"""One step of the base expert's walk inside a forward pass, differentiable in the experts and in the base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ..bargaining import CHUNK_BYTES
+from ..families import PROJECTIONS
+from ..merging.experts import Base, games_of, weighted_step
+from ..merging.momentum import advance
+from ..merging.propagation import Propagation
+
+LARGE = 64 * CHUNK_BYTES
+"""Working buffer on accelerators, where a chunk costs launches and there is no cache to stay in."""
+
+
+class WeightedStep(torch.autograd.Function):
+    """``sum_i w_i (E_i - E_m)`` (paper eq. 6 and 9) with constant weights: dE_i = w_i g, dE_m = -(sum w) g.
+
+    Memory kept for the backward pass: the weights alone. In the backward pass: the experts once, in their own dtype.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, experts: torch.Tensor, base: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            experts: ``[N, rows, columns]``, in any floating dtype.
+            base: ``[rows, columns]``, in float32 or float64.
+            weights: float64 ``[N]``, on the CPU, without gradient.
+        """
+        ctx.shares, ctx.dtype = weights.tolist(), experts.dtype
+        chunk = CHUNK_BYTES if base.device.type == "cpu" else LARGE
+        with torch.autocast(base.device.type, enabled=False):  # on accelerators it would multiply in 16 bits
+            return weighted_step(experts, base, weights, base.device, chunk)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (gradient,) = gradients
+        to_experts = to_base = None
+        if ctx.needs_input_grad[0]:
+            to_experts = gradient.new_empty(len(ctx.shares), *gradient.shape, dtype=ctx.dtype)
+            for row, share in zip(to_experts, ctx.shares, strict=True):
+                torch.mul(gradient, share, out=row)  # rounded once, and no float32 copy of all of them
+        if ctx.needs_input_grad[1]:
+            to_base = gradient * -sum(ctx.shares)
+        return to_experts, to_base, None
+
+
+@torch.compiler.disable  # chunks and players are plain numbers: one break a layer in place of one at each of them
+def step_on(
+    experts: Mapping[str, torch.Tensor],
+    base: Base,
+    momentum: Mapping[str, torch.Tensor],
+    weights: torch.Tensor,
+    choice: Propagation,
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """E_m' = E_m + gamma sum_i w_i (E_i - E_m), or by way of momentum buffers (paper eq. 9 and 11), with gradients.
+
+    The arithmetic of `merging.propagation.propagate`, without the games.
+
+    Args:
+        experts: of the layer by projection, stacked.
+        base: E_m of this layer, in float32 or float64.
+        momentum: buffers as the layer before left them; empty at the first MoE layer.
+        weights: float64 ``[games, N]``, on the CPU; constants.
+
+    Returns:
+        The base of the next MoE layer, and its momentum buffers.
+    """
+    of_game = {name: weights[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game}
+    step = {name: WeightedStep.apply(experts[name], base[name], of_game[name]) for name in PROJECTIONS}
+    return advance(base, step, momentum, choice.gamma, choice.beta)
