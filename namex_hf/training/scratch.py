@@ -54,7 +54,7 @@ class Schedule:
     """What all rows have in common, so that tokens are equal."""
 
     steps: int = 600
-    sequences: int = 16
+    sequences: int = 8
     length: int = 256
     peak: float = 3e-3
     warm_up: int = 50
@@ -194,6 +194,7 @@ def run(
         "row": name,
         "seed": seed,
         "schedule": asdict(schedule),
+        "trained_on": {part: len(ids) for part, ids in texts.items()},
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "scores": {
             part: score(model, tokenizer, ids[: schedule.score_tokens], schedule.length)

@@ -46,8 +46,12 @@ def test_two_rows_and_two_seeds_in_two_goes(main, tmp_path, capsys):
     assert [entry["step"] for entry in found["bargain"]] == [2]
     assert found["bargain"][0]["bargain/drift"] > 0
     assert set(found["scores"]) == {"arithmetic", "code", "dictionary", "manual", "prose", "wiki"}
-    table = (out / "table.md").read_text()
-    assert table in capsys.readouterr().out
+    assert set(found["trained_on"]) == {"arithmetic", "code", "dictionary", "manual", "prose"}
+    table, printed = (out / "table.md").read_text(), capsys.readouterr().out
+    assert table in printed
+    assert f"{out / 'convergence.png'}: L2 distance" in printed
+    assert (out / "convergence.png").read_bytes().startswith(b"\x89PNG")
+    assert (out / "convergence.svg").stat().st_size > 10_000
     assert "NAMEx-Full-Mom" in table
     assert "+-" in table
     with pytest.raises(TrainingError, match="is of another schedule"):
@@ -70,12 +74,19 @@ def test_refused(main, tmp_path, arguments, text):
     assert not (tmp_path / "out").exists()
 
 
-def test_refused_in_one_line_with_exit_status_2(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path / "out"), "--rows", "MoE"]
-    path = {"PYTHONPATH": str(SCRIPT.parents[1])}
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **path})
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (["--rows", "MoE"], "--rows MoE: accepted: "),
+        (["--corpora", "sources"], "[Errno 2] No such file or directory: 'apt-get'"),
+    ],
+)
+def test_refused_in_one_line_with_exit_status_2(tmp_path, arguments, text):
+    command = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path / "out"), *arguments]
+    kept = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "PATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, env=kept, cwd=tmp_path)
     assert done.returncode == 2
-    assert done.stderr.startswith("pretrain.py: error: --rows MoE: accepted: ")
+    assert done.stderr.startswith(f"pretrain.py: error: {text}")
     assert len(done.stderr.splitlines()) == 1
 
 

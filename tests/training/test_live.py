@@ -424,12 +424,14 @@ def test_what_has_no_walking_base_is_refused():
         settle(stored)
 
 
-def test_diverged_experts_are_said():
+def test_diverged_experts_are_said_and_nothing_is_changed():
     model = patched("qwen2_moe")
     with torch.no_grad():
         mixtures(model)[1].experts.down_proj[5, 0, 0] = math.nan
     with pytest.raises(TrainingError, match="layer 1, expert 5: down_proj"):
         go_live(model)
+    assert all("Live" not in type(module).__name__ for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_a_model_on_meta_has_a_state_dict():
