@@ -200,6 +200,9 @@ class Forecast:
 
     def hear(self, what: str) -> None:
         """Args: what, as `run_plan` tells of its progress: ``layer 3: merged`` within a layer, ``layer 3`` after it."""
+        if what.endswith(": measured"):  # a pass of its own over all layers, before the first is merged
+            self.start = time.perf_counter()
+            return
         if ": " in what:
             self.inside = True
             return

@@ -80,6 +80,12 @@ class Recipe:
         "random, shared: controls of a fit, that begins at random experts or at slices of the shared one",
     )
     experts: int | None = _value(None, int, "grouped: how many experts stay in every layer")
+    budget: str = _choice(
+        "equal",
+        ("equal", "damage"),
+        "grouped, with calibration text: equal: every layer keeps 'experts'; damage: all together keep as many, more "
+        "where fewer would cost the model more, as measured on the text; the result is of a class of its own",
+    )
     fit: str = _choice(
         "none",
         ("none", "router", "layer"),
@@ -255,7 +261,9 @@ class Recipe:
     @property
     def own_class(self) -> bool:
         """Whether the result is of its family's patched class; otherwise it is a stock model."""
-        return self.routing != "linear" or (self.merge != "grouped" and self.method != "smoe")
+        if self.routing != "linear" or self.budget != "equal":
+            return True
+        return self.merge != "grouped" and self.method != "smoe"
 
     @property
     def has_base(self) -> bool:
@@ -362,7 +370,7 @@ RULES: tuple[Rule, ...] = (
         ("method", "merge"),
     ),
     *_rules_for(
-        ("experts", "weighting", "operator", "fit", "grouping", "down", "metric", "power"),
+        ("experts", "budget", "weighting", "operator", "fit", "grouping", "down", "metric", "power"),
         lambda r: r.merge == "grouped",
         "belongs to merge 'grouped'",
         ("merge",),
@@ -372,6 +380,13 @@ RULES: tuple[Rule, ...] = (
         lambda r: r.merge in ("grouped", "soft"),
         "belongs to merge 'grouped' or 'soft'",
         ("merge",),
+    ),
+    *_rules_for(
+        ("budget",),
+        lambda r: r.calibrated and r.routing == "linear",
+        "is measured on calibration text and keeps the linear router: it needs a fit, or what else reads text, and "
+        "routing 'linear'",
+        ("fit", "routing"),
     ),
     Rule(
         lambda r: r.operator != "merge" and (r.curvature != "identity" or r.align != "none"),

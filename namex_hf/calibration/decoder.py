@@ -5,7 +5,7 @@ is written again here.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +24,7 @@ Read = Callable[[str], Tensor]
 #: Told after every batch how many sequences it had.
 Progress = Callable[[int], None]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm", "lm_head.weight"
 #: Tokens of a batch: enough to keep a processor busy, few enough that activations stay about as large as a layer.
 BATCH_TOKENS = 2048
 
@@ -76,12 +76,13 @@ class Decoder:
             FamilyError: transformers cannot build this model, or makes other layers mixtures than ``shape`` says.
         """
         model = on_meta(config)
-        self._read, self._batch_tokens, self._top_k = read, batch_tokens, shape.top_k
+        self._read, self._batch_tokens, self._shape = read, batch_tokens, shape
         self._embedding, self._tied = model.get_input_embeddings().weight.shape, bool(model.config.tie_word_embeddings)
         blocks = [family.block(index) for index in range(model.config.num_hidden_layers)]
         self._taps = _tap_experts([model.get_submodule(block) for block in blocks], shape)
         self._names = [block.rpartition(".")[0] for block in blocks]
         self._layers = [model.get_submodule(name) for name in self._names]
+        self._norm = model.get_submodule(NORM)
         self._frame = _Frame(model, torch.device(device))
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -109,9 +110,37 @@ class Decoder:
         module = self._layers[index]
         try:
             self._materialise(module, self._names[index])
-            yield DecoderLayer(index, module, self._taps.get(index), self._top_k, self._frame, self._batch_tokens)
+            tap, top_k = self._taps.get(index), self._shape.top_k
+            if tap is not None:
+                top_k = min(top_k, self._shape.experts_of(index))
+            yield DecoderLayer(index, module, tap, top_k, self._frame, self._batch_tokens)
         finally:
             module.to("meta")
+
+    @torch.no_grad()
+    def losses(self, streams: Iterable[Tensor], ids: Tensor) -> list[float]:
+        """The mean loss a token of each stream of hidden states ``[sequences, length, hidden]``, in nats.
+
+        Args:
+            streams: behind the last layer.
+            ids: ``[sequences, length]``, of all of them.
+
+        Memory: the head in float32, and the logits of a sequence.
+
+        Raises:
+            CheckpointError: the norm or the head is missing, or has a wrong shape or dtype.
+        """
+        self._materialise(self._norm, NORM)
+        head = self._tensor(self._embedding, *([EMBEDDING] if self._tied else []), HEAD).to(self._frame.device).float()
+        found = []
+        for hidden in streams:
+            losses = [
+                nn.functional.cross_entropy(self._norm(row.to(head))[:-1] @ head.T, wanted[1:].to(head.device))
+                for row, wanted in zip(hidden, ids, strict=True)
+            ]
+            found.append(float(torch.stack(losses).double().mean()))
+        self._norm.to("meta")
+        return found
 
     def _materialise(self, module: nn.Module, name: str) -> None:
         weights = {

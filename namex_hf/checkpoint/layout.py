@@ -27,15 +27,17 @@ def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[
     for layer in shape.layers:
         wanted = {
             family.expert(layer, expert, projection): shape.of(projection)
-            for expert in range(shape.experts)
+            for expert in range(shape.experts_of(layer))
             for projection in PROJECTIONS
         }
         dtypes = {spans[name].dtype for name in wanted if name in spans}
-        wanted[family.router(layer)] = (shape.experts, shape.hidden)
+        wanted[family.router(layer)] = (shape.experts_of(layer), shape.hidden)
         wanted |= {family.shared(layer, projection): shape.of_shared(projection) for projection in PROJECTIONS}
         for name, expected in wanted.items():
             if name not in spans:
-                raise CheckpointError(f"tensor {name} is missing; config.json counts {shape.experts} experts a layer")
+                raise CheckpointError(
+                    f"tensor {name} is missing; config.json counts {shape.experts_of(layer)} experts a layer"
+                )
             if spans[name].shape != expected:
                 raise CheckpointError(
                     f"tensor {name} is {list(spans[name].shape)}; config.json makes it {list(expected)}"
@@ -50,17 +52,18 @@ def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[
 def _split_fused(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> dict[str, TensorSpan]:
     whole, parts = dict(spans), {}
     for layer in shape.layers:
+        count = shape.experts_of(layer)
         gate_up = whole.pop(family.fused(layer, "gate_up_proj"), None)
         down = whole.pop(family.fused(layer, "down_proj"), None)
         if gate_up is not None:
-            _expect(gate_up, family.fused(layer, "gate_up_proj"), (shape.experts, 2 * shape.width, shape.hidden))
-            for expert in range(shape.experts):
+            _expect(gate_up, family.fused(layer, "gate_up_proj"), (count, 2 * shape.width, shape.hidden))
+            for expert in range(count):
                 gate, up = slice(0, shape.width), slice(shape.width, 2 * shape.width)
                 parts[family.expert(layer, expert, "gate_proj")] = gate_up.part(expert, gate)
                 parts[family.expert(layer, expert, "up_proj")] = gate_up.part(expert, up)
         if down is not None:
-            _expect(down, family.fused(layer, "down_proj"), (shape.experts, shape.hidden, shape.width))
-            for expert in range(shape.experts):
+            _expect(down, family.fused(layer, "down_proj"), (count, shape.hidden, shape.width))
+            for expert in range(count):
                 parts[family.expert(layer, expert, "down_proj")] = down.part(expert)
     for name in parts:
         if name in whole:
@@ -83,5 +86,7 @@ def _refuse_uncounted(spans: dict[str, TensorSpan], family: Family, shape: MoeSh
             raise CheckpointError(
                 f"tensor {name} belongs to layer {layer}, which config.json does not make a MoE layer"
             )
-        if expert >= shape.experts:
-            raise CheckpointError(f"tensor {name} is expert {expert}; config.json counts {shape.experts} experts")
+        if expert >= shape.experts_of(layer):
+            raise CheckpointError(
+                f"tensor {name} is expert {expert}; config.json counts {shape.experts_of(layer)} experts"
+            )

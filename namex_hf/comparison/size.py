@@ -13,7 +13,7 @@ class Size:
     """Of a checkpoint, from its headers alone."""
 
     experts: int
-    """Routed ones of a layer."""
+    """Routed ones of a layer; the mean where layers differ."""
     bytes: int
     """Of all tensors."""
     active: int
@@ -39,7 +39,7 @@ def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
     experts = {
         family.expert(layer, expert, projection)
         for layer in shape.layers
-        for expert in range(shape.experts)
+        for expert in range(shape.experts_of(layer))
         for projection in PROJECTIONS
     }
     recipe = checkpoint.config.get("namex") or {}
@@ -54,7 +54,8 @@ def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
         apart |= {name for name in spans if name.startswith(parts)}
     dense = sum(prod(span.shape) for name, span in spans.items() if name not in apart and span.dtype.is_floating_point)
     one = sum(prod(shape.of(projection)) for projection in PROJECTIONS)
-    through = (1 if soft else shape.top_k) * len(shape.layers) * one
+    through = sum(1 if soft else min(shape.top_k, shape.experts_of(layer)) for layer in shape.layers) * one
     if not routed:
         return Size(0, sum(span.size for name, span in spans.items() if name not in apart), dense)
-    return Size(shape.experts, checkpoint.size, dense + through)
+    mean = sum(map(shape.experts_of, shape.layers)) // len(shape.layers)
+    return Size(mean, checkpoint.size, dense + through)

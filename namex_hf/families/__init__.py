@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from ..errors import FamilyError
-from .family import PROJECTIONS, Config, Family, MoeShape, Reexpression
+from .family import LAYER_EXPERTS, PROJECTIONS, Config, Family, MoeShape, Reexpression
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -37,4 +37,14 @@ def original_family(config: Config) -> Family:
     return family_of({**config, "model_type": originals.get(str(found), found)})
 
 
-__all__ = ["FAMILIES", "PROJECTIONS", "Config", "Family", "MoeShape", "Reexpression", "family_of", "original_family"]
+__all__ = [
+    "FAMILIES",
+    "LAYER_EXPERTS",
+    "PROJECTIONS",
+    "Config",
+    "Family",
+    "MoeShape",
+    "Reexpression",
+    "family_of",
+    "original_family",
+]

@@ -8,6 +8,8 @@ from ..errors import FamilyError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 Config = Mapping[str, Any]
+LAYER_EXPERTS = "layer_experts"
+"""Field of a patched model's configuration whose layers have different numbers of experts."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,17 @@ class MoeShape:
     """The numbers of a mixture-of-experts model, as its configuration states them."""
 
     layers: tuple[int, ...]  # indices of the MoE layers
-    experts: int
+    experts: int  # of a layer; the most, where layers differ
     top_k: int
     hidden: int
     width: int  # of one routed expert
     shared_width: int
     renormalises: bool  # top-k values rescaled to sum 1
+    counts: tuple[int, ...] | None = None  # experts of each MoE layer; None: all have `experts`
+
+    def experts_of(self, layer: int) -> int:
+        """How many experts a MoE layer has."""
+        return self.experts if self.counts is None else self.counts[self.layers.index(layer)]
 
     def of(self, projection: str) -> tuple[int, int]:
         """Shape of one routed expert's matrix."""
@@ -85,6 +92,16 @@ class Family:
         layers = self.moe_layers(config)
         if not layers:
             raise FamilyError("config.json: no layer is a mixture of experts; at least one is needed")
+        counts = config.get(LAYER_EXPERTS)
+        if counts is not None and not (
+            isinstance(counts, list)
+            and len(counts) == config["num_hidden_layers"]
+            and all(type(counts[layer]) is int and 1 <= counts[layer] <= experts for layer in layers)
+        ):
+            raise FamilyError(
+                f"config.json: '{LAYER_EXPERTS}' is {counts!r}; accepted: a number for each of "
+                f"{config['num_hidden_layers']} layers, of MoE layers from 1 to '{self.experts_field}' = {experts}"
+            )
         return MoeShape(
             layers=layers,
             experts=experts,
@@ -93,6 +110,7 @@ class Family:
             width=config["moe_intermediate_size"],
             shared_width=self.shared_width(config),
             renormalises=bool(config.get("norm_topk_prob", False)),
+            counts=None if counts is None else tuple(counts[layer] for layer in layers),
         )
 
     def block(self, layer: int) -> str:

@@ -97,6 +97,16 @@ def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: in
         raise ValueError(f"namex.merge is {merge!r}; accepted: 'residual', 'soft', 'grouped'")
 
 
+def check_layer_experts(counts: list[int] | None, layers: int, experts: int) -> None:
+    """Refuse numbers of experts that are none of a model of so many layers; None means `experts` in all.
+
+    Raises:
+        ValueError: not a whole number from 0 to `experts` for each of the layers.
+    """
+    if counts is not None and (len(counts) != layers or not all(0 <= count <= experts for count in counts)):
+        raise ValueError(f"layer_experts is {counts}; accepted: of each of {layers} layers 0 (no mixture) to {experts}")
+
+
 def _check_soft(choice: SoftChoice, experts: int | None) -> None:
     def whole(value: Any) -> bool:
         return isinstance(value, int) and not isinstance(value, bool) and value >= 1
@@ -129,7 +139,10 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
 
 @strict
 class NamexQwen2MoeConfig(Qwen2MoeConfig):
-    """A patched Qwen2-MoE; ``namex`` holds the recipe that made it."""
+    """A patched Qwen2-MoE; ``namex`` holds the recipe that made it.
+
+    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is the most then.
+    """
 
     model_type = "namex_qwen2_moe"
     remote_classes: ClassVar[dict[str, str]] = {
@@ -139,9 +152,11 @@ class NamexQwen2MoeConfig(Qwen2MoeConfig):
     }
 
     namex: dict | None = None
+    layer_experts: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         check_merge(self.namex, self.norm_topk_prob, self.num_experts)
+        check_layer_experts(self.layer_experts, self.num_hidden_layers, self.num_experts)
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
@@ -152,7 +167,10 @@ class NamexQwen2MoeConfig(Qwen2MoeConfig):
 
 @strict
 class NamexDeepseekConfig(DeepseekConfig):
-    """A patched DeepSeek-MoE v1; ``namex`` holds the recipe that made it."""
+    """A patched DeepSeek-MoE v1; ``namex`` holds the recipe that made it.
+
+    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is the most then.
+    """
 
     model_type = "namex_deepseek"
     remote_classes: ClassVar[dict[str, str]] = {
@@ -162,9 +180,11 @@ class NamexDeepseekConfig(DeepseekConfig):
     }
 
     namex: dict | None = None
+    layer_experts: list[int] | None = None
 
     def __post_init__(self, **kwargs):
         check_merge(self.namex, self.norm_topk_prob, self.num_experts)
+        check_layer_experts(self.layer_experts, self.num_hidden_layers, self.num_experts)
         super().__post_init__(**kwargs)
 
 

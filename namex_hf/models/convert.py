@@ -25,6 +25,7 @@ from .modeling_namex_qwen2_moe import (
     SoftQwen2MoeSparseMoeBlock,
 )
 from .soft import SoftExperts
+from .sparse import give_layer_its_number
 
 FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
     Qwen2MoeForCausalLM: (
@@ -83,6 +84,7 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
                 mlp.experts.__class__ = SoftExperts
             weight, old = mlp.gate.weight, set(mlp.children())
             mlp.add_parts(model.config)
+            give_layer_its_number(mlp, model.config, layer.self_attn.layer_idx)
             for part in set(mlp.children()) - old:
                 part.to(device=weight.device, dtype=weight.dtype).train(layer.training)
             if mlp.routing == "cosine" and getattr(model.model, "_output_capturing_hooks_installed", False):

@@ -21,7 +21,7 @@ from .modeling_deepseek import (
 from .patched_model import PatchedModel
 from .routers import CosineRouter
 from .soft import SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
-from .sparse import SparseRouting
+from .sparse import SparseRouting, give_layer_its_number
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
 register_checkpoint_conversion_mapping("namex_deepseek", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
@@ -51,6 +51,11 @@ def moe_block(config: NamexDeepseekConfig) -> nn.Module:
 
 class NamexDeepseekDecoderLayer(SegmentedLayer, DeepseekDecoderLayer):
     moe_block_class = staticmethod(moe_block)
+
+    def __init__(self, config: NamexDeepseekConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if layer_idx not in config.mlp_only_layers:
+            give_layer_its_number(self.mlp, config, layer_idx)
 
 
 class NamexDeepseekPreTrainedModel(PatchedModel, DeepseekPreTrainedModel):

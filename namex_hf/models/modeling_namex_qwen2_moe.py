@@ -26,7 +26,7 @@ from .configuration_namex import NamexQwen2MoeConfig, soft_choice
 from .patched_model import PatchedModel
 from .routers import CosineRouter
 from .soft import SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
-from .sparse import SparseRouting
+from .sparse import SparseRouting, give_layer_its_number
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
 register_checkpoint_conversion_mapping(
@@ -69,6 +69,7 @@ class NamexQwen2MoeDecoderLayer(SegmentedLayer, Qwen2MoeDecoderLayer):
         if isinstance(self.mlp, Qwen2MoeSparseMoeBlock):
             soft = soft_choice(config.namex) is not None
             self.mlp = SoftQwen2MoeSparseMoeBlock(config) if soft else NamexQwen2MoeSparseMoeBlock(config)
+            give_layer_its_number(self.mlp, config, layer_idx)
 
 
 class NamexQwen2MoePreTrainedModel(PatchedModel, Qwen2MoePreTrainedModel):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP, Qwen2MoeTopKRouter
 
 from .configuration_namex import check_merge, is_residual
 from .routers import ChosenRouting
@@ -36,6 +36,39 @@ def apart(tokens: torch.Tensor, base: Mapping[str, torch.Tensor], activation: An
     """What `Qwen2MoeMLP` computes, ``[tokens, hidden] -> [tokens, hidden]``, with matrices that are no parameters."""
     gate, up = F.linear(tokens, base["gate_proj"]), F.linear(tokens, base["up_proj"])
     return F.linear(activation(gate) * up, base["down_proj"])
+
+
+class FewerRouter(Qwen2MoeTopKRouter):
+    """A linear router over fewer experts than another layer has.
+
+    Its logits are handed out as wide as that layer's, minus infinity where there is no expert: the auxiliary losses
+    of transformers and DeepSeek take the layers together.
+    """
+
+    most: int
+    """Experts of the layer that has most."""
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``[tokens, hidden]`` to logits ``[tokens, most]``, values and experts ``[tokens, top_k]``."""
+        logits, value, index = super().forward(hidden_states)
+        return F.pad(logits, (0, self.most - self.num_experts), value=float("-inf")), value, index
+
+
+def give_layer_its_number(block: Any, config: Any, layer: int) -> None:
+    """Make a block of ``config.num_experts`` experts one of as many as ``config.layer_experts`` says, not yet filled.
+
+    One that has its number of experts already keeps them.
+    """
+    if config.layer_experts is None:
+        return
+    count, gate, experts = config.layer_experts[layer], block.gate, block.experts
+    if len(gate.weight) != count:
+        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.new_empty(count, *experts.gate_up_proj.shape[1:]))
+        experts.down_proj = nn.Parameter(experts.down_proj.new_empty(count, *experts.down_proj.shape[1:]))
+        gate.weight = nn.Parameter(gate.weight.new_empty(count, gate.weight.shape[1]))
+    experts.num_experts = gate.num_experts = count
+    gate.top_k = min(gate.top_k, count)
+    gate.__class__, gate.most = FewerRouter, config.num_experts
 
 
 class SparseRouting(ChosenRouting):
@@ -72,4 +105,4 @@ class SparseRouting(ChosenRouting):
         return output + left_over_mass(scores) * answer
 
 
-__all__ = ["SparseRouting", "left_over_mass"]
+__all__ = ["FewerRouter", "SparseRouting", "give_layer_its_number", "left_over_mass"]

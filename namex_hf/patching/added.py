@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..families import Config, Family, MoeShape
+from ..families import LAYER_EXPERTS, Config, Family, MoeShape
 from ..merging.calibrated import Text
 from ..merging.routers import assignment, cosine_form, cosines, scale_by_entropy, scale_by_norms
 from ..merging.routing import Routing, route
@@ -18,15 +18,30 @@ KINDS = ("base", "curvature", "cosine_router", "stable_router")
 """How names of added tensors begin, before the part that they are."""
 
 
-def patched_config(config: Config, family: Family, shape: MoeShape, recipe: Recipe) -> dict[str, Any]:
-    """``config.json`` of the result, before code is added to it or it is written in another family's form."""
+def patched_config(
+    config: Config, family: Family, shape: MoeShape, recipe: Recipe, counts: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """``config.json`` of the result, before code is added to it or it is written in another family's form.
+
+    Args:
+        counts: of experts that each MoE layer keeps; None: all keep the recipe's number.
+    """
     result = {**config, "namex": recipe.to_dict()}
-    if recipe.experts is not None:
-        result[family.experts_field] = recipe.experts
-        result["num_experts_per_tok"] = min(shape.top_k, recipe.experts)
+    kept = recipe.experts if counts is None else max(counts)
+    if kept is not None:
+        result[family.experts_field] = kept
+        result["num_experts_per_tok"] = min(shape.top_k, kept)
+    if counts is not None:
+        result[LAYER_EXPERTS] = by_decoder_layer(counts, shape.layers, config["num_hidden_layers"])
     if recipe.own_class:
         result["model_type"] = family.patched_type
     return result
+
+
+def by_decoder_layer(counts: tuple[int, ...], layers: tuple[int, ...], depth: int) -> list[int]:
+    """Counts of the MoE layers as the configuration has them: of every decoder layer, 0 where there is no mixture."""
+    of_layer = dict(zip(layers, counts, strict=True))
+    return [of_layer.get(layer, 0) for layer in range(depth)]
 
 
 def router_tensors(

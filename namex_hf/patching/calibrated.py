@@ -1,7 +1,7 @@
 """``merge: grouped`` on calibration text: layer by layer, each on what the layers below it really produce."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,25 +13,17 @@ from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
 from ..families import PROJECTIONS, Config
-from ..merging.calibrated import Choice, Mixture, Shrinking
-from ..merging.members import Tuning
+from ..merging.calibrated import Mixture, Shrinking
 from ..recipe import Recipe
 from .added import router_tensors
 from .blocks import Blocks, block_tensors
+from .budget import spend
 from .finite import check_finite
-from .grouped import combination_of, write_packs
+from .grouped import choice_of, write_packs
 from .on_text import Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
 from .state import State, Stream
 from .walk import Advance, added_items
-
-
-def choice_of(recipe: Recipe) -> Choice:
-    """How a recipe makes a layer smaller, given text."""
-    align, curvature, grouping, down = recipe.align, recipe.curvature, recipe.grouping, recipe.down
-    assert recipe.experts and align and curvature and grouping and down, "a grouped recipe states them all"  # noqa: PT018
-    tuning = Tuning(combination_of(recipe), align, curvature, recipe.metric, recipe.power, recipe.ridge)
-    return Choice(recipe.experts, tuning, grouping, recipe.operator, down, recipe.fit, recipe.fit_steps, recipe.seed)
 
 
 @dataclass(frozen=True)
@@ -47,13 +39,20 @@ class Made:
 
 
 def shrink_layers(
-    source: Source, patched: Config, recipe: Recipe, text: CalibrationText, stream: Stream | None, tell: Tell
+    source: Source,
+    patched: Config,
+    recipe: Recipe,
+    text: CalibrationText,
+    stream: Stream | None,
+    tell: Tell,
+    counts: tuple[int, ...] | None = None,
 ) -> Iterator[Made]:
     """Make the MoE layers smaller, one after the other.
 
     Args:
         patched: ``config.json`` of the result.
         stream: where to go on; None: at the bottom.
+        counts: of experts that each MoE layer keeps; None: all keep the recipe's number.
 
     Memory: what `heard_layers` says, one layer's experts again in the number that is left, and outputs, twice
     ``[tokens, hidden]`` in float32.
@@ -61,8 +60,10 @@ def shrink_layers(
     blocks = Blocks(patched, source.family) if recipe.routing != "linear" else None
     for heard in heard_layers(source, recipe, text, stream, tell):
         layer = heard.layer
-        shared = partial(source.shared, layer)
-        shrinking = Shrinking(heard.mixture, heard.text, choice_of(recipe), shared, partial(tell, layer))
+        shared, count = partial(source.shared, layer), recipe.experts
+        if counts is not None:
+            count = counts[source.shape.layers.index(layer)]
+        shrinking = Shrinking(heard.mixture, heard.text, choice_of(recipe, count), shared, partial(tell, layer))
         with source.named(layer):
             smaller, output = shrinking.run()
         routers: dict[str, torch.Tensor] = {}
@@ -86,17 +87,29 @@ def patch_calibrated(plan: Plan, folder: Path, state: State, advance: Advance) -
         return write_packs(plan, folder, reader, partial(new_items, plan, state), lambda what, size: None)
 
 
+def with_counts(plan: Plan, state: State, advance: Advance) -> Plan:
+    """The plan with its budget dealt out by `spend`, as it was before a kill."""
+    record = state.load_budget()
+    if record is None:
+        assert plan.text is not None
+        check_finite(plan, lambda what, size: None)
+        with Reader() as reader:
+            record = spend(source_of(plan, reader), plan.recipe, plan.text, partial(told, advance))
+        state.save_budget(record)
+    return replace(plan, counts=tuple(layer["experts"] for layer in record))
+
+
 def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
     stream = resumed(plan, state, advance)
     with Reader() as reader:
         source, tell = source_of(plan, reader), partial(told, advance)
-        for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, tell):
+        for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, tell, plan.counts):
             usage = torch.tensor(made.record["usage"])
             tensors = {"new.router": made.mixture.router, "cosines": made.cosines, "usage": usage, **made.routers}
             for name in PROJECTIONS:
-                for expert in range(plan.kept):
+                for expert in range(plan.kept_of(made.layer)):
                     tensors[f"new.{expert}.{name}"] = made.mixture.experts[name][expert]
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})
             state.save_stream(made.stream)
@@ -108,7 +121,7 @@ def new_items(plan: Plan, state: State, layer: int) -> list[Item]:
     """A layer's new tensors, as spans of the file that `shrink_checkpoint` left, and `added_items`."""
     spans: dict[str, TensorSpan] = read_header(state.layer_file(layer))
     items = [Item.of(plan.family.router(layer), spans["new.router"])]
-    for expert in range(plan.kept):
+    for expert in range(plan.kept_of(layer)):
         for name in PROJECTIONS:
             items.append(Item.of(plan.family.expert(layer, expert, name), spans[f"new.{expert}.{name}"]))
     return items + added_items(plan, state, layer)

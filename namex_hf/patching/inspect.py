@@ -40,6 +40,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
             kinds["the rest"] += span.size
     recipe = config.get("namex")
     recipe = recipe if isinstance(recipe, dict) else {}
+    counts = shape.experts if shape.counts is None else ", ".join(map(str, shape.counts))
     fused = any(family.fused(layer, "gate_up_proj") in checkpoint.spans for layer in shape.layers)
     return {
         "model": checkpoint.name,
@@ -48,7 +49,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         "patched": ", ".join(str(recipe.get(name)) for name in ("merge", "method", "routing")) if recipe else "no",
         **({"recipe": ", ".join(f"{name}={value}" for name, value in recipe.items())} if recipe else {}),
         "layers": f"{config['num_hidden_layers']}, of which {len(shape.layers)} are MoE",
-        "experts a layer": f"{shape.experts} of width {shape.width}, top-{shape.top_k}",
+        "experts a layer": f"{counts} of width {shape.width}, top-{shape.top_k}",
         "top-k values": "renormalised" if shape.renormalises else "not renormalised",
         "shared expert": f"width {shape.shared_width}",
         "layout": "fused" if fused else "per expert",

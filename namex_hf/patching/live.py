@@ -17,7 +17,8 @@ from ..merging.groups import merge_layer
 from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
 from ..recipe import Recipe
-from .added import block_name, kronecker_tensors, patched_config, router_tensors
+from .added import block_name, by_decoder_layer, kronecker_tensors, patched_config, router_tensors
+from .budget import spend
 from .calibrated import shrink_layers
 from .grouped import combination_of
 from .kept import keep_layers, reorder
@@ -132,7 +133,10 @@ def _group_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, 
     """Merge groups on calibration text."""
     patched, added = patched_config(model.config.to_dict(), family, shape, recipe), {}
     source = _source(model, family, shape, lambda layer: _experts(_block(model, layer), shape.width))
-    for made in shrink_layers(source, patched, recipe, text, None, lambda layer, stage: None):
+    counts = None
+    if recipe.budget == "damage":
+        counts = tuple(layer["experts"] for layer in spend(source, recipe, text, lambda layer, stage: None))
+    for made in shrink_layers(source, patched, recipe, text, None, lambda layer, stage: None, counts):
         _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
         added[made.layer] = made.routers
     _finish_grouped(model, family, shape, recipe, added)
@@ -141,10 +145,15 @@ def _group_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, 
 def _finish_grouped(
     model: Any, family: Family, shape: MoeShape, recipe: Recipe, added: Mapping[int, dict[str, torch.Tensor]]
 ) -> None:
-    """Note the number of experts that is left; where routing is not linear a stock class does not do."""
-    count = recipe.experts
+    """Note the number of experts that is left; where routing is not linear, or layers differ, a stock class does not
+    do."""
+    counts = [len(_block(model, layer).gate.weight) for layer in shape.layers]
+    count = max(counts)
+    if recipe.budget == "damage":
+        depth = len(model.model.layers)
+        model.config.layer_experts = by_decoder_layer(tuple(counts), shape.layers, depth)
     setattr(model.config, family.experts_field, count)
-    model.config.num_experts_per_tok = model.num_experts_per_tok = min(shape.top_k, count or shape.experts)
+    model.config.num_experts_per_tok = model.num_experts_per_tok = min(shape.top_k, count)
     model.num_experts = count
     if recipe.own_class:
         patch_classes(model, recipe.to_dict())

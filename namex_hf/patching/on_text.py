@@ -97,7 +97,7 @@ def heard_layers(
         mixture = Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
         wanted = None
         if aim is not None:
-            original = _unpatched(mixture, aim, device)
+            original = unpatched(mixture, aim, device)
             wanted = (original - hidden).view_as(tapped.inputs).to(device)
             del aim
         measures = recipe.merge == "grouped" or recipe.routing == "stable"
@@ -113,8 +113,8 @@ def heard_layers(
         del tapped, routing, mixture, wanted  # before the next layer is read
 
 
-def _unpatched(mixture: Mixture, tapped: Tapped, device: str) -> torch.Tensor:
-    """A layer's whole output, over ``tapped.rest``, with the routed experts that it has."""
+def unpatched(mixture: Mixture, tapped: Tapped, device: str) -> torch.Tensor:
+    """A layer's whole output, over ``tapped.rest``, with the routed experts of `mixture`."""
     routing = Routing(tapped.index.to(device), tapped.value.to(device))
     output = mixture.output(tapped.inputs.to(device), routing)
     return tapped.rest.add_(output.cpu().view_as(tapped.rest))

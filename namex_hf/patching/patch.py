@@ -21,7 +21,7 @@ from ..models import remote_code
 from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
-from .calibrated import patch_calibrated
+from .calibrated import patch_calibrated, with_counts
 from .effort import effort_of
 from .grouped import patch_grouped
 from .kept import patch_kept
@@ -83,6 +83,8 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
         state = State(out / STATE)
         try:
             advance = _counting(plan, progress)
+            if plan.recipe.budget == "damage":
+                plan = with_counts(plan, state, advance)
             if plan.recipe.calibrated:
                 patch = patch_calibrated if plan.recipe.merge == "grouped" else patch_kept
                 weight_map = patch(plan, out, state, advance)
@@ -149,6 +151,8 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
     }
     if plan.recipe.curvature == "kronecker":
         totals["curvature_parameters"] = plan.curvature_parameters
+    if plan.recipe.budget == "damage":
+        totals["budget"] = state.load_budget()
     if plan.recipe.momentum != "none":
         totals |= _stability(plan, state.records())
     source = {

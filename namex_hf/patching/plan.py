@@ -15,6 +15,7 @@ from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError
 from ..families import FAMILIES, PROJECTIONS, Family, MoeShape, family_of
+from ..merging.budget import LOSS_TOKENS
 from ..merging.calibrated import FIT_TOKENS
 from ..merging.layer_fit import BATCH
 from ..merging.router_fit import CHUNK_BYTES
@@ -41,6 +42,7 @@ class Plan:
     shard_size: int
     export_as: str | None = None
     text: CalibrationText | None = None
+    counts: tuple[int, ...] | None = None  # routed experts that each MoE layer keeps, once a budget is spent
 
     @property
     def run(self) -> dict[str, Any]:
@@ -56,8 +58,19 @@ class Plan:
 
     @property
     def kept(self) -> int:
-        """Routed experts of a layer of the result."""
+        """Routed experts of a layer of the result; the mean where layers differ."""
         return self.shape.experts if self.recipe.experts is None else self.recipe.experts
+
+    @property
+    def most(self) -> int:
+        """As `kept`, of the layer that keeps most, or could."""
+        if self.recipe.budget == "equal":
+            return self.kept
+        return max(self.counts) if self.counts else self.shape.experts
+
+    def kept_of(self, layer: int) -> int:
+        """Routed experts that a MoE layer keeps."""
+        return self.kept if self.counts is None else self.counts[self.shape.layers.index(layer)]
 
     def expert_spans(self, layer: int) -> list[TensorSpan]:
         return [
@@ -115,7 +128,7 @@ class Plan:
         experts answer to the text or a fit of the layer holds, sums in float64, a decoder layer without its experts."""
         if not self.recipe.calibrated:
             return 0
-        hidden, width, kept = self.shape.hidden, self.shape.width, self.kept
+        hidden, width, kept = self.shape.hidden, self.shape.width, self.most
         layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
         merged = 0
         if self.recipe.merge == "soft":
@@ -126,7 +139,10 @@ class Plan:
         around = 4 * hidden * (4 * hidden + 3 * self.shape.shared_width)
         again = layer * kept // self.shape.experts + layer // 2 + merged
         streams = 6 if self.recipe.target == "model" else 4
-        return streams * tokens * hidden * 4 + again + max(answered, self.fit_bytes) + sums + around
+        found = again + max(answered, self.fit_bytes) + sums + around
+        if self.recipe.budget == "damage":  # while it is measured, a shorter text passes through for every layer
+            found += 4 * len(self.shape.layers) * LOSS_TOKENS * hidden
+        return streams * tokens * hidden * 4 + found
 
     @property
     def fit_bytes(self) -> int:
@@ -135,14 +151,14 @@ class Plan:
         if self.recipe.fit != "layer":
             return 0
         hidden, width = self.shape.hidden, self.shape.width
-        batch = BATCH * min(self.shape.top_k, self.kept) * (4 * width + 3 * hidden)
-        return 4 * (2 * self.kept * 3 * hidden * width + hidden * width + batch)
+        batch = BATCH * min(self.shape.top_k, self.most) * (4 * width + 3 * hidden)
+        return 4 * (2 * self.most * 3 * hidden * width + hidden * width + batch)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
         foreign = ("auto_map", "_name_or_path")  # code of others, and a path on the machine of whoever saved it
         config = {name: value for name, value in self.checkpoint.config.items() if name not in foreign}
-        config = patched_config(config, self.family, self.shape, self.recipe)
+        config = patched_config(config, self.family, self.shape, self.recipe, self.counts)
         if self.export_as:
             reexpression = FAMILIES[self.family.model_type].as_qwen2_moe
             assert reexpression is not None
@@ -180,8 +196,8 @@ def make_plan(
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
     if export_as is not None and (recipe.merge != "grouped" or recipe.own_class):
         raise RecipeError(
-            f"--export-as writes a stock checkpoint: it needs merge 'grouped' and routing 'linear'; found "
-            f"merge={recipe.merge}, routing={recipe.routing}"
+            "--export-as writes a stock checkpoint: it needs merge 'grouped', routing 'linear' and as many experts in "
+            f"every layer, budget 'equal'; found merge={recipe.merge}, routing={recipe.routing}, budget={recipe.budget}"
         )
     if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
         raise FamilyError(f"--export-as {export_as}: config.json: {reason}")

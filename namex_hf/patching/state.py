@@ -14,7 +14,7 @@ from ..merging.experts import PROJECTIONS
 from ..merging.propagation import Walk
 from .added import KINDS
 
-WALK, STREAM = "walk.safetensors", "stream.safetensors"
+WALK, STREAM, BUDGET = "walk.safetensors", "stream.safetensors", "budget.safetensors"
 RESULTS = (*(f"{kind}." for kind in KINDS), "new.")
 """How names of tensors begin that go into the result; the others of a layer are statistics."""
 
@@ -66,6 +66,15 @@ class State:
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
         layer, hidden = json.loads(read_metadata(path)["record"])["layer"], tensors.pop("hidden")
         return Stream(layer, hidden, tensors.pop("original", None), _walk(tensors))
+
+    def save_budget(self, record: list[dict[str, Any]]) -> None:
+        """What was measured of each MoE layer, and how many experts it keeps."""
+        _save(self.folder / BUDGET, {"experts": torch.tensor([layer["experts"] for layer in record])}, {"is": record})
+
+    def load_budget(self) -> list[dict[str, Any]] | None:
+        """None before it was measured."""
+        path = self.folder / BUDGET
+        return json.loads(read_metadata(path)["record"])["is"] if path.is_file() else None
 
     def records(self) -> list[dict[str, Any]]:
         """What was written down about each finished layer, in order."""

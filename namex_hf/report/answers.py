@@ -58,8 +58,10 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
         CalibrationError: no tokenizer that transformers can open, or too few tokens for a sequence.
     """
     text = _text(folder, tokens)
-    config = {**folder.checkpoint.config, "model_type": folder.family.model_type}
-    activation, count = ACT2FN[config.get("hidden_act", "silu")], folder.shape.experts
+    config = folder.checkpoint.config
+    if folder.shape.counts is None:  # else only the patched class has layers of different numbers of experts
+        config = {**config, "model_type": folder.family.model_type}
+    activation = ACT2FN[config.get("hidden_act", "silu")]
     every = max(1, text.tokens // ASKED)
     found: dict[int, Layer] = {}
     asked = 0
@@ -73,7 +75,7 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
                     continue
                 tapped = module.tap(hidden)
             experts, routing = folder.experts(reader, layer), Routing(tapped.index, tapped.value)
-            one = partial(_expert, experts)
+            one, count = partial(_expert, experts), folder.shape.experts_of(layer)
             some = tapped.inputs[::every][:ASKED]
             said = torch.stack([normalize(answer(some, one(e), activation), dim=-1).flatten() for e in range(count)])
             asked = len(some)

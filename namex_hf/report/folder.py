@@ -49,7 +49,10 @@ class PatchedFolder:
         """The routed experts of a layer by projection, stacked, in their own dtype."""
         return {
             name: torch.stack(
-                [reader.read(self.spans[self.family.expert(layer, e, name)]) for e in range(self.shape.experts)]
+                [
+                    reader.read(self.spans[self.family.expert(layer, e, name)])
+                    for e in range(self.shape.experts_of(layer))
+                ]
             )
             for name in PROJECTIONS
         }

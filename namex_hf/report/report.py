@@ -77,6 +77,7 @@ def layer_summary(layer: dict[str, Any]) -> dict[str, Any]:
 
 COLUMNS = {
     "layer": ("layer", "d"),
+    "groups": ("groups", "d"),
     "games": ("games", "d"),
     "status": ("status", "s"),
     "spread": ("spread of weights", ".4f"),
@@ -92,10 +93,12 @@ COLUMNS = {
 
 
 def layer_table(report: Report, *left_out: str) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of the table of layers; what only text tells where it did."""
+    """Titles and rows of the table of layers; what only text tells where it did, groups where layers differ in them."""
     rows = [layer_summary(layer) for layer in report.layers]
     told_by_text = ("error_merged", "error_fitted", "agreement", "load_entropy_linear", "load_entropy")
     untold = {name for name in told_by_text if all(row[name] is None for row in rows)}
+    if len({row["groups"] for row in rows}) == 1:
+        untold.add("groups")
     shown = {name: column for name, column in COLUMNS.items() if name not in untold.union(left_out)}
     texts = [
         ["" if row[name] is None else format(row[name], form) for name, (_, form) in shown.items()] for row in rows

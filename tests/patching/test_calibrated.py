@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
+from calibrated_runs import PROBE, TOKENS, live, load, logits, recipe_on
 from odd_checkpoints import (
     FAMILIES,
-    aligned,
     all_files,
     differing,
     experts_field,
@@ -25,42 +25,13 @@ from odd_checkpoints import (
     shared_name,
 )
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
 from namex_hf.patching.text import text_for
 
-TOKENS = 1024
 LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
-
-
-def recipe_on(words: Path, **fields: Any) -> Recipe:
-    """Three experts, a short text and a short fit, unless said otherwise."""
-    values: dict[str, Any] = {"merge": "grouped", "experts": 3, "calibration_tokens": TOKENS, **fields}
-    if values.get("fit", "none") != "none":
-        values = {"fit_steps": 30, **values}
-    return Recipe(calibration_data=str(words), **values)
-
-
-def load(folder: Path) -> Any:
-    """As a user does, with nothing missing and nothing left over."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", output_loading_info=True)
-    assert not info["missing_keys"]
-    assert not info["unexpected_keys"]
-    return aligned(model.eval())
-
-
-def live(source: Path, recipe: Recipe) -> Any:
-    return patch_model(load(source), recipe, calibration=AutoTokenizer.from_pretrained(source))
-
-
-PROBE = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(3))
-
-
-@torch.no_grad()
-def logits(model: Any) -> torch.Tensor:
-    return model(PROBE).logits
 
 
 FORMS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {

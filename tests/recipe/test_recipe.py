@@ -44,6 +44,7 @@ AROUND: dict[str, dict[str, Any]] = {
 AROUND_FIELD: dict[tuple[str, str], dict[str, Any]] = {
     ("metric", "calibrated"): FITTED,
     ("operator", "shared"): FITTED,
+    ("budget", "damage"): FITTED,
     ("grouping", "none"): KEPT,
     ("target", "layer"): FITTED,
     ("target", "model"): FITTED,
@@ -243,6 +244,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     "method 'smear' has no base expert": {"method": "smear"},
     "method 'smear' merges all experts": {"method": "smear", **GROUPED},
     "'experts' belongs": {"experts": 4},
+    "'budget' belongs": {"budget": "damage"},
+    "'budget' is measured": {**GROUPED, "budget": "damage"},
     "'weighting' belongs": {"weighting": "uniform"},
     "'seed' belongs": {"seed": 1},
     "'base' is a choice of the base": {"base": "mean", **GROUPED},

@@ -1,0 +1,113 @@
+"""``budget: damage``: what fewer experts cost each layer is measured on calibration text, then they are dealt out."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from transformers.activations import ACT2FN
+
+from ..calibration.decoder import Decoder
+from ..calibration.text import CalibrationText
+from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, between, least_damage, tried
+from ..merging.calibrated import Choice, Mixture, Shrinking, Text
+from ..merging.routing import Routing
+from ..recipe import Recipe
+from .grouped import choice_of
+from .on_text import Source, Tell, unpatched
+
+
+@torch.no_grad()
+def spend(source: Source, recipe: Recipe, text: CalibrationText, tell: Tell) -> list[dict[str, Any]]:
+    """Measure every layer by itself, the others as they are, and give more experts to those that cost more.
+
+    A layer's damage with the mean number of experts is the loss on held-out text with that layer alone merged, not
+    fitted, over the original's; with another number it is as much larger as the error of the layer's own output.
+
+    Returns:
+        Of every MoE layer ``layer``, ``experts``, how many it keeps, and what was measured: ``loss``, in nats a token,
+        and ``errors`` by number of experts.
+
+    Memory: one decoder layer in float32, one layer's experts, what `Shrinking` says for ``MERGE_TOKENS``; for each
+    layer ``[LOSS_TOKENS, hidden]`` in float32; at the end the model's head in float32.
+
+    Raises:
+        NotFiniteError: an expert holds NaN or infinity.
+    """
+    shape, device = source.shape, recipe.device
+    assert recipe.experts is not None
+    if recipe.experts == shape.experts:
+        return [{"layer": layer, "experts": shape.experts} for layer in shape.layers]
+    ids, held_out = shorter(text)
+    decoder = Decoder(source.config, source.family, shape, source.read, device)
+    hidden = decoder.embed(ids).cpu()
+    damaged: dict[int, torch.Tensor] = {}
+    errors: dict[int, dict[int, float]] = {}
+    for layer in range(source.config["num_hidden_layers"]):
+        with decoder.layer(layer) as module:
+            if not module.is_mixture:
+                for stream in (hidden, *damaged.values()):
+                    module.forward(stream)
+                continue
+            mixture = _mixture(source, layer)
+            for stream in damaged.values():
+                unpatched(mixture, module.tap(stream), device)
+            tapped = module.tap(hidden)
+        routing = Routing(tapped.index.to(device), tapped.value.to(device))
+        inputs = tapped.inputs.to(device)
+        wanted = mixture.output(inputs, routing)
+        heard = Text(inputs, routing, len(held_out), held_out.to(device), wanted)
+        with source.named(layer):
+            errors[layer], output = _tried(mixture, heard, choice_of(recipe, recipe.experts))
+        damaged[layer] = (hidden + output.cpu().view_as(hidden))[held_out]
+        hidden += wanted.cpu().view_as(hidden)
+        tell(layer, "measured")
+    before, *after = decoder.losses([hidden[held_out], *damaged.values()], ids[held_out])
+    return dealt_out(errors, [max(0.0, loss - before) for loss in after], recipe.experts, shape.experts)
+
+
+def dealt_out(
+    errors: dict[int, dict[int, float]], losses: list[float], mean: int, experts: int
+) -> list[dict[str, Any]]:
+    """What `spend` returns, from what was measured.
+
+    Args:
+        errors: of a layer's output, by layer and number of experts.
+        losses: what each layer with the mean number of experts adds to the loss, in nats a token.
+    """
+    record, curves = [], []
+    for (layer, by_count), loss in zip(errors.items(), losses, strict=True):
+        unit = loss / by_count[mean] if by_count[mean] else 0.0
+        curves.append(between({count: unit * error for count, error in by_count.items()}, experts))
+        record.append({"layer": layer, "loss": loss, "errors": {str(count): e for count, e in by_count.items()}})
+    counts = least_damage(curves, mean * len(curves))
+    return [{**one, "experts": count} for one, count in zip(record, counts, strict=True)]
+
+
+def shorter(text: CalibrationText) -> tuple[torch.Tensor, torch.Tensor]:
+    """Some of a text's sequences, spread over it, and which of them are held out."""
+    length, held_out = text.ids.shape[1], text.held_out
+    rows = []
+    for part, tokens in ((~held_out, MERGE_TOKENS), (held_out, LOSS_TOKENS)):
+        found = part.nonzero().flatten()
+        number = min(len(found), max(1, tokens // length))
+        rows.append(found[torch.linspace(0, len(found) - 1, number).round().long()])
+    chosen = torch.cat(rows)
+    return text.ids[chosen], held_out[chosen]
+
+
+def _mixture(source: Source, layer: int) -> Mixture:
+    shape, activation = source.shape, ACT2FN[source.config.get("hidden_act", "silu")]
+    router = source.read(source.family.router(layer))
+    return Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
+
+
+def _tried(mixture: Mixture, text: Text, choice: Choice) -> tuple[dict[int, float], torch.Tensor]:
+    """The error of a layer's output by number of experts, and the output with the choice's own number."""
+    found, kept = {}, text.inputs
+    for count in tried(len(mixture.router), choice.count):
+        shrinking = Shrinking(mixture, text, replace(choice, count=count, fit="none"))
+        _, output = shrinking.run()
+        found[count] = shrinking.record["errors"][-1]["error"]
+        if count == choice.count:
+            kept = output
+    return found, kept
