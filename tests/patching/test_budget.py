@@ -80,7 +80,7 @@ def test_a_model_of_unequal_layers(odd, words: Path, tmp_path: Path, family: str
 def test_the_loss_that_is_measured_is_that_of_a_model_with_one_layer_merged(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against transformers' own loss on the same held-out text, layer by layer."""
     recipe = Recipe(
-        merge="grouped", experts=8, fit="router", budget="damage", calibration_tokens=3072, method="ep-camex"
+        merge="grouped", experts=8, fit="router", budget="damage", calibration_tokens=4096, method="ep-camex"
     )
     tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny-deepseek")
     original = AutoModelForCausalLM.from_pretrained(PACKAGED / "tiny-deepseek", dtype=torch.float32).eval()
