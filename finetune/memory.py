@@ -24,6 +24,7 @@ try:
     from namex_hf.training.memory import (
         MARGIN,
         PRECISIONS,
+        PROPAGATIONS,
         PUBLISHED,
         SHARDED,
         STRATEGIES,
@@ -51,6 +52,7 @@ def parser() -> Parser:
     made.add_argument("--no-checkpointing", action="store_true", help="keep all activations for the backward pass")
     made.add_argument("--precision", help=f"one of {', '.join(PRECISIONS)} (default: what is usual)")
     made.add_argument("--kinds", nargs="+", default=list(Plan.kinds), help="under lora, adapted (default: %(default)s)")
+    made.add_argument("--propagation", default="stored", help=f"of the base: {' or '.join(PROPAGATIONS)}")
     made.add_argument("--rank", type=int, default=Plan.rank, help="of lora (default: %(default)s)")
     return made
 
@@ -91,6 +93,7 @@ def plans(options: argparse.Namespace) -> list[Plan]:
                 precision=options.precision,
                 kinds=tuple(options.kinds),
                 rank=options.rank,
+                propagation=options.propagation,
             )
         )
     return found

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig
 from ..errors import TrainingError
 from ..families import family_of, original_family
 from ..families.kinds import KINDS, kind_of
+from ..merging.momentum import parts as momentum_parts
 from ..models import DeepseekConfig
 from ..models.configuration_namex import is_residual, soft_choice
 from ..patching.added import patched_config
@@ -30,6 +31,7 @@ from .choice import WHOLE, check_kinds
 
 STRATEGIES = ("one", "fsdp2", "zero3", "lora")
 SHARDED = ("fsdp2", "zero3")
+PROPAGATIONS = ("stored", "live")
 DEVICES = (24, 40, 80, 141)
 """Sizes of devices, in GB."""
 MARGIN = 0.1
@@ -85,6 +87,8 @@ class Plan:
     """Under ``lora``: what the adapter is on; base expert and curvature it trains as a whole."""
     rank: int = 16
     """Of the adapter."""
+    propagation: str = "stored"
+    """One of `PROPAGATIONS`: a base expert of each layer's own, or one that walks in the forward pass."""
 
     def __post_init__(self) -> None:
         """Raises:
@@ -92,6 +96,8 @@ class Plan:
         """
         if self.strategy not in STRATEGIES:
             raise TrainingError(f"strategy is {self.strategy!r}; accepted: {', '.join(STRATEGIES)}")
+        if self.propagation not in PROPAGATIONS:
+            raise TrainingError(f"propagation is {self.propagation!r}; accepted: {', '.join(PROPAGATIONS)}")
         if self.precision is not None and self.precision not in PRECISIONS:
             raise TrainingError(f"precision is {self.precision!r}; accepted: {', '.join(PRECISIONS)}")
         for name in ("devices", "tokens", "length", "rank"):
@@ -144,6 +150,17 @@ class Outline:
         for part in self.parts:
             found[part.kind] += part.size
         return {kind: number for kind, number in found.items() if number}
+
+    def learnt(self, plan: Plan) -> tuple[Part, ...]:
+        """Parameters that get gradients where all train: of a live base expert the first layer's alone."""
+        if plan.propagation == "stored":
+            return self.parts
+        first = self.base_layers()[0]
+        return tuple(part for part in self.parts if part.kind != "base" or part.layer == first)
+
+    def base_layers(self) -> list[int]:
+        """Decoder layers that have a base expert, in order."""
+        return sorted({part.layer for part in self.parts if part.kind == "base" and part.layer is not None})
 
     def largest_layer(self) -> int:
         """Numbers of the decoder layer that has most."""
@@ -251,21 +268,24 @@ def memory(model: Outline, plan: Plan) -> Memory:
     """What a step of training costs a device.
 
     Raises:
-        TrainingError: an adapter on kinds that the model does not have.
+        TrainingError: an adapter on kinds that the model does not have, or a live base in one in which none walks.
     """
+    if plan.propagation == "live" and not Recipe.from_dict(model.config.namex).propagates:
+        raise TrainingError("propagation is 'live', and no base expert of this model walks; accepted: stored")
     activations, logits = _activations(model, plan), _logits(model, plan)
     if plan.strategy == "lora":
         return _adapted(model, plan, activations, logits)
     here = sum(local(part.shape, plan) for part in model.parts)
+    learnt = sum(local(part.shape, plan) for part in model.learnt(plan))
     each = plan.bytes
     gathered = 0
     if plan.strategy in SHARDED:
         gathered = COMPUTE * (3 * model.largest_layer() + 2 * model.head())
     return Memory(
-        trained=sum(part.size for part in model.parts),
+        trained=sum(part.size for part in model.learnt(plan)),
         weights=(here + model.frozen) * each.weight + model.buffers,
-        gradients=here * each.gradient,
-        optimiser=here * (each.copy + each.moments),
+        gradients=learnt * each.gradient,
+        optimiser=learnt * (each.copy + each.moments),
         gathered=gathered,
         activations=activations,
         logits=logits,
@@ -278,13 +298,14 @@ def _adapted(model: Outline, plan: Plan, activations: int, logits: int) -> Memor
             raise TrainingError(
                 f"an adapter on '{kind}', which the model does not have; it has {', '.join(model.counts)}"
             )
-    each, chosen = plan.bytes, [part for part in model.parts if part.kind in plan.kinds]
+    each, chosen = plan.bytes, [part for part in model.learnt(plan) if part.kind in plan.kinds]
     whole = sum(part.size for part in chosen if part.kind in WHOLE)
     factors = sum(factor_numbers(part, plan.rank) for part in chosen)
     every = sum(part.size for part in model.parts)
+    copied = sum(part.size for part in model.parts if part.kind in plan.kinds and part.kind in WHOLE)
     return Memory(
         trained=whole + factors,
-        weights=each.weight * (every + model.frozen + whole) + ADAPTER.weight * factors + model.buffers,
+        weights=each.weight * (every + model.frozen + copied) + ADAPTER.weight * factors + model.buffers,
         gradients=each.gradient * whole + ADAPTER.gradient * factors,
         optimiser=(each.copy + each.moments) * whole + ADAPTER.moments * factors,
         gathered=0,
@@ -315,9 +336,21 @@ def _activations(model: Outline, plan: Plan) -> int:
     of_one = layer_activations(model.config, plan.tokens, plan.length)
     if plan.strategy == "lora" and "experts" in plan.kinds:
         of_one += COMPUTE * experts  # the experts with the adapter in them
+    walking = _walking(model, plan) if plan.propagation == "live" else 0
     if not plan.checkpointing:
-        return layers * of_one
-    return layers * COMPUTE * plan.tokens * model.config.hidden_size + of_one
+        return layers * of_one + walking
+    return layers * COMPUTE * plan.tokens * model.config.hidden_size + of_one + walking
+
+
+def _walking(model: Outline, plan: Plan) -> int:
+    """Estimate: a base expert for each layer that it walks to, under checkpointing in float32 and with its momentum;
+    and in the backward pass one matrix of all of a layer's experts."""
+    layers, matrices = model.base_layers(), [part for part in model.parts if part.kind == "experts"]
+    base = sum(part.size for part in model.parts if part.kind == "base" and part.layer == layers[0])
+    buffers = len(momentum_parts(Recipe.from_dict(model.config.namex).complex_beta))
+    kept = 4 * base * (1 + buffers) if plan.checkpointing else COMPUTE * base
+    largest = max(part.size // 2 if "gate_up" in part.name else part.size for part in matrices)
+    return (len(layers) - 1) * kept + plan.bytes.weight * largest
 
 
 def layer_activations(config: Any, tokens: int, length: int) -> int:

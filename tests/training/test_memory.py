@@ -22,6 +22,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import FamilyError, RecipeError, TrainingError
 from namex_hf.models.soft_segments import History, plan_segments
 from namex_hf.training.choice import lora
+from namex_hf.training.live import go_live
 from namex_hf.training.memory import (
     DEVICES,
     PUBLISHED,
@@ -95,6 +96,33 @@ def test_an_adapter(model, kinds):
     adapted = get_peft_model(patched, lora(patched, kinds, 4, 8, 0.0, carry_base=False))
     found = memory(outline(raw(model)), Plan("lora", 1, 130, 130, kinds=kinds, rank=4))
     assert exact(found) == step(adapted)
+
+
+def test_exact_parts_of_a_live_model():
+    """Of its bases one trains, all are held."""
+    recipe = Recipe(gamma=0.5)
+    plan = Plan("one", 1, 130, 130, precision="mixed", propagation="live")
+    assert exact(memory(outline(raw("tiny"), recipe), plan)) == step(go_live(live("tiny", recipe, torch.float32)))
+
+
+def test_exact_parts_of_an_adapted_live_model():
+    patched = live("tiny", Recipe(), torch.bfloat16)
+    adapted = get_peft_model(patched, lora(patched, ("experts", "base"), 4, 8, 0.0, carry_base=False))
+    go_live(adapted.get_base_model())
+    plan = Plan("lora", 1, 130, 130, kinds=("experts", "base"), rank=4, propagation="live")
+    assert exact(memory(outline(raw("tiny")), plan)) == step(adapted)
+
+
+def test_a_live_base_is_kept_for_each_layer_and_in_checkpoints_with_its_momentum():
+    plan = Plan("one", devices=1)
+    base = 3 * 128 * 80  # four layers have one more than the first
+    for checkpointing, momentum, kept in [(False, "none", 2), (True, "none", 4), (True, "complex", 8)]:
+        model = outline(raw("tiny"), Recipe(momentum=momentum))
+        stored = replace(plan, checkpointing=checkpointing)
+        more = memory(model, replace(stored, propagation="live")).activations - memory(model, stored).activations
+        assert more == 4 * kept * base + 4 * 16 * 128 * 80  # and a matrix of all experts
+    with pytest.raises(TrainingError, match="propagation is 'live', and no base expert of this model walks"):
+        memory(outline(raw("tiny"), Recipe(method="camex")), replace(plan, propagation="live"))
 
 
 def test_an_adapter_on_what_is_not_there():
