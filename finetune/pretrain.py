@@ -83,7 +83,7 @@ def main(arguments: list[str]) -> None:
     console = Console(record=True, width=200)
     console.print(table)
     write(asked["output_dir"] / "table.md", console.export_text())
-    draw(found, schedule, asked["output_dir"])
+    draw(found, schedule.bargain_every, asked["output_dir"])
 
 
 def check(asked: dict[str, Any], schedule: Schedule) -> None:
@@ -181,7 +181,7 @@ def drift_of(one: dict[str, Any]) -> list[tuple[int, float]]:
     return [(entry["step"], entry["bargain/drift"]) for entry in one["bargain"]]
 
 
-def draw(found: dict[tuple[str, int], dict[str, Any]], schedule: Schedule, folder: Path) -> None:
+def draw(found: dict[tuple[str, int], dict[str, Any]], every: int, folder: Path) -> None:
     """Figure 5, as ``convergence.png`` and ``.svg``."""
     try:
         from namex_hf.training.convergence import picture
@@ -192,7 +192,7 @@ def draw(found: dict[tuple[str, int], dict[str, Any]], schedule: Schedule, folde
     for (name, _), one in found.items():
         if one["bargain"]:
             drifts.setdefault(name, []).append(drift_of(one))
-    drawn = picture(drifts, schedule)
+    drawn = picture(drifts, every)
     if drawn is not None:
         for form, content in (("png", drawn.png()), ("svg", drawn.svg(ground="white"))):
             (folder / f"{drawn.name}.{form}").write_bytes(content)
