@@ -131,7 +131,7 @@ class Recipe:
         ("layer", "model"),
         "grouped: what a fit or refit of a layer aims at. layer: the routed output that the original layer gives to "
         "what it now hears; model: the original model's hidden states, so that a layer makes up for those below it "
-        "(default: model, where calibrate is after)",
+        "(default: model, where calibrate is after; on text that the calibration does not show layer is better)",
     )
     metric: str = _choice(
         "euclidean",
