@@ -80,7 +80,7 @@ def main(arguments: list[str]) -> None:
             write(path, json.dumps(one))
             found[name, seed] = one
     table = table_of(found, asked["rows"], list(held_out))
-    console = Console(record=True, width=200)
+    console = Console(record=True, width=240)
     console.print(table)
     write(asked["output_dir"] / "table.md", console.export_text())
     draw(found, schedule.bargain_every, asked["output_dir"])
@@ -200,8 +200,8 @@ def draw(found: dict[tuple[str, int], dict[str, Any]], every: int, folder: Path)
 
 
 def spread(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.3f}"
-    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):.3f}"
+    mean = f"{statistics.mean(values):#.4g}".rstrip(".")
+    return mean if len(values) == 1 else f"{mean} +- {statistics.stdev(values):#.2g}".rstrip(".")
 
 
 if __name__ == "__main__":
