@@ -196,8 +196,9 @@ def make_plan(
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
     if export_as is not None and (recipe.merge != "grouped" or recipe.own_class):
         raise RecipeError(
-            "--export-as writes a stock checkpoint: it needs merge 'grouped', routing 'linear' and as many experts in "
-            f"every layer, budget 'equal'; found merge={recipe.merge}, routing={recipe.routing}, budget={recipe.budget}"
+            "--export-as writes a stock checkpoint, with as many experts in every layer: it needs merge 'grouped', "
+            f"routing 'linear' and budget 'equal'; found merge={recipe.merge}, routing={recipe.routing}, "
+            f"budget={recipe.budget}"
         )
     if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
         raise FamilyError(f"--export-as {export_as}: config.json: {reason}")

@@ -130,7 +130,7 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags += " --fit-steps 1000 --operator merge"
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
     walking += " --curvature calibrated --rank 2 --calibration-tokens 4096 --routing cosine --temperature norms"
-    aiming = "--merge grouped --experts 4 --down refit --target layer --calibration-tokens 4096 --quiet"
+    aiming = "--merge grouped --experts 4 --budget damage --down refit --target layer --calibration-tokens 4096 --quiet"
     given = {flag for flag in f"{flags} {walking} {aiming}".split() if flag.startswith("--")}
     assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in fields(Recipe)}
     speaking = save_toy(tmp_path / "speaking", tokenizer=True)
@@ -142,8 +142,9 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     assert config["namex"] == wanted.to_dict()
     assert ran(speaking, "--out", tmp_path / "aiming", *aiming.split()) == 0
     config = json.loads((tmp_path / "aiming" / "config.json").read_text())
-    wanted = Recipe(merge="grouped", experts=4, down="refit", target="layer", calibration_tokens=4096)
+    wanted = Recipe(merge="grouped", experts=4, budget="damage", down="refit", target="layer", calibration_tokens=4096)
     assert config["namex"] == wanted.to_dict()
+    assert sum(config["layer_experts"]) == 4 * 3
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     wanted = Recipe(merge="grouped", experts=4, weighting="nash", disagreement="mean", granularity="expert", seed=3)

@@ -144,7 +144,7 @@ def test_export_needs_a_grouped_deepseek(refused, toys: dict[str, Path]):
     for when in ((), ("--dry-run",)):
         for flags in (grouped, ("--method", "smoe")):
             said = refused(toys["deepseek"], *flags, "--routing", "cosine", "--export-as", "qwen2_moe", *when)
-            assert "it needs merge 'grouped' and routing 'linear'; found merge=" in said
+            assert "it needs merge 'grouped', routing 'linear' and budget 'equal'; found merge=" in said
             assert "routing=cosine" in said
     assert "accepted: qwen2_moe, of deepseek" in refused(toys["deepseek"], *grouped, "--export-as", "mixtral")
 

@@ -169,7 +169,7 @@ def test_where_it_means_nothing(fields: dict[str, Any], text: str) -> None:
 
 def test_a_stock_export_is_refused(odd, words: Path, tmp_path: Path) -> None:
     source = odd("deepseek", torch.float32, tokenizer=True)
-    with pytest.raises(RecipeError, match=r"as many experts in every layer, budget 'equal'; found .*budget=damage"):
+    with pytest.raises(RecipeError, match=r"as many experts in every layer: .*; found .*budget=damage"):
         patch_checkpoint(source, tmp_path / "out", recipe_on(words, **UNEQUAL), export_as="qwen2_moe")
     assert not (tmp_path / "out").exists()
 
