@@ -89,8 +89,8 @@ class Recipe:
     fit: str = _choice(
         "none",
         ("none", "router", "layer"),
-        "grouped: fit to the original on calibration text. router: the router's rows; layer: after that rows and "
-        "experts. A fit makes calibrated merging the default of curvature, align, grouping and down",
+        "grouped: fit to the original on calibration text. router: the router's rows; layer: after that rows, experts "
+        "and the shared expert. A fit makes calibrated merging the default of curvature, align, grouping and down",
     )
     fit_steps: int = _value(1000, int, "fit: steps of an optimiser a layer; the best on held-out tokens are kept")
     grouping: str | None = _choice(
@@ -131,7 +131,7 @@ class Recipe:
         ("layer", "model"),
         "grouped: what a fit or refit of a layer aims at. layer: the routed output that the original layer gives to "
         "what it now hears; model: the original model's hidden states, so that a layer makes up for those below it "
-        "(default: model, where calibrate is after; on text that the calibration does not show layer is better)",
+        "(default: layer; model is a little better on what the calibration shows, worse on other text)",
     )
     metric: str = _choice(
         "euclidean",
@@ -222,7 +222,7 @@ class Recipe:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
         if self.fitted and self.target is None:
-            object.__setattr__(self, "target", "layer" if self.calibrate == "before" else "model")
+            object.__setattr__(self, "target", "layer")
         if self.routing == "cosine" and self.temperature is None:
             object.__setattr__(self, "temperature", "entropy" if self.calibrated else "norms")
         for rule in RULES:

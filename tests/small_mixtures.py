@@ -47,6 +47,12 @@ def answers64(inputs: torch.Tensor, experts: dict[str, torch.Tensor]) -> np.ndar
     return np.stack([neurons64(inputs, one) @ double(one["down_proj"]).T for one in all_of], axis=1)
 
 
+def shared64(inputs: torch.Tensor, shared: dict[str, torch.Tensor]) -> np.ndarray:
+    """A shared expert's answer to every token, ``[tokens, hidden]``, behind its gate where it has one."""
+    given = neurons64(inputs, shared) @ double(shared["down_proj"]).T
+    return given / (1 + np.exp(-double(inputs) @ double(shared["gate"]).T)) if "gate" in shared else given
+
+
 def gates64(routing: Routing, experts: int) -> np.ndarray:
     """Gate values ``[tokens, N]``, 0 beyond the top-k."""
     gates = np.zeros((len(routing.index), experts))

@@ -32,7 +32,8 @@ def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[
         }
         dtypes = {spans[name].dtype for name in wanted if name in spans}
         wanted[family.router(layer)] = (shape.experts_of(layer), shape.hidden)
-        wanted |= {family.shared(layer, projection): shape.of_shared(projection) for projection in PROJECTIONS}
+        for part, name in family.shared_parts(layer).items():
+            wanted[name] = (1, shape.hidden) if part == "gate" else shape.of_shared(part)
         for name, expected in wanted.items():
             if name not in spans:
                 raise CheckpointError(

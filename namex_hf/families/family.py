@@ -66,6 +66,7 @@ class Family:
     needs: tuple[str, ...]
     optional: Mapping[str, int]  # whole numbers that may be absent, with the least that each can be
     refuse: Callable[[Config], str | None] = field(default=lambda config: None)
+    shared_gate_name: str | None = None  # of a sigmoid gate before the shared expert
     as_qwen2_moe: Reexpression | None = None
 
     def shape(self, config: Config) -> MoeShape:
@@ -132,6 +133,13 @@ class Family:
 
     def shared(self, layer: int, projection: str) -> str:
         return f"{self.block(layer)}.{self.shared_name}.{projection}.weight"
+
+    def shared_parts(self, layer: int) -> dict[str, str]:
+        """Names of all tensors of the shared expert: by projection, and ``gate`` where it is behind one."""
+        parts = {projection: self.shared(layer, projection) for projection in PROJECTIONS}
+        if self.shared_gate_name is not None:
+            parts["gate"] = f"{self.block(layer)}.{self.shared_gate_name}.weight"
+        return parts
 
     def added(self, layer: int, kind: str, part: str) -> str:
         """A tensor that the original has not: of the ``base`` expert by projection, or of another part of the block."""

@@ -20,6 +20,7 @@ FAMILY = Family(
     patched_type="namex_qwen2_moe",
     experts_field="num_experts",
     shared_name="shared_expert",
+    shared_gate_name="shared_expert_gate",
     moe_layers=moe_layers,
     shared_width=lambda config: config["shared_expert_intermediate_size"],
     needs=("shared_expert_intermediate_size",),

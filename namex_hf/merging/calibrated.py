@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 
-from .experts import PROJECTIONS, Base, Experts, grams
+from .experts import PROJECTIONS, Experts, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
-from .layer_fit import Problem, fit_layer
+from .layer_fit import BATCH, Problem, fit_layer
 from .members import Tuning, gather, merge_members
 from .record import cosines
 from .refit import refit_downs
 from .router_fit import answers, fit_router, gate_values
-from .routing import Activation, Routing, answer, route, routed_output
+from .routing import Activation, Expert, Routing, answer, route, routed_output, shared_answer
 from .strangers import random_experts, shared_experts
 from .weightings import Seen
 
@@ -79,18 +79,21 @@ class Shrinking:
     """A layer on the way to fewer experts.
 
     Memory: the K experts in their dtype, three times ``[tokens, hidden]`` beside the text, a copy of the largest
-    group, and what `router_fit.Answers` or, after it, `layer_fit.fit_layer` takes.
+    group, and what `router_fit.Answers` or, after it, `layer_fit.fit_layer` takes, this with twice ``[tokens, hidden]``
+    of the shared expert.
     """
 
     source: Mixture
     text: Text
     choice: Choice
-    shared: Callable[[], Base] = dict  # the shared expert, asked for by operator ``shared``
+    shared: Callable[[], Expert] = dict  # as `shared_answer` takes it; asked for by operator ``shared`` and `fit_all`
     advance: Callable[[str], None] = lambda what: None
     record: dict[str, Any] = field(default_factory=dict)
+    refitted: dict[str, torch.Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
+    moved: torch.Tensor | None = None  # float32 [tokens, hidden]: what its answer has become more than it was
 
     def run(self) -> tuple[Mixture, torch.Tensor]:
-        """The layer with fewer experts, and its routed output to the text.
+        """The layer with fewer experts, and its routed output to the text, with what the shared expert moved by.
 
         Raises:
             NotFiniteError: an expert holds NaN or infinity.
@@ -170,7 +173,8 @@ class Shrinking:
         return Routing(routing.index, routing.value * self.weight[:, None])
 
     def output(self) -> torch.Tensor:
-        return self.result.output(self.text.inputs, self.result.route(self.text.inputs))
+        output = self.result.output(self.text.inputs, self.result.route(self.text.inputs))
+        return output if self.moved is None else output.add_(self.moved)
 
     def note(self, stage: str, output: torch.Tensor) -> torch.Tensor:
         """Write down the output's error, relative to the output wanted."""
@@ -264,18 +268,37 @@ class Shrinking:
         result.router.copy_(fitted.router)
 
     def fit_all(self) -> None:
-        """Fit rows and experts together."""
+        """Fit rows, experts and the shared expert together."""
         text, choice, result = self.text, self.choice, self.result
         held_out = text.held_out.repeat_interleave(len(text.inputs) // text.sequences)
+        self.refitted = {part: tensor.clone() for part, tensor in self.shared().items()}
+        moved = -self.shared_output()
         problem = Problem(
-            text.inputs, self.wanted, self.weight, held_out, result.top_k, result.renormalises, result.activation
+            text.inputs,
+            self.wanted - moved,
+            self.weight,
+            held_out,
+            result.top_k,
+            result.renormalises,
+            result.activation,
         )
 
         def advance(step: int) -> None:
             self.advance(f"fitted, step {step} of {choice.fit_steps}")
 
-        fitted = fit_layer(problem, self.made, result.router, choice.fit_steps, choice.seed, advance)
+        fitted = fit_layer(problem, self.made, result.router, self.refitted, choice.fit_steps, choice.seed, advance)
+        del problem
+        self.moved = moved.add_(self.shared_output())
         self.record["fits"].append({"of": "layer", **asdict(fitted)})
+
+    def shared_output(self) -> torch.Tensor:
+        """The answer of the shared expert as it now is, float32 ``[tokens, hidden]``."""
+        output = torch.zeros_like(self.text.inputs)
+        shared = {part: tensor.to(output) for part, tensor in self.refitted.items()}
+        if shared:
+            for some, place in zip(self.text.inputs.split(BATCH), output.split(BATCH), strict=True):
+                place.copy_(shared_answer(some, shared, self.result.activation))
+        return output
 
     def refit(self) -> torch.Tensor:
         """Refit every ``down_proj`` under the router as it stands; returns the output."""

@@ -1,4 +1,4 @@
-"""Rows and experts of a layer with fewer experts fitted together to the output wanted of it.
+"""Rows, experts and shared expert of a layer with fewer experts fitted together to the output wanted of it.
 
 A local regression: no other layer takes part, so that its memory is that of one layer whatever the model.
 """
@@ -12,7 +12,7 @@ from transformers.optimization import Adafactor
 
 from .experts import PROJECTIONS
 from .router_fit import gate_values
-from .routing import Activation, answer
+from .routing import Activation, Expert, answer, shared_answer
 
 BATCH = 1024
 CHECK_EVERY = 50
@@ -27,7 +27,7 @@ class Problem:
     """What a layer is fitted to. Errors are weighted squares, relative to the energy of the output wanted."""
 
     inputs: torch.Tensor  # float32 [tokens, hidden]
-    wanted: torch.Tensor  # float32 [tokens, hidden]
+    wanted: torch.Tensor  # float32 [tokens, hidden], of all that is fitted
     weight: torch.Tensor  # [tokens], of errors
     held_out: torch.Tensor  # bool [tokens]
     top_k: int
@@ -54,22 +54,27 @@ class Trained:
 
     experts: dict[str, list[torch.Tensor]]
     router: torch.Tensor  # [K, hidden]
+    shared: dict[str, torch.Tensor]  # as `shared_answer` takes it; empty: it is not fitted
 
     @classmethod
-    def of(cls, experts: Mapping[str, torch.Tensor], router: torch.Tensor, like: torch.Tensor) -> "Trained":
+    def of(
+        cls, experts: Mapping[str, torch.Tensor], router: torch.Tensor, shared: Expert, like: torch.Tensor
+    ) -> "Trained":
         def leaf(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to(like, copy=True).requires_grad_()
 
-        return cls({name: [leaf(matrix) for matrix in experts[name]] for name in PROJECTIONS}, leaf(router))
+        matrices = {name: [leaf(matrix) for matrix in experts[name]] for name in PROJECTIONS}
+        return cls(matrices, leaf(router), {part: leaf(tensor) for part, tensor in shared.items()})
 
     def parameters(self) -> list[torch.Tensor]:
         rows = [self.router] if len(self.router) > 1 else []  # one expert has all the mass whatever its row
-        return [matrix for name in PROJECTIONS for matrix in self.experts[name]] + rows
+        return [matrix for name in PROJECTIONS for matrix in self.experts[name]] + rows + list(self.shared.values())
 
     def output(self, inputs: torch.Tensor, problem: Problem) -> torch.Tensor:
-        """The routed output ``[tokens, hidden]``, differentiable in everything."""
+        """The layer's output ``[tokens, hidden]``, differentiable in everything."""
         gates = gate_values(inputs, self.router, problem.top_k, problem.renormalises)
-        output = torch.zeros_like(inputs)
+        shared = self.shared
+        output = shared_answer(inputs, shared, problem.activation) if shared else torch.zeros_like(inputs)
         for number in range(len(self.router)):
             token = gates[:, number].nonzero()[:, 0]
             if len(token):
@@ -93,24 +98,28 @@ def fit_layer(
     problem: Problem,
     experts: Mapping[str, torch.Tensor],
     router: torch.Tensor,
+    shared: Expert,
     steps: int,
     seed: int,
     advance: Callable[[int], None] = lambda step: None,
 ) -> LayerFit:
     """Adafactor with a first moment (Shazeer & Stern 2018) on the squared error, cosine schedule, early stopping.
 
-    The layer that is best on the held-out tokens is left in ``experts`` and ``router``, the start where none is better.
+    The layer that is best on the held-out tokens is left in what was given, the start where none is better.
     Deterministic: batches are drawn by a generator of their own.
 
     Args:
         experts: by projection, K matrices stacked, in any floating dtype: the start; changed in place.
         router: ``[K, hidden]``: the start; changed in place.
+        shared: the shared expert as `shared_answer` takes it: the start; changed in place. Empty: ``problem.wanted`` is
+            wanted of the routed experts alone.
         advance: told of the steps done.
 
-    Memory: parameters and first moments, each as large as ``experts`` in float32 (the second moments are a row and a
-    column a matrix), the gradient of one matrix, and a batch of `BATCH` tokens through top-k experts.
+    Memory: parameters and first moments, each as large as ``experts`` and ``shared`` in float32 (the second moments are
+    a row and a column a matrix), the gradient of one matrix, and a batch of `BATCH` tokens through top-k experts and
+    the shared one.
     """
-    layer = Trained.of(experts, router, problem.inputs)
+    layer = Trained.of(experts, router, shared, problem.inputs)
     descent = Descent(layer.parameters(), steps)
     fitted, checked = (~problem.held_out).nonzero()[:, 0], problem.held_out.nonzero()[:, 0]
     checked = checked[:: max(1, len(checked) // CHECKED_TOKENS)]
@@ -131,7 +140,7 @@ def fit_layer(
                 lowest, lowest_at = now, step
             if now < best:
                 best, kept_at = now, step
-                _keep(layer, experts, router)
+                _keep(layer, experts, router, shared)
     descent.release()
     return LayerFit(before, best, kept_at, step)
 
@@ -170,8 +179,10 @@ def _batches(tokens: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
         yield from tokens[torch.randperm(len(tokens), generator=draw).to(tokens.device)].split(BATCH)
 
 
-def _keep(layer: Trained, experts: Mapping[str, torch.Tensor], router: torch.Tensor) -> None:
+def _keep(layer: Trained, experts: Mapping[str, torch.Tensor], router: torch.Tensor, shared: Expert) -> None:
     for name in PROJECTIONS:
         for place, matrix in zip(experts[name], layer.experts[name], strict=True):
             place.copy_(matrix.detach())
     router.copy_(layer.router.detach())
+    for part, tensor in layer.shared.items():
+        shared[part].copy_(tensor.detach())

@@ -54,6 +54,16 @@ def answer(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torc
     return neurons(inputs, expert, activation) @ expert["down_proj"].T
 
 
+def shared_answer(inputs: torch.Tensor, shared: Expert, activation: Activation) -> torch.Tensor:
+    """What every token hears beside the routed experts, ``[tokens, hidden]``.
+
+    Args:
+        shared: the shared expert, and where it has one ``gate`` ``[1, hidden]``, whose sigmoid scales the answer.
+    """
+    given = answer(inputs, shared, activation)
+    return (inputs @ shared["gate"].T).sigmoid() * given if "gate" in shared else given
+
+
 def routed_output(
     inputs: torch.Tensor,
     routing: Routing,

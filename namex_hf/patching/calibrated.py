@@ -36,6 +36,7 @@ class Made:
     record: dict[str, Any]
     stream: Stream
     routers: dict[str, torch.Tensor]  # cosine_router.scale ..., none where routing is linear
+    shared: dict[str, torch.Tensor]  # by `Family.shared_parts`, none where it stays as it is
 
 
 def shrink_layers(
@@ -72,10 +73,13 @@ def shrink_layers(
             routers = router_tensors(recipe, smaller.router, norm, patched, heard.text, text.ids)
             with blocks.filled(layer, block_tensors(smaller.experts, smaller.router, routers), recipe.device) as block:
                 output = blocks.output(block, heard.text.inputs, text.ids)
+                if shrinking.moved is not None:
+                    output += shrinking.moved
                 shrinking.record |= blocks.compared(block, heard.text, text.ids)
         hidden = heard.passed_on(output if recipe.calibrate == "after" else shrinking.wanted)
         record = {"layer": layer, **shrinking.record, "seconds": heard.seconds}
-        yield Made(layer, smaller, shrinking.cosines, record, Stream(layer + 1, hidden, heard.original), routers)
+        stream = Stream(layer + 1, hidden, heard.original)
+        yield Made(layer, smaller, shrinking.cosines, record, stream, routers, shrinking.refitted)
         del heard, shrinking, smaller, output  # before the next layer is read
 
 
@@ -111,6 +115,7 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
             for name in PROJECTIONS:
                 for expert in range(plan.kept_of(made.layer)):
                     tensors[f"new.{expert}.{name}"] = made.mixture.experts[name][expert]
+            tensors |= {f"new.shared.{part}": tensor for part, tensor in made.shared.items()}
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})
             state.save_stream(made.stream)
             advance(f"layer {made.layer}", plan.layer_bytes(made.layer))
@@ -124,4 +129,7 @@ def new_items(plan: Plan, state: State, layer: int) -> list[Item]:
     for expert in range(plan.kept_of(layer)):
         for name in PROJECTIONS:
             items.append(Item.of(plan.family.expert(layer, expert, name), spans[f"new.{expert}.{name}"]))
+    for part, name in plan.family.shared_parts(layer).items():
+        if (span := spans.get(f"new.shared.{part}")) is not None:
+            items.append(Item.of(name, span))
     return items + added_items(plan, state, layer)

@@ -17,7 +17,7 @@ class Effort:
     """Of fitting one layer."""
 
     steps: int
-    operations: float  # multiplications and additions in the experts' products
+    operations: float  # multiplications and additions in the products of routed and shared experts
 
     def seconds(self, speed: float) -> float:
         """At ``speed`` operations a second: a lower bound, as it knows nothing of all that is no product."""
@@ -31,7 +31,8 @@ def effort_of(plan: Plan) -> Effort | None:
         return None
     checked = min(CHECKED_TOKENS, recipe.calibration_tokens // 8) / CHECK_EVERY
     products = recipe.fit_steps * ((FORWARD + BACKWARD) * BATCH + FORWARD * checked)
-    return Effort(recipe.fit_steps, 2.0 * shape.hidden * shape.width * min(shape.top_k, plan.kept) * products)
+    neurons = shape.width * min(shape.top_k, plan.kept) + shape.shared_width  # of a token
+    return Effort(recipe.fit_steps, 2.0 * shape.hidden * neurons * products)
 
 
 def measured_speed(plan: Plan) -> float:

@@ -150,7 +150,7 @@ def items_of(plan: Plan, made: Callable[[int], list[Item]], reader: Reader) -> l
     """All tensors of the result in their natural order, layer by layer.
 
     Args:
-        made: router and experts of a MoE layer.
+        made: router and experts of a MoE layer, and what else of it takes the place of a tensor of its name.
     """
     gone = {
         plan.family.expert(layer, expert, projection)
@@ -158,9 +158,10 @@ def items_of(plan: Plan, made: Callable[[int], list[Item]], reader: Reader) -> l
         for expert in range(plan.shape.experts)
         for projection in PROJECTIONS
     } | {plan.family.router(layer) for layer in plan.shape.layers}
-    items = [Item.of(name, span) for name, span in plan.spans.items() if name not in gone]
+    by_name = {name: Item.of(name, span) for name, span in plan.spans.items() if name not in gone}
     for layer in plan.shape.layers:
-        items += made(layer)
+        by_name |= {item.name: item for item in made(layer)}
+    items = list(by_name.values())
     if plan.export_as:
         items = reexpressed(plan, items, reader)
     return sorted(items, key=lambda item: natural(item.name))

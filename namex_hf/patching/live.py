@@ -138,6 +138,8 @@ def _group_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, 
         counts = tuple(layer["experts"] for layer in spend(source, recipe, text, lambda layer, stage: None))
     for made in shrink_layers(source, patched, recipe, text, None, lambda layer, stage: None, counts):
         _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
+        for part, tensor in made.shared.items():
+            model.get_parameter(family.shared_parts(made.layer)[part]).copy_(tensor)
         added[made.layer] = made.routers
     _finish_grouped(model, family, shape, recipe, added)
 

@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from ..calibration.decoder import Decoder, Read, Tapped
 from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
-from ..families import PROJECTIONS, Config, Family, MoeShape
+from ..families import Config, Family, MoeShape
 from ..merging.calibrated import Mixture, Text
 from ..merging.experts import Base
 from ..merging.routing import Routing
@@ -38,8 +38,8 @@ class Source:
     named: Callable[[int], AbstractContextManager[None]]  # gives a complaint about an expert its tensor's name
 
     def shared(self, layer: int) -> Base:
-        """The shared expert of a MoE layer by projection."""
-        return {name: self.read(self.family.shared(layer, name)) for name in PROJECTIONS}
+        """The shared expert of a MoE layer by projection, and its ``gate`` where it has one."""
+        return {part: self.read(name) for part, name in self.family.shared_parts(layer).items()}
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def space_needed(plan: Plan) -> int:
         state += 4 * streams * plan.recipe.calibration_tokens * plan.shape.hidden
         if plan.recipe.merge == "grouped":  # all new layers
             routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
-            state += routed * plan.kept // plan.shape.experts
+            state += routed * plan.kept // plan.shape.experts + plan.shared_bytes
     return plan.bytes_out + state + MARGIN
 
 

@@ -83,6 +83,15 @@ class Plan:
         """Bytes of the routed experts of a layer."""
         return sum(span.size for span in self.expert_spans(layer))
 
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of all layers' shared experts, where they are fitted along; else 0."""
+        if self.recipe.fit != "layer":
+            return 0
+        return sum(
+            self.spans[name].size for layer in self.shape.layers for name in self.family.shared_parts(layer).values()
+        )
+
     def added_bytes(self, layer: int) -> int:
         """Bytes that a layer has more than before: of its base expert, its curvature, and a router in another form."""
         size = self.layer_bytes(layer) // self.shape.experts if self.recipe.has_base else 0
@@ -146,13 +155,16 @@ class Plan:
 
     @property
     def fit_bytes(self) -> int:
-        """Of `calibration_bytes`, what a fit of a whole layer holds: the smaller layer twice in float32, the gradient
-        of one matrix, and a batch through the top-k experts."""
+        """Of `calibration_bytes`, what a fit of a whole layer holds: the smaller layer and the shared expert twice in
+        float32, the gradient of one matrix, a batch through top-k and shared experts, and answers of the shared one,
+        twice the text as hidden states."""
         if self.recipe.fit != "layer":
             return 0
-        hidden, width = self.shape.hidden, self.shape.width
-        batch = BATCH * min(self.shape.top_k, self.most) * (4 * width + 3 * hidden)
-        return 4 * (2 * self.most * 3 * hidden * width + hidden * width + batch)
+        hidden, width, shared = self.shape.hidden, self.shape.width, self.shape.shared_width
+        active = min(self.shape.top_k, self.most)
+        batch = BATCH * (active * (4 * width + 3 * hidden) + 4 * shared + 3 * hidden)
+        matrices = 2 * 3 * hidden * (self.most * width + shared) + hidden * max(width, shared)
+        return 4 * (matrices + batch + 2 * self.recipe.calibration_tokens * hidden)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""

@@ -18,6 +18,7 @@ class Row:
     experts: int
     shared_width: int
     shared: str
+    shared_gate: str | None
     patched: str
     counts: tuple[str, ...]  # fields that must be whole numbers from 1
     optional: dict[str, int]  # fields that may be absent, with the least value
@@ -40,6 +41,7 @@ ROWS = {
         experts=10,
         shared_width=48,
         shared="shared_expert",
+        shared_gate="shared_expert_gate",
         patched="namex_qwen2_moe",
         counts=(
             "hidden_size",
@@ -68,6 +70,7 @@ ROWS = {
         experts=10,
         shared_width=24,
         shared="shared_experts",
+        shared_gate=None,
         patched="namex_deepseek",
         counts=(
             "hidden_size",
@@ -117,6 +120,8 @@ def test_names(row: Row):
     assert family.router(2) == "model.layers.2.mlp.gate.weight"
     assert family.router_norm(2) == "model.layers.2.post_attention_layernorm.weight"
     assert family.shared(2, "down_proj") == f"model.layers.2.mlp.{row.shared}.down_proj.weight"
+    gate = {"gate": f"model.layers.2.mlp.{row.shared_gate}.weight"} if row.shared_gate else {}
+    assert family.shared_parts(2) == {name: family.shared(2, name) for name in PROJECTIONS} | gate
     assert family.added(2, "base", "gate_proj") == "model.layers.2.mlp.base_expert.gate_proj.weight"
 
 

@@ -17,6 +17,7 @@ from small_mixtures import (
     random_experts,
     random_tokens,
     saliency64,
+    shared64,
     usage64,
 )
 from torch.nn.functional import silu
@@ -57,9 +58,10 @@ def shrinking(count: int, of: Mixture | None = None, loud: float = 1.0, length: 
 
 
 def shared() -> dict[str, torch.Tensor]:
-    """A shared expert of two slices."""
+    """A shared expert of two slices, behind a gate."""
     of = random_experts(2, 50)
-    return {name: torch.cat(list(of[name]), dim=int(name == "down_proj")) for name in PROJECTIONS}
+    whole = {name: torch.cat(list(of[name]), dim=int(name == "down_proj")) for name in PROJECTIONS}
+    return {**whole, "gate": torch.randn(1, HIDDEN, generator=draws(51))}
 
 
 def weights64(wanted: np.ndarray) -> np.ndarray:
@@ -166,17 +168,25 @@ def test_output_is_that_of_the_result(grouping: str, how: dict) -> None:
 
 @pytest.mark.parametrize("operator", ["merge", "keep", "random", "shared"])
 def test_output_is_that_of_the_result_whatever_it_began_with(operator: str) -> None:
+    moved = []
     for dtype, count, how in product((torch.float32, torch.bfloat16), (1, 4), (PLAIN, WHOLE)):
         of = mixture(dtype=dtype)
-        run = shrinking(count, of, loud=3.0, operator=operator, **how)
+        run = shrinking(count, of, loud=3.0, length=4 * LENGTH, operator=operator, **how)
         run.shared = shared
         result, output = run.run()
         assert (len(result.router), result.top_k) == (count, min(count, TOP_K))
         assert {result.router.dtype, *(result.experts[name].dtype for name in PROJECTIONS)} == {dtype}
         wanted, found = (output_of(one, run.text.inputs) for one in (of, result))
+        if how is WHOLE:  # the shared expert is fitted along, and what it answers now is more than what it did
+            moved.append(any(not torch.equal(run.refitted[part], tensor) for part, tensor in shared().items()))
+            assert moved[-1] == (run.record["fits"][-1]["steps"] > 0)
+            found += shared64(run.text.inputs, run.refitted) - shared64(run.text.inputs, shared())
+        else:
+            assert run.refitted == {}
         np.testing.assert_allclose(output.numpy(), found, rtol=1e-3, atol=1e-4 * np.abs(found).max())
         assert run.record["errors"][-1]["error"] == pytest.approx(error64(found, wanted), rel=1e-3)
         assert (run.record["games"] == []) == (operator != "merge")
+    assert any(moved)
 
 
 def test_errors_fall_from_stage_to_stage() -> None:
@@ -244,21 +254,25 @@ def test_a_fit_of_the_layer_ends_below_what_it_began_with() -> None:
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_what_the_layer_is_fitted_to(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All tokens, weighted, and what is wanted of them; the last sequence held out; steps and seed as stated."""
+    """All tokens, weighted, and what is wanted of them, the shared expert's own answer besides; the last sequence held
+    out; steps and seed as stated."""
     fit, seen = calibrated.fit_layer, []
 
-    def spy(problem: Problem, experts, router, steps: int, seed: int, advance):
+    def spy(problem: Problem, experts, router, beside, steps: int, seed: int, advance):
+        assert all(torch.equal(beside[part], tensor) for part, tensor in shared().items())
         seen.append((problem, steps, seed))
-        return fit(problem, experts, router, steps, seed, advance)
+        return fit(problem, experts, router, beside, steps, seed, advance)
 
     monkeypatch.setattr(calibrated, "fit_layer", spy)
     run, wanted = aiming(count, of=mixture(renormalises=True), loud=5.0, seed=4, **WHOLE)
+    run.shared = shared
     run.run()
     ((problem, steps, seed),) = seen
     assert (steps, seed) == (25, 4)
     assert (problem.top_k, problem.renormalises, problem.activation) == (min(count, TOP_K), True, silu)
     assert torch.equal(problem.inputs, run.text.inputs)
-    np.testing.assert_allclose(double(problem.wanted), wanted, rtol=1e-3, atol=1e-4)
+    together = wanted + shared64(run.text.inputs, shared())
+    np.testing.assert_allclose(double(problem.wanted), together, rtol=1e-3, atol=1e-3)
     weight = weights64(wanted)
     np.testing.assert_allclose(double(problem.weight) ** 2, weight / weight.mean(), rtol=1e-4)
     assert problem.held_out.tolist() == 3 * LENGTH * [False] + LENGTH * [True]

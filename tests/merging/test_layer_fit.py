@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from float64_reference import double
-from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, random_experts, random_tokens
+from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, random_experts, random_tokens, shared64
 from torch.nn.functional import silu
 
 from namex_hf.merging import layer_fit
@@ -20,28 +20,54 @@ INPUTS = random_tokens(TOKENS, 0)
 HELD_OUT = torch.arange(TOKENS) % 4 == 0
 WEIGHT = 0.5 + torch.rand(TOKENS, generator=draws(7))
 
-Layer = tuple[dict[str, torch.Tensor], torch.Tensor]
+Parts = dict[str, torch.Tensor]
+Layer = tuple[Parts, torch.Tensor, Parts]
+
+ALONE, GATELESS, GATED = ("alone", "gateless", "gated")
+"""What is beside the routed experts: nothing, a shared expert, one behind a gate."""
+beside = pytest.mark.parametrize("shared", [ALONE, GATELESS, GATED])
 
 
-def layer(seed: int, dtype: torch.dtype = torch.float32, experts: int = EXPERTS) -> Layer:
-    """Experts and router."""
+def shared_of(kind: str, seed: int) -> Parts:
+    """A shared expert as wide as a routed one."""
+    parts = {name: tensor[0] for name, tensor in random_experts(1, 200 + seed).items()} if kind != ALONE else {}
+    gate = {"gate": torch.randn(1, HIDDEN, generator=draws(300 + seed))} if kind == GATED else {}
+    return parts | gate
+
+
+def layer(seed: int, dtype: torch.dtype = torch.float32, experts: int = EXPERTS, shared: str = ALONE) -> Layer:
+    """Experts, router and shared expert."""
     router = torch.randn(experts, HIDDEN, generator=draws(100 + seed)).to(dtype)
-    return random_experts(experts, seed, dtype), router
+    parts = {name: tensor.to(dtype) for name, tensor in shared_of(shared, seed).items()}
+    return random_experts(experts, seed, dtype), router, parts
 
 
-def near(seed: int, far: float, dtype: torch.dtype = torch.float32) -> Layer:
+def near(seed: int, far: float, dtype: torch.dtype = torch.float32, shared: str = ALONE) -> Layer:
     """A layer beside layer 0."""
-    (experts, router), (others, rows) = layer(0), layer(seed)
-    moved = {name: (experts[name] + far * others[name]).to(dtype) for name in PROJECTIONS}
-    return moved, (router + far * rows).to(dtype)
+
+    def between(one: Parts, other: Parts) -> Parts:
+        return {name: (one[name] + far * other[name]).to(dtype) for name in one}
+
+    one, other = layer(0, shared=shared), layer(seed, shared=shared)
+    return between(one[0], other[0]), (one[1] + far * other[1]).to(dtype), between(one[2], other[2])
 
 
-def copied(of: Layer) -> Layer:
-    return {name: tensor.clone() for name, tensor in of[0].items()}, of[1].clone()
+def cast(of: Layer, dtype: torch.dtype | None = None) -> Layer:
+    """A copy."""
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to(dtype or tensor.dtype, copy=True)
+
+    return {n: one(t) for n, t in of[0].items()}, one(of[1]), {n: one(t) for n, t in of[2].items()}
+
+
+def parts_of(of: Layer) -> list[torch.Tensor]:
+    """Every matrix, the router's rows, and the shared expert's."""
+    return [matrix for name in PROJECTIONS for matrix in of[0][name]] + [of[1], *of[2].values()]
 
 
 def same(one: Layer, other: Layer) -> bool:
-    return torch.equal(one[1], other[1]) and all(torch.equal(one[0][name], other[0][name]) for name in PROJECTIONS)
+    return all(torch.equal(*pair) for pair in zip(parts_of(one), parts_of(other), strict=True))
 
 
 def gates64(router: torch.Tensor, renormalises: bool = False, top_k: int = TOP_K) -> np.ndarray:
@@ -54,7 +80,8 @@ def gates64(router: torch.Tensor, renormalises: bool = False, top_k: int = TOP_K
 
 
 def output64(of: Layer, renormalises: bool = False, top_k: int = TOP_K) -> np.ndarray:
-    return np.einsum("tk,tkh->th", gates64(of[1], renormalises, top_k), answers64(INPUTS, of[0]))
+    routed = np.einsum("tk,tkh->th", gates64(of[1], renormalises, top_k), answers64(INPUTS, of[0]))
+    return routed + (shared64(INPUTS, of[2]) if of[2] else 0)
 
 
 def error64(of: Layer, wanted: torch.Tensor, tokens: torch.Tensor = HELD_OUT, **routed) -> float:
@@ -84,12 +111,13 @@ def fit(of: Layer, aim: Problem, steps: int, seed: int = 0) -> LayerFit:
 # --- error and gradient ----------------------------------------------------------------------------------------------
 
 
+@beside
 @pytest.mark.parametrize("renormalises", [False, True])
 @pytest.mark.parametrize("batch", [1, 70, layer_fit.BATCH])
-def test_errors(batch: int, renormalises: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(batch: int, renormalises: bool, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of whole outputs, on any tokens, however many at a time."""
     monkeypatch.setattr(layer_fit, "BATCH", batch)
-    wanted, start = noisy(), layer(2)
+    wanted, start = noisy(), layer(2, shared=shared)
     aim, trained = problem(wanted, renormalises=renormalises), Trained.of(*start, INPUTS)
     for tokens in (torch.arange(TOKENS), HELD_OUT.nonzero()[:, 0], torch.tensor([5])):
         expected = error64(start, wanted, tokens, renormalises=renormalises)
@@ -97,35 +125,40 @@ def test_errors(batch: int, renormalises: bool, monkeypatch: pytest.MonkeyPatch)
 
 
 def loss64(leaves: list[torch.Tensor], wanted: torch.Tensor, tokens: torch.Tensor, renormalises: bool) -> torch.Tensor:
-    """The loss of a batch in float64, every expert asked about every token; leaves: gates, ups, downs, router."""
+    """The loss of a batch in float64, every expert asked about every token; leaves as `parts_of` has them."""
     x, y, w = (part[tokens].double() for part in (INPUTS, wanted, WEIGHT))
     gate, up, down = (torch.stack(leaves[k * EXPERTS : (k + 1) * EXPERTS]) for k in range(3))
-    shares = torch.softmax(x @ leaves[-1].T, -1)
+    router, *shared = leaves[3 * EXPERTS :]
+    shares = torch.softmax(x @ router.T, -1)
     shares = shares * (shares >= shares.sort(-1).values[:, -TOP_K, None])
     if renormalises:
         shares = shares / shares.sum(-1, keepdim=True)
     before = torch.einsum("th,kwh->tkw", x, gate)
     heard = before / (1 + (-before).exp()) * torch.einsum("th,kwh->tkw", x, up)
     missed = torch.einsum("tk,tkw,khw->th", shares, heard, down) - y
+    if shared:
+        before = x @ shared[0].T
+        given = (before / (1 + (-before).exp()) * (x @ shared[1].T)) @ shared[2].T
+        missed = missed + (given / (1 + (-x @ shared[3].T).exp()) if len(shared) == 4 else given)
     return (w[:, None] * missed).square().sum() / (w[:, None] * y).square().sum()
 
 
 def leaves64(of: Layer) -> list[torch.Tensor]:
-    parts = [matrix for name in PROJECTIONS for matrix in of[0][name]] + [of[1]]
-    return [part.double().clone().requires_grad_() for part in parts]
+    return [part.double().clone().requires_grad_() for part in parts_of(of)]
 
 
+@beside
 @pytest.mark.parametrize("renormalises", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_gradients(renormalises: bool, dtype: torch.dtype) -> None:
+def test_gradients(renormalises: bool, dtype: torch.dtype, shared: str) -> None:
     """Of every matrix and of the rows."""
-    wanted, start, tokens = noisy(), layer(2, dtype), torch.arange(3, 200)
+    wanted, start, tokens = noisy(), layer(2, dtype, shared=shared), torch.arange(3, 200)
     aim, trained, leaves = problem(wanted, renormalises=renormalises), Trained.of(*start, INPUTS), leaves64(start)
     loss, expected = aim.missed(tokens, trained) / aim.energy(tokens), loss64(leaves, wanted, tokens, renormalises)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.backward()
     expected.backward()
-    assert len(trained.parameters()) == len(leaves) == 3 * EXPERTS + 1
+    assert len(trained.parameters()) == len(leaves)
     for found, leaf in zip(trained.parameters(), leaves, strict=True):
         assert found.dtype == torch.float32
         assert found.grad is not None
@@ -158,15 +191,13 @@ def adafactor64(of: Layer, wanted: torch.Tensor, steps: int) -> list[np.ndarray]
     return [leaf.detach().numpy() for leaf in leaves]
 
 
-@pytest.mark.parametrize("steps", [1, 30])
-def test_steps(steps: int) -> None:
+@pytest.mark.parametrize(("steps", "shared"), [(1, GATED), (30, ALONE), (30, GATED)])
+def test_steps(steps: int, shared: str) -> None:
     """Those of the reference, from the first through the warm-up to where the cosine ends."""
-    start, wanted = layer(2), noisy()
-    left = copied(start)
+    start, wanted = layer(2, shared=shared), noisy()
+    left = cast(start)
     assert fit(left, problem(wanted), steps).steps == steps
-    found = [matrix for name in PROJECTIONS for matrix in left[0][name]] + [left[1]]
-    before = [matrix for name in PROJECTIONS for matrix in start[0][name]] + [start[1]]
-    for one, other, begun in zip(found, adafactor64(start, wanted, steps), before, strict=True):
+    for one, other, begun in zip(parts_of(left), adafactor64(start, wanted, steps), parts_of(start), strict=True):
         moved = np.abs(double(begun) - other).max()
         np.testing.assert_allclose(double(one), other, rtol=0, atol=0.01 * moved)
 
@@ -174,11 +205,12 @@ def test_steps(steps: int) -> None:
 # --- what is left ----------------------------------------------------------------------------------------------------
 
 
+@beside
 @pytest.mark.parametrize("renormalises", [False, True])
-def test_a_planted_layer_is_found(renormalises: bool) -> None:
+def test_a_planted_layer_is_found(renormalises: bool, shared: str) -> None:
     """Nearly exactly, also on tokens that were held out, where every matrix and row was moved."""
-    wanted = torch.from_numpy(output64(layer(0), renormalises)).float()
-    left = near(3, 0.3)
+    wanted = torch.from_numpy(output64(layer(0, shared=shared), renormalises)).float()
+    left = near(3, 0.3, shared=shared)
     found = fit(left, problem(wanted, renormalises=renormalises), 400)
     assert found.before > 0.2
     assert found.after < 0.02 * found.before
@@ -222,11 +254,12 @@ def test_no_fit_ends_before_its_first_check(monkeypatch: pytest.MonkeyPatch) -> 
     assert (found.tried, len(seen)) == (45, 4)
 
 
+@beside
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_start_that_is_best_stays(dtype: torch.dtype) -> None:
+def test_a_start_that_is_best_stays(dtype: torch.dtype, shared: str) -> None:
     """Bit for bit, with no step kept, and no more steps tried than it takes to know."""
-    start = layer(0, dtype)
-    left = copied(start)
+    start = layer(0, dtype, shared=shared)
+    left = cast(start)
     found = fit(left, problem(torch.from_numpy(output64(start)).float()), 120)
     assert same(left, start)
     assert found.steps == 0
@@ -247,17 +280,16 @@ def test_worse_at_first_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None
 def test_rounded_once() -> None:
     """Steps far below the spacing of the dtype add up: what is left is the float32 fit, rounded when it is kept."""
     dtype = torch.bfloat16
-    low, start = near(3, 0.3, dtype), near(3, 0.3, dtype)
-    high = ({name: tensor.float() for name, tensor in start[0].items()}, start[1].float())
-    aim = problem(noisy())
+    low = near(3, 0.3, dtype, GATED)
+    high, aim = cast(low, torch.float32), problem(noisy())
     assert fit(low, aim, 30) == fit(high, aim, 30)
-    assert {low[1].dtype, *(tensor.dtype for tensor in low[0].values())} == {dtype}
-    assert same(low, ({name: tensor.to(dtype) for name, tensor in high[0].items()}, high[1].to(dtype)))
+    assert {part.dtype for part in parts_of(low)} == {dtype}
+    assert same(low, cast(high, dtype))
 
 
 def test_one_expert_keeps_its_row() -> None:
     start, wanted = layer(2, experts=1), noisy()
-    left = copied(start)
+    left = cast(start)
     found = fit(left, problem(wanted, top_k=1), 60)
     assert torch.equal(left[1], start[1])
     assert found.after < 0.9 * found.before
@@ -271,7 +303,7 @@ def test_an_expert_without_tokens_stays() -> None:
     start[1][3] = 0
     inputs = torch.cat([INPUTS[:, :-1], bias + 5], dim=1)
     start[1][:3, -1], start[1][3, -1] = 1.0, -9.0
-    left, aim = copied(start), problem(noisy())
+    left, aim = cast(start), problem(noisy())
     found = fit(left, Problem(inputs, aim.wanted, WEIGHT, HELD_OUT, TOP_K, False, silu), 20)
     assert found.after < found.before
     for name in PROJECTIONS:
@@ -282,8 +314,8 @@ def test_an_expert_without_tokens_stays() -> None:
 def test_experts_that_are_zero() -> None:
     """Nothing to fit, nothing to divide by."""
     start = layer(2)
-    start = ({name: torch.zeros_like(tensor) for name, tensor in start[0].items()}, start[1])
-    left = copied(start)
+    start = ({name: torch.zeros_like(tensor) for name, tensor in start[0].items()}, start[1], {})
+    left = cast(start)
     found = fit(left, problem(torch.zeros(TOKENS, HIDDEN)), 60)
     assert same(left, start)
     assert (found.before, found.after, found.steps) == (0, 0, 0)
@@ -307,7 +339,7 @@ def test_some_of_the_tokens_held_out_are_checked(most: int, monkeypatch: pytest.
     """Every n-th of them, so that at least so many are, where there are as many."""
     monkeypatch.setattr(layer_fit, "CHECKED_TOKENS", most)
     wanted, start = noisy(), layer(2)
-    found = fit(copied(start), problem(wanted), 1)
+    found = fit(cast(start), problem(wanted), 1)
     some = HELD_OUT.nonzero()[:, 0][:: 3 if most == 25 else 1]
     assert found.before == pytest.approx(error64(start, wanted, some), rel=1e-4)
 

@@ -50,14 +50,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "refit": {"down": "refit", "granularity": "expert"},
     "one": {"fit": "router", "experts": 1},
     "layer": {"fit": "layer"},
-    "own": {"fit": "router", "target": "layer"},
+    "original": {"fit": "router", "target": "model"},
     "ream": {"grouping": "router", "weighting": "saliency", "align": "activations"},
     "kept": {"fit": "router", "operator": "keep"},
     "reap": {"operator": "keep", "grouping": "none", "weighting": "saliency", "down": "refit"},
     "random": {"fit": "layer", "operator": "random"},
     "shared": {"fit": "router", "operator": "shared", "down": "merge"},
 }
-ON_TWO_FORMS = ("layer", "own", "ream", "kept", "reap", "random", "shared")
+ON_TWO_FORMS = ("layer", "original", "ream", "kept", "reap", "random", "shared")
 ROWS = [
     (form, name)
     for form, name in product(FORMS, RECIPES)
@@ -360,3 +360,36 @@ def test_damage(odd, words: Path, tmp_path: Path, experts: int, value: float) ->
         rewrite_tensors(folder, lambda tensors, name=name: tensors[name][1].fill_(value))  # type: ignore[misc]
         recipe = recipe_on(words, experts=experts, fit="router")
         refused(folder, tmp_path / "out", recipe, CheckpointError, f"tensor {name} in model.safetensors holds NaN")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("routing", ["linear", "cosine"])
+def test_a_layer_s_fit_takes_the_shared_expert_along(
+    odd, words: Path, tmp_path: Path, family: str, routing: str
+) -> None:
+    """Its matrices and its gate, and nothing beyond the mixture; what it moved by is in the record's error, and heard
+    by the layers above, as transformers sees it. No other fit changes anything but routed experts and router."""
+    source = odd(family, torch.float32, tokenizer=True)
+    before, config = read_tensors(source), read_config(source)
+    recipe = recipe_on(words, fit="layer", routing=routing)
+    report = patch_checkpoint(source, tmp_path / "layer", recipe)
+    patch_checkpoint(source, tmp_path / "router", recipe_on(words, fit="router", routing=routing))
+    changed = {fit: read_tensors(tmp_path / fit) for fit in ("layer", "router")}
+    for fit, after in changed.items():
+        kept = {name for name in before if ".mlp.experts." not in name and not name.endswith(".mlp.gate.weight")}
+        others = {name for name in kept if not same_bits(after[name], before[name])}
+        of_shared = {name for name in kept if f".mlp.{shared_name(config)}" in name}
+        assert others == (of_shared if fit == "layer" else set())
+    ids = text_for(recipe, config, AutoTokenizer.from_pretrained(source)).ids
+    original, patched = load(source), load(tmp_path / "layer")
+    for record in report.layers:
+        inputs = block_inputs(patched, record["layer"], ids)
+        wanted, index, _ = block_output(original, record["layer"], inputs)
+        usage = [int((index == expert).sum()) for expert in range(7)]
+        assert sum(abs(one - other) for one, other in zip(record["usage"], usage, strict=True)) <= 4  # ties
+        if routing != "linear":  # the error is that of the linear router that the cosine one is made of
+            continue
+        with torch.no_grad():
+            found, whole = (model.model.layers[record["layer"]].mlp(inputs) for model in (patched, original))
+        relative = (found - whole).square().sum((1, 2)) / wanted.square().sum((1, 2))
+        assert record["errors"][-1]["error"] == pytest.approx(float(relative.mean()), rel=2e-3)

@@ -70,7 +70,7 @@ def test_killed_again_and_again(long_checkpoint: Path, tmp_path: Path, recipe: R
 
 def test_killed_while_a_layer_is_fitted(long_checkpoint: Path, tmp_path: Path, recipe: Recipe) -> None:
     """In the middle of it and after it: the text, as the original has it too, goes on from the layer that is whole."""
-    out, recipe = tmp_path / "killed", replace(recipe, fit="layer", fit_steps=4)
+    out, recipe = tmp_path / "killed", replace(recipe, fit="layer", fit_steps=4, target="model")
     run(long_checkpoint, tmp_path / "undisturbed", recipe, **OPTIONS)
     killed(long_checkpoint, out, recipe, "layer 3: fitted, step 4 of 4")
     killed(long_checkpoint, out, recipe, "layer 7: layer")

@@ -25,7 +25,8 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     top_k, hidden, width = min(4, kept), plan.shape.hidden, plan.shape.width
     tokens = torch.randn(BATCH, hidden)
     matrices = {name: torch.randn(kept, *plan.shape.of(name)) for name in ("gate_proj", "up_proj", "down_proj")}
-    layer = Trained.of(matrices, torch.randn(kept, hidden), tokens)
+    shared = {name: torch.randn(*plan.shape.of_shared(name)) for name in matrices}
+    layer = Trained.of(matrices, torch.randn(kept, hidden), shared, tokens)
     every = torch.zeros(BATCH, dtype=torch.bool)
     problem = Problem(tokens, tokens, torch.ones(BATCH), every, top_k, False, torch.nn.functional.silu)
     with FlopCounterMode(display=False) as forward:
@@ -33,7 +34,7 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     with FlopCounterMode(display=False) as backward:
         missed.backward()
     rows = 2 * BATCH * kept * hidden
-    products = 2 * BATCH * top_k * hidden * width
+    products = 2 * BATCH * hidden * (top_k * width + plan.shape.shared_width)
     assert forward.get_total_flops() == 3 * products + rows
     assert backward.get_total_flops() == 4 * products + rows
     effort = effort_of(plan)

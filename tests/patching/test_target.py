@@ -22,7 +22,14 @@ MODELS = ("tiny", "tiny-deepseek")
 
 def recipe(**fields: Any) -> Recipe:
     """Half the experts, eight sequences, downs in closed form alone."""
-    values = {"merge": "grouped", "experts": 8, "down": "refit", "calibration_tokens": 4096, **fields}
+    values = {
+        "merge": "grouped",
+        "experts": 8,
+        "down": "refit",
+        "target": "model",
+        "calibration_tokens": 4096,
+        **fields,
+    }
     return Recipe(method="ep-camex", **values)
 
 
