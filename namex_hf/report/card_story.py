@@ -25,7 +25,7 @@ METHODS = {
 FITS = {
     "none": "",
     "router": ", and the router fitted to the original on calibration text",
-    "layer": ", and router and experts fitted to the original on calibration text, layer by layer",
+    "layer": ", and router, experts and shared expert fitted to the original on calibration text, layer by layer",
 }
 ROUTINGS = {
     "cosine": "tokens find experts by the angle between hidden state and expert embedding",

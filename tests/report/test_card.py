@@ -177,8 +177,11 @@ def test_only_an_id_of_the_hub_is_a_base_model():
         ({"method": "ep-camex", "fit": "router"}, ", weighted by `uniform`, and the router fitted to the original on"),
         ({"operator": "keep"}, "of each the expert stays that is heaviest by `usage`, the others are pruned."),
         ({"operator": "keep", "weighting": "saliency", "fit": "layer"}, "by `saliency`, the others are pruned, and"),
-        ({"operator": "random", "fit": "layer"}, "begins at random experts, and router and experts fitted to the"),
-        ({"operator": "shared", "fit": "layer"}, "begins at slices of the shared expert, and router and experts"),
+        (
+            {"operator": "random", "fit": "layer"},
+            "begins at random experts, and router, experts and shared expert fitted to the",
+        ),
+        ({"operator": "shared", "fit": "layer"}, "begins at slices of the shared expert, and router, experts and shared"),
     ],
 )
 def test_what_became_of_the_groups_is_told(fields: dict[str, Any], said: str):

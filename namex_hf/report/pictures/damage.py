@@ -6,7 +6,7 @@ STAGES = {
     "merged": "experts merged",
     "router": "router fitted",
     "down": "down refitted",
-    "layer": "rows and experts fitted",
+    "layer": "whole mixture fitted",
     "residual": "this model: residual",
     "soft": "this model: soft",
 }
