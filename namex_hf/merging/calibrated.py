@@ -1,7 +1,7 @@
 """A layer with fewer experts, merged on what calibration text showed of it."""
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -52,6 +52,9 @@ class Mixture:
     def expert(self, number: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
         """One expert's matrices in the dtype of ``like``, and where it is."""
         return {name: self.experts[name][number].to(like) for name in PROJECTIONS}
+
+    def without_experts(self) -> "Mixture":
+        return replace(self, experts={})
 
     def route(self, inputs: torch.Tensor) -> Routing:
         return route(inputs, self.router.to(inputs), self.top_k, self.renormalises)
@@ -268,8 +271,9 @@ class Shrinking:
         result.router.copy_(fitted.router)
 
     def fit_all(self) -> None:
-        """Fit rows, experts and the shared expert together."""
+        """Fit rows, experts and the shared expert together; the source's experts are let go of first."""
         text, choice, result = self.text, self.choice, self.result
+        self.source = self.source.without_experts()
         held_out = text.held_out.repeat_interleave(len(text.inputs) // text.sequences)
         self.refitted = {part: tensor.clone() for part, tensor in self.shared().items()}
         moved = -self.shared_output()

@@ -65,6 +65,7 @@ def shrink_layers(
         if counts is not None:
             count = counts[source.shape.layers.index(layer)]
         shrinking = Shrinking(heard.mixture, heard.text, choice_of(recipe, count), shared, partial(tell, layer))
+        heard = heard.without_experts()
         with source.named(layer):
             smaller, output = shrinking.run()
         routers: dict[str, torch.Tensor] = {}

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -57,6 +57,10 @@ class Heard:
         """What the next layer hears, given this one's routed output ``[tokens, hidden]``."""
         return self.tapped.rest.add_(output.cpu().view_as(self.tapped.rest))
 
+    def without_experts(self) -> "Heard":
+        """The same, for who has taken the experts."""
+        return replace(self, mixture=self.mixture.without_experts())
+
     @property
     def seconds(self) -> float:
         return round(time.perf_counter() - self.start, 4)
@@ -102,15 +106,10 @@ def heard_layers(
             del aim
         measures = recipe.merge == "grouped" or recipe.routing == "stable"
         held_out = text.held_out if measures else torch.zeros(len(text.ids), dtype=torch.bool)
-        yield Heard(
-            layer,
-            tapped,
-            mixture,
-            Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device), wanted),
-            original,
-            start,
-        )
-        del tapped, routing, mixture, wanted  # before the next layer is read
+        shown = Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device), wanted)
+        handed_over = [Heard(layer, tapped, mixture, shown, original, start)]
+        del tapped, routing, mixture, wanted, shown  # what whoever takes it lets go of is gone
+        yield handed_over.pop()
 
 
 def unpatched(mixture: Mixture, tapped: Tapped, device: str) -> torch.Tensor:

@@ -239,7 +239,8 @@ def test_one_expert_has_no_router_to_fit() -> None:
 def test_a_fit_of_the_layer_ends_below_what_it_began_with() -> None:
     """On the sequence that is held out as on all; what it says is what it did."""
     for seed in range(3):
-        run = shrinking(3, mixture(seed), length=10 * LENGTH, **{**WHOLE, "fit_steps": 60})
+        of = mixture(seed)
+        run = shrinking(3, of, length=10 * LENGTH, **{**WHOLE, "fit_steps": 60})
         result, _ = run.run()
         *_, before, after = (entry["error"] for entry in run.record["errors"])
         fit = run.record["fits"][-1]
@@ -247,7 +248,7 @@ def test_a_fit_of_the_layer_ends_below_what_it_began_with() -> None:
         assert after < 0.95 * before
         assert fit["after"] < 0.95 * fit["before"]
         assert fit["steps"] == fit["tried"] == 60
-        missed, wanted = (output_of(one, run.text.inputs)[-10 * LENGTH :] for one in (result, run.source))
+        missed, wanted = (output_of(one, run.text.inputs)[-10 * LENGTH :] for one in (result, of))
         relative = ((missed - wanted) ** 2).sum() / (wanted**2).sum()
         assert fit["after"] == pytest.approx(relative, rel=1e-3)
 

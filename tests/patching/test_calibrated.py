@@ -4,6 +4,7 @@ import json
 import random
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -29,6 +30,8 @@ from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
+from namex_hf.merging import calibrated as merging
+from namex_hf.patching import on_text
 from namex_hf.patching.text import text_for
 
 LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
@@ -267,6 +270,7 @@ def test_all_experts_kept_is_the_identity(odd, words: Path, tmp_path: Path, fami
 
 PLAIN = """
 import sys
+import weakref
 sys.modules["namex_hf"] = None  # whoever imports it gets an ImportError
 import torch
 from transformers import AutoModelForCausalLM
@@ -393,3 +397,27 @@ def test_a_layer_s_fit_takes_the_shared_expert_along(
             found, whole = (model.model.layers[record["layer"]].mlp(inputs) for model in (patched, original))
         relative = (found - whole).square().sum((1, 2)) / wanted.square().sum((1, 2))
         assert record["errors"][-1]["error"] == pytest.approx(float(relative.mean()), rel=2e-3)
+
+
+def test_the_source_s_experts_are_gone_when_a_layer_is_fitted(
+    odd, words: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are the largest part of what a layer takes."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+    read, fit, fits = on_text.read_experts, merging.fit_layer, []
+
+    def watched(*given: Any) -> dict[str, torch.Tensor]:
+        experts = read(*given)
+        alive.extend(map(weakref.ref, experts.values()))
+        return experts
+
+    def spy(*given: Any) -> Any:
+        fits.append([one for one in alive if one() is not None])
+        return fit(*given)
+
+    monkeypatch.setattr(on_text, "read_experts", watched)
+    monkeypatch.setattr(merging, "fit_layer", spy)
+    source = odd("qwen2_moe", torch.bfloat16, tokenizer=True)
+    patch_checkpoint(source, tmp_path / "out", recipe_on(words, fit="layer"))
+    assert len(alive) == 9
+    assert fits == [[], [], []]

@@ -181,7 +181,10 @@ def test_only_an_id_of_the_hub_is_a_base_model():
             {"operator": "random", "fit": "layer"},
             "begins at random experts, and router, experts and shared expert fitted to the",
         ),
-        ({"operator": "shared", "fit": "layer"}, "begins at slices of the shared expert, and router, experts and shared"),
+        (
+            {"operator": "shared", "fit": "layer"},
+            "begins at slices of the shared expert, and router, experts and shared",
+        ),
     ],
 )
 def test_what_became_of_the_groups_is_told(fields: dict[str, Any], said: str):
