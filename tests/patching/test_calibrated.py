@@ -288,8 +288,8 @@ for folder in sys.argv[2:]:
 def test_plain_transformers_opens_the_result(odd, words: Path, tmp_path: Path) -> None:
     """In a process without this package; it says bit for bit what the model patched in memory says."""
     wanted: dict[str, torch.Tensor] = {}
-    for family, experts in (("qwen2_moe", 4), ("qwen2_moe", 1), ("deepseek", 4), ("deepseek", 1)):
-        source, recipe = odd(family, torch.float32, tokenizer=True), recipe_on(words, experts=experts, fit="router")
+    for family, (experts, fit) in product(("qwen2_moe", "deepseek"), ((4, "layer"), (1, "router"))):
+        source, recipe = odd(family, torch.float32, tokenizer=True), recipe_on(words, experts=experts, fit=fit)
         out, export = tmp_path / f"{family}-{experts}", "qwen2_moe" if family == "deepseek" else None
         patch_checkpoint(source, out, recipe, export_as=export, shard_size="20KB")
         assert not list(out.glob("*.py"))
