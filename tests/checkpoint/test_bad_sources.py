@@ -306,6 +306,17 @@ def test_wrong_shape(single: Path, name: str) -> None:
     refused(single, name, "config.json")
 
 
+def test_the_gate_of_the_shared_expert(tmp_path: Path) -> None:
+    source, name = (
+        odd_checkpoint(tmp_path / "model", "qwen2_moe", shards=1),
+        "model.layers.2.mlp.shared_expert_gate.weight",
+    )
+    rewrite_tensors(source, lambda tensors: tensors.update({name: tensors[name].T.contiguous()}))
+    refused(source, name, "config.json")
+    rewrite_tensors(source, lambda tensors: tensors.pop(name))
+    refused(source, name, "missing")
+
+
 @pytest.mark.parametrize("name", ["gate_up_proj", "down_proj"])
 def test_wrong_fused_shape(tmp_path: Path, name: str) -> None:
     source = odd_checkpoint(tmp_path / "model", "deepseek", fuse=True, shards=1)

@@ -7,6 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.merging.layer_fit import BATCH, CHECK_EVERY, CHECKED_TOKENS, Problem, Trained
 from namex_hf.patching.effort import effort_of, measured_speed
+from namex_hf.patching.patch import space_needed
 from namex_hf.patching.plan import Plan, make_plan
 from namex_hf.recipe import Recipe
 
@@ -42,6 +43,13 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     checks = CHECKED_TOKENS / CHECK_EVERY / BATCH
     assert effort.operations == pytest.approx(STEPS * (7 + 3 * checks) * products)
     assert effort.seconds(effort.operations / 5) == pytest.approx(5)
+
+
+def test_room_for_the_shared_experts() -> None:
+    """A fit of whole layers leaves them in the state folder too, until they are written."""
+    plan = plan_of(8)
+    stored = sum(span.size for name, span in plan.spans.items() if ".mlp.shared_expert" in name)
+    assert space_needed(plan) - space_needed(plan_of(8, "router")) == stored > 0
 
 
 def test_nothing_where_no_layer_is_fitted() -> None:
