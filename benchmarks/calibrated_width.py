@@ -45,7 +45,7 @@ def main() -> None:
             for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
                 shutil.copy(tiny / name, source)
             seconds, peak = child(str(source), str(out), json.dumps(recipe))
-            report = json.loads((out / "namex_report.json").read_text())
+            report = json.loads((out / "namex" / "report.json").read_text())
             each = [one["seconds"] for one in report["layers"]]
             print(
                 f"{layers} layers: {seconds:.0f} s, {sum(each) / len(each):.1f} s a layer, "

@@ -20,9 +20,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from namex_hf.checkpoint.folder import write_text
 from namex_hf.cli import Parser
 from namex_hf.errors import MissingExtraError, NamexError
+from namex_hf.files import write_text
 
 HERE = Path(__file__).resolve().parent
 PACKAGED_TASKS = ("namex_definitions", "namex_sums", "namex_word_problems", "namex_text")

@@ -1,11 +1,16 @@
 """What goes wrong for reasons a user can mend.
 
-Every message names the file, tensor or field, what was found and what is accepted.
+Every message names the file, tensor or field, what was found and what is accepted, in one line that can be printed.
 """
+
+from .printable import printable
 
 
 class NamexError(Exception):
     """Base of all errors of this package; the commands print it in one line and exit with status 2."""
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(printable(message))
 
 
 class RecipeError(NamexError):

@@ -285,7 +285,7 @@ def aligned(model: Any) -> Any:
 
 def settled_files(folder: Path) -> dict[str, bytes]:
     """What has to be byte-identical however often a run was killed: weights, index, config, recipe, statistics."""
-    patterns: Iterable[str] = ("model*", "config.json", "namex_recipe.yaml", "namex_statistics.safetensors")
+    patterns: Iterable[str] = ("model*", "config.json", "namex/recipe.yaml", "namex/statistics.safetensors")
     return {path.name: path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .folder import write_text
+from ..files import write_text
 
 PATTERNS = (
     "tokenizer*",

@@ -7,7 +7,6 @@ While a run is under way the folder holds ``.namex/`` and no ``config.json``, so
 import errno
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,23 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
+from ..files import CONFIG, REPORT, found, write_text
 
-STATE, RUN, LOCK, REPORT, CONFIG = ".namex", "run.json", "lock", "namex_report.json", "config.json"
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
+STATE, RUN, LOCK = ".namex", "run.json", "lock"
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
     """The run a folder belongs to, unfinished or complete; nothing for a folder that is not ours."""
-    for path, key in ((folder / STATE / RUN, None), (folder / REPORT, "run")):
+    for path, key in ((folder / STATE / RUN, None), (found(folder, REPORT), "run")):
         try:
             values = json.loads(path.read_text("utf-8"))
         except (OSError, ValueError):
@@ -101,8 +91,8 @@ class OutputFolder:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError as error:
                 raise OutputError(f"{self.path} is in use by another run") from error
-            found = read_run(self.path)
-            if overwrite and found is not None and found != self.run:
+            previous = read_run(self.path)
+            if overwrite and previous is not None and previous != self.run:
                 self._empty()
             if not (self.state / RUN).is_file():
                 write_text(self.state / RUN, json.dumps(self.run, indent=1))

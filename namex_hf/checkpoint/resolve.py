@@ -28,9 +28,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import CheckpointError
 from ..families import family_of
+from ..files import CARD, CONFIG, INDEX
 from .companions import PATTERNS
 from .header import DTYPES, TensorSpan
-from .source import INDEX, Checkpoint, open_checkpoint, read_json
+from .source import Checkpoint, open_checkpoint, read_json
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -119,7 +120,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         family_of(read_json(config))
         match = COMMIT.search(config.parent.as_posix())
         commit = match[1] if match else None
-        wanted = ["model*.safetensors", INDEX, "config.json", "README.md", *PATTERNS]  # the card, for its licence
+        wanted = ["model*.safetensors", INDEX, CONFIG, CARD, *PATTERNS]  # the card, for its licence
         folder = Path(
             snapshot_download(name, revision=commit or revision, allow_patterns=wanted, local_files_only=cached)
         )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from ..files import INDEX, write_text
 from .bytes import Reader
 from .header import NAMES, TensorSpan
 
@@ -67,9 +68,21 @@ def write_shard(
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """`write_shard` of what is in memory. Unlike the safetensors library's writer it says "disk full" as an OSError."""
+    path.parent.mkdir(exist_ok=True)
     items = [Item(name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)) for name, tensor in tensors.items()]
     with Reader() as reader:
         write_shard(path, items, reader, metadata)
+
+
+def write_index(folder: Path, weight_map: dict[str, str], size: int) -> None:
+    """Write which file holds which tensor, of one file too: a program that opens every ``*.safetensors`` otherwise may
+    take a file for weights that is none.
+
+    Args:
+        size: of all tensors, in bytes.
+    """
+    index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _same(tensor: torch.Tensor) -> torch.Tensor:

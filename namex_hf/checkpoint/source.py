@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..files import CONFIG, INDEX, SINGLE
 from .header import TensorSpan, read_header
 
-SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.bin")
 
 
@@ -61,7 +61,7 @@ def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> 
     Raises:
         CheckpointError: anything missing, damaged, or contradicting itself.
     """
-    config = read_json(folder / "config.json")
+    config = read_json(folder / CONFIG)
     named = _shards_named(folder)
     spans: dict[str, TensorSpan] = {}
     for file in sorted(set(named.values())) or [SINGLE]:

@@ -8,15 +8,14 @@ from rich.console import Console
 from rich.markup import escape
 
 from ..checkpoint.companions import has_tokenizer
-from ..checkpoint.folder import REPORT, write_text
 from ..cli import SCORED_BYTES, Parser, _run
 from ..errors import CheckpointError, MissingExtraError, RecipeError
+from ..files import PAGE, PICTURES, REPORT, write_bytes, write_text
 from ..report.answers import Answers, answers
 from ..report.folder import PatchedFolder, open_patched
 from ..report.page import page
 from ..report.walks import distances
 
-FOLDER, PAGE = "namex_report", "report.html"
 TOKENS = 4096  # of text that is read by the experts of a small folder whose recipe read none
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
 
@@ -30,7 +29,7 @@ def report(arguments: Sequence[str] | None = None) -> int:
         "Nothing of the model is changed; it needs the extra 'report'.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of namex-patch or sft_smoltalk.py")
-    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write (default: DIR/{FOLDER})")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write (default: DIR/{PICTURES})")
     parser.add_argument(
         "--layer", type=int, metavar="L", help="layer of picture 4 (default: where Nash and mean differ most)"
     )
@@ -65,7 +64,7 @@ def write_pictures(
 
     Args:
         path: the patched folder, which is only read.
-        out: a folder to write into, made if need be (default: ``path/namex_report``).
+        out: a folder to write into, made if need be (default: ``path/namex/pictures``).
         layer: whose experts bargain in picture 4 (default: the layer where Nash and mean differ most).
         tokens: of packaged text that goes through the experts (default: as many as the recipe read, or 4096; none for
             a folder above 256 MiB or without a tokenizer).
@@ -93,20 +92,13 @@ def write_pictures(
         except DAMAGED as error:
             said = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{REPORT} in {path} cannot be drawn, a record is damaged ({said})") from error
-        target = path / FOLDER if out is None else out
+        target = path / PICTURES if out is None else out
         target.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
             for form, content in (("png", picture.png()), ("svg", picture.svg(ground="white"))):
-                _write(target / f"{picture.name}.{form}", content)
+                write_bytes(target / f"{picture.name}.{form}", content)
         write_text(target / PAGE, text)
     return target / PAGE
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A picture is whole or not there: what a killed run has left can be published."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
 
 
 def _answered(folder: PatchedFolder, tokens: int | None, console: Console) -> Answers | None:

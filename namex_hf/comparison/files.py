@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..checkpoint.folder import write_text
+from ..files import write_text
 from .journal import Journal
 from .page import page
 from .rows import perplexities

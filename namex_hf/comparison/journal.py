@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import write_text
+from ..files import write_text
 
 CELLS = "cells"
 

@@ -13,14 +13,16 @@ from transformers import CONFIG_MAPPING
 
 from ..checkpoint.companions import PATTERNS, has_tokenizer
 from ..checkpoint.resolve import COMMIT, UNREACHABLE, local_folder
-from ..checkpoint.source import INDEX, Checkpoint, open_checkpoint
+from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
+from ..files import BEFORE_0_2, CONFIG, INDEX, OURS, REPORT
+from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
 
 SHARD = "5GB"
-WANTED = ("model*.safetensors", INDEX, "config.json", "namex_*", *PATTERNS)
+WANTED = ("model*.safetensors", INDEX, CONFIG, f"{OURS}/*", *BEFORE_0_2.values(), *PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ def candidates(
 
 def _made_of(checkpoint: Checkpoint) -> str | None:
     """Hash of the model that a patched folder was made of, as its report says."""
-    path = checkpoint.folder / "namex_report.json"
+    path = placed(checkpoint.folder, REPORT)
     if not path.is_file():
         return None
     source = json.loads(path.read_text("utf-8")).get("source")

@@ -11,8 +11,8 @@ import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
-from ..checkpoint.folder import write_text
 from ..errors import OutputError
+from ..files import write_text
 from .items import RESULTS, SAMPLES
 from .journal import Journal, changes
 from .language_model import NamexLM

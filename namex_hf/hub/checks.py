@@ -11,14 +11,14 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
-from ..checkpoint.folder import REPORT, STATE
+from ..checkpoint.folder import STATE
 from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
 from ..errors import CheckpointError
+from ..files import CARD, REPORT, found
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
 from ..report.report import Report
 from .errors import PublishError
-from .files import CARD
 
 RUN_BYTES = 256 << 20
 """A model up to this size is run on a few tokens; of a larger one every tensor's name and shape is checked."""
@@ -51,12 +51,12 @@ def check_folder(folder: Path) -> Checked:
         raise PublishError(f"{folder} is unfinished ({STATE} is there); the command that made it finishes it")
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
-    if not isinstance(config.get("namex"), dict) or not (folder / REPORT).is_file():
+    if not isinstance(config.get("namex"), dict) or not found(folder, REPORT).is_file():
         raise PublishError(
             f"{folder}: config.json has no recipe under 'namex', or {REPORT} is missing; needed: a folder that "
             "namex-patch or sft_smoltalk.py has written"
         )
-    _check_report(folder / REPORT)
+    _check_report(found(folder, REPORT))
     _check_code(checkpoint)
     card = _check_card(folder / CARD)
     large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]

@@ -5,15 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..checkpoint.companions import companions
-from ..checkpoint.folder import CONFIG, REPORT
-from ..checkpoint.source import INDEX, Checkpoint
+from ..checkpoint.source import Checkpoint
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, PICTURES, RECIPE, REPORT, SCORES, STATISTICS
 from ..models import remote_code
-from ..report.card_measured import SCORES
 from .errors import PublishError
 
-CARD = "README.md"
-OURS = (CONFIG, INDEX, CARD, REPORT, SCORES, "namex_recipe.yaml", "namex_statistics.safetensors")
-PICTURES = re.compile(r"namex_report/[^/]+\.(?:png|svg|html)|namex_report\.html")
+OURS = (CONFIG, INDEX, CARD, REPORT, SCORES, RECIPE, STATISTICS)
+PICTURE = re.compile(PICTURES + r"/[^/]+\.(?:png|svg|html)")
 FOLDERS = re.compile(r"adapter|compare|checkpoint-\d+")
 """Folders of a fine-tuning run that go up only when they are asked for."""
 INSIDE = (".safetensors", ".json", ".jinja", ".txt", ".md", ".yaml", ".py", ".png", ".svg", ".html")
@@ -66,14 +64,25 @@ def select(checkpoint: Checkpoint, include: tuple[str, ...] = ()) -> Selection:
     files, left_out = [], {}
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()):
         name = path.relative_to(folder).as_posix()
-        reason = _why_not(path, name, folder, known, include)
+        place = moved(name)
+        reason = _why_not(path, place, folder, known, include)
+        if reason is None and place != name and (folder / place).exists():
+            reason = f"{place} is there too"
         if reason is None:
-            files.append(Upload(name, path, path.stat().st_size))
-        elif name in known and reason == LINK:
+            files.append(Upload(place, path, path.stat().st_size))
+        elif place in known and reason == LINK:
             raise PublishError(f"{path} is a link that leaves the folder; needed: the file itself")
         else:
             left_out[name] = reason
     return Selection(tuple(files), left_out)
+
+
+def moved(name: str) -> str:
+    """Where a file goes that lies where releases before 0.2.0 put it; any other stays."""
+    for now, before in BEFORE_0_2.items():
+        if name == before or name.startswith(f"{before}/"):
+            return now + name.removeprefix(before)
+    return name
 
 
 LINK = "a link that leaves the folder"
@@ -99,7 +108,7 @@ def _why_not(path: Path, name: str, folder: Path, known: set[str], include: tupl
         if path.suffix not in INSIDE:
             return _kind(name)
         return "of a run" if TRACES.search(name.removeprefix(f"{top}/")) else None
-    if name in known or PICTURES.fullmatch(name):
+    if name in known or PICTURE.fullmatch(name):
         return None
     if FOLDERS.fullmatch(top):
         return f"goes up with --include {top}"

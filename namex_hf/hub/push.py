@@ -9,16 +9,15 @@ from typing import Any
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-from ..checkpoint.folder import CONFIG, REPORT
-from ..checkpoint.source import INDEX
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT
 from ..report.card_metadata import put_block, read_block, usable
-from ..report.card_story import PLACE, picture_lines
+from ..report.card_story import PLACE, linked
 from ..report.card_text import put_section
 from .client import client
 from .errors import PublishError
-from .files import CARD, Selection, holds
+from .files import Selection, holds
 
-STALE = ("model*.safetensors", INDEX, "*.py", "namex_*", "namex_report/*")
+STALE = ("model*.safetensors", INDEX, "*.py", f"{OURS}/*", *BEFORE_0_2.values(), f"{BEFORE_0_2[PICTURES]}/*")
 """Files of an earlier push that go with the next one, unless they are in it: left-over weights would be loaded."""
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
@@ -107,7 +106,7 @@ def _ready(api: HfApi, target: Target) -> None:
 
 def _check_ours(api: HfApi, target: Target) -> None:
     names = set(api.list_repo_files(target.repo, revision=target.revision))
-    if CONFIG in names and REPORT not in names:
+    if CONFIG in names and not names & {REPORT, BEFORE_0_2[REPORT]}:
         raise PublishError(
             f"{target.repo} holds a model that namex_hf did not write; accepted: a new or empty repository, one of an "
             "earlier push, or --pull-request"
@@ -118,9 +117,9 @@ def completed(card: str, api: HfApi, selection: Selection, repo: str) -> str:
     """The card with the repository in its snippet and the pictures that go along; where it states no licence, with the
     licence, languages and tags of the base model's card."""
     card = card.replace(f'"{PLACE}"', f'"{repo}"')
-    pictures = [file.path for file in selection.files if file.name.startswith("namex_report/")]
+    pictures = [file.name for file in selection.files if re.fullmatch(PICTURES + r"/[^/]+\.png", file.name)]
     if pictures:
-        card = put_section(card, "pictures", picture_lines(pictures[0].parent.parent))
+        card = put_section(card, "pictures", linked(pictures))
     block = read_block(card)
     base = block.get("base_model")
     if isinstance(base, str) and "license" not in block:

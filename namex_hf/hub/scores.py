@@ -5,9 +5,9 @@ from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.folder import REPORT
 from ..checkpoint.source import open_checkpoint
 from ..errors import CheckpointError
+from ..files import REPORT, found
 from ..harness.report import Model, Score, ZeroShotReport, eval_results, shown
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section, table
@@ -65,7 +65,7 @@ def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | No
 def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path, told: bool) -> bool:
     if model.fingerprint == open_checkpoint(folder).fingerprint():
         return told or _same_files(_files_scored(evaluation, model, results), folder)
-    report = Report.from_json((folder / REPORT).read_text("utf-8"))
+    report = Report.from_json(found(folder, REPORT).read_text("utf-8"))
     made_alike = (
         model.recipe is not None
         and report.training is None

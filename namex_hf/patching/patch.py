@@ -12,11 +12,12 @@ from typing import Any
 
 from ..bargaining import spectral_radius
 from ..checkpoint.companions import carry, companions
-from ..checkpoint.folder import CONFIG, REPORT, STATE, OutputFolder, write_text
+from ..checkpoint.folder import STATE, OutputFolder
 from ..checkpoint.resolve import resolve
-from ..checkpoint.shard import write_tensors
-from ..checkpoint.source import INDEX, Checkpoint
+from ..checkpoint.shard import write_index, write_tensors
+from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError, OutputError
+from ..files import CARD, CONFIG, RECIPE, REPORT, STATISTICS, found, write_text
 from ..models import remote_code
 from ..recipe import Recipe
 from ..report.card import card
@@ -76,7 +77,7 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
     folder.check(overwrite)
     if folder.complete:
         shutil.rmtree(out / STATE, ignore_errors=True)
-        return Report.from_json((out / REPORT).read_text("utf-8"))
+        return Report.from_json(found(out, REPORT).read_text("utf-8"))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
     start = time.perf_counter()
     with folder.claimed(overwrite):
@@ -172,18 +173,16 @@ def _stability(plan: Plan, layers: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _write_companions(plan: Plan, out: Path, state: State, report: Report, weight_map: dict[str, str]) -> None:
-    if len(set(weight_map.values())) > 1:
-        index = {"metadata": {"total_size": plan.bytes_out}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(out / INDEX, json.dumps(index, indent=2) + "\n")
+    write_index(out, weight_map, plan.bytes_out)
     carry(plan.checkpoint.folder, out)
     config = plan.config()
     for file in remote_code(config["model_type"]).files:
         write_text(out / file.name, file.read_text("utf-8"))
     statistics = state.statistics()
     if statistics:
-        write_tensors(out / "namex_statistics.safetensors", statistics, METADATA)
-    write_text(out / "namex_recipe.yaml", plan.recipe.to_yaml())
-    write_text(out / "README.md", card(report, config, out, plan.checkpoint.folder))
+        write_tensors(out / STATISTICS, statistics, METADATA)
+    write_text(out / RECIPE, plan.recipe.to_yaml())
+    write_text(out / CARD, card(report, config, out, plan.checkpoint.folder))
     write_text(out / REPORT, report.to_json())
 
 
@@ -211,5 +210,5 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
 def rewrite_report(out: Path, report: Report) -> None:
     """Put a report with more in it (perplexity, say) in the place of the old one, and into the card."""
     config = json.loads((out / CONFIG).read_text("utf-8"))
-    write_text(out / "README.md", card(report, config, out))
-    write_text(out / REPORT, report.to_json())
+    write_text(out / CARD, card(report, config, out))
+    write_text(found(out, REPORT), report.to_json())

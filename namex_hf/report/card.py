@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from ..files import REPORT
 from .card_measured import perplexity_lines, training_lines
 from .card_metadata import as_yaml, metadata
 from .card_story import limit_lines, loading_lines, picture_lines, story_lines
@@ -53,7 +54,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         "",
         *limit_lines(report, data),
         "",
-        f"Made with `namex_hf` {plain(report.versions['namex_hf'])}; method: {PAPER}. Details in `namex_report.json`.",
+        f"Made with `namex_hf` {plain(report.versions['namex_hf'])}; method: {PAPER}. Details in `{REPORT}`.",
         "",
     ]
     return "\n".join(lines)

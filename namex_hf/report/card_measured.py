@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from ..files import SCORES, found
 from .card_text import plain, table
 from .report import Report
 
-SCORES = "namex_scores.json"
-"""Losses and answers item by item, in the folder of a fine-tuned model."""
 MEASURES = {
     "chats": "perplexity of the assistant's turns in held-out chats",
     "text": "perplexity of packaged held-out text",
@@ -100,7 +99,7 @@ def _score_lines(scores: dict[str, dict[str, float]], items: dict[str, Any]) -> 
 
 
 def _items(folder: Path | None) -> dict[str, Any]:
-    path = folder / SCORES if folder is not None else None
+    path = found(folder, SCORES) if folder is not None else None
     return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
 
 

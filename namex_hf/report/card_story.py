@@ -1,10 +1,12 @@
 """What a card says in words: what was merged and how, how to load it, what it is not good for."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from ..checkpoint.companions import has_tokenizer
+from ..files import PICTURES, REPORT, found
 from ..recipe import Recipe
 from .card_text import plain
 from .report import Report
@@ -66,7 +68,7 @@ def _how(recipe: dict[str, Any]) -> str:
 def _source(report: Report) -> str:
     name, commit = report.source["name"], report.source["commit"]
     if commit is None:
-        return f"**{plain(name) or 'a model'}** (a local copy; its hash is in `namex_report.json`)"
+        return f"**{plain(name) or 'a model'}** (a local copy; its hash is in `{REPORT}`)"
     address = f"https://huggingface.co/{quote(name)}/tree/{quote(commit, safe='')}"
     return f"[{plain(name)}]({address}) at commit {plain(commit[:12])}"
 
@@ -97,10 +99,15 @@ def loading_lines(config: dict[str, Any], folder: Path | None, place: str = PLAC
 
 def picture_lines(folder: Path | None) -> list[str]:
     """The pictures of the folder's report, linked; nothing where there are none."""
-    files = sorted(folder.glob("namex_report/*.png")) if folder is not None else []
-    if not files:
+    files = sorted(found(folder, PICTURES).glob("*.png")) if folder is not None else []
+    return linked([path.relative_to(folder).as_posix() for path in files]) if folder is not None else []
+
+
+def linked(names: Sequence[str]) -> list[str]:
+    """Args: names, of pictures: paths below the card's folder, with slashes."""
+    if not names:
         return []
-    shown = [f"![{plain(path.stem.replace('_', ' '))}](namex_report/{quote(path.name)})" for path in files]
+    shown = [f"![{plain(Path(name).stem.replace('_', ' '))}]({quote(name)})" for name in names]
     return ["## Pictures", "", *"\n\n".join(shown).split("\n")]
 
 

@@ -7,16 +7,15 @@ from typing import Any
 import torch
 
 from ..checkpoint.bytes import Reader
-from ..checkpoint.folder import REPORT
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.layout import per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
 from ..errors import CheckpointError
 from ..families import PROJECTIONS, Family, MoeShape, original_family
+from ..files import REPORT, STATISTICS, found
 from ..recipe import Recipe
 from .report import Report
 
-STATISTICS = "namex_statistics.safetensors"
 ACCEPTED = "accepted: a finished folder of namex-patch or sft_smoltalk.py"
 
 
@@ -94,7 +93,7 @@ def open_patched(path: Path) -> PatchedFolder:
     family = original_family(config)
     shape = family.shape(config)
     recipe = Recipe.from_dict(config["namex"])
-    tensors = _statistics(path / STATISTICS)
+    tensors = _statistics(found(path, STATISTICS))
     cosines = {layer: t for (layer, what), t in tensors.items() if what == "cosines"}
     usage = {layer: t for (layer, what), t in tensors.items() if what == "usage"}
     spans = per_expert(checkpoint, family, shape)
@@ -103,7 +102,7 @@ def open_patched(path: Path) -> PatchedFolder:
 
 def _report(path: Path) -> Report:
     try:
-        report = Report(**read_json(path / REPORT))
+        report = Report(**read_json(found(path, REPORT)))
         _ = [(record["layer"], record["games"], record["seconds"]) for record in report.layers]
         _ = (report.run["recipe"], report.source["name"])
     except (TypeError, KeyError) as error:

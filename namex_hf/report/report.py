@@ -1,4 +1,4 @@
-"""The record of a run, as ``namex_report.json`` holds it."""
+"""The record of a run, as ``namex/report.json`` holds it."""
 
 import importlib.metadata
 import json

@@ -8,8 +8,10 @@ from typing import Any
 from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoint.companions import carry
-from ..checkpoint.folder import CONFIG, REPORT, OutputFolder, write_text
-from ..checkpoint.shard import write_tensors
+from ..checkpoint.folder import OutputFolder
+from ..checkpoint.header import read_header
+from ..checkpoint.shard import write_index, write_tensors
+from ..files import CARD, CONFIG, RECIPE, REPORT, SINGLE, STATISTICS, write_text
 from ..models import remote_code
 from ..recipe import Recipe
 from ..report.card import card
@@ -60,6 +62,9 @@ def save_trained(
     stock = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     code = remote_code(config["model_type"])
     config |= {"architectures": [stock.__name__], **({"auto_map": code.auto_map} if code.files else {})}
+    if (staged / SINGLE).is_file():
+        spans = read_header(staged / SINGLE)
+        write_index(out, dict.fromkeys(spans, SINGLE), sum(span.size for span in spans.values()))
     for path in sorted(staged.iterdir()):
         if path.name != CONFIG and path.suffix != ".py":
             path.replace(out / path.name)
@@ -67,8 +72,8 @@ def save_trained(
         write_text(out / file.name, file.read_text("utf-8"))
     if settled:
         cosines = {f"layers.{one.layer}.cosines": one.cosines.contiguous() for one in settled}
-        write_tensors(out / "namex_statistics.safetensors", cosines, METADATA)
-    write_text(out / "namex_recipe.yaml", Recipe.from_dict(report.run["recipe"]).to_yaml())
-    write_text(out / "README.md", card(report, config, out, carried))
+        write_tensors(out / STATISTICS, cosines, METADATA)
+    write_text(out / RECIPE, Recipe.from_dict(report.run["recipe"]).to_yaml())
+    write_text(out / CARD, card(report, config, out, carried))
     write_text(out / REPORT, report.to_json())
     folder.finish(config)

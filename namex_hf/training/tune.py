@@ -12,9 +12,10 @@ from typing import Any
 from rich.console import Console
 from trl import SFTConfig
 
-from ..checkpoint.folder import REPORT, OutputFolder, write_text
+from ..checkpoint.folder import OutputFolder
 from ..errors import TrainingError
 from ..families.kinds import kind_of
+from ..files import REPORT, SCORES, found, write_text
 from ..recipe import Recipe
 from ..report.report import Report, versions
 from .bargain import Settled, rebargain
@@ -27,7 +28,6 @@ from .scores import Items, measure, value
 from .start import Start
 from .trainer import NamexTrainer, last_checkpoint
 
-SCORES = "namex_scores.json"
 LIBRARIES = ("accelerate", "trl", "peft", "datasets")
 
 
@@ -65,7 +65,7 @@ def tune(
     plan = planned(start, choice)
     if folder.complete:
         console.print(f"{out} is complete: this run was made before", soft_wrap=True)
-        return Report.from_json((out / REPORT).read_text("utf-8"))
+        return Report.from_json(found(out, REPORT).read_text("utf-8"))
     arguments.distributed_state.wait_for_everyone()  # all have looked at the folder before the first one claims it
     with folder.claimed(overwrite) if first else nullcontext():
         return Run(start, chats, arguments, choice, plan, folder, console).finish()
@@ -230,5 +230,5 @@ def check_sharding(trainer: NamexTrainer, adapter: Adapter | None) -> None:
 
 def scores_of(out: Path) -> dict[str, Items]:
     """Item by item, before and after; empty where none were taken."""
-    path = out / SCORES
+    path = found(out, SCORES)
     return json.loads(path.read_text("utf-8")) if path.is_file() else {}

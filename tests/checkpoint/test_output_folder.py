@@ -31,8 +31,8 @@ def test_foreign_folder_is_left_alone(source: Path, tmp_path: Path) -> None:
     contents = {
         "note.txt": "mine",
         "config.json": "{}",
-        "namex_report.json": "[]",
-        "namex_report.json/x": "a folder of that name",
+        "namex/report.json": "[]",
+        "namex/report.json/x": "a folder of that name",
         ".namex/mine": "mine",
         ".namex/run.json": "no json",
         ".namex/lock/x": "mine",

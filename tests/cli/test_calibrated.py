@@ -57,7 +57,7 @@ def test_what_it_tells(
     monkeypatch.setenv("COLUMNS", "200")
     command = (speaking, "--out", tmp_path / "out", *FIT, "--calibration-data", prose)
     assert ran(*command) == 0
-    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex/report.json").read_text())
     card = (tmp_path / "out" / "README.md").read_text()
     assert "error merged" in said.out
     assert "error fitted" in said.out
@@ -83,7 +83,7 @@ def test_soft_on_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     means = []
     for flags in (SOFT, ALIGNED, CURVED):
         assert ran("tiny", "--out", tmp_path / "out", *flags, "--overwrite") == 0
-        said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex_report.json").read_text())
+        said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex/report.json").read_text())
         card = (tmp_path / "out" / "README.md").read_text()
         for text in (said.out, card):
             assert ("error merged" in text) == (flags != SOFT)

@@ -43,7 +43,7 @@ def test_the_default_patch_from_beginning_to_end(name: str, tmp_path: Path, caps
     assert cli.patch([name, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert all(domain in said for domain in DOMAINS)
-    report = json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "namex/report.json").read_text())
     assert report["source"]["name"] == name
     assert len(report["layers"]) == MODELS[name][1]
     assert list(report["perplexity"]) == DOMAINS
@@ -91,7 +91,7 @@ def test_cosine_routing_without_text_is_compared_on_held_out_text(
     monkeypatch.setattr(cli, "SCORED_TOKENS", 700)  # a window and a part of one
     assert cli.patch(["tiny-deepseek", "--out", str(tmp_path / "out"), "--method", "smoe", "--routing", "cosine"]) == 0
     assert "agreement with linear" in capsys.readouterr().out
-    report, model = json.loads((tmp_path / "out" / "namex_report.json").read_text()), load(tmp_path / "out")
+    report, model = json.loads((tmp_path / "out" / "namex/report.json").read_text()), load(tmp_path / "out")
     tokenizer, wanted, found = AutoTokenizer.from_pretrained(tmp_path / "out"), [], []
     block = model.model.layers[1].mlp  # the first that is a mixture
     block.register_forward_pre_hook(lambda _, given: wanted.append(given[0][0] @ block.gate.weight.T))

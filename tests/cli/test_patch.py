@@ -65,7 +65,7 @@ def test_no_tokenizer_no_perplexity_and_a_line_that_says_so(
     assert "no tokenizer in the checkpoint: perplexity is skipped" in said.err
     assert "agreement" in said.out
     assert str(tmp_path / "out") in said.out
-    assert json.loads((tmp_path / "out" / "namex_report.json").read_text())["perplexity"] is None
+    assert json.loads((tmp_path / "out" / "namex/report.json").read_text())["perplexity"] is None
 
 
 def test_a_broken_tokenizer_costs_the_perplexity_only(copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -84,7 +84,7 @@ def test_perplexity_before_and_after(
     monkeypatch.setattr(cli, "SCORED_TOKENS", 128)
     model = save_toy(tmp_path / "model", tokenizer=True)
     assert ran(model, "--out", tmp_path / "out") == 0
-    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex/report.json").read_text())
     assert list(report["perplexity"]) == ["arithmetic", "code", "dictionary", "manual", "prose", "mean"]
     assert all(value["before"] > 1 and value["after"] > 1 for value in report["perplexity"].values())
     for domain in report["perplexity"]:
@@ -118,7 +118,7 @@ def test_flags_go_before_the_recipe_file(toy: Path, tmp_path: Path):
     assert ran(toy, "--out", tmp_path / "out", "--recipe", recipe, "--gamma", "0.25", "--quiet") == 0
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["namex"]
     assert stored == Recipe(method="ep-camex", gamma=0.25, base="mean").to_dict()
-    assert Recipe.from_yaml(tmp_path / "out" / "namex_recipe.yaml").to_dict() == stored
+    assert Recipe.from_yaml(tmp_path / "out" / "namex/recipe.yaml").to_dict() == stored
 
 
 def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
@@ -150,7 +150,7 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     wanted = Recipe(merge="grouped", experts=4, weighting="nash", disagreement="mean", granularity="expert", seed=3)
     assert config["namex"] == wanted.to_dict()
     assert (config["num_experts"], config["num_experts_per_tok"]) == (4, 3)
-    assert "device" not in (tmp_path / "out" / "namex_recipe.yaml").read_text()
+    assert "device" not in (tmp_path / "out" / "namex/recipe.yaml").read_text()
 
 
 def test_deepseek_as_stock_qwen(toys: dict[str, Path], tmp_path: Path):
@@ -169,7 +169,7 @@ def test_stable_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.setattr(cli, "SCORED_TOKENS", 256)
     command = ("tiny", "--out", tmp_path / "out", "--routing", "stable", "--calibration-tokens", "4096")
     assert ran(*command) == 0
-    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex/report.json").read_text())
     assert "calibrated on 4096 tokens of packaged" in said.out
     assert "Traceback" not in said.err
     config, tensors = json.loads((tmp_path / "out" / "config.json").read_text()), {}
@@ -273,7 +273,7 @@ def test_names_that_look_like_markup(copied: Path, tmp_path: Path, capsys: pytes
 def test_a_model_named_by_a_dot_has_a_name(copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(copied)
     assert ran(".", "--out", tmp_path / "out", "--method", "smoe", "--quiet") == 0
-    assert json.loads((tmp_path / "out" / "namex_report.json").read_text())["source"]["name"] == "copied"
+    assert json.loads((tmp_path / "out" / "namex/report.json").read_text())["source"]["name"] == "copied"
 
 
 def test_configuration_and_tokenizer_of_others_lose_paths_and_code(copied: Path, tmp_path: Path):

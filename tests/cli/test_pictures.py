@@ -43,14 +43,14 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_they_are_drawn_with_the_perplexity_and_linked_by_the_card(speaking: Path, tmp_path: Path, capsys: Said):
     out = tmp_path / "out"
     assert ran(speaking, "--out", out) == 0
-    assert f"pictures: {out}/namex_report/report.html" in capsys.readouterr().err
-    page, card = (out / "namex_report" / "report.html").read_text(), (out / "README.md").read_text()
-    after = json.loads((out / "namex_report.json").read_text())["perplexity"]["mean"]["after"]
+    assert f"pictures: {out}/namex/pictures/report.html" in capsys.readouterr().err
+    page, card = (out / "namex/pictures" / "report.html").read_text(), (out / "README.md").read_text()
+    after = json.loads((out / "namex/report.json").read_text())["perplexity"]["mean"]["after"]
     assert f"{after:.2f}" in page
     assert f"{after:.2f}" in card
-    names = {path.stem for path in (out / "namex_report").glob("*.png")}
+    names = {path.stem for path in (out / "namex/pictures").glob("*.png")}
     assert names >= {"1-similarity", "2-weights", "3-walk", "4-utilities", "5-stability", "6-usage"}
-    assert all(f"](namex_report/{name}.png)" in card for name in names)
+    assert all(f"](namex/pictures/{name}.png)" in card for name in names)
     assert not list(out.rglob("*.part"))
 
     before = files(out)
@@ -61,8 +61,8 @@ def test_they_are_drawn_with_the_perplexity_and_linked_by_the_card(speaking: Pat
 
 def test_a_quiet_run_draws_none(speaking: Path, tmp_path: Path):
     assert ran(speaking, "--out", tmp_path / "out", "--quiet") == 0
-    assert not (tmp_path / "out" / "namex_report").exists()
-    assert "namex_report/" not in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "namex/pictures").exists()
+    assert "namex/pictures/" not in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_those_of_a_large_checkpoint_are_a_step_of_their_own(
@@ -71,7 +71,7 @@ def test_those_of_a_large_checkpoint_are_a_step_of_their_own(
     monkeypatch.setattr(cli, "DRAWN_BYTES", 1 << 10)
     assert ran(speaking, "--out", tmp_path / "out") == 0
     assert f"pictures: namex-report {tmp_path}/out\n" in capsys.readouterr().err
-    assert not (tmp_path / "out" / "namex_report").exists()
+    assert not (tmp_path / "out" / "namex/pictures").exists()
 
 
 def test_without_matplotlib_the_extra_is_named(
@@ -115,17 +115,17 @@ def test_killed_while_drawing(toy: Path, tmp_path: Path, capsys: Said):
     out = tmp_path / "out"
     process = SERVER.Process(target=cli.patch, args=([str(toy), "--out", str(out)],))
     process.start()
-    while process.is_alive() and not list(out.glob("namex_report/*")):
+    while process.is_alive() and not list(out.glob("namex/pictures/*")):
         time.sleep(0.0005)
     process.kill()
     process.join()
     assert process.exitcode == -9
-    assert not (out / "namex_report" / "report.html").exists()
+    assert not (out / "namex/pictures" / "report.html").exists()
     assert not (out / ".namex").exists()
     load_patched(out)
-    assert "namex_report/" not in (out / "README.md").read_text()
+    assert "namex/pictures/" not in (out / "README.md").read_text()
     assert ran(toy, "--out", out) == 0
     assert "is complete" in capsys.readouterr().err
     assert command.report([str(out), "--quiet"]) == 0
-    assert (out / "namex_report" / "report.html").is_file()
+    assert (out / "namex/pictures" / "report.html").is_file()
     assert not list(out.rglob("*.part"))

@@ -77,12 +77,12 @@ def test_folders_that_are_none_of_ours(refused: Refused, folder: Path, stock: Pa
     assert "no folder; needed: one that namex-patch" in refused(tmp_path / "none")
     assert "config.json has no recipe under 'namex'" in refused(stock)
     assert "config.json cannot be read" in refused(tmp_path)
-    (folder / "namex_report.json").write_text("[")
-    assert "namex_report.json is no JSON" in refused(folder)
-    (folder / "namex_report.json").write_text('{"a": 1}')
-    assert "namex_report.json is no report of a patch (" in refused(folder)
-    (folder / "namex_report.json").unlink()
-    assert "namex_report.json is missing" in refused(folder)
+    (folder / "namex/report.json").write_text("[")
+    assert "namex/report.json is no JSON" in refused(folder)
+    (folder / "namex/report.json").write_text('{"a": 1}')
+    assert "namex/report.json is no report of a patch (" in refused(folder)
+    (folder / "namex/report.json").unlink()
+    assert "namex/report.json is missing" in refused(folder)
     (folder / ".namex").mkdir()
     assert "is unfinished (.namex is there)" in refused(folder)
 
@@ -185,7 +185,7 @@ def test_links_that_leave_the_folder(
 ):
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret" / "a.png").write_text("mine")
-    (folder / "namex_report").symlink_to(tmp_path / "secret")
+    (folder / "namex/pictures").symlink_to(tmp_path / "secret")
     (folder / "more.png").symlink_to(tmp_path / "secret" / "a.png")
     text = shown(capsys, folder)
     assert "stays: namex_report: a link that leaves the folder" in text
@@ -209,15 +209,15 @@ def test_what_goes_up_of_a_fine_tuned_folder(folder: Path, capsys: pytest.Captur
         "checkpoint-10/trainer_state.json",
         "checkpoint-10/optimizer.pt",
         "runs/events.out.tfevents.1",
-        "namex_report/cosine.png",
-        "namex_scores.json",
+        "namex/pictures/cosine.png",
+        "namex/scores.json",
         "LICENSE",
     ):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text("{}")
     text = shown(capsys, folder)
     up = {line.split()[1] for line in text.splitlines() if line.startswith("│")}
-    assert {"namex_report/cosine.png", "namex_scores.json", "LICENSE", "config.json"} <= up
+    assert {"namex/pictures/cosine.png", "namex/scores.json", "LICENSE", "config.json"} <= up
     assert not any(name.startswith(("adapter", "compare", "checkpoint", "runs")) for name in up)
     assert "stays: checkpoint-10/ (4 files): goes up with --include checkpoint-10" in text
     assert "stays: runs/: not of the model" in text

@@ -56,11 +56,11 @@ def test_the_folder_itself_takes_them_by_default_and_again(copied: Path, capsys:
     before = contents(copied)
     assert ran(copied, "--tokens", 0, "--layer", 3, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
-    written = contents(copied / "namex_report")
+    written = contents(copied / "namex/pictures")
     assert set(written) == FILES
     assert {name: data for name, data in contents(copied).items() if "/" not in name} == before
     assert ran(copied, "--tokens", 0, "--layer", 3, "--quiet") == 0
-    assert contents(copied / "namex_report") == written
+    assert contents(copied / "namex/pictures") == written
     assert "Layer 3 (this layer was asked for)" in written["report.html"].decode()
 
 
@@ -75,7 +75,7 @@ def test_without_a_tokenizer_no_text_is_read(copied: Path, capsys: Said):
         file.unlink()
     assert ran(copied) == 0
     assert "no tokenizer in the folder: the experts answer to no text" in capsys.readouterr().err
-    assert {path.name for path in (copied / "namex_report").iterdir()} == FILES
+    assert {path.name for path in (copied / "namex/pictures").iterdir()} == FILES
 
 
 def test_a_large_folder_reads_text_if_it_is_told_to(
@@ -84,7 +84,7 @@ def test_a_large_folder_reads_text_if_it_is_told_to(
     monkeypatch.setattr(command, "SCORED_BYTES", 1 << 20)
     assert ran(copied) == 0
     assert "unless asked to: --tokens 4096" in capsys.readouterr().err
-    assert not (copied / "namex_report" / "6-usage.png").exists()
+    assert not (copied / "namex/pictures" / "6-usage.png").exists()
     assert ran(copied, "--tokens", 1024, "--out", tmp_path / "out") == 0
     assert (tmp_path / "out" / "6-usage.png").exists()
 
@@ -100,7 +100,7 @@ def test_without_matplotlib_the_extra_is_named(tiny: Path, tmp_path: Path, capsy
 
 def changed_report(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     def in_folder(folder: Path) -> None:
-        path = folder / "namex_report.json"
+        path = folder / "namex/report.json"
         values = json.loads(path.read_text())
         change(values)
         path.write_text(json.dumps(values))
@@ -110,9 +110,9 @@ def changed_report(change: Callable[[dict[str, Any]], object]) -> Callable[[Path
 
 def changed_statistics(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     def in_folder(folder: Path) -> None:
-        tensors = load_file(folder / "namex_statistics.safetensors")
+        tensors = load_file(folder / "namex/statistics.safetensors")
         change(tensors)
-        save_file(tensors, folder / "namex_statistics.safetensors")
+        save_file(tensors, folder / "namex/statistics.safetensors")
 
     return in_folder
 
@@ -125,10 +125,10 @@ def without_recipe(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no recipe": (without_recipe, "config.json has no recipe under 'namex'"),
-    "no report": (lambda folder: (folder / "namex_report.json").unlink(), "namex_report.json cannot be read"),
-    "no JSON": (lambda folder: (folder / "namex_report.json").write_text("{"), "namex_report.json is no JSON"),
+    "no report": (lambda folder: (folder / "namex/report.json").unlink(), "namex/report.json cannot be read"),
+    "no JSON": (lambda folder: (folder / "namex/report.json").write_text("{"), "namex/report.json is no JSON"),
     "another report": (
-        lambda folder: (folder / "namex_report.json").write_text('{"a": 1}'),
+        lambda folder: (folder / "namex/report.json").write_text('{"a": 1}'),
         "is no report of namex_hf",
     ),
     "a layer without games": (
@@ -145,14 +145,14 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "other norms": (
         changed_report(lambda values: [game.update(norms=[1.0, 2.0]) for game in values["layers"][0]["games"]]),
-        "layer 0 has norms [3, 2]; namex_statistics.safetensors has cosines [3, 16, 16]",
+        "layer 0 has norms [3, 2]; namex/statistics.safetensors has cosines [3, 16, 16]",
     ),
     "other statistics": (
         changed_statistics(lambda tensors: tensors.update(mean=torch.zeros(2))),
         "tensor mean; accepted: layers.L.cosines and layers.L.usage",
     ),
     "cut statistics": (
-        lambda folder: (folder / "namex_statistics.safetensors").write_bytes(b"\xff" * 20),
+        lambda folder: (folder / "namex/statistics.safetensors").write_bytes(b"\xff" * 20),
         "truncated or no safetensors",
     ),
     "cut weights": (lambda folder: (folder / "model-00001-of-00002.safetensors").unlink(), "is missing"),
@@ -169,7 +169,7 @@ def test_a_damaged_folder_is_answered_in_one_line(copied: Path, capsys: Said, da
     assert wanted in said.err
     assert said.err.count("\n") == 1
     assert said.out == ""
-    assert not (copied / "namex_report").exists()
+    assert not (copied / "namex/pictures").exists()
 
 
 @pytest.mark.parametrize(

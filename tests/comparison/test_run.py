@@ -105,7 +105,7 @@ def test_a_run_then_more_recipes_then_nothing_is_measured_twice(few: Settings, t
     assert told["rows"][2]["recipe"]["experts"] == 12
     assert told["run"]["texts"].keys() == {"prose"}
 
-    report = kept / "namex_report.json"
+    report = kept / "namex/report.json"
     other = json.loads(report.read_text())
     other["run"]["recipe"]["gamma"] = 0.5
     report.write_text(json.dumps(other))  # a model that is to be kept and is another's is made again

@@ -89,7 +89,7 @@ class Ended:
 
     @property
     def report(self) -> dict[str, Any]:
-        return json.loads((self.out / "namex_report.json").read_text("utf-8"))
+        return json.loads((self.out / "namex/report.json").read_text("utf-8"))
 
     @property
     def losses(self) -> list[dict[str, float]]:

@@ -37,9 +37,9 @@ def test_the_folder_is_a_patched_one(plain):
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in names
     assert not any("gate_up_proj" in name for name in names)
     assert not (plain.out / ".namex").exists()
-    recipe = Recipe.from_yaml(plain.out / "namex_recipe.yaml")
+    recipe = Recipe.from_yaml(plain.out / "namex/recipe.yaml")
     assert recipe == Recipe() == Recipe.from_dict(model.config.namex)
-    statistics = load_file(plain.out / "namex_statistics.safetensors")
+    statistics = load_file(plain.out / "namex/statistics.safetensors")
     assert statistics["layers.4.cosines"].shape == (3, 16, 16)
 
 
@@ -83,7 +83,7 @@ def test_what_is_printed(plain):
 
 
 def test_scores_are_there_item_by_item(plain):
-    items = json.loads((plain.out / "namex_scores.json").read_text())
+    items = json.loads((plain.out / "namex/scores.json").read_text())
     scores = plain.report["training"]["scores"]
     for when in ("before", "after"):
         mean = torch.tensor(items[when]["chats"][0], dtype=torch.float64).mean()
@@ -214,7 +214,7 @@ def test_compared_runs_have_equal_data_and_a_verdict(run, tmp_path):
     for name, model_type in (("original", "qwen2_moe"), ("ep-camex", "namex_qwen2_moe")):
         folder = ended.out / "compare" / name
         assert json.loads((folder / "config.json").read_text())["model_type"] == model_type
-        report = json.loads((folder / "namex_report.json").read_text())
+        report = json.loads((folder / "namex/report.json").read_text())
         assert report["run"]["data"] == ended.report["run"]["data"]
         assert report["training"]["steps"] == 2
         AutoModelForCausalLM.from_pretrained(folder)

@@ -86,7 +86,7 @@ def said(out: Path) -> str:
 
 
 def losses(out: Path) -> list[float]:
-    return [entry["loss"] for entry in json.loads((out / "namex_report.json").read_text())["training"]["loss"]]
+    return [entry["loss"] for entry in json.loads((out / "namex/report.json").read_text())["training"]["loss"]]
 
 
 def finished(processes: list[BaseProcess], out: Path) -> None:

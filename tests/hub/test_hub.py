@@ -78,12 +78,12 @@ def test_a_patch_of_a_hub_id_is_that_of_the_folder(
     commit = publish("me/q")
     answer = online("namex-patch", "me/q", "--out", tmp_path / "out", "--quiet")
     assert answer == (0, "", "")
-    report = json.loads((tmp_path / "out" / "namex_report.json").read_text())
+    report = json.loads((tmp_path / "out" / "namex/report.json").read_text())
     assert report["source"]["name"] == "me/q"
     assert report["source"]["commit"] == commit
     assert "base_model: me/q" in (tmp_path / "out" / "README.md").read_text()
     patch_checkpoint(model, tmp_path / "local")
-    for name in ("config.json", "namex_recipe.yaml", "tokenizer.json", "namex_statistics.safetensors"):
+    for name in ("config.json", "namex/recipe.yaml", "tokenizer.json", "namex/statistics.safetensors"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
     shards = sorted(path.name for path in (tmp_path / "local").glob("model*.safetensors"))
     assert shards == sorted(path.name for path in (tmp_path / "out").glob("model*.safetensors"))
@@ -100,7 +100,7 @@ def test_a_commit_can_be_asked_for(hub: Hub, publish: Publish, online: Command, 
     commit = publish("me/pinned")
     answer = online("namex-patch", "me/pinned", "--revision", commit, "--out", tmp_path / "out", "--quiet")
     assert answer.status == 0, answer
-    assert json.loads((tmp_path / "out" / "namex_report.json").read_text())["source"]["commit"] == commit
+    assert json.loads((tmp_path / "out" / "namex/report.json").read_text())["source"]["commit"] == commit
     wrong = online("namex-patch", "me/pinned", "--revision", "v9", "--out", tmp_path / "other")
     assert_refused(wrong, "me/pinned has no revision v9")
     assert not (tmp_path / "other").exists()
@@ -180,6 +180,6 @@ def test_without_a_network(tmp_path: Path, hub: Hub, publish: Publish, online: C
     assert hub.log == []
     assert not (tmp_path / "out").exists()
     reports = [
-        json.loads((tmp_path / name / "namex_report.json").read_text()) for name in ("first", "unreachable", "second")
+        json.loads((tmp_path / name / "namex/report.json").read_text()) for name in ("first", "unreachable", "second")
     ]
     assert reports[0]["source"] == reports[1]["source"] == reports[2]["source"]

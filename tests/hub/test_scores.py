@@ -34,7 +34,7 @@ def folder(made: Path, tmp_path: Path) -> Path:
 
 
 def report_of(folder: Path) -> Report:
-    return Report.from_json((folder / "namex_report.json").read_text())
+    return Report.from_json((folder / "namex/report.json").read_text())
 
 
 def score(label: str, task: str = "sums", **changes: Any) -> Score:
@@ -126,7 +126,7 @@ def test_a_recipe_that_was_applied_on_the_way(folder: Path, tmp_path: Path):
     with pytest.raises(CheckpointError, match=r"several rows are of .*: tiny\+full, again; --eval-label says which"):
         row_of(twice, path, folder)
     trained = replace(report_of(folder), training={"steps": 1})
-    (folder / "namex_report.json").write_text(trained.to_json())
+    (folder / "namex/report.json").write_text(trained.to_json())
     with pytest.raises(CheckpointError, match="no row of the weights"):
         row_of(pinned, path, folder)
 

@@ -225,8 +225,8 @@ def test_the_report(odd, words: Path, tmp_path: Path) -> None:
     report = patch_checkpoint(source, tmp_path / "out", recipe)
     text = text_for(recipe, read_config(source), AutoTokenizer.from_pretrained(source))
     assert report.run["calibration"] == {"name": "words.txt", "sha256": text.sha256, "tokens": TOKENS}
-    assert json.loads((tmp_path / "out" / "namex_report.json").read_text()) == json.loads(report.to_json())
-    statistics = load_file(tmp_path / "out" / "namex_statistics.safetensors")
+    assert json.loads((tmp_path / "out" / "namex/report.json").read_text()) == json.loads(report.to_json())
+    statistics = load_file(tmp_path / "out" / "namex/statistics.safetensors")
     assert sorted(statistics) == sorted(f"layers.{n}.{what}" for n in (0, 2, 3) for what in ("cosines", "usage"))
     for record in report.layers:
         assert sorted(index for group in record["groups"] for index in group) == list(range(7))
@@ -254,7 +254,7 @@ def test_no_file_of_the_result_holds_the_path_of_the_text(odd, words: Path, tmp_
         assert b"here-and-nowhere-else" not in data, name
         assert str(tmp_path).encode() not in data, name
     assert read_config(tmp_path / "out")["namex"]["calibration_data"] == "it's: mine.txt"
-    assert Recipe.from_yaml(tmp_path / "out" / "namex_recipe.yaml").calibration_data == "it's: mine.txt"
+    assert Recipe.from_yaml(tmp_path / "out" / "namex/recipe.yaml").calibration_data == "it's: mine.txt"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

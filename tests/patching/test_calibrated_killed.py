@@ -59,10 +59,10 @@ def test_killed_again_and_again(long_checkpoint: Path, tmp_path: Path, recipe: R
     assert layers_made(long_checkpoint, out, recipe) == [9, 10, 11, 12]
     wanted = settled_files(tmp_path / "undisturbed")
     assert len([name for name in wanted if name.endswith(".safetensors")]) > 4
-    assert {"config.json", "namex_recipe.yaml", "namex_statistics.safetensors"} < set(wanted)
+    assert {"config.json", "namex/recipe.yaml", "namex/statistics.safetensors"} < set(wanted)
     assert settled_files(out) == wanted
     load_patched(out)
-    one, other = (json.loads((folder / "namex_report.json").read_text()) for folder in (out, tmp_path / "undisturbed"))
+    one, other = (json.loads((folder / "namex/report.json").read_text()) for folder in (out, tmp_path / "undisturbed"))
     assert [{**layer, "seconds": 0} for layer in one["layers"]] == [
         {**layer, "seconds": 0} for layer in other["layers"]
     ]

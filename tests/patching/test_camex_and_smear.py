@@ -30,7 +30,7 @@ def test_camex_copies_the_expert_of_every_layer(odd, tmp_path: Path, dtype: torc
 def test_camex_reports_lengths_and_cosines_and_no_weights(odd, tmp_path: Path) -> None:
     source = odd("deepseek", torch.float32)
     report = patch_checkpoint(source, tmp_path / "out", Recipe(method="camex"))
-    statistics = load_file(tmp_path / "out" / "namex_statistics.safetensors")
+    statistics = load_file(tmp_path / "out" / "namex/statistics.safetensors")
     assert [layer["layer"] for layer in report.layers] == [1, 2, 3]
     for layer in report.layers:
         number = layer["layer"]
@@ -106,4 +106,4 @@ def test_smear_adds_no_tensor(odd, tmp_path: Path) -> None:
     assert read_config(tmp_path / "out")["model_type"] == "namex_qwen2_moe"
     assert read_config(tmp_path / "out")["namex"]["method"] == "smear"
     assert report.layers == []
-    assert not (tmp_path / "out" / "namex_statistics.safetensors").exists()
+    assert not (tmp_path / "out" / "namex/statistics.safetensors").exists()

@@ -221,12 +221,12 @@ def test_export_that_would_not_be_exact(odd, tmp_path: Path) -> None:
 
 
 def test_statistics(odd, tmp_path: Path) -> None:
-    """``namex_statistics.safetensors``: the cosines between whole experts of every layer."""
+    """``namex/statistics.safetensors``: the cosines between whole experts of every layer."""
     from safetensors.torch import load_file
 
     source = odd("qwen2_moe", torch.float32)
     patch_checkpoint(source, tmp_path / "out", Recipe(merge="grouped", experts=3))
-    statistics = load_file(tmp_path / "out" / "namex_statistics.safetensors")
+    statistics = load_file(tmp_path / "out" / "namex/statistics.safetensors")
     assert sorted(statistics) == ["layers.0.cosines", "layers.2.cosines", "layers.3.cosines"]
     for layer in (0, 2, 3):
         experts = experts_at(source, layer)
@@ -236,6 +236,6 @@ def test_statistics(odd, tmp_path: Path) -> None:
 
 
 def test_report_is_plain_json(odd, tmp_path: Path) -> None:
-    """``namex_report.json`` holds what the call returns."""
+    """``namex/report.json`` holds what the call returns."""
     report = patch_checkpoint(odd("deepseek", torch.bfloat16), tmp_path / "out", Recipe(merge="grouped", experts=3))
-    assert json.loads((tmp_path / "out" / "namex_report.json").read_text()) == json.loads(report.to_json())
+    assert json.loads((tmp_path / "out" / "namex/report.json").read_text()) == json.loads(report.to_json())

@@ -406,8 +406,8 @@ def test_the_report(odd, words: Path, tmp_path: Path, method: str) -> None:
     report = patch_checkpoint(source, tmp_path / "out", recipe)
     text = text_for(recipe, read_config(source), AutoTokenizer.from_pretrained(source))
     assert report.run["calibration"] == {"name": "words.txt", "sha256": text.sha256, "tokens": TOKENS}
-    assert json.loads((tmp_path / "out" / "namex_report.json").read_text()) == json.loads(report.to_json())
-    statistics = load_file(tmp_path / "out" / "namex_statistics.safetensors")
+    assert json.loads((tmp_path / "out" / "namex/report.json").read_text()) == json.loads(report.to_json())
+    statistics = load_file(tmp_path / "out" / "namex/statistics.safetensors")
     assert sorted(statistics) == sorted(f"layers.{n}.{what}" for n in (0, 2, 3) for what in ("cosines", "usage"))
     for record in report.layers:
         assert sum(record["usage"]) == 3 * TOKENS
@@ -428,7 +428,7 @@ def test_cosines_without_a_base(odd, words: Path, tmp_path: Path) -> None:
         experts = experts_at(plain(source, tmp_path / "out"), layer)
         flat = np.concatenate([experts[name].reshape(7, -1) for name in PROJECTIONS], axis=1)
         flat = flat / np.linalg.norm(flat, axis=1, keepdims=True)
-        (found,) = load_file(tmp_path / "out" / "namex_statistics.safetensors")[f"layers.{layer}.cosines"].numpy()
+        (found,) = load_file(tmp_path / "out" / "namex/statistics.safetensors")[f"layers.{layer}.cosines"].numpy()
         assert found == pytest.approx(flat @ flat.T, abs=1e-5)
 
 
@@ -441,7 +441,7 @@ def test_the_games_are_those_of_the_aligned_experts(odd, words: Path, tmp_path: 
     )
     assert [layer["games"] for layer in report.layers] == [layer["games"] for layer in again.layers]
     assert report.totals["spectral_radius"] == again.totals["spectral_radius"]
-    one, other = (load_file(tmp_path / name / "namex_statistics.safetensors") for name in ("out", "again"))
+    one, other = (load_file(tmp_path / name / "namex/statistics.safetensors") for name in ("out", "again"))
     assert differing({name: tensor for name, tensor in one.items() if "cosines" in name}, other) == []
 
 
@@ -536,7 +536,7 @@ def test_killed_among_the_layers(long_checkpoint: Path, tmp_path: Path, walking:
     assert layers_made(long_checkpoint, out, walking) == list(range(7, 13))
     assert settled_files(out) == settled_files(tmp_path / "undisturbed")
     load_patched(out)
-    one, other = (json.loads((folder / "namex_report.json").read_text()) for folder in (out, tmp_path / "undisturbed"))
+    one, other = (json.loads((folder / "namex/report.json").read_text()) for folder in (out, tmp_path / "undisturbed"))
     for layers in (one["layers"], other["layers"]):
         assert all(layer.pop("seconds") > 0 for layer in layers)
     assert one["layers"] == other["layers"]

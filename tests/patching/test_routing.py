@@ -604,11 +604,11 @@ def test_killed_again_and_again(long_checkpoint: Path, words: Path, tmp_path: Pa
     assert [int(what.split()[1].rstrip(":")) for what in told if what.endswith(": read")] == left
     is_clean(out)
     wanted = settled_files(tmp_path / "undisturbed")
-    assert {"config.json", "namex_recipe.yaml", "namex_statistics.safetensors"} < set(wanted)
+    assert {"config.json", "namex/recipe.yaml", "namex/statistics.safetensors"} < set(wanted)
     assert settled_files(out) == wanted
     assert whole.items() <= {path.name: path.stat().st_mtime_ns for path in out.glob("model-*.safetensors")}.items()
     load_patched(out)
-    one, other = (json.loads((folder / "namex_report.json").read_text()) for folder in (out, tmp_path / "undisturbed"))
+    one, other = (json.loads((folder / "namex/report.json").read_text()) for folder in (out, tmp_path / "undisturbed"))
     for layers in (one["layers"], other["layers"]):
         assert all(layer.pop("seconds") > 0 for layer in layers)
     assert one["layers"] == other["layers"]

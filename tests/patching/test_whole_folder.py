@@ -142,12 +142,12 @@ def test_companions(odd, tmp_path: Path) -> None:
     assert all_files(source) == before
     out = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} <= out
-    assert {"config.json", "namex_recipe.yaml", "namex_report.json", "namex_statistics.safetensors"} <= out
+    assert {"config.json", "namex/recipe.yaml", "namex/report.json", "namex/statistics.safetensors"} <= out
     assert not any(name.endswith(".part") or name in (".namex", "tokenization.py") for name in out)
     assert "auto_map" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
     assert "somebody/else" not in (tmp_path / "out" / "config.json").read_text()
     assert AutoTokenizer.from_pretrained(tmp_path / "out")("w5 w7")["input_ids"] == [5, 7]
-    assert Recipe.from_yaml(tmp_path / "out" / "namex_recipe.yaml") == Recipe()
+    assert Recipe.from_yaml(tmp_path / "out" / "namex/recipe.yaml") == Recipe()
 
 
 def test_nothing_stored_names_a_local_path(odd, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def forms() -> pytest.MarkDecorator:
 
 
 def report_of(folder: Path) -> Report:
-    return Report.from_json((folder / "namex_report.json").read_text())
+    return Report.from_json((folder / "namex/report.json").read_text())
 
 
 @forms()

@@ -1,0 +1,27 @@
+"""Text that came from outside (names of files, keys, templates, what a server said), made fit to be printed."""
+
+import unicodedata
+
+LONGEST = 1000
+HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+"""Unicode categories of what a terminal obeys, or does not show."""
+
+
+def printable(text: object, longest: int = LONGEST) -> str:
+    """One line of at most ``longest`` characters.
+
+    White space becomes single spaces. Control characters, marks that turn the direction of writing and half surrogate
+    pairs become escapes, so that no terminal obeys them. A text that is too long loses its middle.
+    """
+    whole = str(text)
+    if len(whole) > 8 * longest:  # what is cut away need not be looked at
+        whole = whole[: 4 * longest] + whole[-4 * longest :]
+    line = "".join(_escaped(letter) for letter in " ".join(whole.split()))
+    if len(line) <= longest:
+        return line
+    end = longest // 4
+    return f"{line[: longest - end - 5]} ... {line[-end:]}"
+
+
+def _escaped(letter: str) -> str:
+    return letter.encode("unicode_escape").decode() if unicodedata.category(letter) in HIDDEN else letter
