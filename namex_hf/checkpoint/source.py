@@ -3,12 +3,14 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..files import CONFIG, INDEX, SINGLE
 from .header import TensorSpan, read_header
+from .identity import Identity
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.bin")
 
@@ -28,6 +30,11 @@ class Checkpoint:
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(span.size for span in self.spans.values())
+
+    @cached_property
+    def identity(self) -> Identity:
+        """The files that a result depends on, as they were when this was asked for first."""
+        return Identity(self.folder, self.config, self.shards, self.spans.values())
 
     def fingerprint(self) -> str:
         """SHA-256 over the configuration, the commit, and every tensor's name, dtype, shape and place."""

@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoint.companions import carry
-from ..checkpoint.folder import OutputFolder
+from ..checkpoint.folder import OutputFolder, list_files
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import write_index, write_tensors
 from ..files import CARD, CONFIG, RECIPE, REPORT, SINGLE, STATISTICS, write_text
@@ -75,5 +76,6 @@ def save_trained(
         write_tensors(out / STATISTICS, cosines, METADATA)
     write_text(out / RECIPE, Recipe.from_dict(report.run["recipe"]).to_yaml())
     write_text(out / CARD, card(report, config, out, carried))
-    write_text(out / REPORT, report.to_json())
-    folder.finish(config)
+    text = json.dumps(config, indent=2) + "\n"
+    write_text(out / REPORT, replace(report, files=list_files(out, text, {})).to_json())
+    folder.finish(text)
