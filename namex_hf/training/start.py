@@ -106,7 +106,7 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
         RecipeError: it does not fit the checkpoint.
         TrainingError: a recipe for what is patched already.
     """
-    checkpoint = resolve(name, revision)
+    checkpoint = resolve(name, revision, original_family)
     found = checkpoint.config.get("namex")
     if isinstance(found, dict):
         if recipe is not None:
