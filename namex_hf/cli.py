@@ -26,6 +26,7 @@ from .patching.effort import Effort, effort_of, measured_speed
 from .patching.inspect import inspection
 from .patching.patch import describe, rewrite_report, run_plan
 from .patching.plan import Plan, make_plan
+from .printable import printable
 from .recipe import RULES, Recipe, read_yaml
 from .report.report import Report, layer_table
 
@@ -39,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as every error here."""
 
     def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
+        print(f"{self.prog}: error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
 
 
@@ -65,7 +66,7 @@ def _run(parser: Parser, arguments: Sequence[str] | None, command: Callable[[arg
     try:
         return command(options)
     except (NamexError, OSError) as error:  # an OSError names its file itself
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        print(f"{parser.prog}: error: {printable(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{parser.prog}: stopped; the same command goes on from here", file=sys.stderr)

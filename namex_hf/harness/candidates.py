@@ -6,24 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING
 
-from ..checkpoint.companions import PATTERNS, has_tokenizer
+from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
 from ..checkpoint.identity import differing
-from ..checkpoint.resolve import COMMIT, UNREACHABLE, local_folder
-from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
+from ..checkpoint.resolve import resolve
+from ..checkpoint.source import Checkpoint, read_json
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
-from ..files import BEFORE_0_2, CONFIG, INDEX, OURS, REPORT
+from ..files import REPORT
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
 
 SHARD = "5GB"
-WANTED = ("model*.safetensors", INDEX, CONFIG, f"{OURS}/*", *BEFORE_0_2.values(), *PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -63,30 +60,11 @@ def found(name: str, revision: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: no such model, no tokenizer, no network, or a damaged checkpoint.
     """
-    folder = local_folder(name)
-    if folder is None:
-        checkpoint = _from_hub(name, revision)
-    elif revision is not None:
-        raise CheckpointError(f"--revision {revision} belongs to a Hub id; {name} is a local folder")
-    else:
-        checkpoint = open_checkpoint(folder)
-        check_whole(folder)
+    checkpoint = resolve(name, revision, check=lambda config: None)
+    check_whole(checkpoint.folder)
     if not has_tokenizer(checkpoint.folder):
         raise CheckpointError(f"{name} has no tokenizer (tokenizer.json); without one no text can be scored")
     return checkpoint
-
-
-def _from_hub(name: str, revision: str | None) -> Checkpoint:
-    try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{name} is not in the local cache and the Hub cannot be reached: no network?") from error
-    except HfHubHTTPError as error:  # before what it is made of
-        raise CheckpointError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
-    except UNREACHABLE as error:
-        raise CheckpointError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
-    match = COMMIT.search(Path(folder).as_posix())
-    return open_checkpoint(Path(folder), match[1] if match else None, name)
 
 
 def check_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:

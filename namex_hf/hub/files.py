@@ -94,7 +94,7 @@ def _known(checkpoint: Checkpoint) -> set[str]:
     return {
         *OURS,
         *(shard.name for shard in checkpoint.shards),
-        *(path.name for path in companions(folder)),
+        *(path.relative_to(folder).as_posix() for path in companions(folder)),
         *code,
     }
 

@@ -230,11 +230,18 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "space_needed": space_needed(plan),
         "free": shutil.disk_usage(place).free,
         "peak_bytes": plan.peak_bytes,
-        "carried": [path.name for path in companions(plan.checkpoint.folder)],
+        "carried": _carried(plan.checkpoint),
         "calibration_tokens": plan.recipe.calibration_tokens if plan.recipe.calibrated else None,
         "curvature_parameters": plan.curvature_parameters,
         "fit": effort_of(plan),
     }
+
+
+def _carried(checkpoint: Checkpoint) -> list[str]:
+    """Names of what is carried over, of a folder or of a repository of which headers were fetched."""
+    if checkpoint.elsewhere is not None:
+        return list(checkpoint.elsewhere)
+    return [path.relative_to(checkpoint.folder).as_posix() for path in companions(checkpoint.folder)]
 
 
 def rewrite_report(out: Path, report: Report) -> None:

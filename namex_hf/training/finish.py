@@ -66,9 +66,11 @@ def save_trained(
     if (staged / SINGLE).is_file():
         spans = read_header(staged / SINGLE)
         write_index(out, dict.fromkeys(spans, SINGLE), sum(span.size for span in spans.values()))
-    for path in sorted(staged.iterdir()):
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         if path.name != CONFIG and path.suffix != ".py":
-            path.replace(out / path.name)
+            place = out / path.relative_to(staged)
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
     for file in code.files:
         write_text(out / file.name, file.read_text("utf-8"))
     if settled:

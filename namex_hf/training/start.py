@@ -107,7 +107,7 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
         RecipeError: it does not fit the checkpoint.
         TrainingError: a recipe for what is patched already.
     """
-    checkpoint = resolve(name, revision)
+    checkpoint = resolve(name, revision, original_family)
     check_whole(checkpoint.folder)
     found = checkpoint.config.get("namex")
     if isinstance(found, dict):
