@@ -3,14 +3,16 @@
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any, cast
 
-from huggingface_hub import constants
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session, hf_raise_for_status, parse_ratelimit_headers
 
 UNREACHABLE = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
 """OSError, and the HTTPError of whichever httpx the client is built on."""
+CONFLICTS = 20
+"""Answers of status 409, which the client repeats for ever where it makes a repository."""
 LONGEST_WAIT = 60
 """Seconds that a Hub may ask the client to wait; the client itself would wait for hours, without a word."""
 
@@ -26,30 +28,56 @@ def hub_client() -> Iterator[None]:
 
     Raises:
         HfHubHTTPError: also for a Hub that asks to come back later.
-        NoHubError: a web page in the place of an answer.
+        NoHubError: a web page, or another text, in the place of an answer.
     """
     logger = logging.getLogger("huggingface_hub")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
-    session = get_session()
+    session, answers = get_session(), _Answers()
     before = session.event_hooks
-    session.event_hooks = {**before, "response": [*before["response"], _check_answer]}
+    session.event_hooks = {**before, "response": [*before["response"], answers.check]}
     try:
         yield
+    except (JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise NoHubError(f"{answers.last} cannot be read ({type(error).__name__}: {error})") from error
     finally:
         session.event_hooks = before
         logger.setLevel(level)
 
 
-def _check_answer(response: Any) -> None:
-    """Args: response, of httpx."""
-    if response.status_code in (429, 503) and _wait(response.headers) > LONGEST_WAIT:
-        response.read()
-        hf_raise_for_status(response)
-    page = "html" in response.headers.get("Content-Type", "").lower()
-    if page and response.is_success and "/resolve/" not in response.request.url.path:
-        address = response.request.url.copy_with(query=None)
-        raise NoHubError(f"{address} answered with a web page: a captive portal, a proxy, or a wrong HF_ENDPOINT?")
+class _Answers:
+    """Looks at every response of httpx before the client does."""
+
+    def __init__(self) -> None:
+        self.response: Any = None
+        self.conflicts = 0
+
+    @property
+    def last(self) -> str:
+        """The last answer in words."""
+        if self.response is None:
+            return "the Hub's answer"
+        try:
+            said = " ".join(self.response.text.split())[:200]
+        except Exception:  # not read to its end, or of no known encoding
+            said = ""
+        return f"the answer of {_address(self.response)}, {self.response.status_code} '{said}',"
+
+    def check(self, response: Any) -> None:
+        self.response = response
+        self.conflicts += response.status_code == 409
+        later = response.status_code in (429, 503) and _wait(response.headers) > LONGEST_WAIT
+        if later or self.conflicts > CONFLICTS:
+            response.read()
+            hf_raise_for_status(response)
+        page = "html" in response.headers.get("Content-Type", "").lower()
+        if page and response.is_success and "/resolve/" not in response.request.url.path:
+            where = _address(response)
+            raise NoHubError(f"{where} answered with a web page: a captive portal, a proxy, or a wrong HF_ENDPOINT?")
+
+
+def _address(response: Any) -> str:
+    return str(response.request.url.copy_with(query=None))
 
 
 def _wait(headers: Any) -> int:
@@ -62,7 +90,10 @@ def _wait(headers: Any) -> int:
 
 def root_of(error: BaseException) -> BaseException:
     """The first error of a chain, which says most: the Hub's own answer, where there is one."""
-    while not isinstance(error, HfHubHTTPError) and (cause := error.__cause__ or error.__context__) is not None:
+    while (
+        not isinstance(error, (HfHubHTTPError, NoHubError))
+        and (cause := error.__cause__ or error.__context__) is not None
+    ):
         error = cause
     return error
 
@@ -82,8 +113,4 @@ def why(error: BaseException) -> str:
         return f"the Hub answered {answer_of(root)}"
     if isinstance(root, NoHubError):
         return str(root)
-    if isinstance(root, UNREACHABLE):
-        return f"{type(root).__name__}: {root}"
-    if isinstance(root, (ValueError, KeyError, TypeError, AttributeError, AssertionError)):
-        return f"{constants.ENDPOINT} gave an answer that cannot be read, {type(root).__name__}: {root}"
-    return f"{type(error).__name__}: {error}"
+    return f"{type(root).__name__}: {root}"
