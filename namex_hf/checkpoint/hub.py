@@ -1,9 +1,10 @@
 """The Hub's client without a log of its own, and what the Hub said when something went wrong."""
 
+import json
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from json import JSONDecodeError
 from typing import Any, cast
 
 from huggingface_hub.errors import HfHubHTTPError
@@ -38,8 +39,8 @@ def hub_client() -> Iterator[None]:
     session.event_hooks = {**before, "response": [*before["response"], answers.check]}
     try:
         yield
-    except (JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
-        raise NoHubError(f"{answers.last} cannot be read ({type(error).__name__}: {error})") from error
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+        raise answers.unread(error) from error
     finally:
         session.event_hooks = before
         logger.setLevel(level)
@@ -52,16 +53,17 @@ class _Answers:
         self.response: Any = None
         self.conflicts = 0
 
-    @property
-    def last(self) -> str:
-        """The last answer in words."""
+    def unread(self, error: Exception) -> Exception:
+        """What the last answer said that the client could not read."""
         if self.response is None:
-            return "the Hub's answer"
+            return error
         try:
-            said = " ".join(self.response.text.split())[:200]
-        except Exception:  # not read to its end, or of no known encoding
-            said = ""
-        return f"the answer of {_address(self.response)}, {self.response.status_code} '{said}',"
+            hf_raise_for_status(self.response)
+            said = _text(self.response)
+        except HfHubHTTPError as refused:
+            return refused
+        what = f"{self.response.status_code} with {said!r}" if said else f"{self.response.status_code} with nothing"
+        return NoHubError(f"{_address(self.response)} answered {what}, which no Hub does")
 
     def check(self, response: Any) -> None:
         self.response = response
@@ -89,21 +91,35 @@ def _wait(headers: Any) -> int:
 
 
 def root_of(error: BaseException) -> BaseException:
-    """The first error of a chain, which says most: the Hub's own answer, where there is one."""
-    while (
-        not isinstance(error, (HfHubHTTPError, NoHubError))
-        and (cause := error.__cause__ or error.__context__) is not None
-    ):
-        error = cause
-    return error
+    """The error of a chain that says most: the Hub's own answer, else the first failure of the network or the disk."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None:
+        chain.append(cause)
+    answers = [one for one in chain if isinstance(one, (HfHubHTTPError, NoHubError))]
+    failures = [one for one in chain if isinstance(one, UNREACHABLE)]
+    return [*answers[:1], *reversed(failures), *reversed(chain)][0]
 
 
 def answer_of(error: HfHubHTTPError) -> str:
     """Status and words of the Hub's answer, with how long it asks to wait."""
     response = error.response
-    said = " ".join((error.server_message or response.reason_phrase).split())
+    said = " ".join((error.server_message or "").split()) or _text(response) or response.reason_phrase
     wait = _wait(response.headers)
-    return f"{response.status_code} {said}" + (f"; it asks to wait for {wait} seconds" if wait else "")
+    where = "" if re.search(r"/api/|/resolve/|\.git/", response.request.url.path) else f" at {_address(response)}"
+    return f"{response.status_code} {said}{where}" + (f"; it asks to wait for {wait} seconds" if wait else "")
+
+
+def _text(response: Any) -> str:
+    """The beginning of what a response says, without tags."""
+    try:
+        text = response.text
+    except Exception:  # not read to its end, or of no known encoding
+        return ""
+    try:
+        text = str(json.loads(text)["message"])  # as servers of large files have it
+    except (ValueError, KeyError, TypeError, RecursionError):
+        text = re.sub(r"<[^>]*>", " ", text[:10_000])
+    return " ".join(text.split())[:300]
 
 
 def why(error: BaseException) -> str:

@@ -220,7 +220,9 @@ def _hub_errors(name: str, revision: str | None, offline: str = "") -> Iterator[
 def _failed(error: Exception, revision: str | None, offline: str) -> str:
     root = root_of(error)
     known = [text for kind, text in ANSWERS.items() if isinstance(root, kind)]
-    if known and isinstance(root, HfHubHTTPError):
+    if isinstance(root, HfHubHTTPError) and root.response.status_code == 401 and not known:
+        known = ["needs a token that may read it: 'hf auth login'"]
+    if known and isinstance(root, HfHubHTTPError) and re.search("/api/|/resolve/", root.response.request.url.path):
         return f"{known[0].format(revision=revision)} (the Hub answered {answer_of(root)})"
     if offline and isinstance(error, LocalEntryNotFoundError):
         partly = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"

@@ -16,6 +16,7 @@ from ..hub.client import check_repo
 from ..hub.files import CARD, Selection, select, summarised
 from ..hub.push import Target, push
 from ..hub.scores import read_evaluation, row_of, with_scores
+from ..printable import printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -100,7 +101,7 @@ def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
 
 def show(console: Console, checked: Checked, selection: Selection, target: Target) -> None:
     """Every file with its size, what stays and why, what was checked."""
-    console.print(f"to {escape(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
+    console.print(f"to {escape(printable(target.repo))}, {'public' if target.public else 'private'}", soft_wrap=True)
     table = Table()
     table.add_column("goes up")
     table.add_column("bytes", justify="right")

@@ -11,6 +11,7 @@ import numpy as np
 from rich.table import Table
 
 from ..calibration.hub_source import NAME as HUB_NAME
+from ..checkpoint.hub import hub_client
 from ..errors import MissingExtraError, TrainingError
 
 PACKAGED = Path(__file__).parent.parent / "packaged" / "chats"
@@ -79,10 +80,11 @@ def _of_hub(name: str, config: str | None, splits: tuple[str, str], held_out: in
     if not HUB_NAME.fullmatch(name) or ":" in name:
         raise TrainingError(f"--dataset_name {name}: accepted: a .jsonl or .parquet file, or a Hub data set OWNER/NAME")
     try:
-        commit = dataset_info(name).sha
+        with hub_client():
+            commit = dataset_info(name).sha
         train, back = (datasets.load_dataset(name, config, split=split, revision=commit) for split in splits)
     except Exception as error:  # what the library and the network raise is no closed set
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {error}"
         raise TrainingError(f"--dataset_name {name} cannot be read as a Hub data set: {reason}") from error
     if "messages" not in train.column_names:
         raise TrainingError(f"{name} has the columns {', '.join(train.column_names)}; 'messages' is needed")
