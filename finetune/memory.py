@@ -19,7 +19,7 @@ from namex_hf.errors import CheckpointError, MissingExtraError, NamexError
 
 try:
     from namex_hf.checkpoint.resolve import local_folder, packaged_models, peek
-    from namex_hf.checkpoint.source import read_json
+    from namex_hf.files import read_json
     from namex_hf.recipe import Recipe
     from namex_hf.training.memory import (
         MARGIN,

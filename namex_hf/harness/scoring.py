@@ -12,7 +12,7 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
 from ..errors import OutputError
-from ..files import write_text
+from ..files import read_json, write_text
 from .items import RESULTS, SAMPLES
 from .journal import Journal, changes
 from .language_model import NamexLM
@@ -30,7 +30,9 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None
     path = folder / RESULTS
     if not path.is_file():
         return None
-    results = json.loads(path.read_text("utf-8"))
+    results = read_json(path, OutputError)
+    if not isinstance(results.get("run"), dict):
+        raise OutputError(f"{path} holds no results of this script; use --overwrite or another --output_path")
     if changed := changes(results["run"], json.loads(json.dumps(identity))):
         raise OutputError(
             f"{path} is of a run with another {' and '.join(changed)}; use --overwrite or another --output_path"

@@ -1,13 +1,12 @@
 """What was measured, as a card shows it: perplexity before and after, and what fine-tuning did."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import SCORES, found
+from ..files import SCORES, found, read_json
 from .card_text import plain, table
 from .report import Report
 
@@ -100,7 +99,7 @@ def _score_lines(scores: dict[str, dict[str, float]], items: dict[str, Any]) -> 
 
 def _items(folder: Path | None) -> dict[str, Any]:
     path = found(folder, SCORES) if folder is not None else None
-    return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    return read_json(path) if path is not None and path.is_file() else {}
 
 
 def standard_error(measure: str, groups: list[list[float]] | None) -> float | None:

@@ -4,8 +4,11 @@ import importlib.metadata
 import json
 import platform
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
+from ..files import read_json
 from ..version import __version__
 
 LIBRARIES = ("torch", "transformers", "safetensors", "numpy", "scipy")
@@ -30,6 +33,20 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> "Report":
         return cls(**json.loads(text))
+
+    @classmethod
+    def from_file(cls, path: Path) -> "Report":
+        """Raises:
+        CheckpointError: no such file, or no report of this package.
+        """
+        values = read_json(path)
+        try:
+            report = cls(**values)
+            _ = [(record["layer"], record["games"], record["seconds"]) for record in report.layers]
+            _ = (report.run["recipe"]["merge"], report.source["name"], report.totals["bytes_out"])
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no report of namex_hf ({type(error).__name__}: {error})") from error
+        return report
 
     def with_routing(self, records: list[dict[str, Any]]) -> "Report":
         """Args: records, one a layer."""
