@@ -28,7 +28,7 @@ from .patching.plan import Plan, make_plan
 from .printable import marked
 from .program import Parser, ended, of_memory
 from .recipe import RULES, Recipe, read_yaml
-from .report.report import Report, layer_table
+from .report.report import Report, layer_table, ratio
 
 SCORED_BYTES = 256 << 20  # a checkpoint up to this size has its perplexity measured
 SCORED_TOKENS = 8192  # of each domain
@@ -322,7 +322,7 @@ def _print_report(report: Report, out: Path) -> None:
             scores.add_column(column, justify="right")
         for domain, value in report.perplexity.items():
             before, after = value["before"], value["after"]
-            scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{after / before:.3f}")
+            scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{ratio(value):.3f}")
         console.print(scores)
     totals = report.totals
     if "curvature_parameters" in totals:

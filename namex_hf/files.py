@@ -65,7 +65,7 @@ LARGEST_RECIPE = 64 << 10
 """Bytes of a YAML file of fields."""
 DEEPEST = 100
 """Lists and mappings inside each other."""
-KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: "a folder"}
+KINDS = {stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFDIR: os.strerror(errno.EISDIR)}
 
 Kind = type[NamexError]
 
@@ -80,15 +80,14 @@ def open_regular(path: Path, raises: Kind = CheckpointError) -> BinaryIO:
         # Without O_NONBLOCK a FIFO that nobody writes to is never opened.
         number = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except (OSError, ValueError) as error:  # a ValueError: a NUL in its name
-        what = f"{path.name} in {path.parent}"
         if isinstance(error, OSError) and error.errno == errno.ENXIO:
-            raise raises(f"{what} is a socket or a device; accepted: a regular file") from error
-        raise raises(f"{what} cannot be read ({getattr(error, 'strerror', None) or error})") from error
+            raise raises(f"{path} cannot be read (a socket or a device); accepted: a regular file") from error
+        raise raises(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from error
     mode = os.fstat(number).st_mode
     if not stat.S_ISREG(mode):
         os.close(number)
         found = KINDS.get(stat.S_IFMT(mode), "a device")
-        raise raises(f"{path.name} in {path.parent} cannot be read: it is {found}; accepted: a regular file")
+        raise raises(f"{path} cannot be read ({found}); accepted: a regular file")
     return os.fdopen(number, "rb")
 
 
@@ -102,10 +101,10 @@ def read_bytes(path: Path, raises: Kind = CheckpointError, largest: int = LARGES
         try:
             data = file.read(largest + 1)
         except OSError as error:
-            raise raises(f"{path.name} in {path.parent} cannot be read ({error.strerror})") from error
+            raise raises(f"{path} cannot be read ({error.strerror})") from error
         if len(data) > largest:
             size = max(os.fstat(file.fileno()).st_size, len(data))
-            raise raises(f"{path.name} in {path.parent} has {size:,} bytes; accepted: up to {largest:,}")
+            raise raises(f"{path} has {size:,} bytes; accepted: up to {largest:,}")
     return data
 
 
@@ -146,9 +145,9 @@ def read_json(path: Path, raises: Kind = CheckpointError) -> dict[str, Any]:
     Raises:
         NamexError: of the kind ``raises``: as of `read_bytes` and `parse_json`, or it holds something else.
     """
-    values = parse_json(read_bytes(path, raises), path.name, raises)
+    values = parse_json(read_bytes(path, raises), str(path), raises)
     if not isinstance(values, dict):
-        raise raises(f"{path.name} holds {type(values).__name__}; a JSON object is needed")
+        raise raises(f"{path} holds {type(values).__name__}; a JSON object is needed")
     return values
 
 
@@ -161,12 +160,12 @@ def parse_json(text: str | bytes, where: str, raises: Kind = CheckpointError) ->
     try:
         values = json.loads(text)
     except RecursionError as error:
-        raise raises(f"{where} is no JSON that is accepted: nested deeper than {DEEPEST}") from error
+        raise raises(f"{where} is no JSON: nested deeper than {DEEPEST} lists and objects") from error
     except ValueError as error:
-        raise raises(f"{where} is no JSON ({error})") from error
+        raise raises(f"{where} is no JSON: {error}") from error
     braces, brackets = ("{", "[") if isinstance(text, str) else (b"{", b"[")
     if text.count(braces) + text.count(brackets) > DEEPEST and _depth(values) > DEEPEST:  # type: ignore[arg-type]
-        raise raises(f"{where} is no JSON that is accepted: nested deeper than {DEEPEST}")
+        raise raises(f"{where} is nested deeper than {DEEPEST} lists and objects")
     return values
 
 

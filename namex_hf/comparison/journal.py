@@ -12,8 +12,11 @@ from typing import Any
 
 from ..errors import OutputError
 from ..files import read_json, write_text
+from .rows import COSTS
 
 CELLS = "cells"
+NEEDED = {"losses", "right", "experts", "threads", "at_once", *COSTS}
+"""Of what was measured."""
 
 
 def key_of(run: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
@@ -44,7 +47,7 @@ class Journal:
         if entry.get("key") != key_of(self.run, cell):
             return None
         result = entry.get("result")
-        return result if isinstance(result, dict) else None
+        return result if isinstance(result, dict) and result.keys() >= NEEDED else None
 
     def write(self, cell: Mapping[str, Any], label: str, result: Mapping[str, Any]) -> None:
         """Keep what was measured, whole or not at all."""

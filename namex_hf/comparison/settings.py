@@ -64,5 +64,8 @@ def _texts(files: Sequence[Path]) -> dict[str, str]:
     for file in files:
         if file.stem in found:
             raise RecipeError(f"--texts has two files of the name '{file.stem}'; accepted: one a domain")
-        found[file.stem] = read_text(file, CalibrationError, LARGEST_TEXT)
+        try:
+            found[file.stem] = read_text(file, CalibrationError, LARGEST_TEXT)
+        except CalibrationError as error:
+            raise CalibrationError(f"--texts {error}; accepted: text files") from error
     return found

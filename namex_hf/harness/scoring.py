@@ -13,6 +13,7 @@ from lm_eval.utils import handle_non_serializable
 
 from ..errors import OutputError
 from ..files import read_json, write_text
+from .errors import TaskError
 from .items import RESULTS, SAMPLES
 from .journal import Journal, changes
 from .language_model import NamexLM
@@ -50,12 +51,19 @@ def score(
     Args:
         limit: documents of every task; None: all.
         seed: of Python's, numpy's and torch's generators.
+
+    Raises:
+        TaskError: lm-eval refuses the task.
+        CheckpointError: the tokenizer gives a token that the embedding has no row for.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (what lm-eval's tasks draw from)
     torch.manual_seed(seed)
     with Journal(folder / JOURNAL, identity, model.rank) as model.journal:
-        found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        try:
+            found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        except (AssertionError, ValueError) as error:  # lm-eval's answers to what it does not take
+            raise TaskError(f"task {task.name}: lm-eval refuses it ({type(error).__name__}: {error})") from error
         batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.journal.batch(kind))}
     model.journal = None
     if found is not None:

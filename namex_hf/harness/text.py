@@ -35,7 +35,10 @@ def read_pieces(path: Path) -> list[str]:
     """Raises:
     TaskError: no such file, too large, not UTF-8, or nothing in it.
     """
-    found = pieces(read_text(path, TaskError, LARGEST_TEXT))
+    try:
+        found = pieces(read_text(path, TaskError, LARGEST_TEXT))
+    except TaskError as error:
+        raise TaskError(f"--text {error}") from error
     if not found:
         raise TaskError(f"--text {path} is empty; at least one line of text is needed")
     return found

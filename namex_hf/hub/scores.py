@@ -28,8 +28,10 @@ def read_evaluation(path: Path) -> ZeroShotReport:
     try:
         found = ZeroShotReport.from_json(text)
         _ = found.run["limit"], found.run["seed"], found.run["dtype"], found.run["versions"]["lm_eval"]
+        for model in found.models:  # what cannot be shown is no such report
+            _ = score_lines(found, model.label), eval_results(found, model.label)
         return found
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise CheckpointError(f"{path}: no report of zero_shot.py ({type(error).__name__}: {error})") from error
 
 

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..files import SCORES, found, read_json
 from .card_text import plain, table
-from .report import Report
+from .report import Report, ratio
 
 MEASURES = {
     "chats": "perplexity of the assistant's turns in held-out chats",
@@ -26,7 +26,7 @@ def perplexity_lines(report: Report) -> list[str]:
             plain(domain),
             _with_error(value["before"], value.get("before_stderr")),
             _with_error(value["after"], value.get("after_stderr")),
-            _with_error(value["after"] / value["before"], value.get("ratio_stderr"), 3),
+            _with_error(ratio(value), value.get("ratio_stderr"), 3),
         ]
         for domain, value in report.perplexity.items()
     ]

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import math
 import platform
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -55,6 +56,11 @@ class Report:
 
     def with_perplexity(self, perplexity: dict[str, dict[str, float]]) -> "Report":
         return replace(self, perplexity=perplexity)
+
+
+def ratio(one: dict[str, float]) -> float:
+    """Perplexity after over before; no number where a record has no perplexity before."""
+    return one["after"] / one["before"] if one["before"] else math.nan
 
 
 def versions(*more: str) -> dict[str, str]:
