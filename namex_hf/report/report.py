@@ -46,7 +46,7 @@ class Report:
             _ = [(record["layer"], record["games"], record["seconds"]) for record in report.layers]
             _ = (report.run["recipe"]["merge"], report.source["name"], report.totals["bytes_out"])
         except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no report of namex_hf ({type(error).__name__}: {error})") from error
+            raise CheckpointError(f"{path} is no report of namex_hf ({error})") from error
         return report
 
     def with_routing(self, records: list[dict[str, Any]]) -> "Report":

@@ -80,7 +80,7 @@ def test_folders_that_are_none_of_ours(refused: Refused, folder: Path, stock: Pa
     (folder / "namex/report.json").write_text("[")
     assert "namex/report.json is no JSON" in refused(folder)
     (folder / "namex/report.json").write_text('{"a": 1}')
-    assert "namex/report.json is no report of a patch (" in refused(folder)
+    assert "namex/report.json is no report of namex_hf (" in refused(folder)
     (folder / "namex/report.json").unlink()
     assert "namex/report.json is missing" in refused(folder)
     (folder / ".namex").mkdir()
