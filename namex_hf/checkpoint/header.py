@@ -81,7 +81,7 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The ``__metadata__`` of a file of our own."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 
 
