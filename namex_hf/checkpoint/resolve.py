@@ -33,11 +33,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import CheckpointError, NamexError
 from ..families import family_of
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE, read_json
 from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
 from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
-from .source import Checkpoint, open_checkpoint, read_index, read_json, without_weights
+from .source import Checkpoint, open_checkpoint, read_index, without_weights
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

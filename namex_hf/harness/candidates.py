@@ -12,10 +12,10 @@ from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
 from ..checkpoint.identity import differing
 from ..checkpoint.resolve import resolve
-from ..checkpoint.source import Checkpoint, read_json
+from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
-from ..files import REPORT
+from ..files import REPORT, read_json
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml

@@ -13,6 +13,7 @@ from rich.table import Table
 from ..calibration.hub_source import NAME as HUB_NAME
 from ..checkpoint.hub import hub_client
 from ..errors import MissingExtraError, TrainingError
+from ..files import bounded_lines, open_regular, parse_json
 
 PACKAGED = Path(__file__).parent.parent / "packaged" / "chats"
 ROLES = ("system", "user", "assistant", "tool")
@@ -108,15 +109,11 @@ def file_chats(path: Path) -> Iterator[Chat]:
             raise TrainingError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
         yield from (checked(row, f"{path} row {number}") for number, row in enumerate(rows, start=1))
     elif path.suffix in (".jsonl", ".json"):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise TrainingError(f"{path} line {number} is no JSON: {error}") from error
-                yield checked(row, f"{path} line {number}")
+        with open_regular(path, TrainingError) as file:
+            for number, line in enumerate(bounded_lines(file, path, TrainingError), start=1):
+                if line.strip():
+                    where = f"{path} line {number}"
+                    yield checked(parse_json(line, where, TrainingError), where)
     else:
         raise TrainingError(f"{path}: accepted: .jsonl, a chat a line, or .parquet with a column 'messages'")
 
