@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .generation import without_balance_loss
+
 PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
 ANSWER = re.compile(r"####\s*(-?[\d,]+)")
 
@@ -45,9 +47,10 @@ def exact_answers(
         part = problems[start : start + batch]
         prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
         inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+        with without_balance_loss(model):
+            output = model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
         texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         right += [final_number(text) == final_number(p["answer"]) for text, p in zip(texts, part, strict=True)]
     model.train(training)
