@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 CONFIG, CARD, SINGLE, INDEX = "config.json", "README.md", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 OURS = "namex"
 """The folder of all that this package adds."""
 RECIPE, REPORT, SCORES = f"{OURS}/recipe.yaml", f"{OURS}/report.json", f"{OURS}/scores.json"

@@ -51,6 +51,20 @@ class TensorSpan:
         return replace(self, begin=begin, shape=shape)
 
 
+def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object for `json.loads`, whose own takes the last of several values of one key.
+
+    Raises:
+        ValueError: a key is there twice.
+    """
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
+
+
 def read_header(path: Path) -> dict[str, TensorSpan]:
     """Spans of all tensors of a file, by name.
 
@@ -66,7 +80,7 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
                 raise CheckpointError(
                     f"{path.name}: its header claims {length} bytes in a file of {size}; truncated or no safetensors"
                 )
-            entries = json.loads(file.read(length))
+            entries = json.loads(file.read(length), object_pairs_hook=once)
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
@@ -14,6 +14,7 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import (
+    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -28,10 +29,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import CheckpointError
 from ..families import family_of
-from ..files import CARD, CONFIG, INDEX
+from ..files import ADAPTER, CARD, CONFIG, INDEX
 from .companions import PATTERNS
 from .header import DTYPES, TensorSpan
-from .source import Checkpoint, open_checkpoint, read_json
+from .source import Checkpoint, open_checkpoint, read_json, refuse_adapter
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -100,6 +101,7 @@ def peek(source: str | Path, revision: str | None = None) -> Checkpoint:
     with _hub_errors(name, revision):
         config = Path(hf_hub_download(name, "config.json", revision=revision))
         match = COMMIT.search(config.parent.as_posix())
+        _refuse_adapter_of(name, match[1] if match else revision, config.parent)
         found = get_safetensors_metadata(name, revision=match[1] if match else revision)
     unknown = {info.dtype for header in found.files_metadata.values() for info in header.tensors.values()} - set(DTYPES)
     if unknown:
@@ -120,6 +122,7 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
         family_of(read_json(config))
         match = COMMIT.search(config.parent.as_posix())
         commit = match[1] if match else None
+        _refuse_adapter_of(name, commit or revision, config.parent, cached)
         wanted = ["model*.safetensors", INDEX, CONFIG, CARD, *PATTERNS]  # the card, for its licence
         folder = Path(
             snapshot_download(name, revision=commit or revision, allow_patterns=wanted, local_files_only=cached)
@@ -127,6 +130,13 @@ def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
     if not any(folder.glob("model*.safetensors")):
         raise CheckpointError(f"{name} has no model*.safetensors; pickle files are never opened")
     return folder, commit
+
+
+def _refuse_adapter_of(name: str, revision: str | None, folder: Path, cached: bool = False) -> None:
+    """Fetch what tells of an adapter, so that it is noticed before the weights come, and where they come from a cache."""
+    with suppress(EntryNotFoundError):
+        hf_hub_download(name, ADAPTER, revision=revision, local_files_only=cached)
+    refuse_adapter(folder)
 
 
 def _reachable(name: str, revision: str | None) -> bool:

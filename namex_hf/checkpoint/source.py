@@ -2,13 +2,14 @@
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import CONFIG, INDEX, SINGLE
-from .header import TensorSpan, read_header
+from ..files import ADAPTER, CONFIG, INDEX, SINGLE
+from .header import TensorSpan, once, read_header
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.bin")
 
@@ -45,7 +46,7 @@ def read_json(path: Path) -> dict[str, Any]:
         CheckpointError: the file is missing or holds something else.
     """
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = json.loads(path.read_text("utf-8"), object_pairs_hook=once)
     except OSError as error:
         raise CheckpointError(f"{path.name} cannot be read in {path.parent} ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -61,6 +62,7 @@ def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> 
     Raises:
         CheckpointError: anything missing, damaged, or contradicting itself.
     """
+    refuse_adapter(folder)
     config = read_json(folder / CONFIG)
     named = _shards_named(folder)
     spans: dict[str, TensorSpan] = {}
@@ -74,6 +76,17 @@ def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> 
         raise CheckpointError(f"{INDEX} places {missing[0]} in {named[missing[0]]}, which does not hold it")
     shards = tuple(sorted({span.file for span in spans.values()}))
     return Checkpoint(folder, config, shards, spans, commit, name or folder.name or folder.resolve().name)
+
+
+def refuse_adapter(folder: Path) -> None:
+    """Raises:
+    CheckpointError: the folder has an adapter beside its weights, which transformers adds to them.
+    """
+    if os.path.lexists(folder / ADAPTER):
+        raise CheckpointError(
+            f"{folder} has an adapter beside its weights ({ADAPTER}), which no command here applies; merge it first "
+            "(peft: merge_and_unload, then save_pretrained), or take the file away"
+        )
 
 
 def _shards_named(folder: Path) -> dict[str, str]:
