@@ -23,6 +23,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     perplexity: dict[str, dict[str, float]] | None = None  # domain -> before, after
     training: dict[str, Any] | None = None  # what was trained on what, and what came of it
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and hash of each that belongs to the result
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"

@@ -10,6 +10,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.folder import check_whole
 from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
@@ -109,14 +110,14 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
         RecipeError: it does not fit the checkpoint.
         TrainingError: a recipe for what is patched already.
     """
-    checkpoint = resolve(name, revision)
+    checkpoint = resolve(name, revision, original_family)
+    check_whole(checkpoint.folder)
     found = checkpoint.config.get("namex")
     patched = isinstance(found, dict)
     if patched:
         if recipe is not None:
             raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
-        family = original_family(checkpoint.config)
-        recipe = Recipe.from_dict(found)
+        family, recipe = original_family(checkpoint.config), Recipe.from_dict(found)
     else:
         family, recipe = family_of(checkpoint.config), recipe or Recipe()
     shape = family.shape(checkpoint.config)
