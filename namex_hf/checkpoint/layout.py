@@ -5,6 +5,7 @@ A fused tensor of transformers 5 holds its experts end to end, so each expert's 
 
 import re
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 
@@ -33,10 +34,10 @@ def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[
     """
     check_counts(checkpoint.config, tensors_of(checkpoint.spans))
     spans = _split_fused(checkpoint.spans, family, shape)
-    _expect_last(spans, family, shape)
+    _expect_experts(spans, family, shape)
+    _check_dtypes(spans, family, shape)
     _refuse_uncounted(spans, family, shape, checkpoint.config["num_hidden_layers"])
     foreign = set(check_tensors(outline_of(checkpoint.config), tensors_of(spans)))
-    _check_dtypes(spans, family, shape)
     return {name: span for name, span in spans.items() if name not in foreign}
 
 
@@ -65,11 +66,14 @@ def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, Tensor]:
     return {name: Tensor(span.shape, span.dtype) for name, span in spans.items()}
 
 
-def _expect_last(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
-    """That there are as many experts as the configuration counts, before a class of so many is built."""
+def _expect_experts(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
+    """Raises:
+    CheckpointError: there are fewer experts than the configuration counts. No class of so many is built then.
+    """
     for layer in shape.layers:
         count = shape.experts_of(layer)
-        for name in (*(family.expert(layer, count - 1, projection) for projection in PROJECTIONS), family.router(layer)):
+        names = (family.expert(layer, expert, projection) for expert in range(count) for projection in PROJECTIONS)
+        for name in chain(names, [family.router(layer)]):
             if name not in spans:
                 raise CheckpointError(f"tensor {name} is missing; config.json counts {count} experts a layer")
 

@@ -89,7 +89,8 @@ class Family:
         """
         required = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts_per_tok")
         least = dict.fromkeys((*required, self.experts_field, *self.needs), 1)
-        stated = {name: low for name, low in {**SIZES, **self.optional}.items() if config.get(name) is not None}
+        stated = {name: low for name, low in SIZES.items() if config.get(name) is not None}
+        stated |= {name: low for name, low in self.optional.items() if name in config}
         for name, lowest in (least | stated).items():
             value, most = config.get(name), MOST_LAYERS if name == "num_hidden_layers" else MOST
             if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= most:
