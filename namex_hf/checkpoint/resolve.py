@@ -37,7 +37,7 @@ from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SIN
 from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
 from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
-from .source import Checkpoint, open_checkpoint, read_index, without_weights
+from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, without_weights
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,8 +164,9 @@ def _weights(name: str, commit: str, files: list[str], offline: str = "") -> set
     """Names of the files that hold the tensors.
 
     Raises:
-        CheckpointError: there are none, or not all that the index names.
+        CheckpointError: there are none, not all that the index names, or an adapter beside them.
     """
+    refuse_adapter(name, files)
     if SINGLE in files:
         return {SINGLE}
     if INDEX not in files:

@@ -77,6 +77,11 @@ class DeepseekConfig(PreTrainedConfig):
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
+    def renormalises(self) -> bool:
+        """Whether top-k values are scaled to sum to 1. A single one is left: it would be 1 whatever the router says."""
+        return self.norm_topk_prob and self.num_experts_per_tok > 1
+
+    @property
     def mlp_only_layers(self) -> list[int]:
         """Indices of the layers whose MLP is dense."""
         return [

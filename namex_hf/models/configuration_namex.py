@@ -185,7 +185,7 @@ class NamexDeepseekConfig(DeepseekConfig):
     layer_experts: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        check_merge(self.namex, self.norm_topk_prob, self.num_experts)
+        check_merge(self.namex, self.renormalises, self.num_experts)
         check_layer_experts(self.layer_experts, self.num_hidden_layers, self.num_experts)
         super().__post_init__(**kwargs)
 

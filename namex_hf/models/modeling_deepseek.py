@@ -41,8 +41,7 @@ class DeepseekMoeBlock(nn.Module):
     def __init__(self, config: DeepseekConfig):
         super().__init__()
         self.gate = Qwen2MoeTopKRouter(config)
-        # DeepSeek never renormalises a single choice: its weight would be 1 whatever the router says.
-        self.gate.norm_topk_prob = config.norm_topk_prob and config.num_experts_per_tok > 1
+        self.gate.norm_topk_prob = config.renormalises
         self.experts = Qwen2MoeExperts(config)
         width = config.shared_expert_intermediate_size
         self.shared_experts = Qwen2MoeMLP(config, intermediate_size=width) if width else None

@@ -227,7 +227,7 @@ class SoftRouting(ChosenRouting):
     def add_parts(self, config) -> None:
         """Give the block what it needs beyond the stock one, but for `SoftExperts`; curvature is not yet measured."""
         # A field changed after the configuration was built has not passed its check.
-        check_merge(config.namex, config.norm_topk_prob, config.num_experts)
+        check_merge(config.namex, self.gate.norm_topk_prob, config.num_experts)
         choice = soft_choice(config.namex)
         if choice is None:
             raise ValueError("namex.merge is not 'soft'")

@@ -11,7 +11,7 @@ def without_balance_loss(model: Any) -> Iterator[None]:
 
     Only training reads that loss, and transformers' own classes fail at it in a pass that continues a cache.
     """
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     asked = getattr(config, "output_router_logits", False)
     if asked:
         config.output_router_logits = False

@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
+from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
 from ..errors import TrainingError
@@ -30,6 +31,8 @@ class Start:
     recipe: Recipe
     patched: bool
     """Whether the checkpoint is patched already."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the checkpoint that its class does not have."""
 
     @property
     def source(self) -> dict[str, Any]:
@@ -110,14 +113,17 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
     checkpoint = resolve(name, revision, original_family)
     check_whole(checkpoint.folder)
     found = checkpoint.config.get("namex")
-    if isinstance(found, dict):
+    if patched := isinstance(found, dict):
         if recipe is not None:
             raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
-        original_family(checkpoint.config)
-        return Start(checkpoint, Recipe.from_dict(found), patched=True)
-    recipe = recipe or Recipe()
-    check_fit(recipe, family_of(checkpoint.config).shape(checkpoint.config))
-    return Start(checkpoint, recipe, patched=False)
+        family, recipe = original_family(checkpoint.config), Recipe.from_dict(dict(found))
+    else:
+        family, recipe = family_of(checkpoint.config), recipe or Recipe()
+    shape = family.shape(checkpoint.config)
+    if not patched:
+        check_fit(recipe, shape)
+    foreign = left_out(checkpoint, per_expert(checkpoint, family, shape))
+    return Start(checkpoint, recipe, patched, tuple(foreign))
 
 
 def dtype_of(name: str) -> torch.dtype | str:
