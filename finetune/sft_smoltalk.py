@@ -13,17 +13,26 @@ is there too, below ours.
 """
 
 import sys
-import warnings
-from argparse import RawDescriptionHelpFormatter
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+STOPPED = "sft_smoltalk.py: stopped; the same command goes on from the last checkpoint"
 
-from namex_hf.errors import MissingExtraError, NamexError, TrainingError
-from namex_hf.recipe import Recipe
+try:
+    import warnings
+    from argparse import RawDescriptionHelpFormatter
+    from dataclasses import dataclass, field
+    from pathlib import Path
+    from typing import Any
+
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    from namex_hf.errors import MissingExtraError, NamexError, TrainingError
+    from namex_hf.printable import printable
+    from namex_hf.recipe import Recipe
+except KeyboardInterrupt:
+    print(STOPPED, file=sys.stderr)
+    sys.exit(130)
 
 try:
     import torch
@@ -32,6 +41,7 @@ try:
 
     from namex_hf.training.chats import check_template, load_chats
     from namex_hf.training.choice import EVERYTHING, check_kinds
+    from namex_hf.training.libraries import check_libraries
     from namex_hf.training.plan import Adapter, Choice, measures_for
     from namex_hf.training.scores import MEASURES, difference, value, verdict
     from namex_hf.training.start import dtype_of, start_from
@@ -39,6 +49,9 @@ try:
 except ImportError as missing:
     print(f"sft_smoltalk.py: error: {MissingExtraError('fine-tuning', 'train')} ({missing})", file=sys.stderr)
     sys.exit(2)
+except KeyboardInterrupt:
+    print(STOPPED, file=sys.stderr)
+    sys.exit(130)
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 SCORED_BYTES = 256 << 20
@@ -171,7 +184,7 @@ def main(arguments: list[str]) -> None:
         rival = Recipe.from_dict(rival_fields(start.recipe, COMPARED[name]))
         runs[name] = start_from(asked.model_name_or_path, asked.model_revision, rival), out / "compare" / name
     for name, (one, folder) in runs.items():
-        console.rule(f"{name}: {folder}")
+        console.rule(escape(printable(f"{name}: {folder}")))
         tune(one, chats, training, choice, folder, console, asked.overwrite)
     if training.process_index == 0:
         tell(Console(), {name: folder for name, (_, folder) in runs.items()}, measures)
@@ -201,6 +214,7 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
         raise TrainingError("--push_to_hub: the trainer would push its checkpoints; push the finished folder instead")
     if training.trust_remote_code:
         raise TrainingError("--trust_remote_code: no code of others is run; accepted: the families of namex_hf")
+    check_libraries(training)
 
 
 def rival_fields(recipe: Recipe, method: str) -> dict[str, Any]:
@@ -240,7 +254,7 @@ def tell(console: Console, folders: dict[str, Path], measures: tuple[str, ...]) 
         after, other = items[main_run]["after"], items[rival]["after"]
         apart = {name: difference(name, after[name], other[name]) for name in measures}
         console.print(verdict(main_run, rival, apart), soft_wrap=True)
-    console.print(f"the model: {folders[main_run]}", soft_wrap=True)
+    console.print(f"the model: {escape(printable(folders[main_run]))}", soft_wrap=True)
 
 
 if __name__ == "__main__":
@@ -248,9 +262,9 @@ if __name__ == "__main__":
     logging.set_verbosity_error()
     try:
         main(sys.argv[1:])
-    except (NamexError, OSError, ValueError) as error:
-        print(f"sft_smoltalk.py: error: {error}", file=sys.stderr)
+    except (NamexError, OSError, ValueError, ImportError) as error:  # a library that an argument needs, too
+        print(f"sft_smoltalk.py: error: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("sft_smoltalk.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(STOPPED, file=sys.stderr)
         sys.exit(130)

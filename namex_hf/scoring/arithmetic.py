@@ -44,7 +44,8 @@ def exact_answers(
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
         prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+        # A chat template writes its own begin of text.
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
         output = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )
