@@ -13,26 +13,19 @@ is there too, below ours.
 """
 
 import sys
+import warnings
+from argparse import RawDescriptionHelpFormatter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
-STOPPED = "sft_smoltalk.py: stopped; the same command goes on from the last checkpoint"
+from rich.console import Console
+from rich.table import Table
 
-try:
-    import warnings
-    from argparse import RawDescriptionHelpFormatter
-    from dataclasses import dataclass, field
-    from pathlib import Path
-    from typing import Any
-
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    from namex_hf.errors import MissingExtraError, NamexError, TrainingError
-    from namex_hf.printable import printable
-    from namex_hf.recipe import Recipe
-except KeyboardInterrupt:
-    print(STOPPED, file=sys.stderr)
-    sys.exit(130)
+from namex_hf.errors import MissingExtraError, TrainingError
+from namex_hf.printable import marked
+from namex_hf.program import ended
+from namex_hf.recipe import Recipe
 
 try:
     import torch
@@ -49,9 +42,6 @@ try:
 except ImportError as missing:
     print(f"sft_smoltalk.py: error: {MissingExtraError('fine-tuning', 'train')} ({missing})", file=sys.stderr)
     sys.exit(2)
-except KeyboardInterrupt:
-    print(STOPPED, file=sys.stderr)
-    sys.exit(130)
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "tiny.yaml"
 SCORED_BYTES = 256 << 20
@@ -184,7 +174,7 @@ def main(arguments: list[str]) -> None:
         rival = Recipe.from_dict(rival_fields(start.recipe, COMPARED[name]))
         runs[name] = start_from(asked.model_name_or_path, asked.model_revision, rival), out / "compare" / name
     for name, (one, folder) in runs.items():
-        console.rule(escape(printable(f"{name}: {folder}")))
+        console.rule(marked(f"{name}: {folder}"))
         tune(one, chats, training, choice, folder, console, asked.overwrite)
     if training.process_index == 0:
         tell(Console(), {name: folder for name, (_, folder) in runs.items()}, measures)
@@ -254,17 +244,12 @@ def tell(console: Console, folders: dict[str, Path], measures: tuple[str, ...]) 
         after, other = items[main_run]["after"], items[rival]["after"]
         apart = {name: difference(name, after[name], other[name]) for name in measures}
         console.print(verdict(main_run, rival, apart), soft_wrap=True)
-    console.print(f"the model: {escape(printable(folders[main_run]))}", soft_wrap=True)
+    console.print(f"the model: {marked(folders[main_run])}", soft_wrap=True)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")
     logging.set_verbosity_error()
-    try:
-        main(sys.argv[1:])
-    except (NamexError, OSError, ValueError, ImportError) as error:  # a library that an argument needs, too
-        print(f"sft_smoltalk.py: error: {printable(error)}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print(STOPPED, file=sys.stderr)
-        sys.exit(130)
+    stopped = "stopped; the same command goes on from the last checkpoint"
+    answered = (ValueError, ImportError)  # by transformers and TRL, of arguments and of libraries that these need
+    sys.exit(ended("sft_smoltalk.py", lambda: main(sys.argv[1:]), stopped, answered))

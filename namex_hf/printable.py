@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from rich.markup import escape
+
 LONGEST = 1000
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories of what a terminal obeys, or does not show."""
@@ -21,6 +23,11 @@ def printable(text: object, longest: int = LONGEST) -> str:
         return line
     end = longest // 4
     return f"{line[: longest - end - 5]} ... {line[-end:]}"
+
+
+def marked(text: object, longest: int = LONGEST) -> str:
+    """`printable`, for what rich prints: square brackets stay what they are."""
+    return escape(printable(text, longest))
 
 
 def _escaped(letter: str) -> str:

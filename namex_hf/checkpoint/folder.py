@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..files import CONFIG, REPORT, found, write_text
+from ..files import CONFIG, REPORT, check_name, found, read_json, write_text
 
 STATE, RUN, LOCK = ".namex", "run.json", "lock"
 
@@ -23,10 +23,10 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """The run a folder belongs to, unfinished or complete; nothing for a folder that is not ours."""
     for path, key in ((folder / STATE / RUN, None), (found(folder, REPORT), "run")):
         try:
-            values = json.loads(path.read_text("utf-8"))
-        except (OSError, ValueError):
+            values = read_json(path, OutputError)
+        except OutputError:
             continue
-        run = values.get(key) if key and isinstance(values, dict) else values
+        run = values.get(key) if key else values
         if isinstance(run, dict):
             return run
     return None
@@ -37,9 +37,13 @@ class OutputFolder:
 
     Args:
         run: what makes the run this run (recipe, source, options); compared as JSON.
+
+    Raises:
+        OutputError: a name that no folder can have, or a circle of links.
     """
 
     def __init__(self, path: Path, run: dict[str, Any]):
+        check_name(path, OutputError)
         self.path, self.run, self.state = path, json.loads(json.dumps(run)), path / STATE
 
     @property

@@ -28,10 +28,10 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import CheckpointError
 from ..families import family_of
-from ..files import CARD, CONFIG, INDEX
+from ..files import CARD, CONFIG, INDEX, read_json
 from .companions import PATTERNS
 from .header import DTYPES, TensorSpan
-from .source import Checkpoint, open_checkpoint, read_json
+from .source import Checkpoint, open_checkpoint
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import CONFIG, INDEX, SINGLE
+from ..files import CONFIG, INDEX, SINGLE, check_name, read_json
 from .header import TensorSpan, read_header
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.bin")
@@ -38,29 +38,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read in {path.parent} ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is no JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path.name} holds {type(values).__name__}; a JSON object is needed")
-    return values
-
-
 def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> Checkpoint:
     """Read configuration, index and headers of ``folder``.
 
     Raises:
         CheckpointError: anything missing, damaged, or contradicting itself.
     """
+    check_name(folder, CheckpointError)
     config = read_json(folder / CONFIG)
     named = _shards_named(folder)
     spans: dict[str, TensorSpan] = {}

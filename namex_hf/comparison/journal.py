@@ -10,9 +10,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..errors import OutputError
+from ..files import read_json, write_text
+from .rows import COSTS
 
 CELLS = "cells"
+NEEDED = {"losses", "right", "experts", "threads", "at_once", *COSTS}
+"""Of what was measured."""
 
 
 def key_of(run: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
@@ -37,13 +41,13 @@ class Journal:
     def read(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was measured; None of a cell that is not finished, or whose file was damaged or meant another."""
         try:
-            entry = json.loads(self.path(cell).read_text("utf-8"))
-        except (OSError, ValueError):
+            entry = read_json(self.path(cell), OutputError)
+        except OutputError:
             return None
-        if not isinstance(entry, dict) or entry.get("key") != key_of(self.run, cell):
+        if entry.get("key") != key_of(self.run, cell):
             return None
         result = entry.get("result")
-        return result if isinstance(result, dict) else None
+        return result if isinstance(result, dict) and result.keys() >= NEEDED else None
 
     def write(self, cell: Mapping[str, Any], label: str, result: Mapping[str, Any]) -> None:
         """Keep what was measured, whole or not at all."""

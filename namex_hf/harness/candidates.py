@@ -1,6 +1,5 @@
 """The models to score: found and checked before any is loaded."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ..checkpoint.resolve import COMMIT, UNREACHABLE, local_folder
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
-from ..files import BEFORE_0_2, CONFIG, INDEX, OURS, REPORT
+from ..files import BEFORE_0_2, CONFIG, INDEX, OURS, REPORT, read_json
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
@@ -158,7 +157,7 @@ def _made_of(checkpoint: Checkpoint) -> str | None:
     path = placed(checkpoint.folder, REPORT)
     if not path.is_file():
         return None
-    source = json.loads(path.read_text("utf-8")).get("source")
+    source = read_json(path).get("source")
     return source.get("fingerprint") if isinstance(source, dict) else None
 
 

@@ -12,7 +12,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
 from ..errors import OutputError
-from ..files import write_text
+from ..files import read_json, write_text
+from .errors import TaskError
 from .items import RESULTS, SAMPLES
 from .journal import Journal, changes
 from .language_model import NamexLM
@@ -30,7 +31,9 @@ def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None
     path = folder / RESULTS
     if not path.is_file():
         return None
-    results = json.loads(path.read_text("utf-8"))
+    results = read_json(path, OutputError)
+    if not isinstance(results.get("run"), dict):
+        raise OutputError(f"{path} holds no results of this script; use --overwrite or another --output_path")
     if changed := changes(results["run"], json.loads(json.dumps(identity))):
         raise OutputError(
             f"{path} is of a run with another {' and '.join(changed)}; use --overwrite or another --output_path"
@@ -48,12 +51,19 @@ def score(
     Args:
         limit: documents of every task; None: all.
         seed: of Python's, numpy's and torch's generators.
+
+    Raises:
+        TaskError: lm-eval refuses the task.
+        CheckpointError: the tokenizer gives a token that the embedding has no row for.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (what lm-eval's tasks draw from)
     torch.manual_seed(seed)
     with Journal(folder / JOURNAL, identity, model.rank) as model.journal:
-        found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        try:
+            found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        except (AssertionError, ValueError) as error:  # lm-eval's answers to what it does not take
+            raise TaskError(f"task {task.name}: lm-eval refuses it ({type(error).__name__}: {error})") from error
         batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.journal.batch(kind))}
     model.journal = None
     if found is not None:

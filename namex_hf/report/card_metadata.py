@@ -10,6 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..files import open_regular, parse_yaml
 from .card_text import one_line
 from .report import Report
 
@@ -112,7 +113,7 @@ def _licence_file(folder: Path) -> dict[str, str]:
 def _text(path: Path) -> str:
     if not path.is_file():
         return ""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(LONGEST).decode("utf-8", "replace")
 
 
@@ -120,8 +121,8 @@ def read_block(text: str) -> dict[str, Any]:
     """The metadata of a card; empty where there is none that can be read."""
     match = BLOCK.match(text)
     try:
-        found = yaml.safe_load(match[1]) if match else None
-    except (yaml.YAMLError, RecursionError, ValueError):
+        found = parse_yaml(match[1]) if match else None
+    except (yaml.YAMLError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..calibration.hub_source import NAME as HUB_NAME
 from ..errors import MissingExtraError, TrainingError
+from ..files import bounded_lines, open_regular, parse_json
 from ..version import __version__
 
 PACKAGED = Path(__file__).parent.parent / "packaged" / "chats"
@@ -196,15 +197,11 @@ def _numbered(path: Path) -> Iterator[tuple[int, Chat]]:
     if path.suffix == ".parquet":
         yield from _parquet_chats(path)
     elif path.suffix in (".jsonl", ".json"):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise TrainingError(f"{path} line {number} is no JSON: {error}") from error
-                yield number, checked(row, f"{path} line {number}")
+        with open_regular(path, TrainingError) as file:
+            for number, line in enumerate(bounded_lines(file, path, TrainingError), start=1):
+                if line.strip():
+                    where = f"{path} line {number}"
+                    yield number, checked(parse_json(line, where, TrainingError), where)
     else:
         raise TrainingError(f"{path}: accepted: .jsonl, a chat a line, or .parquet with a column 'messages'")
 
@@ -271,10 +268,7 @@ def _variables(row: dict[str, Any], where: str) -> Chat:
     """``tools`` and ``chat_template_kwargs`` of a row that has them; ``documents`` is one of the latter."""
     tools, more = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):  # as TRL accepts them: Arrow has no other place for objects that are not alike
-        try:
-            tools = json.loads(tools)
-        except (ValueError, RecursionError) as error:
-            raise TrainingError(f"{where}: tools is no JSON: {error}") from error
+        tools = parse_json(tools, f"{where}: tools", TrainingError)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TrainingError(f"{where}: tools is {tools!r}; accepted: a list of objects")
     if more is not None and not isinstance(more, dict):

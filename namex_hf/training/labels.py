@@ -9,14 +9,13 @@ from typing import Any
 
 import numpy as np
 from jinja2 import TemplateError
-from rich.markup import escape
 from rich.table import Table
 from transformers import AutoTokenizer
 from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..errors import TrainingError
-from ..printable import printable
+from ..printable import marked
 from ..scoring.labelled import IGNORED
 from .chats import Chats
 
@@ -246,5 +245,5 @@ def length_table(found: Labelled) -> Table:
         table.add_row("the same of held-out chats", f"{found.held_out_lost:,}, which are not scored")
     table.add_row("tokens in all", f"{counts.sum():,}")
     if found.unread:
-        table.add_row("not read by the chat template", escape(printable(", ".join(found.unread), 200)))
+        table.add_row("not read by the chat template", marked(", ".join(found.unread), 200))
     return table

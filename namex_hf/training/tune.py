@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 from trl import SFTConfig
 
 from ..checkpoint.folder import OutputFolder
 from ..errors import TrainingError
 from ..families.kinds import kind_of
 from ..files import REPORT, SCORES, found, write_text
-from ..printable import printable
+from ..printable import marked
 from ..recipe import Recipe
 from ..report.report import Report, versions
 from .bargain import Settled, rebargain
@@ -67,14 +66,12 @@ def tune(
     folder.check(overwrite)
     plan = planned(start, choice)
     if folder.complete:
-        console.print(f"{escape(printable(out))} is complete: this run was made before", soft_wrap=True)
+        console.print(f"{marked(out)} is complete: this run was made before", soft_wrap=True)
         return Report.from_json(found(out, REPORT).read_text("utf-8"))
     ready = labelled(chats, start.tokenizer(), arguments)
     console.print(length_table(ready))
-    arguments.assistant_only_loss, arguments.dataset_num_proc = (
-        False,
-        None,
-    )  # the labels are there; packing has an order
+    arguments.assistant_only_loss = False  # the labels are there
+    arguments.dataset_num_proc = None  # else every process packs a part of the chats, and sequences become others
     arguments.distributed_state.wait_for_everyone()  # all have looked at the folder before the first one claims it
     with folder.claimed(overwrite) if first else nullcontext():
         return Run(start, ready, arguments, choice, plan, folder, console).finish()
@@ -136,7 +133,7 @@ class Run:
         started = time.perf_counter()
         resume = self.arguments.resume_from_checkpoint or last_checkpoint(self.folder.path)
         if resume:
-            self.console.print(f"going on from {escape(printable(Path(str(resume)).name))}")
+            self.console.print(f"going on from {marked(Path(str(resume)).name)}")
         self.trainer.train(resume_from_checkpoint=resume)
         best = self._best()
         self.trainer.model.eval()

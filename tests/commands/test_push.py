@@ -140,7 +140,7 @@ def test_tokenizers(refused: Refused, folder: Path, capsys: pytest.CaptureFixtur
     [
         (b"# A\n", "no metadata block"),
         (b"---\n[\n---\n", "no metadata block"),
-        (b"\xff", "is no UTF-8 text"),
+        (b"\xff", "is not UTF-8 text"),
         (b"---\ntags: moe\n---\n", "metadata field 'tags' is str; accepted: list"),
         (b"---\nlicense: 2\n---\n", "metadata field 'license' is int; accepted: str"),
         (b"---\ntags: [a]\nmodel-index: [{name: a, results: [{task: 1}]}]\n---\n", "metadata that the Hub cannot read"),
