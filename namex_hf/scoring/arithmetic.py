@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.tokenizer import check_ids
+
 PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
 ANSWER = re.compile(r"####\s*(-?[\d,]+)")
 
@@ -46,6 +48,7 @@ def exact_answers(
         prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
         # A chat template writes its own begin of text.
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
+        check_ids(model, int(inputs.input_ids.max()))
         output = model.generate(
             **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
         )

@@ -163,8 +163,12 @@ def _progress_bars(shown: bool) -> bool:
 
 def _checked_row(row: Any, index: int, features: Any, unit: str, columns: Sequence[str], version: str) -> Chat:
     """`version` makes another release look again, where `datasets` would take what an earlier one has cached."""
-    chat = checked(present(row, features), f"{unit} {index + 1}")
+    chat = checked(_whole(row, features), f"{unit} {index + 1}")
     return {name: chat.get(name) for name in columns}
+
+
+def _whole(row: Any, features: Any) -> dict[str, Any]:
+    return {name: present(row[name], feature) for name, feature in features.items()}
 
 
 def present(value: Any, feature: Any) -> Any:
@@ -215,7 +219,7 @@ def _parquet_chats(path: Path) -> Iterator[tuple[int, Chat]]:
     except (pyarrow.ArrowException, OSError) as error:
         raise TrainingError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
     for number, row in enumerate(rows, start=1):
-        yield number, checked(present(row, rows.features), f"{path} row {number}")
+        yield number, checked(_whole(row, rows.features), f"{path} row {number}")
 
 
 def checked(row: Any, where: str) -> Chat:

@@ -89,7 +89,7 @@ def planned(start: Start, choice: Choice) -> Plan:
     Raises:
         TrainingError: a kind that the model has none of, or that the adapter cannot be put on.
     """
-    outline = start.outline()
+    outline = start.outline(choice.model_options.get("attn_implementation"))
     kinds = check_present(outline, choice.kinds)
     walks = bool(start.recipe.propagates and {"experts", "base"} & set(kinds))
     every, live, adapter = choice.bargain_every if walks else 0, choice.live and walks, None
