@@ -65,6 +65,10 @@ def write(source: Path, out: Path) -> Path:
     return folder
 
 
+def _written(source: Path, out: Path) -> None:
+    write(source, out)
+
+
 def main() -> int:
     parser = Parser(
         prog="make_local_gsm8k.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -74,7 +78,7 @@ def main() -> int:
         "--out", type=Path, required=True, help="folder for --data of zero_shot.py, outside the repository"
     )
     options = parser.parse_args()
-    return ended(parser.prog, lambda: write(options.source, options.out) and None, "stopped")
+    return ended(parser.prog, lambda: _written(options.source, options.out), "stopped")
 
 
 if __name__ == "__main__":

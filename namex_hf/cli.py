@@ -75,7 +75,8 @@ def _patch_parser() -> Parser:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the result")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id; the report pins the commit")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, read and write no tensor")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder of another namex-patch run")
+    parser.add_argument("--overwrite", action="store_true", help="make the folder anew, whichever run of ours it is of")
+    parser.add_argument("--verify", action="store_true", help="read a complete folder, and make a damaged one anew")
     parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
     parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity, no pictures")
@@ -116,17 +117,20 @@ def _patch(options: argparse.Namespace) -> int:
     target = _target(options)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
-    folder = OutputFolder(options.out, plan.run)
+    folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify)
     if options.dry_run:
         # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.calibrated)
         _print_dry_run(describe(plan, options.out), plan)
         return 0
-    if folder.complete:
-        run_plan(plan, options.out, overwrite=options.overwrite)
+    if not options.overwrite and folder.complete:
+        run_plan(plan, options.out)
         said = f"{marked(options.out)} is complete: this model was patched with this recipe before"
         console.print(said, soft_wrap=True)
         return _pushed(options, target)
+    if not options.overwrite and folder.finished:
+        said = f"{marked(options.out)} is not complete: {marked(folder.fault)}; it is made anew"
+        console.print(said, soft_wrap=True)
     columns = (
         TextColumn("{task.description:>16}"),
         BarColumn(),
@@ -147,7 +151,7 @@ def _patch(options: argparse.Namespace) -> int:
                 forecast.hear(what)
 
         with _memory_named(plan):
-            report = run_plan(plan, options.out, overwrite=options.overwrite, progress=advance)
+            report = run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=advance)
     if not options.quiet:
         report = _score(checkpoint, options.out, report, console)
         _print_report(report, options.out)

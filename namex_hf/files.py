@@ -1,4 +1,4 @@
-"""Names of the files of a model folder, how a small file is written, and how anything of others is read.
+"""Names of the files of a model folder, what tells a file from another, and how files are written and read.
 
 What this package adds to a model lies in a folder of its own, ``namex/``, so that a program which opens every
 ``*.safetensors`` file of a model folder meets the model alone. Releases before 0.2.0 put it beside the weights:
@@ -8,11 +8,13 @@ What this package adds to a model lies in a folder of its own, ``namex/``, so th
 import errno
 import json
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import xxhash
 import yaml
 
 from .errors import CheckpointError, NamexError
@@ -53,6 +55,69 @@ def write_bytes(path: Path, data: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of a text, in UTF-8."""
     write_bytes(path, text.encode())
+
+
+HASH = "xxh3_128"
+PIECE = 1 << 20  # bytes that are hashed while they are still in the processor's cache
+BLOB = re.compile(r"(?:.*/)?blobs/([0-9a-f]{40}|[0-9a-f]{64})")
+
+
+def stamp(path: Path) -> dict[str, Any]:
+    """What tells a file from another, without its bytes: the name of its blob in a Hub cache, which is a hash already;
+    elsewhere its size in bytes and its times in nanoseconds."""
+    if path.is_symlink() and "snapshots" in path.absolute().parts:
+        match = BLOB.fullmatch(path.readlink().as_posix())
+        if match is not None:
+            return {"blob": match[1]}
+    found = path.stat()
+    return {"bytes": found.st_size, "mtime_ns": found.st_mtime_ns, "ctime_ns": found.st_ctime_ns}
+
+
+def unchanged(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether two stamps are of the same bytes beyond doubt; where this is False, hashes decide."""
+    return all(recorded.get(name) == value for name, value in now.items() if name != HASH)
+
+
+def same_bytes(recorded: Any, now: Any) -> bool:
+    """Whether two records of a file, stamps with hashes, are of the same bytes."""
+    if not isinstance(recorded, Mapping) or not isinstance(now, Mapping):
+        return False
+    if HASH in recorded and HASH in now:
+        return bool(recorded[HASH] == now[HASH])
+    return unchanged(recorded, now)
+
+
+def hash_bytes(*parts: bytes | memoryview) -> str:
+    """128 bits, in hexadecimal digits, of bytes that are in memory."""
+    digest = xxhash.xxh3_128()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def hash_file(path: Path) -> str:
+    """`hash_bytes` of a file."""
+    digest = xxhash.xxh3_128()
+    with open_regular(path) as file:
+        while piece := file.read(PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_checked(path: Path, value: Any) -> None:
+    """Write a plain value as JSON, with its hash beside it."""
+    write_text(path, json.dumps({"is": value, HASH: hash_bytes(json.dumps(value).encode())}))
+
+
+def read_checked(path: Path) -> Any:
+    """What `write_checked` wrote; None where the file is missing or damaged in any way."""
+    try:
+        entry = read_json(path)
+    except CheckpointError:
+        return None
+    if entry.get(HASH) != hash_bytes(json.dumps(entry.get("is")).encode()):
+        return None
+    return entry["is"]
 
 
 # Reading what came from outside: regular files only, and of these no more than the limits below.
@@ -186,7 +251,10 @@ def parse_yaml(text: str) -> Any:
             a whole number of more than 64 bits.
         ValueError: a date or a number that there is not.
     """
-    return yaml.load(text, _Yaml)
+    try:
+        return yaml.load(text, _Yaml)
+    except (AttributeError, TypeError, KeyError, IndexError, OverflowError) as error:  # of a value and its tag
+        raise yaml.YAMLError(f"a value that its tag does not fit ({error})") from error
 
 
 class _Yaml(yaml.SafeLoader):

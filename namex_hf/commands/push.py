@@ -50,6 +50,7 @@ def _parser() -> Parser:
         metavar="FOLDER",
         help="adapter, compare or checkpoint-N of a fine-tuned folder, which stay otherwise; may be repeated",
     )
+    parser.add_argument("--verify", action="store_true", help="read all files first, and compare their hashes")
     parser.add_argument("--dry-run", action="store_true", help="check, list what would go up, ask no network")
     parser.add_argument("--quiet", action="store_true", help="nothing but the address")
     return parser
@@ -60,7 +61,7 @@ def _push(options: argparse.Namespace) -> int:
         _parser().error("--eval-label names a row of --eval FILE, which is missing")
     target = Target(options.repo, options.public, options.revision, options.pull_request)
     check_repo(target.repo)
-    checked = check_folder(options.folder)
+    checked = check_folder(options.folder, options.verify)
     selection = select(checked.checkpoint, tuple(options.include))
     card = checked.card
     if options.eval is not None:

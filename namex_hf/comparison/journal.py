@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import OutputError
-from ..files import read_json, write_text
-from .rows import COSTS
+from ..files import HASH, hash_bytes, read_json, write_text
 
 CELLS = "cells"
-NEEDED = {"losses", "right", "experts", "threads", "at_once", *COSTS}
-"""Of what was measured."""
 
 
 def key_of(run: Mapping[str, Any], cell: Mapping[str, Any]) -> str:
     """SHA-256 of what determines a cell. Args: run, cell, plain."""
     return hashlib.sha256(json.dumps([run, cell], sort_keys=True).encode()).hexdigest()
+
+
+def _hash(result: Mapping[str, Any]) -> str:
+    return hash_bytes(json.dumps(result).encode())
 
 
 class Journal:
@@ -32,7 +33,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        self.folder, self.run = folder / CELLS, run
+        # The folder is claimed for the bytes of the source; times of its files are no part of a cell's name.
+        self.folder, self.run = folder / CELLS, {name: value for name, value in run.items() if name != "files"}
 
     def path(self, cell: Mapping[str, Any]) -> Path:
         """Of a cell's file, whether it is there or not."""
@@ -44,13 +46,13 @@ class Journal:
             entry = read_json(self.path(cell), OutputError)
         except OutputError:
             return None
-        if entry.get("key") != key_of(self.run, cell):
-            return None
         result = entry.get("result")
-        return result if isinstance(result, dict) and result.keys() >= NEEDED else None
+        if not isinstance(result, dict) or entry.get("key") != key_of(self.run, cell):
+            return None
+        return result if entry.get(HASH) == _hash(result) else None
 
     def write(self, cell: Mapping[str, Any], label: str, result: Mapping[str, Any]) -> None:
         """Keep what was measured, whole or not at all."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        entry = {"key": key_of(self.run, cell), "label": label, "cell": cell, "result": result}
+        entry = {"key": key_of(self.run, cell), "label": label, "cell": cell, "result": result, HASH: _hash(result)}
         write_text(self.path(cell), json.dumps(entry, indent=1) + "\n")

@@ -100,7 +100,7 @@ def run(rows: list[Candidate], tasks: list[Chosen], options: Options, paper: Pap
             folder = options.out / row.label / task.name
             if options.overwrite and is_first():
                 _forget(folder)
-            known[row.label, task.name] = None if options.overwrite else finished(folder, identity(row, task, options))
+            known[row.label, task.name] = None if options.overwrite else _finished(folder, row, task, options)
     wanted = {row.label: [task for task in tasks if known[row.label, task.name] is None] for row in rows}
     for row in rows:
         if wanted[row.label]:
@@ -112,6 +112,10 @@ def run(rows: list[Candidate], tasks: list[Chosen], options: Options, paper: Pap
     return assemble(rows, tasks, known, options, paper)
 
 
+def _finished(folder: Path, row: Candidate, task: Chosen, options: Options) -> dict[str, Any] | None:
+    return finished(folder, identity(row, task, options), row.checkpoint.identity)
+
+
 def _scored(row: Candidate, tasks: list[Chosen], options: Options, tell: Tell) -> dict[tuple[str, str], Any]:
     model = NamexLM(
         str(_folder(row, options, tell).resolve()),
@@ -121,6 +125,7 @@ def _scored(row: Candidate, tasks: list[Chosen], options: Options, tell: Tell) -
         parallelize=options.parallelize,
         trust_remote_code=options.trust_remote_code,
     )
+    row.checkpoint.identity.settle()  # what was read just now is read again from memory
     found = {}
     for task in tasks:
         with tell(f"{row.label}, {task.name}") as model.progress:

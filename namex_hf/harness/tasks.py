@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from ..checkpoint.resolve import UNREACHABLE
+from ..checkpoint.hub import UNREACHABLE
 from .errors import TaskError
 from .text import text_task
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
-from ..checkpoint.folder import STATE
+from ..checkpoint.folder import STATE, check_whole
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..files import CARD, REPORT, found, read_text
@@ -38,8 +38,11 @@ class Checked:
     """What is no reason to refuse it, and worth a line."""
 
 
-def check_folder(folder: Path) -> Checked:
+def check_folder(folder: Path, verify: bool = False) -> Checked:
     """Look at everything that can be wrong with a folder, without a network.
+
+    Args:
+        verify: read all files, and compare their hashes with those that its report lists.
 
     Raises:
         PublishError: unfinished, not written by this package, code missing, a card that the Hub would refuse.
@@ -57,6 +60,7 @@ def check_folder(folder: Path) -> Checked:
             "namex-patch or sft_smoltalk.py has written"
         )
     Report.from_file(found(folder, REPORT))
+    check_whole(folder, verify)
     _check_code(checkpoint)
     card = _check_card(folder / CARD)
     large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]

@@ -88,8 +88,8 @@ def patch_calibrated(plan: Plan, folder: Path, state: State, advance: Advance) -
     """Make all layers, then write all shards; returns the weight map (tensor name to file name)."""
     check_finite(plan, advance)
     shrink_checkpoint(plan, state, advance)
-    with Reader() as reader:
-        return write_packs(plan, folder, reader, partial(new_items, plan, state), lambda what, size: None)
+    with Reader(plan.checkpoint.identity.digests) as reader:
+        return write_packs(plan, folder, reader, partial(new_items, plan, state), state, lambda what, size: None)
 
 
 def with_counts(plan: Plan, state: State, advance: Advance) -> Plan:
@@ -98,7 +98,7 @@ def with_counts(plan: Plan, state: State, advance: Advance) -> Plan:
     if record is None:
         assert plan.text is not None
         check_finite(plan, lambda what, size: None)
-        with Reader() as reader:
+        with Reader(plan.checkpoint.identity.digests) as reader:
             record = spend(source_of(plan, reader), plan.recipe, plan.text, partial(told, advance))
         state.save_budget(record)
     return replace(plan, counts=tuple(layer["experts"] for layer in record))
@@ -108,7 +108,7 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
     stream = resumed(plan, state, advance)
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         source, tell = source_of(plan, reader), partial(told, advance)
         for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, tell, plan.counts):
             usage = torch.tensor(made.record["usage"])

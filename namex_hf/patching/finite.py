@@ -25,7 +25,7 @@ def check_finite(plan: Plan, advance: Callable[[str, int], None]) -> None:
         for expert in range(plan.shape.experts)
         for projection in PROJECTIONS
     }
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         for name, span in plan.spans.items():
             if name in experts and (plan.recipe.has_base or plan.recipe.calibrated or plan.recipe.merge == "grouped"):
                 continue

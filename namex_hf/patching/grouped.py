@@ -125,24 +125,24 @@ class LayerMaker:
 def patch_grouped(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
     """Write all shards; returns the weight map (tensor name to file name)."""
     check_finite(plan, advance)
-    with Reader() as reader:
-        return write_packs(plan, folder, reader, LayerMaker(plan, reader, state, advance).items, advance)
+    with Reader(plan.checkpoint.identity.digests) as reader:
+        return write_packs(plan, folder, reader, LayerMaker(plan, reader, state, advance).items, state, advance)
 
 
 def write_packs(
-    plan: Plan, folder: Path, reader: Reader, made: Callable[[int], list[Item]], advance: Advance
+    plan: Plan, folder: Path, reader: Reader, made: Callable[[int], list[Item]], state: State, advance: Advance
 ) -> dict[str, str]:
     """Write the shards of the result; those that a killed run left are kept."""
     packs = pack(items_of(plan, made, reader), plan.shard_size)
     names = shard_names(len(packs))
     for items, name in zip(packs, names, strict=True):
         target = folder / name
-        if target.is_file():
-            for layer in sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))}):
-                if layer in plan.shape.layers:
-                    advance(f"layer {layer}", plan.layer_bytes(layer))
+        layers = sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))} & {*plan.shape.layers})
+        if target.is_file() and all(state.layer_file(layer).is_file() for layer in layers):
+            for layer in layers:
+                advance(f"layer {layer}", plan.layer_bytes(layer))
         else:
-            write_shard(target, items, reader, METADATA)
+            write_shard(target, items, reader, METADATA, state.record_shard)
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
 

@@ -136,10 +136,10 @@ def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict
     packs = packs_of_added(plan)
     carried = len(plan.checkpoint.shards)
     names = shard_names(carried + len(packs))
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         in_order = plan.recipe.align in (None, "none")
         items_of = carried_items if in_order else partial(reordered_items, state, reader)
-        carry_over(plan, folder, names[:carried], advance, Event(), items_of)
+        carry_over(plan, folder, names[:carried], advance, Event(), state, items_of)
     write_added(plan, folder, state, packs, names[carried:])
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
@@ -148,7 +148,7 @@ def keep_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
     stream = resumed(plan, state, advance)
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         source, tell = source_of(plan, reader), partial(told, advance)
         for made in keep_layers(source, plan.config(), plan.recipe, plan.text, stream, tell):
             usage = torch.tensor(made.record["usage"])

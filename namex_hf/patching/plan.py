@@ -47,10 +47,15 @@ class Plan:
     @property
     def run(self) -> dict[str, Any]:
         """What makes this run this run."""
+        source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
+        return source | self.options
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes this run this run, beside the source."""
         text = self.text
         return {
             "recipe": self.recipe.to_dict(),
-            "source": self.checkpoint.fingerprint(),
             "shard_size": self.shard_size,
             "export_as": self.export_as,
             **({"calibration": {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}} if text else {}),

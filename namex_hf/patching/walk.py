@@ -62,11 +62,12 @@ def carry_over(
     names: list[str],
     advance: Advance,
     stop: Event,
+    state: State,
     items_of: Callable[[Plan, Path], list[Item]] = carried_items,
 ) -> None:
     """Bring every source shard into the folder: by the kernel where it is unchanged, else tensor by tensor."""
     settled = []
-    with Reader() as reader, ThreadPoolExecutor(1) as settling:
+    with Reader(plan.checkpoint.identity.digests) as reader, ThreadPoolExecutor(1) as settling:
         for shard, name in zip(plan.checkpoint.shards, names, strict=True):
             if stop.is_set():
                 return
@@ -74,9 +75,9 @@ def carry_over(
             if not target.is_file():
                 items = items_of(plan, shard)
                 if is_unchanged(plan, items):
-                    settled.append(copy_file(shard, target, settling))
+                    settled.append(copy_file(shard, target, settling, state.record_shard))
                 else:
-                    write_shard(target, items, reader, METADATA)
+                    write_shard(target, items, reader, METADATA, state.record_shard)
             advance("copying", shard.stat().st_size)
         for future in settled:
             future.result()
@@ -94,7 +95,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
     choice = propagation_of(recipe)
     position, walk = state.load_walk()
     experts = None
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         for done in layers[:position]:
             advance(f"layer {done}", plan.layer_bytes(done))
         for place, layer in list(enumerate(layers))[position:]:
@@ -122,11 +123,11 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
 
 def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int]], names: list[str]) -> None:
     """Write what layers have more than before, as the state files have it, into shards of its own."""
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         for pack, name in zip(packs, names, strict=True):
             if not (folder / name).is_file():
                 items = [item for layer in pack for item in added_items(plan, state, layer)]
-                write_shard(folder / name, items, reader, METADATA)
+                write_shard(folder / name, items, reader, METADATA, state.record_shard)
 
 
 def added_items(plan: Plan, state: State, layer: int) -> list[Item]:
@@ -149,7 +150,7 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
     carried = len(plan.checkpoint.shards)
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
-        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop)
+        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop, state)
         try:
             check_finite(plan, advance)
             if packs:

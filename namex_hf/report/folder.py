@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.bytes import Reader
+from ..checkpoint.folder import check_whole
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.layout import per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
@@ -89,6 +90,7 @@ def open_patched(path: Path) -> PatchedFolder:
     if not isinstance(config.get("namex"), dict):
         raise CheckpointError(f"{path}: config.json has no recipe under 'namex'; {ACCEPTED}")
     report = Report.from_file(found(path, REPORT))
+    check_whole(path)
     checkpoint = open_checkpoint(path)
     family = original_family(config)
     shape = family.shape(config)

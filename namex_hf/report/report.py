@@ -27,6 +27,7 @@ class Report:
     versions: dict[str, str] = field(default_factory=lambda: versions())
     perplexity: dict[str, dict[str, float]] | None = None  # domain -> before, after
     training: dict[str, Any] | None = None  # what was trained on what, and what came of it
+    files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and hash of each that belongs to the result
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=1) + "\n"
@@ -46,7 +47,7 @@ class Report:
             _ = [(record["layer"], record["games"], record["seconds"]) for record in report.layers]
             _ = (report.run["recipe"]["merge"], report.source["name"], report.totals["bytes_out"])
         except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"{path} is no report of namex_hf ({type(error).__name__}: {error})") from error
+            raise CheckpointError(f"{path} is no report of namex_hf ({error})") from error
         return report
 
     def with_routing(self, records: list[dict[str, Any]]) -> "Report":

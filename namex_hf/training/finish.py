@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoint.companions import carry
-from ..checkpoint.folder import OutputFolder
+from ..checkpoint.folder import OutputFolder, list_files
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import write_index, write_tensors
 from ..files import CARD, CONFIG, RECIPE, REPORT, SINGLE, STATISTICS, write_text
@@ -67,9 +68,11 @@ def save_trained(
     if (staged / SINGLE).is_file():
         spans = read_header(staged / SINGLE)
         write_index(out, dict.fromkeys(spans, SINGLE), sum(span.size for span in spans.values()))
-    for path in sorted(staged.iterdir()):
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         if path.name != CONFIG and path.suffix != ".py":
-            path.replace(out / path.name)
+            place = out / path.relative_to(staged)
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
     for file in code.files:
         write_text(out / file.name, file.read_text("utf-8"))
     if settled:
@@ -77,5 +80,6 @@ def save_trained(
         write_tensors(out / STATISTICS, cosines, METADATA)
     write_text(out / RECIPE, Recipe.from_dict(report.run["recipe"]).to_yaml())
     write_text(out / CARD, card(report, config, out, carried))
-    write_text(out / REPORT, report.to_json())
-    folder.finish(config)
+    text = json.dumps(config, indent=2) + "\n"
+    write_text(out / REPORT, replace(report, files=list_files(out, text, {})).to_json())
+    folder.finish(text)

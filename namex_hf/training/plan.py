@@ -3,10 +3,12 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from trl import SFTConfig
 
+from ..files import hash_file
 from .choice import check_present, lora
 from .start import Start
 
@@ -64,6 +66,8 @@ def stated(arguments: SFTConfig, live: bool = False) -> dict[str, Any]:
         live: whether a bargain follows on every checkpoint (`BargainCallback`).
     """
     values = json.loads(json.dumps(arguments.to_dict(), default=str))
+    if (template := arguments.chat_template_path) is not None and Path(template).is_file():
+        values["chat_template_path"] = hash_file(Path(template))  # what is in it, not where it lies
     plain = json.loads(
         json.dumps(SFTConfig(output_dir="x", use_cpu=arguments.use_cpu, bf16=False).to_dict(), default=str)
     )

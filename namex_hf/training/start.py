@@ -10,6 +10,7 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.folder import check_whole
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer import open_tokenizer
@@ -121,7 +122,8 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
         RecipeError: it does not fit the checkpoint.
         TrainingError: a recipe for what is patched already.
     """
-    checkpoint = resolve(name, revision)
+    checkpoint = resolve(name, revision, original_family)
+    check_whole(checkpoint.folder)
     found = checkpoint.config.get("namex")
     if isinstance(found, dict):
         if recipe is not None:

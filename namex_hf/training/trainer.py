@@ -1,7 +1,6 @@
 """TRL's `SFTTrainer` for patched models: checkpoints that hold the experts, the bargain between steps, and counts."""
 
-import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,14 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from ..errors import TrainingError
+from ..files import hash_file, read_checked, write_checked
 from ..recipe import Recipe
 from ..scoring.labelled import IGNORED
 from .bargain import BargainCallback
 from .generation import carried_settings
 
-STATE = "trainer_state.json"
+STATE, SEAL = "trainer_state.json", "namex_seal.json"
+"""In a checkpoint: its last file but one, and sizes and hashes of all its files, written after them."""
 
 
 @contextmanager
@@ -100,6 +101,13 @@ class NamexTrainer(SFTTrainer):
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None before the end: the card is that of the finished folder."""
 
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()  # each process writes files of its own
+        folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
+        if self.args.process_index == 0 and folder.is_dir():
+            seal(folder)
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         model = self.accelerator.unwrap_model(self.model)
         bare = getattr(model, "get_base_model", lambda: model)()
@@ -116,12 +124,22 @@ class NamexTrainer(SFTTrainer):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end: the state of the trainer is its last file."""
+    """The last checkpoint that was written to its end, and whose files are as they were written."""
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
     for path in numbered:
-        try:
-            json.loads((path / STATE).read_text("utf-8"))
-        except (OSError, ValueError):
-            continue
-        return str(path)
+        listed = read_checked(path / SEAL)
+        if isinstance(listed, dict) and STATE in listed and listed == _files(path, listed):
+            return str(path)
     return None
+
+
+def seal(folder: Path) -> None:
+    """Take down sizes and hashes of a checkpoint's files, so that a damaged one is not gone on from."""
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
+    write_checked(folder / SEAL, _files(folder, [name for name in names if name != SEAL]))
+
+
+def _files(folder: Path, names: Iterable[str]) -> dict[str, list[int | str]]:
+    """Size and hash of files; those that are gone are left out."""
+    paths = {name: folder / name for name in names}
+    return {name: [path.stat().st_size, hash_file(path)] for name, path in paths.items() if path.is_file()}

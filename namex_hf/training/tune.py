@@ -15,7 +15,7 @@ from trl import SFTConfig
 from ..checkpoint.folder import OutputFolder
 from ..errors import TrainingError
 from ..families.kinds import kind_of
-from ..files import REPORT, SCORES, found, write_text
+from ..files import REPORT, SCORES, found, read_checked, write_checked, write_text
 from ..printable import marked
 from ..recipe import Recipe
 from ..report.report import Report, versions
@@ -57,15 +57,17 @@ def tune(
     run = {
         "recipe": start.recipe.to_dict(),
         "source": start.checkpoint.fingerprint(),
+        "files": start.checkpoint.identity.record(),
         "data": {"name": chats.name, "sha256": chats.sha256, "chats": len(chats.train)},
         "training": choice.stated() | stated(arguments, choice.live),
     }
-    folder, first = OutputFolder(out, run), arguments.process_index == 0
+    folder = OutputFolder(out, run, start.checkpoint.identity, resumes=("checkpoint-*", "compare"))
+    first = arguments.process_index == 0
     arguments = copy(arguments)
     arguments.output_dir = str(out)
     folder.check(overwrite)
     plan = planned(start, choice)
-    if folder.complete:
+    if not overwrite and folder.complete:
         console.print(f"{marked(out)} is complete: this run was made before", soft_wrap=True)
         return Report.from_json(found(out, REPORT).read_text("utf-8"))
     ready = labelled(chats, start.tokenizer(), arguments)
@@ -93,6 +95,9 @@ class Run:
         self.start, self.arguments, self.choice, self.folder, self.console = start, arguments, choice, folder, console
         self.tokenizer = start.tokenizer()
         model = start.model(self.tokenizer, **choice.model_options)
+        start.checkpoint.identity.settle()  # what was read just now is read again from memory
+        if arguments.process_index == 0:
+            start.checkpoint.identity.save_digests(folder.state)
         self.as_found = {name: getattr(model.config, name) for name in ("use_cache", "output_router_logits")}
         self.recipe = start.recipe
         if (text := getattr(model.config, "namex", None)) is not None:
@@ -143,7 +148,7 @@ class Run:
             settled = rebargain(self.trainer.model, self.recipe, write=self.trainer.bargain is not None)
         settling = time.perf_counter() - settling
         report = Report(
-            self.folder.run,
+            self.folder.run | {"files": self.start.checkpoint.identity.record()},
             self.start.source,
             self.trainer.model.config.model_type,
             layer_records(settled, settling),
@@ -158,12 +163,12 @@ class Run:
         path = self.folder.state / f"{when}.json"
         if self.arguments.world_size > 1 or not self.choice.measures:
             return {}
-        if when == "before" and path.is_file():
-            return json.loads(path.read_text("utf-8"))
+        if when == "before" and isinstance(items := read_checked(path), dict):
+            return items
         model = self.trainer.model
         with self.console.status(f"scores {when} training"), self._untouched(model.config):
             items = measure(model, self.tokenizer, self.trainer.eval_dataset, self.choice.measures)
-        write_text(path, json.dumps(items))
+        write_checked(path, items)
         return items
 
     @contextmanager

@@ -16,6 +16,7 @@ from namex_hf import cli
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.recipe import RULES, Recipe
 from tests.cli.toy import change_config, save_toy, toy_tokenizer
+from tests.odd_checkpoints import all_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def ran(*arguments: object) -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {name: data for name, (data, _) in all_files(folder).items()}
 
 
 def test_installed_commands_are_these():

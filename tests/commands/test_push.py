@@ -78,9 +78,9 @@ def test_folders_that_are_none_of_ours(refused: Refused, folder: Path, stock: Pa
     assert "config.json has no recipe under 'namex'" in refused(stock)
     assert "config.json cannot be read" in refused(tmp_path)
     (folder / "namex/report.json").write_text("[")
-    assert "namex/report.json is no JSON" in refused(folder)
+    assert "report.json is no JSON" in refused(folder)
     (folder / "namex/report.json").write_text('{"a": 1}')
-    assert "namex/report.json is no report of a patch (" in refused(folder)
+    assert "report.json is no report of namex_hf (" in refused(folder)
     (folder / "namex/report.json").unlink()
     assert "namex/report.json is missing" in refused(folder)
     (folder / ".namex").mkdir()
@@ -188,7 +188,7 @@ def test_links_that_leave_the_folder(
     (folder / "namex/pictures").symlink_to(tmp_path / "secret")
     (folder / "more.png").symlink_to(tmp_path / "secret" / "a.png")
     text = shown(capsys, folder)
-    assert "stays: namex_report: a link that leaves the folder" in text
+    assert "stays: namex/pictures: a link that leaves the folder" in text
     assert "stays: more.png: a link that leaves the folder" in text
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (folder / "tokenizer.json").unlink()
