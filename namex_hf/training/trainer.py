@@ -10,7 +10,7 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from ..errors import TrainingError
-from ..files import hash_file, read_checked, write_checked
+from ..files import hash_file, read_checked, read_json, write_checked
 from ..recipe import Recipe
 from ..scoring.labelled import IGNORED
 from .bargain import BargainCallback
@@ -52,7 +52,7 @@ class LabelTokens(TrainerCallback, ExportableState):
     @classmethod
     def at(cls, checkpoint: Path) -> int:
         """The count that a checkpoint holds."""
-        states = json.loads((checkpoint / STATE).read_text("utf-8"))["stateful_callbacks"]
+        states = read_json(checkpoint / STATE, TrainingError)["stateful_callbacks"]
         return int(states[cls.__name__]["attributes"]["count"])
 
 

@@ -259,7 +259,7 @@ TALK = {
 
 
 def test_what_a_template_may_read_is_as_it_was_written(tmp_path: Path):
-    """Neither mixed up with other turns' fields nor with nulls where there was nothing, in whatever order chats come."""
+    """Neither mixed up with fields of other turns nor with nulls where there was nothing."""
     rows = [chat(number) for number in range(20)]
     rows[::5] = [TALK] * 4
     path = write(tmp_path / "own.jsonl", [row | {"id": 3} for row in rows])
