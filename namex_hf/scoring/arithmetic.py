@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.tokenizer import check_ids
 from .generation import without_balance_loss
 
 PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
@@ -46,7 +47,9 @@ def exact_answers(
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
         prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+        # A chat template writes its own begin of text.
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
+        check_ids(model, int(inputs.input_ids.max()))
         with without_balance_loss(model):
             output = model.generate(
                 **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
