@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
+from .files import LARGEST_RECIPE, parse_yaml, read_text
 from .momentum import parse_momentum
 
 UNSTORED = ("device",)
@@ -568,9 +569,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         RecipeError: no such file, not YAML, or not a mapping of fields.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from error
+        values = parse_yaml(read_text(Path(path), RecipeError, LARGEST_RECIPE))
+    except (RecipeError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

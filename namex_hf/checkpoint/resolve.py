@@ -33,11 +33,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import CheckpointError, NamexError
 from ..families import family_of
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE, read_json
 from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
 from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
-from .source import Checkpoint, open_checkpoint, read_index, read_json, without_weights
+from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, without_weights
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,8 +164,9 @@ def _weights(name: str, commit: str, files: list[str], offline: str = "") -> set
     """Names of the files that hold the tensors.
 
     Raises:
-        CheckpointError: there are none, or not all that the index names.
+        CheckpointError: there are none, not all that the index names, or an adapter beside them.
     """
+    refuse_adapter(name, files)
     if SINGLE in files:
         return {SINGLE}
     if INDEX not in files:

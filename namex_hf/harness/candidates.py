@@ -11,11 +11,14 @@ from transformers import CONFIG_MAPPING
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
 from ..checkpoint.identity import differing
+from ..checkpoint.layout import per_expert, tensors_of
 from ..checkpoint.resolve import resolve
-from ..checkpoint.source import Checkpoint, read_json
+from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
-from ..files import REPORT
+from ..families.others import check_loading
+from ..families.outline import check_counts
+from ..files import REPORT, read_json
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
@@ -61,7 +64,8 @@ def found(name: str, revision: str | None = None) -> Checkpoint:
         CheckpointError: no such model, no tokenizer, no network, or a damaged checkpoint.
     """
     checkpoint = resolve(name, revision, check=lambda config: None)
-    check_whole(checkpoint.folder)
+    if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
+        check_whole(checkpoint.folder)
     if not has_tokenizer(checkpoint.folder):
         raise CheckpointError(f"{name} has no tokenizer (tokenizer.json); without one no text can be scored")
     return checkpoint
@@ -97,6 +101,22 @@ def check_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
         )
 
 
+def check_tensors(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a model whose class has tensors that no file has: they would be random.
+
+    Raises:
+        CheckpointError, FamilyError: naming the tensor, or the field of ``config.json``.
+    """
+    try:
+        family = original_family(checkpoint.config)
+    except FamilyError:
+        tensors = tensors_of(checkpoint.spans)
+        check_counts(checkpoint.config, tensors)
+        check_loading(checkpoint.folder, tensors, trust_remote_code)
+        return
+    per_expert(checkpoint, family, family.shape(checkpoint.config))
+
+
 def candidates(
     names: list[str], recipes: list[Path], revision: str | None = None, trust_remote_code: bool = False
 ) -> list[Candidate]:
@@ -113,6 +133,7 @@ def candidates(
     for name in dict.fromkeys(names):
         checkpoint = found(name, revision)
         check_code(checkpoint, trust_remote_code)
+        check_tensors(checkpoint, trust_remote_code)
         label = _label(checkpoint.name, {row.label for row in rows})
         rows.append(Candidate(label, checkpoint))
         rows += [

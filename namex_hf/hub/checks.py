@@ -12,9 +12,9 @@ from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import STATE, check_whole
-from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
+from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..files import CARD, REPORT, found
+from ..files import CARD, REPORT, found, read_text
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
 from ..report.report import Report
@@ -59,7 +59,7 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
             f"{folder}: config.json has no recipe under 'namex', or {REPORT} is missing; needed: a folder that "
             "namex-patch or sft_smoltalk.py has written"
         )
-    _check_report(found(folder, REPORT))
+    Report.from_file(found(folder, REPORT))
     check_whole(folder, verify)
     _check_code(checkpoint)
     card = _check_card(folder / CARD)
@@ -77,14 +77,6 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
     return Checked(checkpoint, card, checkpoint.size <= RUN_BYTES, notes)
 
 
-def _check_report(path: Path) -> None:
-    read_json(path)
-    try:
-        Report.from_json(path.read_text("utf-8"))
-    except TypeError as error:  # fields that it has not, or too few
-        raise PublishError(f"{path} is no report of a patch ({error})") from error
-
-
 def _check_code(checkpoint: Checkpoint) -> None:
     """The class's files, all of them, and a pointer to them alone."""
     code = remote_code(str(checkpoint.config.get("model_type")))
@@ -100,12 +92,7 @@ def _check_code(checkpoint: Checkpoint) -> None:
 
 def _check_card(path: Path) -> str:
     """The card's text, once its metadata is known to be valid."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise PublishError(f"{path} cannot be read ({error.strerror}); needed: the model card") from error
-    except UnicodeDecodeError as error:
-        raise PublishError(f"{path} is no UTF-8 text ({error.reason})") from error
+    text = read_text(path, PublishError)
     check_metadata(text, path)
     return text
 

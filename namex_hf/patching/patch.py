@@ -85,7 +85,7 @@ def run_plan(
     folder.check(overwrite)
     if not overwrite and folder.complete:
         shutil.rmtree(out / STATE, ignore_errors=True)
-        return Report.from_json(found(out, REPORT).read_text("utf-8"))
+        return Report.from_file(found(out, REPORT))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
     start = time.perf_counter()
     with folder.claimed(overwrite):
@@ -181,6 +181,8 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "tensors": len(weight_map),
         "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
     }
+    if plan.left_out:
+        totals["left_out"] = plan.left_out
     if plan.recipe.curvature == "kronecker":
         totals["curvature_parameters"] = plan.curvature_parameters
     if plan.recipe.budget == "damage":

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .report import Report, layer_table
+from .report import Report, layer_table, ratio
 
 if TYPE_CHECKING:
     from .pictures import Picture
@@ -102,7 +102,7 @@ def _perplexity(report: Report) -> list[str]:
     if not report.perplexity:
         return []
     rows = [
-        [domain, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{one['after'] / one['before']:.3f}"]
+        [domain, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{ratio(one):.3f}"]
         for domain, one in report.perplexity.items()
     ]
     return ["<h2>Perplexity on held-out text</h2>", table(["domain", "before", "after", "ratio"], rows)]

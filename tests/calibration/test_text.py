@@ -273,7 +273,7 @@ def test_too_few_sequences_to_hold_one_back():
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("bad.jsonl", b'{"text": "fine"}\n\n{"text": \n', "bad.jsonl, line 3 is not JSON: Expecting value"),
+        ("bad.jsonl", b'{"text": "fine"}\n\n{"text": \n', "bad.jsonl, line 3 is no JSON: Expecting value"),
         (
             "names.jsonl",
             b'{"txt": "a", "n": 1}\n',

@@ -80,7 +80,7 @@ def test_folders_that_are_none_of_ours(refused: Refused, folder: Path, stock: Pa
     (folder / "namex/report.json").write_text("[")
     assert "report.json is no JSON" in refused(folder)
     (folder / "namex/report.json").write_text('{"a": 1}')
-    assert "report.json is no report of a patch (" in refused(folder)
+    assert "report.json is no report of namex_hf (" in refused(folder)
     (folder / "namex/report.json").unlink()
     assert "namex/report.json is missing" in refused(folder)
     (folder / ".namex").mkdir()
@@ -140,7 +140,7 @@ def test_tokenizers(refused: Refused, folder: Path, capsys: pytest.CaptureFixtur
     [
         (b"# A\n", "no metadata block"),
         (b"---\n[\n---\n", "no metadata block"),
-        (b"\xff", "is no UTF-8 text"),
+        (b"\xff", "is not UTF-8 text"),
         (b"---\ntags: moe\n---\n", "metadata field 'tags' is str; accepted: list"),
         (b"---\nlicense: 2\n---\n", "metadata field 'license' is int; accepted: str"),
         (b"---\ntags: [a]\nmodel-index: [{name: a, results: [{task: 1}]}]\n---\n", "metadata that the Hub cannot read"),

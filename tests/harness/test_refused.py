@@ -68,7 +68,9 @@ def test_text_that_is_none(zero_shot: Command, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "is empty; at least one line" in refused(zero_shot, tmp_path / "o", "--text", tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    assert "is no UTF-8 text (byte 3)" in refused(zero_shot, tmp_path / "o", "--text", tmp_path / "latin.txt")
+    assert "is not UTF-8 text: unexpected end of data at byte 3" in refused(
+        zero_shot, tmp_path / "o", "--text", tmp_path / "latin.txt"
+    )
 
 
 def test_a_recipe_for_a_patched_model(zero_shot: Command, tmp_path: Path) -> None:
