@@ -208,6 +208,11 @@ def test_what_is_carried_is_said_and_fetched(hub: Hub, publish: Publish, online:
     assert (tmp_path / "out/License.txt").read_text() == "MIT License"
     left = ("tokenizer.pkl", "LICENSE.sh", "license-list/a.txt", "tokenizer.json.exe")
     assert not [name for name in left if (tmp_path / "out" / name).exists() or hub.sent(name)]
+    (folder / "adapter_config.json").write_text("{}")
+    hub.pushes["me/more"] = 1  # another commit
+    for flags in (("--dry-run",), ("--quiet",)):
+        answer = online("namex-patch", "me/more", "--out", tmp_path / "adapted", *flags)
+        assert_refused(answer, "me/more has an adapter beside its weights")
 
 
 def test_what_is_scored_is_fetched_alike(hub: Hub, publish: Publish, online: Command, model: Path, tmp_path: Path):
