@@ -56,14 +56,19 @@ def unusable(text: str) -> str | None:
     return None
 
 
-def ended(prog: str, command: Callable[[], int | None], goes_on: str = GOES_ON, more: type[Exception] = OSError) -> int:
+def ended(
+    prog: str,
+    command: Callable[[], int | None],
+    goes_on: str = GOES_ON,
+    more: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> int:
     """Run a program; returns its exit status.
 
     Args:
         prog: its name, before what is printed.
         command: returns the status; None counts as 0.
         goes_on: what is said after Ctrl-C.
-        more: another kind of error that has its reason in what was given.
+        more: other kinds of errors that have their reason in what was given.
     """
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)

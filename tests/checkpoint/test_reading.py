@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -36,8 +37,9 @@ def guarded() -> Iterator[None]:
 
 
 def a_socket(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
-        made.bind(str(path))
+    with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.socket(socket.AF_UNIX) as made:
+        made.bind(f"{short}/s")  # a socket's path has at most 107 bytes
+        Path(f"{short}/s").rename(path)
 
 
 def large(path: Path) -> None:
@@ -77,7 +79,7 @@ def test_files_of_a_checkpoint(kind: str, name: str, tmp_path: Path, odd: Callab
         if path.name != name:
             (folder / path.name).symlink_to(path)
     KINDS[kind][0](folder / name)
-    with pytest.raises(CheckpointError, match=r"cannot be read|is missing|neither model"):
+    with pytest.raises(CheckpointError, match=r"cannot be read|is missing|neither model|is a link that leaves"):
         open_checkpoint(folder)
 
 
