@@ -37,7 +37,7 @@ def guarded() -> Iterator[None]:
 
 
 def a_socket(path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as short, socket.socket(socket.AF_UNIX) as made:
+    with tempfile.TemporaryDirectory() as short, socket.socket(socket.AF_UNIX) as made:
         made.bind(f"{short}/s")  # a socket's path has at most 107 bytes
         Path(f"{short}/s").rename(path)
 
