@@ -15,6 +15,7 @@ from rich.table import Table
 
 from .checkpoint.companions import has_tokenizer
 from .checkpoint.folder import OutputFolder
+from .checkpoint.layout import left_out_line
 from .checkpoint.resolve import packaged_models, peek, resolve
 from .checkpoint.source import Checkpoint
 from .errors import CheckpointError, NamexError, RecipeError
@@ -117,6 +118,8 @@ def _patch(options: argparse.Namespace) -> int:
     target = _target(options)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
+    if plan.left_out:
+        console.print(left_out_line(plan.left_out), soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify)
     if options.dry_run:
         # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.
@@ -131,6 +134,19 @@ def _patch(options: argparse.Namespace) -> int:
     if not options.overwrite and folder.finished:
         said = f"{marked(options.out)} is not complete: {marked(folder.fault)}; it is made anew"
         console.print(said, soft_wrap=True)
+    report = _patched(plan, options, console)
+    if not options.quiet:
+        report = _score(checkpoint, options.out, report, console)
+        _print_report(report, options.out)
+        if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
+            hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
+            console.print(hint, soft_wrap=True)
+        _draw(options.out, checkpoint.size, report, console)
+    return _pushed(options, target)
+
+
+def _patched(plan: Plan, options: argparse.Namespace, console: Console) -> Report:
+    """Carry the plan out, with its progress on the console."""
     columns = (
         TextColumn("{task.description:>16}"),
         BarColumn(),
@@ -151,15 +167,7 @@ def _patch(options: argparse.Namespace) -> int:
                 forecast.hear(what)
 
         with _memory_named(plan):
-            report = run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=advance)
-    if not options.quiet:
-        report = _score(checkpoint, options.out, report, console)
-        _print_report(report, options.out)
-        if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
-            hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
-            console.print(hint, soft_wrap=True)
-        _draw(options.out, checkpoint.size, report, console)
-    return _pushed(options, target)
+            return run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=advance)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import yaml
 from .errors import CheckpointError, NamexError
 
 CONFIG, CARD, SINGLE, INDEX = "config.json", "README.md", "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
 OURS = "namex"
 """The folder of all that this package adds."""
 RECIPE, REPORT, SCORES = f"{OURS}/recipe.yaml", f"{OURS}/report.json", f"{OURS}/scores.json"
@@ -220,10 +221,11 @@ def parse_json(text: str | bytes, where: str, raises: Kind = CheckpointError) ->
     """What a JSON text holds.
 
     Raises:
-        NamexError: of the kind ``raises``, naming ``where``: it is no JSON, or nested deeper than `DEEPEST`.
+        NamexError: of the kind ``raises``, naming ``where``: it is no JSON, has a key twice, or is nested deeper than
+            `DEEPEST`.
     """
     try:
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=_once)
     except RecursionError as error:
         raise raises(f"{where} is no JSON: nested deeper than {DEEPEST} lists and objects") from error
     except ValueError as error:
@@ -232,6 +234,16 @@ def parse_json(text: str | bytes, where: str, raises: Kind = CheckpointError) ->
     if text.count(braces) + text.count(brackets) > DEEPEST and _depth(values) > DEEPEST:  # type: ignore[arg-type]
         raise raises(f"{where} is nested deeper than {DEEPEST} lists and objects")
     return values
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON; Python's own reader takes the last of several values of one key."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name!r} is there twice")
+        found[name] = value
+    return found
 
 
 def _depth(values: Any) -> int:

@@ -37,7 +37,7 @@ from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SIN
 from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
 from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
-from .source import Checkpoint, open_checkpoint, read_index, without_weights
+from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, without_weights
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -164,8 +164,9 @@ def _weights(name: str, commit: str, files: list[str], offline: str = "") -> set
     """Names of the files that hold the tensors.
 
     Raises:
-        CheckpointError: there are none, or not all that the index names.
+        CheckpointError: there are none, not all that the index names, or an adapter beside them.
     """
+    refuse_adapter(name, files)
     if SINGLE in files:
         return {SINGLE}
     if INDEX not in files:
@@ -220,7 +221,9 @@ def _hub_errors(name: str, revision: str | None, offline: str = "") -> Iterator[
 def _failed(error: Exception, revision: str | None, offline: str) -> str:
     root = root_of(error)
     known = [text for kind, text in ANSWERS.items() if isinstance(root, kind)]
-    if known and isinstance(root, HfHubHTTPError):
+    if isinstance(root, HfHubHTTPError) and root.response.status_code == 401 and not known:
+        known = ["needs a token that may read it: 'hf auth login'"]
+    if known and isinstance(root, HfHubHTTPError) and re.search("/api/|/resolve/", root.response.request.url.path):
         return f"{known[0].format(revision=revision)} (the Hub answered {answer_of(root)})"
     if offline and isinstance(error, LocalEntryNotFoundError):
         partly = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"

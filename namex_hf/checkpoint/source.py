@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import CONFIG, INDEX, SINGLE, check_name, read_json
+from ..files import ADAPTER, CONFIG, INDEX, SINGLE, check_name, read_json
 from .companions import check_inside
 from .header import TensorSpan, read_header
 from .identity import Identity
@@ -56,6 +57,7 @@ def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> 
         CheckpointError: anything missing, damaged, or contradicting itself.
     """
     check_name(folder, CheckpointError)
+    refuse_adapter(str(folder), [ADAPTER] if os.path.lexists(folder / ADAPTER) else [])
     _check_links(folder, CONFIG, INDEX, SINGLE)
     config = read_json(folder / CONFIG)
     named = _shards_named(folder)
@@ -72,6 +74,17 @@ def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> 
         raise CheckpointError(f"{INDEX} places {missing[0]} in {named[missing[0]]}, which does not hold it")
     shards = tuple(sorted({span.file for span in spans.values()}))
     return Checkpoint(folder, config, shards, spans, commit, name or folder.name or folder.resolve().name)
+
+
+def refuse_adapter(model: str, files: Iterable[str]) -> None:
+    """Raises:
+    CheckpointError: an adapter is among the files beside the weights, which transformers adds to them.
+    """
+    if ADAPTER in files:
+        raise CheckpointError(
+            f"{model} has an adapter beside its weights ({ADAPTER}), which no command here applies; merge it first "
+            "(peft: merge_and_unload, then save_pretrained), or take the file away"
+        )
 
 
 def _check_links(folder: Path, *names: str) -> None:

@@ -11,10 +11,13 @@ from transformers import CONFIG_MAPPING
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
 from ..checkpoint.identity import differing
+from ..checkpoint.layout import per_expert, tensors_of
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
+from ..families.others import check_loading
+from ..families.outline import check_counts
 from ..files import REPORT, read_json
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
@@ -97,6 +100,22 @@ def check_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
         )
 
 
+def check_tensors(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a model whose class has tensors that no file has: they would be random.
+
+    Raises:
+        CheckpointError, FamilyError: naming the tensor, or the field of ``config.json``.
+    """
+    try:
+        family = original_family(checkpoint.config)
+    except FamilyError:
+        tensors = tensors_of(checkpoint.spans)
+        check_counts(checkpoint.config, tensors)
+        check_loading(checkpoint.folder, tensors, trust_remote_code)
+        return
+    per_expert(checkpoint, family, family.shape(checkpoint.config))
+
+
 def candidates(
     names: list[str], recipes: list[Path], revision: str | None = None, trust_remote_code: bool = False
 ) -> list[Candidate]:
@@ -113,6 +132,7 @@ def candidates(
     for name in dict.fromkeys(names):
         checkpoint = found(name, revision)
         check_code(checkpoint, trust_remote_code)
+        check_tensors(checkpoint, trust_remote_code)
         label = _label(checkpoint.name, {row.label for row in rows})
         rows.append(Candidate(label, checkpoint))
         rows += [

@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..errors import CheckpointError
 from ..models.configuration_namex import soft_choice
+from ..scoring.generation import without_balance_loss
 from .batches import cut, fitting
 from .journal import Journal, key_of
 from .prompt_routing import prompt_log_probabilities
@@ -91,7 +92,8 @@ class NamexLM(HFLM):
 
         def ask(batch: list[Instance]) -> list[Any]:
             self.batch_size_per_gpu = size
-            return super(NamexLM, self).generate_until(batch, disable_tqdm=True)
+            with without_balance_loss(self.model):
+                return super(NamexLM, self).generate_until(batch, disable_tqdm=True)
 
         if any(request.args[1].get("do_sample") for request in requests):
             return ask(requests)

@@ -134,7 +134,7 @@ def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict
     check_finite(plan, advance)
     keep_checkpoint(plan, state, advance)
     packs = packs_of_added(plan)
-    carried = len(plan.checkpoint.shards)
+    carried = len(plan.shards)
     names = shard_names(carried + len(packs))
     with Reader(plan.checkpoint.identity.digests) as reader:
         in_order = plan.recipe.align in (None, "none")

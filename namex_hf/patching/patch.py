@@ -181,6 +181,8 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "tensors": len(weight_map),
         "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
     }
+    if plan.left_out:
+        totals["left_out"] = plan.left_out
     if plan.recipe.curvature == "kronecker":
         totals["curvature_parameters"] = plan.curvature_parameters
     if plan.recipe.budget == "damage":

@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..calibration.decoder import BATCH_TOKENS
 from ..calibration.text import CalibrationText
 from ..checkpoint.header import TensorSpan
-from ..checkpoint.layout import per_expert
+from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError
@@ -60,6 +61,21 @@ class Plan:
             "export_as": self.export_as,
             **({"calibration": {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}} if text else {}),
         }
+
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        """The files that hold a tensor of the model's class."""
+        return tuple(sorted({span.file for span in self.spans.values()}))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors that the model's class has."""
+        return sum(span.size for span in self.spans.values())
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the other ones, which the result does not get."""
+        return left_out(self.checkpoint, self.spans)
 
     @property
     def kept(self) -> int:
@@ -125,7 +141,7 @@ class Plan:
         added = 0
         if self.export_as:
             added = sum(item.size for item in zero_items(self))
-        return self.checkpoint.size - routed + routed * self.kept // self.shape.experts + self.all_added_bytes + added
+        return self.size - routed + routed * self.kept // self.shape.experts + self.all_added_bytes + added
 
     @property
     def peak_bytes(self) -> int:

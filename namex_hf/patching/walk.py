@@ -51,9 +51,10 @@ def carried_items(plan: Plan, shard: Path) -> list[Item]:
     return [Item.of(name, span) for _, name, span in spans]
 
 
-def is_unchanged(plan: Plan, items: list[Item]) -> bool:
-    """Whether these are tensors of the source, under the names that they have there."""
-    return all(plan.checkpoint.spans.get(item.name) == item.source for item in items)
+def is_unchanged(plan: Plan, shard: Path, items: list[Item]) -> bool:
+    """Whether these are all tensors of a file of the source, under the names that they have there."""
+    spans = {name: span for name, span in plan.checkpoint.spans.items() if span.file == shard}
+    return {item.name: item.source for item in items} == spans
 
 
 def carry_over(
@@ -68,13 +69,13 @@ def carry_over(
     """Bring every source shard into the folder: by the kernel where it is unchanged, else tensor by tensor."""
     settled = []
     with Reader(plan.checkpoint.identity.digests) as reader, ThreadPoolExecutor(1) as settling:
-        for shard, name in zip(plan.checkpoint.shards, names, strict=True):
+        for shard, name in zip(plan.shards, names, strict=True):
             if stop.is_set():
                 return
             target = folder / name
             if not target.is_file():
                 items = items_of(plan, shard)
-                if is_unchanged(plan, items):
+                if is_unchanged(plan, shard, items):
                     settled.append(copy_file(shard, target, settling, state.record_shard))
                 else:
                     write_shard(target, items, reader, METADATA, state.record_shard)
@@ -146,8 +147,8 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
     The copy runs beside the arithmetic: one waits for the disk, the other for the processor.
     """
     packs = packs_of_added(plan)
-    names = shard_names(len(plan.checkpoint.shards) + len(packs))
-    carried = len(plan.checkpoint.shards)
+    names = shard_names(len(plan.shards) + len(packs))
+    carried = len(plan.shards)
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
         copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop, state)

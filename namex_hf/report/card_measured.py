@@ -67,12 +67,18 @@ def training_lines(report: Report, folder: Path | None) -> list[str]:
         if bargain is not None
         else ""
     )
+    if best := done.get("best_of"):
+        how += (
+            f" The weights, the scores and all other figures are those of the best checkpoint of {best['steps']:,} "
+            f"steps, by {plain(best['metric'])} ({best['value']:.4g})."
+        )
     lines = [
         "",
         "## Fine-tuning",
         "",
         f"{done['steps']:,} steps over {done['tokens']:,} tokens of {data.get('chats', 0):,} chats "
-        f"({plain(data.get('name', 'unknown'))}) in {done['seconds']:.0f} s. {by}: {kinds}.{how}",
+        f"({plain(data.get('name', 'unknown'))}) in {done['seconds']:.0f} s. Only tokens in the loss are counted. "
+        f"{by}: {kinds}.{how}",
     ]
     if losses := [entry["loss"] for entry in done.get("loss", []) if "loss" in entry]:
         lines += ["", f"Training loss: {losses[0]:.3f} at the first record, {losses[-1]:.3f} at the last."]
