@@ -44,7 +44,7 @@ def test_a_line_with_a_flipped_bit_is_dropped_with_all_after_it(tmp_path: Path, 
             journal.add({f"k{number}": number})
     path = tmp_path / "answers-0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[entry] = lines[entry].replace(b"answer\": ", b"answer\": 4")
+    lines[entry] = lines[entry].replace(b'answer": ', b'answer": 4')
     path.write_bytes(b"".join(lines))
     with Journal(tmp_path, RUN) as journal:
         assert [f"k{number}" in journal for number in range(3)] == [number + 1 < entry for number in range(3)]
