@@ -14,6 +14,7 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars, a dozen a task; tqdm reads it when it is imported
 
+import namex_hf.program  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
 
 # isort: split
 import torch

@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import namex_hf.program  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
+
 # isort: split
 import torch
 from rich import box

@@ -13,7 +13,7 @@ SECONDS = 10.0
 
 
 @contextmanager
-def limited(what: str, raises: type[NamexError], seconds: float = SECONDS) -> Iterator[None]:
+def limited(what: str, raises: type[NamexError], seconds: float | None = None) -> Iterator[None]:
     """End the block when the time by the clock is over.
 
     Relies on SIGALRM, which Python handles between two steps of its own: a template is compiled to such steps. Only the
@@ -21,20 +21,22 @@ def limited(what: str, raises: type[NamexError], seconds: float = SECONDS) -> It
 
     Args:
         what: runs in the block; named in the message.
+        seconds: default: `SECONDS`.
 
     Raises:
         NamexError: of the kind ``raises``: it took longer.
     """
+    limit = SECONDS if seconds is None else seconds
     in_use = signal.getitimer(signal.ITIMER_REAL)[0] > 0
     if in_use or threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def over(number: int, frame: FrameType | None) -> None:
-        raise raises(f"{what} takes longer than {seconds:g} s; accepted: one that ends")
+        raise raises(f"{what} takes longer than {limit:g} s; accepted: one that ends")
 
     before = signal.signal(signal.SIGALRM, over)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, limit)
     try:
         yield
     finally:

@@ -52,7 +52,7 @@ def check_source(source: str) -> None:
 
 def _files(path: Path) -> list[Path]:
     """The file itself, or all below a folder in sorted order, but for hidden ones and those in hidden folders."""
-    if path.is_file():
+    if not path.is_dir():
         return [path]
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]

@@ -28,6 +28,7 @@ def check_answers(checkpoint: Checkpoint, tasks: Sequence[Chosen], limit: int | 
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         longest = resolve_max_length(config, tokenizer)
+        _ = tokenizer("Words.").input_ids
     except Exception as error:  # whatever a foreign tokenizer raises
         said = f"{type(error).__name__}: {error}"
         raise CheckpointError(f"{checkpoint.name}: its tokenizer cannot be opened ({said})") from error
