@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from rich.markup import escape
+
 from .scrub import scrubbed
 
 LONGEST = 1000
@@ -24,6 +26,11 @@ def printable(text: object, longest: int = LONGEST) -> str:
         return line
     end = longest // 4
     return f"{line[: longest - end - 5]} ... {line[-end:]}"
+
+
+def marked(text: object, longest: int = LONGEST) -> str:
+    """`printable`, for what rich prints: square brackets stay what they are."""
+    return escape(printable(text, longest))
 
 
 def _escaped(letter: str) -> str:

@@ -14,8 +14,9 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
+from .files import LARGEST_RECIPE, read_text
 from .momentum import parse_momentum
-from .plain_yaml import PlainLoader
+from .plain_yaml import parse_yaml
 
 UNSTORED = ("device",)
 BASES = re.compile(r"shared|first|mean|index:[0-9]{1,9}")
@@ -582,9 +583,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         RecipeError: no such file, not YAML, or not a mapping of fields.
     """
     try:
-        values = yaml.load(Path(path).read_text("utf-8"), PlainLoader)  # noqa: S506  (a safe one)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RecipeError(f"recipe file {path} cannot be read: {' '.join(str(error).split())}") from error
+        values = parse_yaml(read_text(Path(path), RecipeError, LARGEST_RECIPE))
+    except (RecipeError, ValueError, yaml.YAMLError) as error:
+        raise RecipeError(f"recipe file {path} cannot be read: {error}") from error
     if values is None:
         return {}
     if not isinstance(values, dict):

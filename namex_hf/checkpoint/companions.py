@@ -122,6 +122,6 @@ def carry(folder: Path, out: Path) -> None:
         if path.name.lower() == "tokenizer_config.json":
             values = _json_object(data)
             if values.pop("auto_map", None) is not None:
-                write_text(place, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+                write_text(place, json.dumps(values, indent=2) + "\n")  # ASCII: half a surrogate pair has no UTF-8
                 continue
         write_bytes(place, data)

@@ -16,7 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError, OutputError
-from ..files import CARD, CONFIG, HASH, OURS, PAGE, REPORT, found, hash_bytes, hash_file, write_text
+from ..files import (
+    CARD,
+    CONFIG,
+    HASH,
+    OURS,
+    PAGE,
+    REPORT,
+    check_name,
+    found,
+    hash_bytes,
+    hash_file,
+    read_json,
+    write_text,
+)
 from .identity import Difference, Identity, differing, hash_weights, read_digests
 
 STATE, RUN, LOCK = ".namex", "run.json", "lock"
@@ -42,10 +55,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def _read_object(path: Path) -> dict[str, Any] | None:
     try:
-        values = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return read_json(path)
+    except CheckpointError:
         return None
-    return values if isinstance(values, dict) else None
 
 
 def list_files(folder: Path, config: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -119,6 +131,9 @@ class OutputFolder:
         identity: of the source, whose files are under ``files`` in `run`.
         verify: compare the hashes of a finished folder's files too.
         resumes: patterns of what a finished folder that lost a file goes on from; all else is made anew.
+
+    Raises:
+        OutputError: a name that no folder can have, or a circle of links.
     """
 
     def __init__(
@@ -129,6 +144,7 @@ class OutputFolder:
         verify: bool = False,
         resumes: Iterable[str] = (),
     ):
+        check_name(path, OutputError)
         self.path, self.run, self.state = path, json.loads(json.dumps(run)), path / STATE
         self._identity, self._verify, self._resumes = identity, verify, resumes
 

@@ -33,11 +33,11 @@ from huggingface_hub.utils import validate_repo_id
 
 from ..errors import CheckpointError, NamexError
 from ..families import family_of
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE, read_json
 from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
 from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
-from .source import Checkpoint, open_checkpoint, read_index, read_json, refuse_adapter, without_weights
+from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, without_weights
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -221,7 +221,9 @@ def _hub_errors(name: str, revision: str | None, offline: str = "") -> Iterator[
 def _failed(error: Exception, revision: str | None, offline: str) -> str:
     root = root_of(error)
     known = [text for kind, text in ANSWERS.items() if isinstance(root, kind)]
-    if known and isinstance(root, HfHubHTTPError):
+    if isinstance(root, HfHubHTTPError) and root.response.status_code == 401 and not known:
+        known = ["needs a token that may read it: 'hf auth login'"]
+    if known and isinstance(root, HfHubHTTPError) and re.search("/api/|/resolve/", root.response.request.url.path):
         return f"{known[0].format(revision=revision)} (the Hub answered {answer_of(root)})"
     if offline and isinstance(error, LocalEntryNotFoundError):
         partly = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import ADAPTER, CONFIG, INDEX, SINGLE
+from ..files import ADAPTER, CONFIG, INDEX, SINGLE, check_name, read_json
 from .companions import check_inside
-from .header import TensorSpan, once, read_header
+from .header import TensorSpan, read_header
 from .identity import Identity
 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.bin")
@@ -50,29 +50,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        CheckpointError: the file is missing or holds something else.
-    """
-    try:
-        values = json.loads(path.read_text("utf-8"), object_pairs_hook=once)
-    except OSError as error:
-        raise CheckpointError(f"{path.name} cannot be read in {path.parent} ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name} is no JSON ({error})") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{path.name} holds {type(values).__name__}; a JSON object is needed")
-    return values
-
-
 def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> Checkpoint:
     """Read configuration, index and headers of ``folder``.
 
     Raises:
         CheckpointError: anything missing, damaged, or contradicting itself.
     """
+    check_name(folder, CheckpointError)
     refuse_adapter(str(folder), [ADAPTER] if os.path.lexists(folder / ADAPTER) else [])
     _check_links(folder, CONFIG, INDEX, SINGLE)
     config = read_json(folder / CONFIG)

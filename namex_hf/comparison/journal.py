@@ -10,7 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..files import HASH, hash_bytes, write_text
+from ..errors import OutputError
+from ..files import HASH, hash_bytes, read_json, write_text
 
 CELLS = "cells"
 
@@ -42,10 +43,10 @@ class Journal:
     def read(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
         """What was measured; None of a cell that is not finished, or whose file was damaged or meant another."""
         try:
-            entry = json.loads(self.path(cell).read_text("utf-8"))
-        except (OSError, ValueError, RecursionError):
+            entry = read_json(self.path(cell), OutputError)
+        except OutputError:
             return None
-        result = entry.get("result") if isinstance(entry, dict) else None
+        result = entry.get("result")
         if not isinstance(result, dict) or entry.get("key") != key_of(self.run, cell):
             return None
         return result if entry.get(HASH) == _hash(result) else None

@@ -95,7 +95,8 @@ class Family:
             value, most = config.get(name), MOST_LAYERS if name == "num_hidden_layers" else MOST
             if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= most:
                 raise FamilyError(
-                    f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from {lowest} to {most}"
+                    f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from {lowest} "
+                    f"to {most}"
                 )
         if reason := self.refuse(config):
             raise FamilyError(f"config.json: {reason}")

@@ -91,9 +91,7 @@ def check_tensors(outline: Outline, found: Mapping[str, Tensor]) -> list[str]:
                 continue
             raise CheckpointError(f"tensor {name} is missing: no file has it, and config.json makes it a part")
         if tensor.shape != wanted.shape:
-            raise CheckpointError(
-                f"tensor {name} is {list(tensor.shape)}; config.json makes it {list(wanted.shape)}"
-            )
+            raise CheckpointError(f"tensor {name} is {list(tensor.shape)}; config.json makes it {list(wanted.shape)}")
         if wanted.dtype.is_floating_point and not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1):
             raise CheckpointError(
                 f"tensor {name} is {tensor.dtype}; accepted: bfloat16, float16, float32 (quantised files are not read)"

@@ -2,7 +2,6 @@
 
 from .family import Config, Family
 
-
 ATTENTION = ("full_attention", "sliding_attention")
 
 

@@ -13,12 +13,12 @@ from ..checkpoint.folder import check_whole
 from ..checkpoint.identity import differing
 from ..checkpoint.layout import per_expert, tensors_of
 from ..checkpoint.resolve import resolve
-from ..checkpoint.source import Checkpoint, read_json
+from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
 from ..families.others import check_loading
 from ..families.outline import check_counts
-from ..files import REPORT
+from ..files import REPORT, read_json
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
@@ -64,7 +64,8 @@ def found(name: str, revision: str | None = None) -> Checkpoint:
         CheckpointError: no such model, no tokenizer, no network, or a damaged checkpoint.
     """
     checkpoint = resolve(name, revision, check=lambda config: None)
-    check_whole(checkpoint.folder)
+    if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
+        check_whole(checkpoint.folder)
     if not has_tokenizer(checkpoint.folder):
         raise CheckpointError(f"{name} has no tokenizer (tokenizer.json); without one no text can be scored")
     return checkpoint

@@ -12,8 +12,9 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
 from ..checkpoint.identity import Identity, differing
-from ..errors import OutputError
-from ..files import HASH, hash_bytes, hash_file, write_text
+from ..errors import CheckpointError, OutputError
+from ..files import HASH, hash_bytes, hash_file, read_json, write_text
+from .errors import TaskError
 from .items import RESULTS, SAMPLES
 from .journal import Journal
 from .language_model import NamexLM
@@ -33,9 +34,9 @@ def finished(folder: Path, identity: Mapping[str, Any], source: Identity) -> dic
     """
     path = folder / RESULTS
     try:
-        results = json.loads(path.read_text("utf-8"))
+        results = read_json(path)
         found, digest, samples = results["run"], results.pop(HASH, None), results.get("samples", {})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (CheckpointError, KeyError, TypeError, AttributeError):
         return None  # none, or damaged: the journal has the answers
     if digest is None:
         raise OutputError(f"{path} is of a release before 0.2.0; use --overwrite or another --output_path")
@@ -64,12 +65,19 @@ def score(
     Args:
         limit: documents of every task; None: all.
         seed: of Python's, numpy's and torch's generators.
+
+    Raises:
+        TaskError: lm-eval refuses the task.
+        CheckpointError: the tokenizer gives a token that the embedding has no row for.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (what lm-eval's tasks draw from)
     torch.manual_seed(seed)
     with Journal(folder / JOURNAL, identity, model.rank) as model.journal:
-        found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        try:
+            found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        except (AssertionError, ValueError) as error:  # lm-eval's answers to what it does not take
+            raise TaskError(f"task {task.name}: lm-eval refuses it ({type(error).__name__}: {error})") from error
         batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.journal.batch(kind))}
     model.journal = None
     if found is not None:

@@ -16,7 +16,7 @@ OF_TOKENS = re.compile(
     r"token|permission|rights|namespace|write access|authori[sz]|credential|create_pr|forbidden", re.I
 )
 """In what the Hub says where the token is at fault."""
-OF_QUOTAS = re.compile(r"quota|storage|limit|billing|payment|upgrade", re.I)
+OF_QUOTAS = re.compile(r"quota|storage|limit|full|exceed|billing|payment|upgrade", re.I)
 AGAIN = "the same command goes on from there"
 """Said where a later try may succeed."""
 LATER = (408, 409, 412, 425, 429)

@@ -124,9 +124,9 @@ def _why_not(path: Path, name: str, folder: Path, known: set[str], include: tupl
 def _kind(name: str) -> str:
     if name.startswith("."):
         return "hidden"
-    if name.endswith(".py"):
+    if name.lower().endswith(".py"):
         return "code that is not of this model's class"
-    if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+    if name.lower().endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
         return "a pickle"
     return "not of the model"
 

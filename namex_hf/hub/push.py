@@ -11,7 +11,7 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from ..checkpoint.companions import TEMPLATES
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT, read_bytes
 from ..report.card_metadata import put_block, read_block, usable
 from ..report.card_story import PLACE, linked
 from ..report.card_text import put_section
@@ -141,7 +141,7 @@ def _stated(api: HfApi, base: str, commit: str | None) -> dict[str, Any]:
         path = api.hf_hub_download(base, CARD, revision=commit)
     except (RepositoryNotFoundError, EntryNotFoundError):
         return {}
-    return usable(read_block(Path(path).read_text("utf-8", "replace")))
+    return usable(read_block(read_bytes(Path(path)).decode("utf-8", "replace")))
 
 
 def _stage(selection: Selection, card: str, folder: Path) -> None:

@@ -1,13 +1,12 @@
 """Zero-shot scores on a card: the row of an evaluation report that is this very folder's, and what is shown of it."""
 
-import json
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..files import REPORT, found
+from ..files import REPORT, found, parse_json, read_json, read_text
 from ..harness.report import Model, Score, ZeroShotReport, eval_results, shown
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section, table
@@ -24,15 +23,15 @@ def read_evaluation(path: Path) -> ZeroShotReport:
     Raises:
         CheckpointError: the file cannot be read, or is no such report.
     """
+    text = read_text(path)
+    parse_json(text, str(path))
     try:
-        found = ZeroShotReport.from_json(path.read_text("utf-8"))
+        found = ZeroShotReport.from_json(text)
         _ = found.run["limit"], found.run["seed"], found.run["dtype"], found.run["versions"]["lm_eval"]
+        for model in found.models:  # what cannot be shown is no such report
+            _ = score_lines(found, model.label), eval_results(found, model.label)
         return found
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); needed: report.json of zero_shot.py"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise CheckpointError(f"{path}: no report of zero_shot.py ({type(error).__name__}: {error})") from error
 
 
@@ -66,7 +65,7 @@ def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path,
     checkpoint = open_checkpoint(folder)
     if model.fingerprint == checkpoint.fingerprint():
         return told or _same_files(_files_scored(evaluation, model, results), checkpoint)
-    report = Report.from_json(found(folder, REPORT).read_text("utf-8"))
+    report = Report.from_file(found(folder, REPORT))
     made_alike = (
         model.recipe is not None
         and report.training is None
@@ -89,8 +88,8 @@ def _files_scored(evaluation: ZeroShotReport, model: Model, results: Path) -> di
         path = results / score.file
         if score.model == model.label and path.is_file():
             try:
-                files = json.loads(path.read_text("utf-8"))["run"]["files"]
-            except (ValueError, KeyError, TypeError):
+                files = read_json(path)["run"]["files"]
+            except (CheckpointError, KeyError, TypeError):
                 return {}
             return files if isinstance(files, dict) else {}
     return {}

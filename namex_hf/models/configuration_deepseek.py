@@ -17,7 +17,8 @@ class DeepseekConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # A cache is no prediction. transformers 5.24 has another name for it.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
@@ -28,6 +29,7 @@ class DeepseekConfig(PreTrainedConfig):
         "AutoConfig": "configuration_deepseek.DeepseekConfig",
         "AutoModel": "modeling_deepseek.DeepseekModel",
         "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
     }
     sliding_window = 0  # asked for by the mask builder of the Qwen2-MoE model; no layer slides
     decoder_sparse_step = 1

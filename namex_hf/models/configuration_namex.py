@@ -149,6 +149,7 @@ class NamexQwen2MoeConfig(Qwen2MoeConfig):
         "AutoConfig": "configuration_namex.NamexQwen2MoeConfig",
         "AutoModel": "modeling_namex_qwen2_moe.NamexQwen2MoeModel",
         "AutoModelForCausalLM": "modeling_namex_qwen2_moe.NamexQwen2MoeForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_namex_qwen2_moe.NamexQwen2MoeForSequenceClassification",
     }
 
     namex: dict | None = None
@@ -177,6 +178,7 @@ class NamexDeepseekConfig(DeepseekConfig):
         "AutoConfig": "configuration_namex.NamexDeepseekConfig",
         "AutoModel": "modeling_namex_deepseek.NamexDeepseekModel",
         "AutoModelForCausalLM": "modeling_namex_deepseek.NamexDeepseekForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_namex_deepseek.NamexDeepseekForSequenceClassification",
     }
 
     namex: dict | None = None

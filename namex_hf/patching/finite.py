@@ -1,4 +1,4 @@
-"""No NaN and no infinity: neither in a checkpoint, whose carried tensors are looked at too, nor in what is made of it."""
+"""No NaN and no infinity: neither in a checkpoint, whose carried tensors count too, nor in what is made of it."""
 
 from collections.abc import Callable, Mapping
 

@@ -29,7 +29,16 @@ from .finite import check_finite, require_finite_result
 from .on_text import Heard, Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
 from .state import State, Stream
-from .walk import Advance, carried_items, carry_over, packs_of_added, propagation_of, shard_names, stored_base, write_added
+from .walk import (
+    Advance,
+    carried_items,
+    carry_over,
+    packs_of_added,
+    propagation_of,
+    shard_names,
+    stored_base,
+    write_added,
+)
 
 
 @dataclass(frozen=True)

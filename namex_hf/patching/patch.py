@@ -85,7 +85,7 @@ def run_plan(
     folder.check(overwrite)
     if not overwrite and folder.complete:
         shutil.rmtree(out / STATE, ignore_errors=True)
-        return Report.from_json(found(out, REPORT).read_text("utf-8"))
+        return Report.from_file(found(out, REPORT))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
     start = time.perf_counter()
     with folder.claimed(overwrite):

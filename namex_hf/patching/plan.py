@@ -291,7 +291,7 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
 def _bytes(size: str | int) -> int:
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", size.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]B|)", size.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise RecipeError(f"--shard-size is {size!r}; accepted: a size such as 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -11,6 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.companions import companions, is_inside, is_licence
+from ..files import open_regular
+from ..plain_yaml import parse_yaml
 from .card_text import one_line
 from .report import Report
 
@@ -113,7 +115,7 @@ def _licence_file(folder: Path) -> dict[str, str]:
 def _text(path: Path) -> str:
     if not is_inside(path, path.parent):
         return ""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(LONGEST).decode("utf-8", "replace")
 
 
@@ -121,8 +123,8 @@ def read_block(text: str) -> dict[str, Any]:
     """The metadata of a card; empty where there is none that can be read."""
     match = BLOCK.match(text)
     try:
-        found = yaml.safe_load(match[1]) if match else None
-    except (yaml.YAMLError, RecursionError, ValueError):
+        found = parse_yaml(match[1]) if match else None
+    except (yaml.YAMLError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -18,6 +18,7 @@ from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
 from .bargain import Settled
+from .generation import carried_settings
 
 METADATA = {"format": "pt"}
 
@@ -55,7 +56,8 @@ def save_trained(
     """
     out, staged = folder.path, folder.state / "model"
     shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
+    with carried_settings(model, carried, staged):
+        model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
     tokenizer.save_pretrained(staged)
     carry(carried, out)
     config = json.loads((staged / CONFIG).read_text("utf-8"))

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
@@ -14,6 +14,7 @@ from ..checkpoint.folder import check_whole
 from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import TrainingError
 from ..families import family_of, original_family
 from ..models import load_patched
@@ -55,19 +56,33 @@ class Start:
     def tokenizer(self) -> Any:
         """Raises:
         TrainingError: there is none.
+        CheckpointError: it does not open, or does not fit the model.
         """
         if not has_tokenizer(self.checkpoint.folder):  # transformers may make an empty one up
             raise TrainingError(f"{self.checkpoint.name} has no tokenizer, and chats cannot be read without one")
-        return AutoTokenizer.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
+        rows = self.checkpoint.config.get("vocab_size")
+        return open_tokenizer(self.checkpoint.folder, self.checkpoint.name, rows if isinstance(rows, int) else None)
 
-    def outline(self) -> Any:
-        """The patched model without numbers, on the meta device."""
+    def outline(self, attention: str | None = None) -> Any:
+        """The patched model without numbers, on the meta device.
+
+        Args:
+            attention: its implementation, as of `from_pretrained`.
+
+        Raises:
+            TrainingError: this implementation needs a library that is missing, or there is none of that name.
+        """
         config = self.checkpoint.config
         if not self.patched:
             family = family_of(config)
             config = patched_config(config, family, family.shape(config), self.recipe)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention)
+        except (ImportError, ValueError) as error:
+            if attention is None:
+                raise
+            raise TrainingError(f"--attn_implementation {attention}: {error}") from error
 
     def model(self, tokenizer: Any, **options: Any) -> Any:
         """The patched model.
@@ -111,13 +126,13 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
         TrainingError: a recipe for what is patched already.
     """
     checkpoint = resolve(name, revision, original_family)
-    check_whole(checkpoint.folder)
+    if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
+        check_whole(checkpoint.folder)
     found = checkpoint.config.get("namex")
-    patched = isinstance(found, dict)
-    if patched:
+    if patched := isinstance(found, dict):
         if recipe is not None:
             raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
-        family, recipe = original_family(checkpoint.config), Recipe.from_dict(found)
+        family, recipe = original_family(checkpoint.config), Recipe.from_dict(dict(found))
     else:
         family, recipe = family_of(checkpoint.config), recipe or Recipe()
     shape = family.shape(checkpoint.config)
