@@ -49,9 +49,7 @@ def left_out(checkpoint: Checkpoint, spans: dict[str, TensorSpan]) -> list[str]:
     """
     places = {(span.file, span.begin) for span in spans.values()}
     return [
-        name
-        for name, span in checkpoint.spans.items()
-        if name not in spans and (span.file, span.begin) not in places
+        name for name, span in checkpoint.spans.items() if name not in spans and (span.file, span.begin) not in places
     ]
 
 
