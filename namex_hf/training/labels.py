@@ -15,7 +15,7 @@ from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..errors import TrainingError
-from ..limited import limited
+from ..limited import SECONDS, limited
 from ..printable import marked
 from ..scoring.labelled import IGNORED
 from .chats import Chats
@@ -134,7 +134,7 @@ def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tup
     tokens = datasets.List(datasets.Value("int64"))
     count = datasets.Value("int64")
     features = {"input_ids": tokens, "labels": tokens, "length": count, "answer": count}
-    with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError):
+    with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError, SECONDS):
         _tokens(chats[0], 0, **fields)
     made = chats.map(
         _tokens,
