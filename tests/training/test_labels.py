@@ -110,11 +110,6 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"messages": TALK["messages"][1:]},
         "the chat template does not read tool_calls",
     ),
-    "null is printed": (
-        "<|im_start|>{% for m in messages %}{% generation %}{{ m['content'] }}{{ m.tool_calls }}{% endgeneration %}{% endfor %}",
-        {"messages": TALK["messages"][1:]},
-        "the chat template prints None where content is null",
-    ),
     "parts are printed": (
         "{% for m in messages %}{% generation %}{{ m['content'] }}<|im_end|>{% endgeneration %}{% endfor %}",
         {"messages": [TALK["messages"][0], TALK["messages"][3]]},
