@@ -89,7 +89,8 @@ def test_folders_that_are_none_of_ours(refused: Refused, folder: Path, stock: Pa
     (folder / "namex/report.json").write_text('{"a": 1}')
     assert "report.json is no report of namex_hf (" in refused(folder)
     (folder / "namex/report.json").unlink()
-    assert "namex/report.json is missing" in refused(folder)
+    assert push.main([str(folder), "--repo", "me/q", "--dry-run"]) == 0  # from its recipe and tensors
+    assert json.loads((folder / "namex/report.json").read_text())["run"]["rebuilt"]
     (folder / ".namex").mkdir()
     assert "is unfinished (.namex is there)" in refused(folder)
 

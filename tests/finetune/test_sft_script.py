@@ -127,6 +127,7 @@ def test_killed_and_continued(plain, start, run, tmp_path, moment):
     assert "going on from checkpoint-" in ended.said
     assert ended.losses == plain.losses
     assert weights(out) == weights(plain.out)
+    assert ended.report["training"]["tokens"] == plain.report["training"]["tokens"] > 0
 
 
 def test_a_source_that_changed_in_place(run, tmp_path):
@@ -296,6 +297,11 @@ REFUSED = {
     "a push": ({"push_to_hub": True}, "--push_to_hub"),
     "remote code": ({"trust_remote_code": True}, "--trust_remote_code"),
     "an unknown argument": ({"learning_rat": 1}, "learning_rat"),
+    "a tracker without its library": ({"report_to": "wandb"}, "--report_to wandb: WandbCallback requires wandb"),
+    "an optimiser without its library": ({"optim": "adamw_8bit"}, "--optim adamw_8bit: You need to install `bitsand"),
+    "kernels without their library": ({"use_liger_kernel": True}, "--use_liger_kernel needs the library liger-kernel"),
+    "a sharding without its library": ({"deepspeed": "ds.json"}, "deepspeed"),
+    "attention without its library": ({"attn_implementation": "flash_attention_2"}, "--attn_implementation flash_atte"),
     "an unknown dtype": ({"dtype": "float8"}, "float8"),
 }
 
