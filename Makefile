@@ -2,8 +2,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NEWEST := .venv-newest
+NEWEST_READY := $(NEWEST)/.ready
+SUITE := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test lint types check format clean
+.PHONY: demo test test-newest lint types check format clean
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -11,13 +14,22 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $(READY)
 
+$(NEWEST_READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(NEWEST)
+	grep '^torch==' constraints.txt > $(NEWEST)/torch.txt
+	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEWEST)/torch.txt --editable '.[dev]'
+	touch $(NEWEST_READY)
+
 demo: $(READY)  ## patch the packaged model, compare the methods, let it talk
 	$(BIN)/namex-patch tiny --out out/tiny
 	$(BIN)/python benchmarks/methods.py --quick
 	$(BIN)/python examples/talk.py out/tiny
 
 test: $(READY)  ## the whole suite, no network and no accelerator needed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
+
+test-newest: $(NEWEST_READY)  ## the whole suite with the newest versions that pyproject.toml allows, but for torch
+	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(SUITE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
@@ -33,4 +45,4 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(NEWEST) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -22,6 +22,7 @@ from rich.table import Table
 from transformers import DynamicCache, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from namex_hf.models import NamexQwen2MoeConfig, NamexQwen2MoeForCausalLM
+from namex_hf.models.arguments import Arguments
 
 
 class Round(NamedTuple):
@@ -92,13 +93,14 @@ def wait(device: str) -> None:
 def clock(model: Any, tokens: torch.Tensor, new: int, device: str) -> Round:
     """One prompt and `new` greedy tokens after it."""
     cache = DynamicCache(config=model.config)
+    continued = {Arguments.of(type(model).forward).cache: cache}
     wait(device)
     start = time.perf_counter()
-    logits = model(tokens, past_key_values=cache, logits_to_keep=1).logits
+    logits = model(tokens, logits_to_keep=1, **continued).logits
     wait(device)
     filled = time.perf_counter()
     for _ in range(new):
-        logits = model(logits[:, -1:].argmax(-1), past_key_values=cache).logits
+        logits = model(logits[:, -1:].argmax(-1), **continued).logits
     wait(device)
     done = time.perf_counter()
     kept = sum(t.nbytes for layer in cache.layers for t in (layer.keys, layer.values))

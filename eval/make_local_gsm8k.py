@@ -6,13 +6,13 @@ them (a question and an answer a line) and writes ``data/openai/gsm8k``. Then
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any
 
 from namex_hf.cli import Parser
 from namex_hf.errors import MissingExtraError, NamexError
+from namex_hf.files import bounded_lines, open_regular, parse_json
+from namex_hf.program import ended
 
 SPLITS = ("train", "test")
 CARD = """\
@@ -38,20 +38,15 @@ def rows(path: Path) -> list[dict[str, str]]:
     Raises:
         DataError: no such file, or a line that is something else.
     """
-    try:
-        lines = path.read_text("utf-8").splitlines()
-    except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}); needed: GSM8K's train.jsonl and test.jsonl"
-        ) from error
-    return [_row(path, number, line) for number, line in enumerate(lines, 1)]
+    with open_regular(path, DataError) as file:
+        return [_row(path, number, line) for number, line in enumerate(bounded_lines(file, path, DataError), 1)]
 
 
-def _row(path: Path, number: int, line: str) -> dict[str, str]:
+def _row(path: Path, number: int, line: bytes) -> dict[str, str]:
+    found = parse_json(line, f"{path}, line {number}", DataError)
     try:
-        found: Any = json.loads(line)
         return {"question": str(found["question"]), "answer": str(found["answer"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError) as error:
         raise DataError(f"{path}, line {number}: needed: a JSON object with 'question' and 'answer'") from error
 
 
@@ -70,6 +65,10 @@ def write(source: Path, out: Path) -> Path:
     return folder
 
 
+def _written(source: Path, out: Path) -> None:
+    write(source, out)
+
+
 def main() -> int:
     parser = Parser(
         prog="make_local_gsm8k.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -79,12 +78,7 @@ def main() -> int:
         "--out", type=Path, required=True, help="folder for --data of zero_shot.py, outside the repository"
     )
     options = parser.parse_args()
-    try:
-        write(options.source, options.out)
-    except (NamexError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended(parser.prog, lambda: _written(options.source, options.out), "stopped")
 
 
 if __name__ == "__main__":

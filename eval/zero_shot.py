@@ -14,15 +14,19 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars, a dozen a task; tqdm reads it when it is imported
 
+import namex_hf.program  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
+
+# isort: split
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from namex_hf.cli import Parser
 from namex_hf.errors import MissingExtraError, NamexError
 from namex_hf.files import write_text
+from namex_hf.printable import marked, printable
+from namex_hf.program import ended
 
 HERE = Path(__file__).resolve().parent
 PACKAGED_TASKS = ("namex_definitions", "namex_sums", "namex_word_problems", "namex_text")
@@ -157,14 +161,7 @@ def _batch(text: str) -> str:
 def main() -> int:
     made = parser()
     options = made.parse_args()
-    try:
-        return score(options)
-    except (NamexError, OSError) as error:
-        print(f"{made.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{made.prog}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return ended(made.prog, lambda: score(options))
 
 
 def score(options: argparse.Namespace) -> int:
@@ -215,7 +212,7 @@ def score(options: argparse.Namespace) -> int:
         write_text(options.output_path / "report.json", report.to_json())
         write_text(options.output_path / "report.md", markdown(report))
         _print(report, console)
-        console.print(f"[bold]{escape(str(options.output_path / 'report.md'))}[/bold]", soft_wrap=True)
+        console.print(f"[bold]{marked(options.output_path / 'report.md')}[/bold]", soft_wrap=True)
     return 0
 
 
@@ -258,9 +255,9 @@ def _progress(title: str, console: Console) -> Iterator[Any]:
     )
     hidden = console.quiet or not console.is_terminal
     if hidden:
-        console.print(title, soft_wrap=True, markup=False)
+        console.print(printable(title), soft_wrap=True, markup=False)
     with Progress(*columns, console=console, disable=hidden, transient=True) as shown:
-        bar = shown.add_task(escape(title), total=None)
+        bar = shown.add_task(marked(title), total=None)
         yield lambda kind, more, total: shown.update(bar, advance=more, total=total)
 
 
@@ -280,18 +277,20 @@ def _print(report: Any, console: Console) -> None:
 
     for task in dict.fromkeys(score.task for score in report.scores):
         titles, rows = table(report, task)
-        shown = Table(title=task)
+        shown = Table(title=marked(task))
         # The rest is in report.md; here the model's label tells its recipe.
         kept = [place for place, title in enumerate(titles) if title not in (*CHOICES, "95 %")]
         for place in kept:
             words = titles[place] in ("model", "metric")
-            shown.add_column(titles[place], justify="left" if words else "right", no_wrap=not words, overflow="fold")
+            shown.add_column(
+                marked(titles[place]), justify="left" if words else "right", no_wrap=not words, overflow="fold"
+            )
         for row in rows:
-            shown.add_row(*(escape(row[place]) for place in kept))
+            shown.add_row(*(marked(row[place]) for place in kept))
         console.print(shown)
         for one in report.scores:
             if one.task == task and (text := sentence(one)):
-                console.print(f"  {text}", soft_wrap=True, markup=False, highlight=False)
+                console.print(f"  {printable(text)}", soft_wrap=True, markup=False, highlight=False)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-import namex_hf  # noqa: F401  (registers the patched model types)
+from namex_hf.scoring.generation import without_balance_loss  # its package registers the patched model types
 
 PROMPTS = (
     "It was in the beginning of the summer that Elizabeth",
@@ -26,7 +26,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
     for prompt in arguments.prompt or PROMPTS:
         inputs = tokenizer(prompt, return_tensors="pt")
-        output = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False, repetition_penalty=1.1)
+        with without_balance_loss(model):
+            output = model.generate(**inputs, max_new_tokens=arguments.tokens, do_sample=False, repetition_penalty=1.1)
         print(f"\n--- {prompt}\n{tokenizer.decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)}")
 
 

@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markup import escape
 
 from namex_hf.cli import Parser
-from namex_hf.errors import CheckpointError, MissingExtraError, NamexError
+from namex_hf.errors import CheckpointError, MissingExtraError
+from namex_hf.printable import marked
+from namex_hf.program import ended
 
 try:
     from namex_hf.checkpoint.resolve import local_folder, packaged_models, peek
-    from namex_hf.checkpoint.source import read_json
+    from namex_hf.files import read_json
     from namex_hf.recipe import Recipe
     from namex_hf.training.memory import (
         MARGIN,
@@ -104,9 +105,9 @@ def show(options: argparse.Namespace) -> None:
     chosen = plans(options)
     recipe = Recipe.from_yaml(options.recipe) if options.recipe else None
     models = {name: outline(config_of(name), recipe) for name in options.models or PUBLISHED}
-    tables = [counts_table({escape(name): model for name, model in models.items()})]
+    tables = [counts_table({marked(name): model for name, model in models.items()})]
     for name, model in models.items():
-        tables.append(memory_table(escape(name), [(plan, memory(model, plan)) for plan in chosen]))
+        tables.append(memory_table(marked(name), [(plan, memory(model, plan)) for plan in chosen]))
     console, plan = Console(), chosen[0]
     for table in tables:
         console.print(table)
@@ -122,12 +123,7 @@ def show(options: argparse.Namespace) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 where something is to be mended, said in one line."""
     options = parser().parse_args(arguments)
-    try:
-        show(options)
-    except (NamexError, OSError) as error:
-        print(f"memory.py: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return ended("memory.py", lambda: show(options), "stopped")
 
 
 if __name__ == "__main__":

@@ -20,6 +20,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import namex_hf.program  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
+
+# isort: split
 import torch
 from rich import box
 from rich.console import Console
@@ -28,7 +31,9 @@ from rich.table import Table
 from transformers import AutoTokenizer
 
 from namex_hf.checkpoint.resolve import PACKAGED
-from namex_hf.errors import MissingExtraError, NamexError, TrainingError
+from namex_hf.errors import MissingExtraError, TrainingError
+from namex_hf.files import read_json, read_text
+from namex_hf.program import Parser, ended
 from namex_hf.scoring.perplexity import held_out_texts
 from namex_hf.training.scratch import ROWS, Schedule, run
 
@@ -49,7 +54,7 @@ MEANING = {
 
 def main(arguments: list[str]) -> None:
     """Train what is not there yet, then print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("pretrain.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, required=True, help="a JSON file a run, and table.md")
     parser.add_argument("--rows", nargs="+", default=list(ROWS), help=f"of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
@@ -126,7 +131,7 @@ def check_length(texts: dict[str, torch.Tensor], length: int) -> None:
 
 def scored_text(tokenizer: Any, folder: Path | None) -> dict[str, torch.Tensor]:
     """Token ids of the packaged held-out domains, and of the files of a folder."""
-    more = {} if folder is None else {path.stem: path.read_text("utf-8") for path in sorted(folder.glob("*.txt"))}
+    more = {} if folder is None else {path.stem: read_text(path) for path in sorted(folder.glob("*.txt"))}
     texts = {**held_out_texts(), **more}
     return {name: torch.tensor(tokenizer(text, verbose=False).input_ids) for name, text in texts.items()}
 
@@ -139,8 +144,12 @@ def known(path: Path, schedule: Schedule, trained_on: dict[str, int], scored: li
     """
     if not path.is_file():
         return {}
-    found = json.loads(path.read_text("utf-8"))
-    if (found["schedule"], found["trained_on"], sorted(found["scores"])) != (asdict(schedule), trained_on, scored):
+    found = read_json(path)
+    if (found.get("schedule"), found.get("trained_on"), sorted(found.get("scores", ()))) != (
+        asdict(schedule),
+        trained_on,
+        scored,
+    ):
         raise TrainingError(f"{path} is of another schedule or other texts; accepted: another --output_dir")
     return found
 
@@ -205,11 +214,4 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (NamexError, OSError, subprocess.CalledProcessError) as error:
-        print(f"pretrain.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("pretrain.py: stopped; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
+    sys.exit(ended("pretrain.py", lambda: main(sys.argv[1:]), more=subprocess.CalledProcessError))

@@ -22,7 +22,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from namex_hf.errors import MissingExtraError, NamexError, TrainingError
+from namex_hf.checkpoint.layout import left_out_line
+from namex_hf.errors import MissingExtraError, TrainingError
+from namex_hf.printable import marked
+from namex_hf.program import ended
 from namex_hf.recipe import Recipe
 
 try:
@@ -32,6 +35,7 @@ try:
 
     from namex_hf.training.chats import check_template, load_chats
     from namex_hf.training.choice import EVERYTHING, check_kinds
+    from namex_hf.training.libraries import check_libraries
     from namex_hf.training.plan import Adapter, Choice, measures_for
     from namex_hf.training.scores import MEASURES, difference, value, verdict
     from namex_hf.training.start import dtype_of, start_from
@@ -101,7 +105,7 @@ class NamexArguments:
             "chats for a large one)"
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace a folder of another run"})
+    overwrite: bool = field(default=False, metadata={"help": "make the folder anew, whichever run it is of"})
 
 
 @dataclass
@@ -146,6 +150,8 @@ def main(arguments: list[str]) -> None:
     console = Console(stderr=True, quiet=training.process_index != 0)
     recipe = Recipe.from_yaml(asked.recipe) if asked.recipe else None
     start = start_from(asked.model_name_or_path, asked.model_revision, recipe)
+    if start.left_out:
+        console.print(left_out_line(list(start.left_out)), soft_wrap=True, markup=False)
     if asked.compare and start.patched:
         raise TrainingError(f"--compare begins with a stock checkpoint; {start.checkpoint.name} is patched already")
     if start.recipe.method in [COMPARED[name] for name in asked.compare]:
@@ -171,7 +177,7 @@ def main(arguments: list[str]) -> None:
         rival = Recipe.from_dict(rival_fields(start.recipe, COMPARED[name]))
         runs[name] = start_from(asked.model_name_or_path, asked.model_revision, rival), out / "compare" / name
     for name, (one, folder) in runs.items():
-        console.rule(f"{name}: {folder}")
+        console.rule(marked(f"{name}: {folder}"))
         tune(one, chats, training, choice, folder, console, asked.overwrite)
     if training.process_index == 0:
         tell(Console(), {name: folder for name, (_, folder) in runs.items()}, measures)
@@ -201,6 +207,7 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
         raise TrainingError("--push_to_hub: the trainer would push its checkpoints; push the finished folder instead")
     if training.trust_remote_code:
         raise TrainingError("--trust_remote_code: no code of others is run; accepted: the families of namex_hf")
+    check_libraries(training)
 
 
 def rival_fields(recipe: Recipe, method: str) -> dict[str, Any]:
@@ -240,17 +247,12 @@ def tell(console: Console, folders: dict[str, Path], measures: tuple[str, ...]) 
         after, other = items[main_run]["after"], items[rival]["after"]
         apart = {name: difference(name, after[name], other[name]) for name in measures}
         console.print(verdict(main_run, rival, apart), soft_wrap=True)
-    console.print(f"the model: {folders[main_run]}", soft_wrap=True)
+    console.print(f"the model: {marked(folders[main_run])}", soft_wrap=True)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers|trl")
     logging.set_verbosity_error()
-    try:
-        main(sys.argv[1:])
-    except (NamexError, OSError, ValueError) as error:
-        print(f"sft_smoltalk.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("sft_smoltalk.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+    stopped = "stopped; the same command goes on from the last checkpoint"
+    answered = (ValueError, ImportError)  # by transformers and TRL, of arguments and of libraries that these need
+    sys.exit(ended("sft_smoltalk.py", lambda: main(sys.argv[1:]), stopped, answered))

@@ -4,6 +4,9 @@ Importing registers the patched model types (and DeepSeek-MoE v1) with transform
 models are left as they are.
 """
 
+from . import program  # noqa: F401  (the first: Ctrl-C is answered while the others take their seconds)
+
+# isort: split
 from .bargaining import NashSolution, nash_bargaining
 from .models import load_patched
 from .patching.live import patch_model

@@ -1,24 +1,24 @@
 """The commands: parse, call, print."""
 
 import argparse
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from .checkpoint.companions import has_tokenizer
 from .checkpoint.folder import OutputFolder
+from .checkpoint.layout import left_out_line
 from .checkpoint.resolve import packaged_models, peek, resolve
 from .checkpoint.source import Checkpoint
-from .errors import NamexError, RecipeError
+from .errors import CheckpointError, NamexError, RecipeError
 from .hub.client import check_repo
 from .hub.errors import PublishError
 from .hub.push import Target, check_access
@@ -26,21 +26,15 @@ from .patching.effort import Effort, effort_of, measured_speed
 from .patching.inspect import inspection
 from .patching.patch import describe, rewrite_report, run_plan
 from .patching.plan import Plan, make_plan
+from .printable import marked
+from .program import Parser, ended, of_memory
 from .recipe import RULES, Recipe, read_yaml
-from .report.report import Report, layer_table
+from .report.report import Report, layer_table, ratio
 
 SCORED_BYTES = 256 << 20  # a checkpoint up to this size has its perplexity measured
 SCORED_TOKENS = 8192  # of each domain
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every error here."""
-
-    def error(self, message: str) -> NoReturn:
-        print(f"{self.prog}: error: {message} (see {self.prog} --help)", file=sys.stderr)
-        sys.exit(2)
 
 
 def patch(arguments: Sequence[str] | None = None) -> int:
@@ -62,14 +56,7 @@ _MODEL_HELP = f"a local folder, a packaged model ({', '.join(packaged_models())}
 
 def _run(parser: Parser, arguments: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
     options = parser.parse_args(arguments)
-    try:
-        return command(options)
-    except (NamexError, OSError) as error:  # an OSError names its file itself
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"{parser.prog}: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    return ended(parser.prog, lambda: command(options))
 
 
 def _patch_parser() -> Parser:
@@ -89,7 +76,8 @@ def _patch_parser() -> Parser:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the result")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id; the report pins the commit")
     parser.add_argument("--dry-run", action="store_true", help="say what would happen, read and write no tensor")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder of another namex-patch run")
+    parser.add_argument("--overwrite", action="store_true", help="make the folder anew, whichever run of ours it is of")
+    parser.add_argument("--verify", action="store_true", help="read a complete folder, and make a damaged one anew")
     parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
     parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity, no pictures")
@@ -130,17 +118,35 @@ def _patch(options: argparse.Namespace) -> int:
     target = _target(options)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
-    folder = OutputFolder(options.out, plan.run)
+    if plan.left_out:
+        console.print(left_out_line(plan.left_out), soft_wrap=True, markup=False)
+    folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify)
     if options.dry_run:
         # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.calibrated)
         _print_dry_run(describe(plan, options.out), plan)
         return 0
-    if folder.complete:
-        run_plan(plan, options.out, overwrite=options.overwrite)
-        said = f"{escape(str(options.out))} is complete: this model was patched with this recipe before"
+    if not options.overwrite and folder.complete:
+        run_plan(plan, options.out)
+        said = f"{marked(options.out)} is complete: this model was patched with this recipe before"
         console.print(said, soft_wrap=True)
         return _pushed(options, target)
+    if not options.overwrite and folder.finished:
+        said = f"{marked(options.out)} is not complete: {marked(folder.fault)}; it is made anew"
+        console.print(said, soft_wrap=True)
+    report = _patched(plan, options, console)
+    if not options.quiet:
+        report = _score(checkpoint, options.out, report, console)
+        _print_report(report, options.out)
+        if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
+            hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
+            console.print(hint, soft_wrap=True)
+        _draw(options.out, checkpoint.size, report, console)
+    return _pushed(options, target)
+
+
+def _patched(plan: Plan, options: argparse.Namespace, console: Console) -> Report:
+    """Carry the plan out, with its progress on the console."""
     columns = (
         TextColumn("{task.description:>16}"),
         BarColumn(),
@@ -160,15 +166,22 @@ def _patch(options: argparse.Namespace) -> int:
             if forecast is not None:
                 forecast.hear(what)
 
-        report = run_plan(plan, options.out, overwrite=options.overwrite, progress=advance)
-    if not options.quiet:
-        report = _score(checkpoint, options.out, report, console)
-        _print_report(report, options.out)
-        if recipe.merge == "grouped" and not recipe.calibrated and plan.kept < plan.shape.experts:
-            hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
-            console.print(hint, soft_wrap=True)
-        _draw(options.out, checkpoint.size, report, console)
-    return _pushed(options, target)
+        with _memory_named(plan):
+            return run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=advance)
+
+
+@contextmanager
+def _memory_named(plan: Plan) -> Iterator[None]:
+    """Raises:
+    CheckpointError: there was too little memory; it says how much this plan needs.
+    """
+    try:
+        yield
+    except Exception as error:
+        if said := of_memory(error):
+            needed = f"this run needs about {_size(plan.peak_bytes)} beside the libraries"
+            raise CheckpointError(f"{said}; {needed}") from error
+        raise
 
 
 def _target(options: argparse.Namespace) -> Target | None:
@@ -236,7 +249,7 @@ def _score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) 
             if report.run["recipe"]["routing"] != "linear" and not all("routing" in one for one in report.layers):
                 report = report.with_routing(compared_on_held_out(out, SCORED_TOKENS))
     except Exception as error:  # whatever a foreign tokenizer raises: the patched folder itself is whole
-        console.print(f"perplexity cannot be measured and is skipped: {escape(f'{type(error).__name__}: {error}')}")
+        console.print(f"perplexity cannot be measured and is skipped: {marked(f'{type(error).__name__}: {error}')}")
         return report
     rewrite_report(out, report)
     return report
@@ -249,7 +262,7 @@ def _draw(out: Path, size: int, report: Report, console: Console) -> None:
         size: bytes of the original; the pictures of a large one are a step of their own, ``namex-report``.
         report: the folder's, perplexity included.
     """
-    later = f"namex-report {escape(str(out))}"
+    later = f"namex-report {marked(out)}"
     if size > DRAWN_BYTES:
         console.print(f"pictures: {later}", soft_wrap=True)
         return
@@ -260,9 +273,9 @@ def _draw(out: Path, size: int, report: Report, console: Console) -> None:
         rewrite_report(out, report)  # the card links the pictures that are there
     except Exception as error:  # whatever comes of drawing: the patched folder itself is whole
         said = str(error) if isinstance(error, NamexError) else f"{type(error).__name__}: {error}"
-        console.print(f"no pictures: {escape(said)}; once that is mended: {later}", soft_wrap=True)
+        console.print(f"no pictures: {marked(said)}; once that is mended: {later}", soft_wrap=True)
         return
-    console.print(f"pictures: [bold]{escape(str(page))}[/bold]", soft_wrap=True)
+    console.print(f"pictures: [bold]{marked(page)}[/bold]", soft_wrap=True)
 
 
 def _said(effort: Effort, plan: Plan) -> str:
@@ -286,20 +299,20 @@ def _print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     table.add_row("peak memory (estimate)", _size(what["peak_bytes"]))
     if what["calibration_tokens"]:
         text = f"{what['calibration_tokens']} tokens of {recipe.calibration_data}, not read yet"
-        table.add_row("calibration text", escape(text))
+        table.add_row("calibration text", marked(text))
     if what["fit"]:
         table.add_row("fit", _said(what["fit"], plan))
     if what["curvature_parameters"]:
         table.add_row("trainable curvature", _counts(what["curvature_parameters"]))
     table.add_row("disk needed / free", f"{_size(what['space_needed'])} / {_size(what['free'])}")
-    table.add_row("files carried over", escape(", ".join(what["carried"])) or "none")
+    table.add_row("files carried over", marked(", ".join(what["carried"])) or "none")
     Console().print(table)
 
 
 def _print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
     what = ", ".join((recipe["method"], recipe["merge"], f"{recipe['routing']} routing"))
-    table = Table(title=f"{escape(report.source['name'])}: {what}")
+    table = Table(title=f"{marked(report.source['name'])}: {what}")
     titles, rows = layer_table(report)
     for title, *cells in zip(titles, *rows, strict=True):
         one_word = not any(" " in text for text in (title, *cells))  # where the screen is narrow, others are wrapped
@@ -311,7 +324,7 @@ def _print_report(report: Report, out: Path) -> None:
     if text := report.run.get("calibration"):
         seconds = sum(layer["seconds"] for layer in report.layers) / len(report.layers)
         console.print(
-            f"calibrated on {text['tokens']} tokens of {escape(text['name'])}: {seconds:.2f} s a layer, "
+            f"calibrated on {text['tokens']} tokens of {marked(text['name'])}: {seconds:.2f} s a layer, "
             f"{1000 * seconds / text['tokens']:.3f} s for 1,000 tokens",
             soft_wrap=True,
         )
@@ -321,7 +334,7 @@ def _print_report(report: Report, out: Path) -> None:
             scores.add_column(column, justify="right")
         for domain, value in report.perplexity.items():
             before, after = value["before"], value["after"]
-            scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{after / before:.3f}")
+            scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{ratio(value):.3f}")
         console.print(scores)
     totals = report.totals
     if "curvature_parameters" in totals:
@@ -332,7 +345,7 @@ def _print_report(report: Report, out: Path) -> None:
         console.print(f"spectral radius of the walk: {radius:.3f} a layer, {over:.3g} over its layers{warning}")
     console.print(
         f"{_size(totals['bytes_in'])} in, {_size(totals['bytes_out'])} out, {totals['seconds']:.1f} s, "
-        f"peak memory {_size(totals['peak_resident_bytes'])}: [bold]{escape(str(out))}[/bold]",
+        f"peak memory {_size(totals['peak_resident_bytes'])}: [bold]{marked(out)}[/bold]",
         soft_wrap=True,
     )
 
@@ -340,7 +353,7 @@ def _print_report(report: Report, out: Path) -> None:
 def _inspect(options: argparse.Namespace) -> int:
     table = Table(show_header=False, min_width=60)
     for name, value in inspection(peek(options.model, options.revision)).items():
-        table.add_row(name, _size(value) if name.startswith("bytes") else escape(str(value)))
+        table.add_row(name, _size(value) if name.startswith("bytes") else marked(value))
     Console().print(table)
     return 0
 

@@ -2,6 +2,10 @@
 
 import unicodedata
 
+from rich.markup import escape
+
+from .scrub import scrubbed
+
 LONGEST = 1000
 HIDDEN = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 """Unicode categories of what a terminal obeys, or does not show."""
@@ -11,16 +15,22 @@ def printable(text: object, longest: int = LONGEST) -> str:
     """One line of at most ``longest`` characters.
 
     White space becomes single spaces. Control characters, marks that turn the direction of writing and half surrogate
-    pairs become escapes, so that no terminal obeys them. A text that is too long loses its middle.
+    pairs become escapes, so that no terminal obeys them. A text that is too long loses its middle. Tokens and passwords
+    become three stars.
     """
     whole = str(text)
     if len(whole) > 8 * longest:  # what is cut away need not be looked at
         whole = whole[: 4 * longest] + whole[-4 * longest :]
-    line = "".join(_escaped(letter) for letter in " ".join(whole.split()))
+    line = "".join(_escaped(letter) for letter in " ".join(scrubbed(whole).split()))
     if len(line) <= longest:
         return line
     end = longest // 4
     return f"{line[: longest - end - 5]} ... {line[-end:]}"
+
+
+def marked(text: object, longest: int = LONGEST) -> str:
+    """`printable`, for what rich prints: square brackets stay what they are."""
+    return escape(printable(text, longest))
 
 
 def _escaped(letter: str) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 from huggingface_hub import dataset_info
 from huggingface_hub.errors import RepositoryNotFoundError
 
+from ..checkpoint.hub import hub_client
 from ..errors import CalibrationError, MissingExtraError
 
 FORM = "OWNER/NAME[:CONFIG[:SPLIT]]"
@@ -31,7 +32,8 @@ def hub_rows(source: str, seed: int) -> tuple[str, Iterator[dict[str, Any]]]:
     assert match, source
     library = _library(source)
     with _hub_errors(source):
-        commit = dataset_info(match[1]).sha
+        with hub_client():
+            commit = dataset_info(match[1]).sha
         rows = library.load_dataset(
             match[1], match[2] or None, split=match[3] or "train", revision=commit, streaming=True
         )
@@ -55,7 +57,7 @@ def _hub_errors(source: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # what the library and the network raise is no closed set
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {error}"
         if type(error) is RepositoryNotFoundError:
             reason = "there is none of that name, or a private one, which needs 'hf auth login'"
         raise CalibrationError(

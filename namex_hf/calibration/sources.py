@@ -3,7 +3,6 @@
 A source is an iterator of documents in random order that reads no further than it is asked.
 """
 
-import json
 import random
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError
+from ..files import LARGEST_TEXT, bounded_lines, decoded, open_regular, parse_json, read_bytes
+from ..limited import limited
 from .hub_source import FORM, hub_rows, is_hub_name
 
 PACKAGED = Path(__file__).parent.parent / "packaged" / "calibration"
@@ -51,7 +52,7 @@ def check_source(source: str) -> None:
 
 def _files(path: Path) -> list[Path]:
     """The file itself, or all below a folder in sorted order, but for hidden ones and those in hidden folders."""
-    if path.is_file():
+    if not path.is_dir():
         return [path]
     files = [file for file in sorted(path.rglob("*")) if file.is_file()]
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
@@ -59,34 +60,23 @@ def _files(path: Path) -> list[Path]:
 
 def _documents(file: Path, tokenizer: Any, draw: random.Random) -> Documents:
     if file.suffix.lower() != ".jsonl":
-        yield _decoded(file.read_bytes(), str(file))
+        yield decoded(read_bytes(file, CalibrationError, LARGEST_TEXT), str(file), CalibrationError)
         return
     for number, line in _lines(file, draw):
         where = f"{file}, line {number}"
-        if text := _decoded(line, where).strip():
-            try:
-                record = json.loads(text)
-            except ValueError as error:
-                raise CalibrationError(f"{where} is not JSON: {error}") from error
-            yield _text(record, tokenizer, where)
+        if text := decoded(line, where, CalibrationError).strip():
+            yield _text(parse_json(text, where, CalibrationError), tokenizer, where)
 
 
 def _lines(file: Path, draw: random.Random) -> Iterator[tuple[int, bytes]]:
     """Lines and their numbers in random order. Memory: the beginnings of the lines, and one line."""
-    with file.open("rb") as lines:
-        order = list(enumerate([0, *accumulate(map(len, lines))][:-1], 1))
+    with open_regular(file, CalibrationError) as lines:
+        order = list(enumerate([0, *accumulate(map(len, bounded_lines(lines, file, CalibrationError)))][:-1], 1))
     draw.shuffle(order)
     for number, start in order:
-        with file.open("rb") as lines:
+        with open_regular(file, CalibrationError) as lines:
             lines.seek(start)
             yield number, lines.readline()
-
-
-def _decoded(data: bytes, where: str) -> str:
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{where} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
 def _text(record: Any, tokenizer: Any, where: str) -> str:
@@ -110,7 +100,10 @@ def _chat(messages: list[Any], tokenizer: Any, where: str) -> str:
     if not tokenizer.chat_template:
         raise CalibrationError(f"{where} is a chat, and the tokenizer has no chat template; accepted then: a 'text'")
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
+        with limited(f"{where}: the tokenizer's chat template", CalibrationError):
+            return tokenizer.apply_chat_template(messages, tokenize=False)
+    except CalibrationError:
+        raise
     except Exception as error:  # a template is a program: what it raises is no closed set
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         raise CalibrationError(f"{where}: the tokenizer's chat template refuses it: {reason}") from error

@@ -2,26 +2,34 @@
 
 import errno
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from threading import Lock
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+import xxhash
 
 from ..errors import CheckpointError
+from ..files import PIECE
 from .header import TensorSpan
+from .identity import Digests
 
-PIECE = 16 << 20
+COPY_PIECE = 16 << 20
 NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
 
 
 class Reader(AbstractContextManager["Reader"]):
-    """Reads tensor spans; keeps the files it has met open. Holds no tensor bytes of its own."""
+    """Reads tensor spans; keeps the files it has met open. Holds no tensor bytes of its own.
 
-    def __init__(self) -> None:
+    Args:
+        digests: gets the hashes of what is read.
+    """
+
+    def __init__(self, digests: Digests | None = None) -> None:
+        self._digests = digests
         self._files: dict[Path, BinaryIO] = {}
         self._opening = Lock()  # a writer's thread copies while another reads
         self._ahead = ThreadPoolExecutor(1)
@@ -41,10 +49,13 @@ class Reader(AbstractContextManager["Reader"]):
         """Fill a contiguous CPU tensor of the span's shape and dtype."""
         view = target.view(-1).view(torch.uint8).numpy().data
         number, done = self._file(span.file).fileno(), 0
+        piece = span.size if self._digests is None else PIECE
         while done < span.size:
-            count = os.preadv(number, [view[done:]], span.begin + done)
+            count = os.preadv(number, [view[done : done + piece]], span.begin + done)
             if count == 0:
                 raise CheckpointError(f"{span.file.name} ended at byte {span.begin + done}: it was cut while in use")
+            if self._digests is not None:
+                self._digests.add(span.file, span.begin + done, view[done : done + count])
             done += count
 
     def read(self, span: TensorSpan) -> torch.Tensor:
@@ -61,9 +72,35 @@ class Reader(AbstractContextManager["Reader"]):
         for span in spans:
             os.posix_fadvise(self._file(span.file).fileno(), span.begin, span.size, os.POSIX_FADV_WILLNEED)
 
-    def copy(self, span: TensorSpan, target: BinaryIO) -> None:
-        """Append a span's bytes to an unbuffered file, inside the kernel where it can."""
-        copy_range(self._file(span.file).fileno(), span.begin, span.size, target.fileno(), span.file.name)
+    def copy(self, span: TensorSpan, target: BinaryIO) -> str:
+        """Append a span's bytes to an unbuffered file; returns their hash.
+
+        They stay inside the kernel where it can copy, and their hash is known.
+        """
+        source, known = self._file(span.file).fileno(), self._digests.of(span) if self._digests else None
+        if known is None:
+            return _copy_hashed(source, span, target.fileno())
+        copy_range(source, span.begin, span.size, target.fileno(), span.file.name)
+        return known
+
+
+def _copy_hashed(source: int, span: TensorSpan, target: int) -> str:
+    digest, done = xxhash.xxh3_128(), 0
+    while done < span.size:
+        data = os.pread(source, min(PIECE, span.size - done), span.begin + done)
+        if not data:
+            raise CheckpointError(f"{span.file.name} ended at byte {span.begin + done}: it was cut while in use")
+        digest.update(data)
+        write_all(target, data)
+        done += len(data)
+    return digest.hexdigest()
+
+
+def write_all(number: int, data: bytes | memoryview) -> None:
+    """Write to a file descriptor until all is written."""
+    view = memoryview(data)
+    while view:
+        view = view[os.write(number, view) :]
 
 
 def copy_range(source: int, begin: int, size: int, target: int, name: str) -> None:
@@ -74,7 +111,7 @@ def copy_range(source: int, begin: int, size: int, target: int, name: str) -> No
             if in_kernel:
                 count = os.copy_file_range(source, target, size - done, begin + done)
             else:
-                count = os.write(target, os.pread(source, min(PIECE, size - done), begin + done))
+                count = os.write(target, os.pread(source, min(COPY_PIECE, size - done), begin + done))
         except OSError as error:
             if not in_kernel or error.errno not in NO_KERNEL_COPY:
                 raise
@@ -85,7 +122,11 @@ def copy_range(source: int, begin: int, size: int, target: int, name: str) -> No
         done += count
 
 
-def copy_file(source: Path, target: Path, settling: Executor) -> Future[None]:
+Record = Callable[[Path, dict[str, Any]], None]
+"""Takes down what a file is to be, before it appears under its name."""
+
+
+def copy_file(source: Path, target: Path, settling: Executor, record: Record) -> Future[None]:
     """Copy a file through the kernel; it appears under its name when it is whole and on disk.
 
     Args:
@@ -96,11 +137,13 @@ def copy_file(source: Path, target: Path, settling: Executor) -> Future[None]:
     """
     part = target.with_name(target.name + ".part")
     with source.open("rb", buffering=0) as file, part.open("wb", buffering=0) as copy:
-        copy_range(file.fileno(), 0, source.stat().st_size, copy.fileno(), source.name)
-    return settling.submit(_settle, part, target)
+        size = source.stat().st_size
+        copy_range(file.fileno(), 0, size, copy.fileno(), source.name)
+    return settling.submit(_settle, part, target, record, {"bytes": size, "copy_of": source.name})
 
 
-def _settle(part: Path, target: Path) -> None:
+def _settle(part: Path, target: Path, record: Record, values: dict[str, Any]) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
+    record(target, values)
     part.replace(target)

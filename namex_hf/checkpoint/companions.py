@@ -1,61 +1,127 @@
 """The small files of a model folder that go along with its weights: tokenizer, generation defaults, licence."""
 
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..files import write_text
+from ..errors import CheckpointError
+from ..files import CONFIG, INDEX, SINGLE, write_bytes, write_text
 
-PATTERNS = (
-    "tokenizer*",
-    "vocab.*",
-    "merges.txt",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "generation_config.json",
-    "chat_template*",
-    "*.tiktoken",
-    "spiece.model",
-    "LICENSE*",
-    "NOTICE*",
+TEMPLATES = "additional_chat_templates"
+"""Folder in which transformers keeps all chat templates but the first."""
+NAMES = re.compile(
+    r"""
+      (tokenizer_config|special_tokens_map|added_tokens|generation_config|chat_template|tekken)\.json
+    | tokenizer(\.\d+)*\.json
+    | chat_template[\w-]*\.jinja | additional_chat_templates/[^/]+\.jinja
+    | tokenizer\.model(\.v\d+)? | (tokenizer|spiece|spm|spm_char|sentencepiece|sentencepiece\.bpe|tiktoken)\.model
+    | (source|target)\.spm | [\w.-]+\.tiktoken
+    | ([a-z]+[_-])?vocab([_-][a-z]+)?\.(json|txt|bpe) | merges\.txt | dict\.txt | bpe\.codes
+    | (normalizer|byte_maps|emoji|word_shape|word_pronunciation)\.json
+    """,
+    re.VERBOSE,
 )
+"""Files of tokenizers and of generation, in lower case."""
+LICENCES = re.compile(
+    r"([a-z]+[_-])*(licen[cs]es?|copying|copyright|notices?|(acceptable_)?use_policy)([_-][\w-]*(\.\d+)*)?(\.(txt|md|rst))?"
+)
+"""Licences and notices, in lower case."""
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
 LARGEST = 64 << 20
 
 
+def is_companion(name: str) -> bool:
+    """Whether a file of this name below the model's folder is carried over; whatever its case, never code."""
+    return NAMES.fullmatch(name.lower()) is not None or is_licence(name)
+
+
+def is_licence(name: str) -> bool:
+    return LICENCES.fullmatch(name.lower()) is not None
+
+
 def companions(folder: Path) -> list[Path]:
-    """Files to carry over, never code or pickles."""
-    found = {path for pattern in PATTERNS for path in folder.glob(pattern)}
-    return sorted(
+    """Files to carry over.
+
+    Raises:
+        CheckpointError: one of them is a link that leaves the folder, or is no file.
+    """
+    found = [
         path
-        for path in found
-        if path.is_file() and path.suffix not in (".py", ".bin") and path.stat().st_size <= LARGEST
-    )
+        for path in sorted([*folder.iterdir(), *_templates(folder)])
+        if is_companion(path.relative_to(folder).as_posix()) and (path.is_symlink() or not path.is_dir())
+    ]
+    for path in found:
+        check_inside(path, folder)
+    return [path for path in found if path.stat().st_size <= LARGEST]
+
+
+def _templates(folder: Path) -> Iterator[Path]:
+    for place in folder.iterdir():
+        if place.name.lower() == TEMPLATES and place.is_dir():
+            yield from place.iterdir()
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raises:
+    CheckpointError: as `is_inside` is false.
+    """
+    if not is_inside(path, folder):
+        what = "a link that leaves the folder" if _leaves(path, folder) else "no regular file"
+        raise CheckpointError(f"{path} is {what}; needed: the file itself")
+
+
+def is_inside(path: Path, folder: Path) -> bool:
+    """Whether a file of a model folder is a regular file of this folder, or one of the Hub cache that holds the model.
+
+    The files of a Hub cache are links from ``snapshots/COMMIT/`` to the ``blobs/`` of the repository. A folder that a
+    user made of such links is taken as well: its configuration or its weights say which repository.
+    """
+    return path.is_file() and not _leaves(path, folder)
+
+
+def _leaves(path: Path, folder: Path) -> bool:
+    try:
+        real = path.resolve()
+        return not real.is_relative_to(folder.resolve()) and real.parent not in _blobs(folder)
+    except (OSError, RuntimeError):  # a circle of links
+        return True
+
+
+def _blobs(folder: Path) -> Iterator[Path]:
+    """The ``blobs/`` of the Hub cache in which the model lies; nothing for a plain folder."""
+    for name in (CONFIG, SINGLE, INDEX):
+        blobs = (folder / name).resolve().parent
+        if blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir():
+            yield blobs
+            return
 
 
 def has_tokenizer(folder: Path) -> bool:
-    return any(
-        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
-    )
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
     """Empty for what is none: a broken file of small use is carried as it is, not a reason to refuse the weights."""
     try:
         values = json.loads(data)
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
 
 
 def carry(folder: Path, out: Path) -> None:
-    """Copy the companions; a tokenizer configuration that points to code of others loses the pointer."""
+    """Copy the companions; a tokenizer configuration that points to code of others loses the pointer.
+
+    Raises:
+        CheckpointError: as of `companions`.
+    """
     for path in companions(folder):
-        data = path.read_bytes()
-        if path.name == "tokenizer_config.json":
+        place, data = out / path.relative_to(folder), path.read_bytes()
+        if path.name.lower() == "tokenizer_config.json":
             values = _json_object(data)
             if values.pop("auto_map", None) is not None:
-                write_text(out / path.name, json.dumps(values, indent=2, ensure_ascii=False) + "\n")
+                write_text(place, json.dumps(values, indent=2) + "\n")  # ASCII: half a surrogate pair has no UTF-8
                 continue
-        part = out / (path.name + ".part")
-        part.write_bytes(data)
-        part.replace(out / path.name)
+        write_bytes(place, data)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
+from ..files import open_regular, parse_json
 
 DTYPES = {
     "F64": torch.float64,
@@ -59,18 +61,16 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
             unknown dtype, offsets that do not fit the shape, overlap, leave holes or leave the file.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if size < 8 or length > min(size - 8, LONGEST_HEADER):
                 raise CheckpointError(
                     f"{path.name}: its header claims {length} bytes in a file of {size}; truncated or no safetensors"
                 )
-            entries = json.loads(file.read(length))
+            entries = parse_json(file.read(length), f"{path.name}: its header")
     except OSError as error:
         raise CheckpointError(f"{path.name}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path.name}: its header is no JSON ({error})") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path.name}: its header is {type(entries).__name__}; a JSON object is needed")
     entries.pop("__metadata__", None)
@@ -81,7 +81,7 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """The ``__metadata__`` of a file of our own."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 
 

@@ -4,50 +4,90 @@ A fused tensor of transformers 5 holds its experts end to end, so each expert's 
 """
 
 import re
+from collections.abc import Mapping
+from itertools import chain
 
 import torch
 
 from ..errors import CheckpointError
 from ..families import PROJECTIONS, Family, MoeShape
+from ..families.outline import Tensor, check_counts, check_tensors, outline_of
+from ..printable import printable
 from .header import TensorSpan
 from .source import Checkpoint
 
+NAMED = 8
+"""Tensors that are left out and named, one by one."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-OF_EXPERTS = re.compile(r"\.(\d+)\.mlp\.experts\.(?:(\d+)\.)?")
+OF_EXPERTS = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(?:(\d+)\.)?")
+RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Buffers that older releases saved and that every class computes."""
 
 
 def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[str, TensorSpan]:
-    """All spans of a checkpoint under the family's per-expert names, checked against its configuration.
+    """The spans of a checkpoint that its class has, under the family's per-expert names, all of them checked.
 
     Raises:
-        CheckpointError: an expert, router or shared tensor is missing, has a wrong shape or dtype, or is one that the
+        FamilyError: the class cannot be built of the configuration.
+        CheckpointError: a tensor of the class is missing, has a wrong shape or dtype, or is of an expert that the
             configuration does not count.
     """
+    check_counts(checkpoint.config, tensors_of(checkpoint.spans))
     spans = _split_fused(checkpoint.spans, family, shape)
+    _expect_experts(spans, family, shape)
+    _check_dtypes(spans, family, shape)
+    _refuse_uncounted(spans, family, shape, checkpoint.config["num_hidden_layers"])
+    foreign = set(check_tensors(outline_of(checkpoint.config), tensors_of(spans)))
+    return {name: span for name, span in spans.items() if name not in foreign}
+
+
+def left_out(checkpoint: Checkpoint, spans: dict[str, TensorSpan]) -> list[str]:
+    """Names of the tensors that a checkpoint's class does not have, but for those that it computes.
+
+    Args:
+        spans: as of `per_expert`.
+    """
+    places = {(span.file, span.begin) for span in spans.values()}
+    return [
+        name
+        for name, span in checkpoint.spans.items()
+        if name not in spans and (span.file, span.begin) not in places and not RECOMPUTED.search(name)
+    ]
+
+
+def left_out_line(names: list[str]) -> str:
+    """What to print of `left_out`."""
+    rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return printable(f"left out, since the model's class does not have them: {', '.join(names[:NAMED])}{rest}")
+
+
+def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, Tensor]:
+    """What headers say."""
+    return {name: Tensor(span.shape, span.dtype) for name, span in spans.items()}
+
+
+def _expect_experts(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
+    """Raises:
+    CheckpointError: there are fewer experts than the configuration counts. No class of so many is built then.
+    """
     for layer in shape.layers:
-        wanted = {
-            family.expert(layer, expert, projection): shape.of(projection)
+        count = shape.experts_of(layer)
+        names = (family.expert(layer, expert, projection) for expert in range(count) for projection in PROJECTIONS)
+        for name in chain(names, [family.router(layer)]):
+            if name not in spans:
+                raise CheckpointError(f"tensor {name} is missing; config.json counts {count} experts a layer")
+
+
+def _check_dtypes(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
+    for layer in shape.layers:
+        dtypes = {
+            spans[family.expert(layer, expert, projection)].dtype
             for expert in range(shape.experts_of(layer))
             for projection in PROJECTIONS
         }
-        dtypes = {spans[name].dtype for name in wanted if name in spans}
-        wanted[family.router(layer)] = (shape.experts_of(layer), shape.hidden)
-        for part, name in family.shared_parts(layer).items():
-            wanted[name] = (1, shape.hidden) if part == "gate" else shape.of_shared(part)
-        for name, expected in wanted.items():
-            if name not in spans:
-                raise CheckpointError(
-                    f"tensor {name} is missing; config.json counts {shape.experts_of(layer)} experts a layer"
-                )
-            if spans[name].shape != expected:
-                raise CheckpointError(
-                    f"tensor {name} is {list(spans[name].shape)}; config.json makes it {list(expected)}"
-                )
         if len(dtypes) != 1 or not dtypes.issubset(FLOATS):
             found = ", ".join(sorted(map(str, dtypes)))
             raise CheckpointError(f"experts of layer {layer} are {found}; accepted: one of bfloat16, float16, float32")
-    _refuse_uncounted(spans, family, shape)
-    return spans
 
 
 def _split_fused(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> dict[str, TensorSpan]:
@@ -77,10 +117,10 @@ def _expect(span: TensorSpan, name: str, shape: tuple[int, ...]) -> None:
         raise CheckpointError(f"tensor {name} is {list(span.shape)}; config.json makes it {list(shape)}")
 
 
-def _refuse_uncounted(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
+def _refuse_uncounted(spans: dict[str, TensorSpan], family: Family, shape: MoeShape, depth: int) -> None:
     for name in spans:
         match = OF_EXPERTS.search(name)
-        if match is None:
+        if match is None or int(match[1]) >= depth:  # a prediction head, which no class here has
             continue
         layer, expert = int(match[1]), int(match[2] or 0)
         if layer not in shape.layers:

@@ -1,12 +1,16 @@
 """From what a user names to a local folder: a folder, a packaged model, or a Hub id."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from glob import escape
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 from huggingface_hub import (
+    HfApi,
+    get_cached_repo_tree,
     get_hf_file_metadata,
     get_safetensors_metadata,
     hf_hub_download,
@@ -14,11 +18,12 @@ from huggingface_hub import (
     snapshot_download,
 )
 from huggingface_hub.errors import (
+    CachedRepoTreeNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    IncompleteSnapshotError,
     LocalEntryNotFoundError,
-    NotASafetensorsRepoError,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
@@ -26,24 +31,24 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NamexError
 from ..families import family_of
-from ..files import CARD, CONFIG, INDEX
-from .companions import PATTERNS
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE, read_json
+from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
-from .source import Checkpoint, open_checkpoint, read_json
+from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
+from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, without_weights
 
 PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-# OSError, and the HTTPError of whichever httpx the Hub client is built on.
-UNREACHABLE = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
+OURS = {name for new in (RECIPE, REPORT, SCORES) for name in (new, BEFORE_0_2[new])}
+"""Small files of a patched model that are fetched with it."""
 ANSWERS = {  # a subclass before its base
     GatedRepoError: "asks for your consent on its Hub page, and for 'hf auth login'",
     RepositoryNotFoundError: "is no model of the Hub, or a private one, which needs 'hf auth login'",
     RevisionNotFoundError: "has no revision {revision}",
-    RemoteEntryNotFoundError: "has no config.json",
+    RemoteEntryNotFoundError: f"has no {CONFIG}",
 }
-COMMIT = re.compile(r"/snapshots/([0-9a-f]{40})/?$")
 
 
 def packaged_models() -> list[str]:
@@ -51,8 +56,12 @@ def packaged_models() -> list[str]:
     return sorted(path.parent.name for path in PACKAGED.glob("*/config.json"))
 
 
-def resolve(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """Open what ``source`` names; a Hub id is downloaded (configuration first, weights only of a supported family).
+Check = Callable[[dict[str, Any]], object]
+"""Of a configuration, before weights are fetched; it raises what it finds wrong."""
+
+
+def resolve(source: str | Path, revision: str | None = None, check: Check = family_of) -> Checkpoint:
+    """Open what ``source`` names; a Hub id is downloaded (configuration first, weights only where ``check`` passes).
 
     Raises:
         CheckpointError: no such folder, name or repository, no network, or a damaged checkpoint.
@@ -62,10 +71,9 @@ def resolve(source: str | Path, revision: str | None = None) -> Checkpoint:
     if folder is not None:
         if revision is not None:
             raise CheckpointError(f"--revision {revision} belongs to a Hub id; {source} is a local folder")
+        companions(folder)  # which are carried over in the end: a link that leaves the folder is refused now
         return open_checkpoint(folder)
-    name = str(source)
-    folder, commit = _download(name, revision)
-    return open_checkpoint(folder, commit, name)
+    return fetched(str(source), revision, check)
 
 
 def local_folder(source: str | Path) -> Path | None:
@@ -95,12 +103,13 @@ def _is_hub_id(name: str) -> bool:
 def peek(source: str | Path, revision: str | None = None) -> Checkpoint:
     """As `resolve`, for a look: of a Hub id only the configuration and the headers of its shards are fetched."""
     name = str(source)
-    if local_folder(source) is not None or not _reachable(name, revision):
+    if local_folder(source) is not None or _unreachable(name, revision):
         return resolve(source, revision)
     with _hub_errors(name, revision):
-        config = Path(hf_hub_download(name, "config.json", revision=revision))
-        match = COMMIT.search(config.parent.as_posix())
-        found = get_safetensors_metadata(name, revision=match[1] if match else revision)
+        config, commit = _configuration(name, revision)
+        files = _files(name, commit, config.parent)
+        _weights(name, commit, files)
+        found = get_safetensors_metadata(name, revision=commit)
     unknown = {info.dtype for header in found.files_metadata.values() for info in header.tensors.values()} - set(DTYPES)
     if unknown:
         raise CheckpointError(f"{name} has tensors of dtype {min(unknown)}; accepted: {', '.join(DTYPES)}")
@@ -110,50 +119,113 @@ def peek(source: str | Path, revision: str | None = None) -> Checkpoint:
         for tensor, info in header.tensors.items()
     }
     shards = tuple(sorted({span.file for span in spans.values()}))
-    return Checkpoint(config.parent, read_json(config), shards, spans, match[1] if match else None, name)
+    checkpoint = Checkpoint(config.parent, read_json(config), shards, spans, commit, name)
+    return replace(checkpoint, elsewhere=tuple(sorted(filter(is_companion, files))))
 
 
-def _download(name: str, revision: str | None) -> tuple[Path, str | None]:
-    cached = not _reachable(name, revision)
-    with _hub_errors(name, revision):
-        config = Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=cached))
-        family_of(read_json(config))
-        match = COMMIT.search(config.parent.as_posix())
-        commit = match[1] if match else None
-        wanted = ["model*.safetensors", INDEX, CONFIG, CARD, *PATTERNS]  # the card, for its licence
-        folder = Path(
-            snapshot_download(name, revision=commit or revision, allow_patterns=wanted, local_files_only=cached)
-        )
-    if not any(folder.glob("model*.safetensors")):
-        raise CheckpointError(f"{name} has no model*.safetensors; pickle files are never opened")
-    return folder, commit
+def fetched(name: str, revision: str | None, check: Check) -> Checkpoint:
+    """A model of the Hub: its configuration first, then its weights and what `companions` are, nothing else.
+
+    Args:
+        name: ``USER/NAME``.
+
+    Raises:
+        CheckpointError: no such repository or revision, no network, no safetensors, or a damaged checkpoint.
+    """
+    offline = _unreachable(name, revision)
+    with _hub_errors(name, revision, offline):
+        config, commit = _configuration(name, revision, offline)
+        check(read_json(config))
+        files = _files(name, commit, config.parent, offline)
+        weights = _weights(name, commit, files, offline)
+        small = [file for file in files if is_companion(file) or file in {*OURS, CARD, INDEX}]  # the card: its licence
+        patterns = [escape(file) for file in {CONFIG, *weights, *small}]
+        folder = snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=bool(offline))
+    return open_checkpoint(Path(folder), commit, name)
 
 
-def _reachable(name: str, revision: str | None) -> bool:
-    """Ask the Hub once: its client would ask for half a minute before it looks into its cache."""
+def _configuration(name: str, revision: str | None, offline: str = "") -> tuple[Path, str]:
+    """The file, and the commit that a branch or tag stands for."""
+    config = Path(hf_hub_download(name, CONFIG, revision=revision, local_files_only=bool(offline)))
+    return config, config.parent.name
+
+
+def _files(name: str, commit: str, folder: Path, offline: str = "") -> list[str]:
+    """Names of all files of a commit; without the Hub as far as the cache knows them."""
     try:
-        get_hf_file_metadata(hf_hub_url(name, "config.json", revision=revision))
-    except HfHubHTTPError:  # an answer all the same, which the download will meet again
-        return True
-    except UNREACHABLE:
-        return False
-    return True
+        return [file.path for file in get_cached_repo_tree(name, revision=commit)]
+    except CachedRepoTreeNotFoundError:
+        if offline:
+            return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+        return HfApi().list_repo_files(name, revision=commit)
+
+
+def _weights(name: str, commit: str, files: list[str], offline: str = "") -> set[str]:
+    """Names of the files that hold the tensors.
+
+    Raises:
+        CheckpointError: there are none, not all that the index names, or an adapter beside them.
+    """
+    refuse_adapter(name, files)
+    if SINGLE in files:
+        return {SINGLE}
+    if INDEX not in files:
+        lacks = without_weights(name, files)
+        if offline and "pickle" not in lacks:
+            raise CheckpointError(f"{name}: its weights are not in the local cache, and {_no_hub(offline)}")
+        raise CheckpointError(lacks)
+    weights = set(
+        read_index(Path(hf_hub_download(name, INDEX, revision=commit, local_files_only=bool(offline)))).values()
+    )
+    if missing := sorted(weights.difference(files)):
+        if offline:
+            raise CheckpointError(f"{name}: {missing[0]} is not in the local cache, and {_no_hub(offline)}")
+        raise CheckpointError(f"{name}: {INDEX} names {missing[0]}, which the repository does not have")
+    return weights
+
+
+def _unreachable(name: str, revision: str | None) -> str:
+    """Why the Hub cannot be reached; empty where it can.
+
+    It is asked once: the client would ask for half a minute before it looks into its cache.
+    """
+    try:
+        with hub_client():
+            get_hf_file_metadata(hf_hub_url(name, CONFIG, revision=revision))
+    except (HfHubHTTPError, NoHubError):  # an answer all the same, which the download will meet again
+        return ""
+    except UNREACHABLE as error:
+        return f"{type(error).__name__}: {error}"
+    except Exception:  # as an answer
+        return ""
+    return ""
+
+
+def _no_hub(reason: str) -> str:
+    return f"the Hub cannot be reached ({reason}); no network?"
 
 
 @contextmanager
-def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
+def _hub_errors(name: str, revision: str | None, offline: str = "") -> Iterator[None]:
     try:
-        yield
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{name} is not in the local cache and the Hub cannot be reached: no network?") from error
+        with hub_client():
+            yield
+    except NamexError:
+        raise
     except SafetensorsParsingError as error:
-        raise CheckpointError(f"{name}: {' '.join(str(error).split())}") from error
-    except NotASafetensorsRepoError as error:
-        raise CheckpointError(f"{name} has no safetensors; pickle files are never opened") from error
-    except HfHubHTTPError as error:
-        known = [text for kind, text in ANSWERS.items() if isinstance(error, kind)]
-        text = known[0] if known else "cannot be fetched: " + " ".join(str(error).split())
-        raise CheckpointError(f"{name} {text.format(revision=revision)}") from error
-    except UNREACHABLE as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise CheckpointError(f"{name} cannot be fetched ({reason}); no network?") from error
+        raise CheckpointError(f"{name}: {error}") from error
+    except Exception as error:  # the client has no base of its own for errors
+        raise CheckpointError(f"{name} {_failed(error, revision, offline)}") from error
+
+
+def _failed(error: Exception, revision: str | None, offline: str) -> str:
+    root = root_of(error)
+    known = [text for kind, text in ANSWERS.items() if isinstance(root, kind)]
+    if isinstance(root, HfHubHTTPError) and root.response.status_code == 401 and not known:
+        known = ["needs a token that may read it: 'hf auth login'"]
+    if known and isinstance(root, HfHubHTTPError) and re.search("/api/|/resolve/", root.response.request.url.path):
+        return f"{known[0].format(revision=revision)} (the Hub answered {answer_of(root)})"
+    if offline and isinstance(error, LocalEntryNotFoundError):
+        partly = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"
+        return f"is {partly} in the local cache, and {_no_hub(offline)}"
+    return f"cannot be fetched: {why(error)}"

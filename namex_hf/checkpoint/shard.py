@@ -10,10 +10,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import xxhash
 
-from ..files import INDEX, write_text
-from .bytes import Reader
+from ..files import HASH, INDEX, PIECE, hash_bytes, write_text
+from .bytes import Reader, Record, write_all
 from .header import NAMES, TensorSpan
+from .identity import combined
 
 AHEAD = 6
 Source = TensorSpan | Callable[[], torch.Tensor]
@@ -43,35 +45,45 @@ def write_shard(
     items: Sequence[Item],
     reader: Reader,
     metadata: dict[str, str],
+    record: Record | None = None,
 ) -> None:
     """Write a safetensors file under a temporary name, sync it, and rename it: it is whole or it is not there.
 
     Tensors are made here, one after the other, while another thread writes those before.
 
+    Args:
+        record: takes down size and hash before the file has its name.
+
     Memory: at most ``AHEAD`` tensors that wait to be written.
     """
-    part, waiting = path.with_name(path.name + ".part"), deque[Future[None]]()
+    part, waiting = path.with_name(path.name + ".part"), deque[Future[str]]()
+    header, digests = _header(items, metadata), []
     with part.open("wb", buffering=0) as file, ThreadPoolExecutor(1) as writer:
-        _write_all(file.fileno(), _header(items, metadata))
+        write_all(file.fileno(), header)
         for item in items:
             if isinstance(item.source, TensorSpan):
                 waiting.append(writer.submit(reader.copy, item.source, file))
             else:
                 waiting.append(writer.submit(_write_tensor, file.fileno(), item, item.source()))
             if len(waiting) > AHEAD:
-                waiting.popleft().result()
-        for written in waiting:
-            written.result()
+                digests.append(waiting.popleft().result())
+        digests += [written.result() for written in waiting]
         os.fsync(file.fileno())
+    if record is not None:
+        places = [digest for item, digest in zip(items, digests, strict=True) if item.size]
+        size = len(header) + sum(item.size for item in items)
+        record(path, {"bytes": size, HASH: combined([hash_bytes(header), *places])})
     part.replace(path)
 
 
-def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], record: Record | None = None
+) -> None:
     """`write_shard` of what is in memory. Unlike the safetensors library's writer it says "disk full" as an OSError."""
     path.parent.mkdir(exist_ok=True)
     items = [Item(name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)) for name, tensor in tensors.items()]
     with Reader() as reader:
-        write_shard(path, items, reader, metadata)
+        write_shard(path, items, reader, metadata, record)
 
 
 def write_index(folder: Path, weight_map: dict[str, str], size: int) -> None:
@@ -103,16 +115,15 @@ def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def _write_tensor(number: int, item: Item, tensor: torch.Tensor) -> None:
+def _write_tensor(number: int, item: Item, tensor: torch.Tensor) -> str:
     tensor = tensor.contiguous()
     if tensor.dtype != item.dtype or tuple(tensor.shape) != item.shape:
         raise AssertionError(
             f"{item.name}: made {tensor.dtype} {tuple(tensor.shape)}, planned {item.dtype} {item.shape}"
         )
-    _write_all(number, tensor.view(-1).view(torch.uint8).numpy().data)
-
-
-def _write_all(number: int, data: bytes | memoryview) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(number, view) :]
+    view, digest = tensor.view(-1).view(torch.uint8).numpy().data, xxhash.xxh3_128()
+    for begin in range(0, len(view), PIECE):
+        piece = view[begin : begin + PIECE]
+        digest.update(piece)
+        write_all(number, piece)
+    return digest.hexdigest()

@@ -11,7 +11,6 @@ from pathlib import Path
 from huggingface_hub.utils import disable_progress_bars
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
@@ -25,6 +24,7 @@ from ..comparison.settings import ITEMS, TOKENS, settings
 from ..comparison.table import Table as Titled
 from ..comparison.table import costs, notes, quality
 from ..errors import CheckpointError, RecipeError
+from ..printable import marked, printable
 from ..recipe import Recipe
 
 FAILED = 1
@@ -124,9 +124,9 @@ def _compare(options: argparse.Namespace) -> int:
         _print(found)
         if not drawn:
             console.print("no picture: it needs the extra 'report', pip install 'namex-hf[report]'", markup=False)
-        Console().print(f"[bold]{escape(str(options.out / PAGE))}[/bold]", soft_wrap=True)
+        Console().print(f"[bold]{marked(options.out / PAGE)}[/bold]", soft_wrap=True)
     for label, reason in found.failed.items():
-        print(f"namex-compare: {label} failed: {reason}", file=sys.stderr)
+        print(printable(f"namex-compare: {label} failed: {reason}"), file=sys.stderr)
     return FAILED if found.failed else 0
 
 
@@ -160,11 +160,11 @@ class Shown:
         if event.what == KNOWN:
             self.done += 1
         elif event.what == BEGINS:
-            bar = self.progress.add_task(escape(event.label), total=None, left="")
+            bar = self.progress.add_task(marked(event.label), total=None, left="")
             self.under_way[event.label] = bar, time.perf_counter()
         elif event.outcome is None:
             bar, _ = self.under_way[event.label]
-            what = f"{escape(event.label)}: {escape(event.what)}"
+            what = f"{marked(event.label)}: {marked(event.what)}"
             self.progress.update(bar, description=what, completed=event.done, total=event.of)
         else:
             self._ended(event, event.outcome.error)
@@ -177,7 +177,7 @@ class Shown:
         self.done += 1
         how = "failed" if error else f"{self.seconds[-1]:.0f} s"
         said = f"{self.done}/{self.models} {event.label}: {how}, {self._left()}".rstrip(", ")
-        self.console.print(said, soft_wrap=True, markup=False, highlight=False)
+        self.console.print(printable(said), soft_wrap=True, markup=False, highlight=False)
 
     def _left(self) -> str:
         """Time left, by what models took so far."""
@@ -198,7 +198,7 @@ def _print(found: Comparison) -> None:
         for part in in_parts(table, console.width):
             console.print(_shown(part))
     for note in notes(found):
-        console.print(f"* {note}", markup=False, highlight=False)
+        console.print(f"* {printable(note)}", markup=False, highlight=False)
 
 
 def in_parts(table: Titled, width: int) -> list[Titled]:
@@ -232,9 +232,9 @@ def _shown(table: Titled) -> Table:
     titles, rows = table
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for place, (name, width) in enumerate(zip(titles, widths(table), strict=True)):
-        shown.add_column(escape(name), justify="right" if place else "left", width=width, overflow="fold")
+        shown.add_column(marked(name), justify="right" if place else "left", width=width, overflow="fold")
     for row in rows:
-        shown.add_row(*map(escape, row))
+        shown.add_row(*map(marked, row))
     return shown
 
 

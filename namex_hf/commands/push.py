@@ -7,7 +7,6 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from ..cli import Parser, _run, _size
@@ -16,6 +15,7 @@ from ..hub.client import check_repo
 from ..hub.files import CARD, Selection, select, summarised
 from ..hub.push import Target, push
 from ..hub.scores import read_evaluation, row_of, with_scores
+from ..printable import marked, printable
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -50,6 +50,7 @@ def _parser() -> Parser:
         metavar="FOLDER",
         help="adapter, compare or checkpoint-N of a fine-tuned folder, which stay otherwise; may be repeated",
     )
+    parser.add_argument("--verify", action="store_true", help="read all files first, and compare their hashes")
     parser.add_argument("--dry-run", action="store_true", help="check, list what would go up, ask no network")
     parser.add_argument("--quiet", action="store_true", help="nothing but the address")
     return parser
@@ -60,7 +61,7 @@ def _push(options: argparse.Namespace) -> int:
         _parser().error("--eval-label names a row of --eval FILE, which is missing")
     target = Target(options.repo, options.public, options.revision, options.pull_request)
     check_repo(target.repo)
-    checked = check_folder(options.folder)
+    checked = check_folder(options.folder, options.verify)
     selection = select(checked.checkpoint, tuple(options.include))
     card = checked.card
     if options.eval is not None:
@@ -94,24 +95,24 @@ def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
     found = push(selection, card, target)
-    print(f"{found.address} ({'private' if found.private else 'public'}, commit {found.commit})")
+    print(printable(f"{found.address} ({'private' if found.private else 'public'}, commit {found.commit})"))
 
 
 def show(console: Console, checked: Checked, selection: Selection, target: Target) -> None:
     """Every file with its size, what stays and why, what was checked."""
-    console.print(f"to {escape(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
+    console.print(f"to {marked(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
     table = Table()
     table.add_column("goes up")
     table.add_column("bytes", justify="right")
     for file in selection.files:
-        table.add_row(escape(file.name), f"{file.size:,}")
+        table.add_row(marked(file.name), f"{file.size:,}")
     table.add_section()
     table.add_row(f"{len(selection.files)} files", f"{_size(selection.size)}")
     console.print(table)
     for name, reason in summarised(selection.left_out).items():
-        console.print(f"stays: {escape(name)}: {escape(reason)}", soft_wrap=True)
+        console.print(f"stays: {marked(name)}: {marked(reason)}", soft_wrap=True)
     for note in checked.notes:
-        console.print(f"note: {escape(note)}", soft_wrap=True)
+        console.print(f"note: {marked(note)}", soft_wrap=True)
     ran = "it runs" if checked.ran else "every tensor's name and shape fits its class"
     console.print(f"checked: whole, its code is there, {ran}, metadata of the card", soft_wrap=True)
 

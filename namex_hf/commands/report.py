@@ -5,19 +5,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.markup import escape
 
 from ..checkpoint.companions import has_tokenizer
 from ..cli import SCORED_BYTES, Parser, _run
 from ..errors import CheckpointError, MissingExtraError, RecipeError
 from ..files import PAGE, PICTURES, REPORT, write_bytes, write_text
+from ..printable import marked
 from ..report.answers import Answers, answers
 from ..report.folder import PatchedFolder, open_patched
 from ..report.page import page
 from ..report.walks import distances
 
 TOKENS = 4096  # of text that is read by the experts of a small folder whose recipe read none
-DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
 def report(arguments: Sequence[str] | None = None) -> int:
@@ -49,7 +49,7 @@ def _report(options: argparse.Namespace) -> int:
     if options.tokens is not None and options.tokens < 0:
         raise RecipeError(f"--tokens {options.tokens}: accepted: numbers from 0")
     written = write_pictures(options.folder, options.out, options.layer, options.tokens, console)
-    Console(quiet=options.quiet).print(f"[bold]{escape(str(written))}[/bold]", soft_wrap=True)
+    Console(quiet=options.quiet).print(f"[bold]{marked(written)}[/bold]", soft_wrap=True)
     return 0
 
 

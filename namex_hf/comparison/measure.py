@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import CheckpointError
 from ..patching.patch import run_plan
 from ..patching.plan import make_plan
@@ -82,13 +82,7 @@ def tokenizer_of(folder: Path) -> Any:
     Raises:
         CheckpointError: none that transformers can open.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # whatever a foreign tokenizer raises
-        raise CheckpointError(
-            f"{folder} has no tokenizer that transformers can open ({type(error).__name__}); without one no text can "
-            "be scored"
-        ) from error
+    tokenizer = open_tokenizer(folder, str(folder))
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint.folder import OutputFolder, read_run
+from ..checkpoint.folder import OutputFolder, fault, read_run
 from ..checkpoint.source import Checkpoint
 from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..patching.patch import _keep_apart as keep_apart
@@ -56,8 +56,8 @@ class Plan:
     @property
     def run(self) -> dict[str, Any]:
         """What makes results of this run comparable, plain and without local paths."""
-        source = {"fingerprint": self.checkpoint.fingerprint(), "files": _files(self.checkpoint)}
-        return {"comparison": 1, "source": source, **self.settings.identity, "versions": versions()}
+        source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
+        return {"comparison": 1, **source, **self.settings.identity, "versions": versions()}
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,6 @@ def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cel
     return Plan(checkpoint, settings, tuple(cells), wanted, same)
 
 
-def _files(checkpoint: Checkpoint) -> dict[str, list[int]]:
-    """Sizes and times of a local model's files: weights that were trained on keep the headers of the untrained."""
-    if checkpoint.commit is not None:
-        return {}
-    stats = {path.name: path.stat() for path in checkpoint.shards}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-
 def _check_texts(settings: Settings, tokenizer: Any) -> None:
     for name, text in settings.texts.items():
         found = len(tokenizer(text[:BEGINNING], add_special_tokens=False, verbose=False).input_ids)
@@ -176,12 +168,11 @@ def compare(plan: Plan, out: Path, how: How, listener: Listener) -> Comparison:
         OutputError: the folder holds another comparison or something else, or is in use.
         CheckpointError: the original cannot be scored; nothing of a folder without finished cells is left.
     """
-    folder = OutputFolder(out, plan.run)
+    identity = plan.checkpoint.identity
+    folder = OutputFolder(out, plan.run, identity)
     keep_apart(plan.checkpoint, out)
     folder.check(how.overwrite)
     with folder.claimed(how.overwrite):
-        if how.overwrite:
-            shutil.rmtree(out / CELLS, ignore_errors=True)
         shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was killed
         journal = Journal(out, plan.run)
         known = {label: _finished(plan, label, journal, out, how) for label in plan.wanted}
@@ -198,6 +189,10 @@ def compare(plan: Plan, out: Path, how: How, listener: Listener) -> Comparison:
                         failed[label] = str(outcome.error)
                     else:
                         results[label] = {**outcome.result, "at_once": how.jobs}
+                        if label == ORIGINAL:
+                            identity.settle()  # what was read just now is read again from memory
+                            identity.save_digests(folder.state)
+                        identity.check()
                         journal.write(plan.wanted[label].identity, label, results[label])
                     _clear(outcome, how)
                     listener(Event(label, ENDED, outcome=outcome))
@@ -214,8 +209,9 @@ def _finished(plan: Plan, label: str, journal: Journal, out: Path, how: How) -> 
     """What was measured; None also where a model is to be kept and is not there."""
     wanted = plan.wanted[label]
     if how.keep and wanted.recipe is not None:
-        kept = read_run(out / MODELS / slug(label))  # of a file that had other fields then, perhaps
-        if kept is None or kept.get("recipe") != wanted.identity["recipe"]:
+        place = out / MODELS / slug(label)
+        kept = read_run(place)  # of a file that had other fields then, perhaps
+        if kept is None or kept.get("recipe") != wanted.identity["recipe"] or fault(place):
             return None
     return journal.read(wanted.identity)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CalibrationError, RecipeError
+from ..files import LARGEST_TEXT, read_text
 from ..scoring.arithmetic import PROBLEMS, held_out_problems
 from ..scoring.perplexity import held_out_texts
 
@@ -64,9 +65,7 @@ def _texts(files: Sequence[Path]) -> dict[str, str]:
         if file.stem in found:
             raise RecipeError(f"--texts has two files of the name '{file.stem}'; accepted: one a domain")
         try:
-            found[file.stem] = file.read_bytes().decode("utf-8-sig")
-        except OSError as error:
-            raise CalibrationError(f"--texts {file} cannot be read ({error.strerror}); accepted: text files") from error
-        except UnicodeDecodeError as error:
-            raise CalibrationError(f"--texts {file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+            found[file.stem] = read_text(file, CalibrationError, LARGEST_TEXT)
+        except CalibrationError as error:
+            raise CalibrationError(f"--texts {error}; accepted: text files") from error
     return found

@@ -58,4 +58,4 @@ def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
     if not routed:
         return Size(0, sum(span.size for name, span in spans.items() if name not in apart), dense)
     mean = sum(map(shape.experts_of, shape.layers)) // len(shape.layers)
-    return Size(mean, checkpoint.size, dense + through)
+    return Size(mean, sum(span.size for span in spans.values()), dense + through)

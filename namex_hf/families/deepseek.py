@@ -18,8 +18,16 @@ def moe_layers(config: Config) -> tuple[int, ...]:
 
 
 def refuse(config: Config) -> str | None:
+    for name in ("layer_types", "mlp_only_layers"):
+        if config.get(name) is not None:
+            return f"'{name}' is a field that DeepSeek-MoE v1 does not have; take it out"
     scoring = config.get("scoring_func", "softmax")
     return None if scoring == "softmax" else f"'scoring_func' is {scoring!r}; DeepSeek-MoE v1 has 'softmax'"
+
+
+def renormalises(config: Config) -> bool:
+    """As `DeepseekConfig.renormalises`, of a raw ``config.json``."""
+    return bool(config.get("norm_topk_prob", False)) and config["num_experts_per_tok"] > 1
 
 
 def as_qwen2_moe(config: Config) -> dict[str, Any]:
@@ -30,7 +38,7 @@ def as_qwen2_moe(config: Config) -> dict[str, Any]:
         "mlp_only_layers": sorted(set(range(config["num_hidden_layers"])) - set(moe_layers(config))),
         "decoder_sparse_step": 1,
         "router_aux_loss_coef": config.get("aux_loss_alpha", 0.001),
-        "norm_topk_prob": config.get("norm_topk_prob", False),
+        "norm_topk_prob": renormalises(config),
         "qkv_bias": True,
         "model_type": "qwen2_moe",
         "architectures": ["Qwen2MoeForCausalLM"],
@@ -79,6 +87,7 @@ FAMILY = Family(
     needs=("n_shared_experts", "num_attention_heads"),
     optional={"first_k_dense_replace": 0, "moe_layer_freq": 1},
     refuse=refuse,
+    renormalises=renormalises,
     as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, constants, refuse_as_qwen2_moe),
     unties=True,  # vLLM and SGLang tie nothing in this class, and would leave the head at random
 )

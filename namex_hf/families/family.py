@@ -11,6 +11,17 @@ from ..errors import FamilyError
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Config = Mapping[str, Any]
+MOST_LAYERS, MOST = 10_000, 1 << 31
+"""No model has more layers, or a greater size, than this."""
+SIZES = {
+    "vocab_size": 1,
+    "intermediate_size": 1,
+    "num_attention_heads": 1,
+    "num_key_value_heads": 1,
+    "head_dim": 1,
+    "max_position_embeddings": 1,
+}
+"""Whole numbers that a class has a default for, with the least that each can be."""
 LAYER_EXPERTS = "layer_experts"
 """Field of a patched model's configuration whose layers have different numbers of experts."""
 
@@ -81,6 +92,7 @@ class Family:
     needs: tuple[str, ...]
     optional: Mapping[str, int]  # whole numbers that may be absent, with the least that each can be
     refuse: Callable[[Config], str | None] = field(default=lambda config: None)
+    renormalises: Callable[[Config], bool] = field(default=lambda config: bool(config.get("norm_topk_prob", False)))
     shared_gate_name: str | None = None  # of a sigmoid gate before the shared expert
     as_qwen2_moe: Reexpression | None = None
     unties: bool = False
@@ -95,11 +107,14 @@ class Family:
         """
         required = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts_per_tok")
         least = dict.fromkeys((*required, self.experts_field, *self.needs), 1)
-        for name, lowest in {**least, **{n: low for n, low in self.optional.items() if n in config}}.items():
-            value = config.get(name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < lowest:
+        stated = {name: low for name, low in SIZES.items() if config.get(name) is not None}
+        stated |= {name: low for name, low in self.optional.items() if name in config}
+        for name, lowest in (least | stated).items():
+            value, most = config.get(name), MOST_LAYERS if name == "num_hidden_layers" else MOST
+            if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= most:
                 raise FamilyError(
-                    f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from {lowest}"
+                    f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from {lowest} "
+                    f"to {most}"
                 )
         if reason := self.refuse(config):
             raise FamilyError(f"config.json: {reason}")
@@ -128,7 +143,7 @@ class Family:
             hidden=config["hidden_size"],
             width=config["moe_intermediate_size"],
             shared_width=self.shared_width(config),
-            renormalises=bool(config.get("norm_topk_prob", False)),
+            renormalises=self.renormalises(config),
             counts=None if counts is None else tuple(counts[layer] for layer in layers),
         )
 

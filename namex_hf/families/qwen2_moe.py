@@ -2,6 +2,8 @@
 
 from .family import Config, Family
 
+ATTENTION = ("full_attention", "sliding_attention")
+
 
 def moe_layers(config: Config) -> tuple[int, ...]:
     step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
@@ -9,10 +11,14 @@ def moe_layers(config: Config) -> tuple[int, ...]:
 
 
 def refuse(config: Config) -> str | None:
-    dense = config.get("mlp_only_layers") or []
-    if isinstance(dense, list) and all(type(layer) is int for layer in dense):
-        return None
-    return f"'mlp_only_layers' is {dense!r}; accepted: a list of layer numbers"
+    dense, kinds, depth = config.get("mlp_only_layers") or [], config.get("layer_types"), config["num_hidden_layers"]
+    if not isinstance(dense, list) or not all(type(layer) is int and 0 <= layer < depth for layer in dense):
+        return f"'mlp_only_layers' is {dense!r}; accepted: a list of layer numbers from 0 to {depth - 1}"
+    if kinds is not None and not (
+        isinstance(kinds, list) and len(kinds) == depth and all(kind in ATTENTION for kind in kinds)
+    ):
+        return f"'layer_types' is {kinds!r}; accepted: for each of {depth} layers one of {', '.join(ATTENTION)}"
+    return None
 
 
 FAMILY = Family(

@@ -1,28 +1,29 @@
 """The models to score: found and checked before any is loaded."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import CONFIG_MAPPING
 
-from ..checkpoint.companions import PATTERNS, has_tokenizer
-from ..checkpoint.resolve import COMMIT, UNREACHABLE, local_folder
-from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.folder import check_whole
+from ..checkpoint.identity import differing
+from ..checkpoint.layout import per_expert, tensors_of
+from ..checkpoint.resolve import resolve
+from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
-from ..files import BEFORE_0_2, CONFIG, INDEX, OURS, REPORT
+from ..families.others import check_loading
+from ..families.outline import check_counts
+from ..files import REPORT, read_json
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
 
 SHARD = "5GB"
-WANTED = ("model*.safetensors", INDEX, CONFIG, f"{OURS}/*", *BEFORE_0_2.values(), *PATTERNS)
 
 
 @dataclass(frozen=True)
@@ -42,24 +43,17 @@ class Candidate:
     def recipe(self) -> dict[str, Any] | None:
         """The recipe that made it; None of a model that is not patched."""
         if self.plan is not None:
-            return dict(self.plan.run["recipe"])
+            return self.plan.recipe.to_dict()
         found = self.checkpoint.config.get("namex")
         return found if isinstance(found, dict) else None
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from every other model, plain and without local paths.
-
-        Weights that were trained on keep their headers: of a local folder the files' sizes and times count as well.
-        """
-        files = {}
-        if self.checkpoint.commit is None:
-            stats = {path.name: path.stat() for path in self.checkpoint.shards}
-            files = {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+        """What tells it from every other model, plain and without local paths."""
         return {
             "model": self.checkpoint.fingerprint(),
-            "files": files,
-            "patch": None if self.plan is None else self.plan.run,
+            "files": self.checkpoint.identity.record(),
+            "patch": None if self.plan is None else self.plan.options,
         }
 
 
@@ -69,29 +63,12 @@ def found(name: str, revision: str | None = None) -> Checkpoint:
     Raises:
         CheckpointError: no such model, no tokenizer, no network, or a damaged checkpoint.
     """
-    folder = local_folder(name)
-    if folder is None:
-        checkpoint = _from_hub(name, revision)
-    elif revision is not None:
-        raise CheckpointError(f"--revision {revision} belongs to a Hub id; {name} is a local folder")
-    else:
-        checkpoint = open_checkpoint(folder)
+    checkpoint = resolve(name, revision, check=lambda config: None)
+    if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
+        check_whole(checkpoint.folder)
     if not has_tokenizer(checkpoint.folder):
         raise CheckpointError(f"{name} has no tokenizer (tokenizer.json); without one no text can be scored")
     return checkpoint
-
-
-def _from_hub(name: str, revision: str | None) -> Checkpoint:
-    try:
-        folder = snapshot_download(name, revision=revision, allow_patterns=list(WANTED))
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{name} is not in the local cache and the Hub cannot be reached: no network?") from error
-    except HfHubHTTPError as error:  # before what it is made of
-        raise CheckpointError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
-    except UNREACHABLE as error:
-        raise CheckpointError(f"{name} cannot be fetched: {' '.join(str(error).split())}") from error
-    match = COMMIT.search(Path(folder).as_posix())
-    return open_checkpoint(Path(folder), match[1] if match else None, name)
 
 
 def check_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
@@ -124,12 +101,28 @@ def check_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
         )
 
 
+def check_tensors(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
+    """Refuse a model whose class has tensors that no file has: they would be random.
+
+    Raises:
+        CheckpointError, FamilyError: naming the tensor, or the field of ``config.json``.
+    """
+    try:
+        family = original_family(checkpoint.config)
+    except FamilyError:
+        tensors = tensors_of(checkpoint.spans)
+        check_counts(checkpoint.config, tensors)
+        check_loading(checkpoint.folder, tensors, trust_remote_code)
+        return
+    per_expert(checkpoint, family, family.shape(checkpoint.config))
+
+
 def candidates(
     names: list[str], recipes: list[Path], revision: str | None = None, trust_remote_code: bool = False
 ) -> list[Candidate]:
     """Every model as it is and, where there are recipes, each of them applied to it.
 
-    A patched folder is compared with the model it was made of, if that is among them.
+    A patched folder is compared with the model it was made of, patched or not, if that is among them.
 
     Raises:
         CheckpointError, FamilyError, RecipeError: as of `found`, `check_code`, `make_plan`.
@@ -140,26 +133,33 @@ def candidates(
     for name in dict.fromkeys(names):
         checkpoint = found(name, revision)
         check_code(checkpoint, trust_remote_code)
+        check_tensors(checkpoint, trust_remote_code)
         label = _label(checkpoint.name, {row.label for row in rows})
         rows.append(Candidate(label, checkpoint))
         rows += [
             Candidate(f"{label}+{labels[path]}", checkpoint, make_plan(checkpoint, recipe, SHARD), label)
             for path, recipe in given.items()
         ]
-    stock = {row.checkpoint.fingerprint(): row.label for row in rows if row.recipe is None}
-    return [
-        row if row.original else Candidate(row.label, row.checkpoint, None, stock.get(_made_of(row.checkpoint) or ""))
-        for row in rows
-    ]
+    models = [row for row in rows if row.plan is None]
+    return [row if row.original else replace(row, original=_made_of(row, models)) for row in rows]
 
 
-def _made_of(checkpoint: Checkpoint) -> str | None:
-    """Hash of the model that a patched folder was made of, as its report says."""
-    path = placed(checkpoint.folder, REPORT)
+def _made_of(row: Candidate, models: list[Candidate]) -> str | None:
+    """Label of the model that a folder was made of, as its report says; by bytes where it has them."""
+    path = placed(row.checkpoint.folder, REPORT)
     if not path.is_file():
         return None
-    source = json.loads(path.read_text("utf-8")).get("source")
-    return source.get("fingerprint") if isinstance(source, dict) else None
+    report = read_json(path)
+    source, run = (value if isinstance(value := report.get(name), dict) else {} for name in ("source", "run"))
+    for other in models:
+        if other is row or other.checkpoint.fingerprint() != source.get("fingerprint"):
+            continue
+        if "files" not in run:  # of a release before 0.2.0
+            return other.label
+        known = {"files": run["files"]}
+        if not differing(known, {"files": other.identity["files"]}, other.checkpoint.identity):
+            return other.label
+    return None
 
 
 def _told_apart(paths: list[Path]) -> dict[Path, str]:

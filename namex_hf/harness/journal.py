@@ -1,9 +1,9 @@
 """Answers of a model to requests, kept as they come, so that a run that was killed goes on from there.
 
 A file a process, ``answers-RANK.jsonl``: a line says what the run is, the batch size that was found, or the answer to
-one request, named by the hash of what was asked. Lines are written batch by batch and synced. A line that a kill cut
-short is dropped, and its batch is asked again: batches are made from all requests, so an answer does not depend on when
-the run was killed.
+one request, named by the hash of what was asked. Lines are written batch by batch and synced; each ends with its hash.
+A line that a kill cut short, or that is damaged, is dropped with all after it, and their batches are asked again:
+batches are made from all requests, so an answer does not depend on when the run was killed.
 """
 
 import hashlib
@@ -13,7 +13,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Self
 
+from ..checkpoint.identity import differing
 from ..errors import OutputError
+from ..files import hash_bytes
 
 
 def key_of(kind: str, *asked: Any) -> str:
@@ -52,11 +54,8 @@ class Journal:
         """Take in the whole lines of a file; returns how many bytes they are."""
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-            except ValueError:
-                break
-            if not line.endswith(b"\n"):
+            entry = _entry(line)
+            if entry is None:
                 break
             whole += len(line)
             if "run" in entry:
@@ -68,14 +67,13 @@ class Journal:
         return whole
 
     def _check(self, path: Path, found: dict[str, Any]) -> None:
-        if changed := changes(found, self._identity):
+        if changed := differing(found, self._identity):
             raise OutputError(
-                f"{path} has answers of a run with another {' and '.join(changed)}; use --overwrite or another "
-                "--output_path"
+                f"{path} has answers of a run with another {changed}; use --overwrite or another --output_path"
             )
 
     def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        self._file.write(b"".join(json.dumps(entry).encode() + b"\n" for entry in entries))
+        self._file.write(b"".join(_line(entry) for entry in entries))
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -109,6 +107,16 @@ class Journal:
         self.close()
 
 
-def changes(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """Which fields of two identities differ."""
-    return sorted(key for key in {*found, *wanted} if found.get(key) != wanted.get(key))
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """An entry as a line, with its hash at the end."""
+    text = json.dumps(entry).encode()
+    return text + b" " + hash_bytes(text).encode() + b"\n"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """What a line says; None where it was cut or damaged."""
+    text, _, digest = line.rpartition(b" ")
+    if digest != hash_bytes(text).encode() + b"\n":
+        return None
+    entry = json.loads(text)
+    return entry if isinstance(entry, dict) else None

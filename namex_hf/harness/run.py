@@ -17,9 +17,11 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import OutputError
+from ..files import check_name
 from ..patching.patch import run_plan
 from ..report.report import versions
 from .candidates import Candidate
+from .checks import check_answers
 from .items import RESULTS, Items, items, members
 from .language_model import NamexLM, Progress
 from .paired import difference
@@ -88,21 +90,30 @@ def run(rows: list[Candidate], tasks: list[Chosen], options: Options, paper: Pap
     One model is in memory at a time.
 
     Raises:
-        OutputError: the output folder has another run's results.
+        OutputError: the output folder has another run's results, or a name that no folder can have.
+        CheckpointError, TaskError: as of `check_answers`.
     """
+    check_name(options.out, OutputError)
     known = {}
     for row in rows:
         for task in tasks:
             folder = options.out / row.label / task.name
             if options.overwrite and is_first():
                 _forget(folder)
-            known[row.label, task.name] = None if options.overwrite else finished(folder, identity(row, task, options))
+            known[row.label, task.name] = None if options.overwrite else _finished(folder, row, task, options)
+    wanted = {row.label: [task for task in tasks if known[row.label, task.name] is None] for row in rows}
+    for row in rows:
+        if wanted[row.label]:
+            check_answers(row.checkpoint, wanted[row.label], options.limit, options.trust_remote_code)
     _everyone()
     for row in rows:
-        wanted = [task for task in tasks if known[row.label, task.name] is None]
-        if wanted:
-            known.update(_scored(row, wanted, options, tell))
+        if wanted[row.label]:
+            known.update(_scored(row, wanted[row.label], options, tell))
     return assemble(rows, tasks, known, options, paper)
+
+
+def _finished(folder: Path, row: Candidate, task: Chosen, options: Options) -> dict[str, Any] | None:
+    return finished(folder, identity(row, task, options), row.checkpoint.identity)
 
 
 def _scored(row: Candidate, tasks: list[Chosen], options: Options, tell: Tell) -> dict[tuple[str, str], Any]:
@@ -114,6 +125,7 @@ def _scored(row: Candidate, tasks: list[Chosen], options: Options, tell: Tell) -
         parallelize=options.parallelize,
         trust_remote_code=options.trust_remote_code,
     )
+    row.checkpoint.identity.settle()  # what was read just now is read again from memory
     found = {}
     for task in tasks:
         with tell(f"{row.label}, {task.name}") as model.progress:

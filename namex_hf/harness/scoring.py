@@ -11,31 +11,48 @@ import torch
 from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
-from ..errors import OutputError
-from ..files import write_text
+from ..checkpoint.identity import Identity, differing
+from ..errors import CheckpointError, OutputError
+from ..files import HASH, hash_bytes, hash_file, read_json, write_text
+from .errors import TaskError
 from .items import RESULTS, SAMPLES
-from .journal import Journal, changes
+from .journal import Journal
 from .language_model import NamexLM
 from .tasks import Chosen
 
 JOURNAL = "answers"
 
 
-def finished(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The results of this very run, if the folder has them.
+def finished(folder: Path, identity: Mapping[str, Any], source: Identity) -> dict[str, Any] | None:
+    """The results of this very run, if the folder has them, whole.
+
+    Args:
+        source: files of the model, which are read where their times are not those of the results.
 
     Raises:
         OutputError: it has another run's.
     """
     path = folder / RESULTS
-    if not path.is_file():
+    try:
+        results = read_json(path)
+        found, digest, samples = results["run"], results.pop(HASH, None), results.get("samples", {})
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return None  # none, or damaged: the journal has the answers
+    if digest is None:
+        raise OutputError(f"{path} is of a release before 0.2.0; use --overwrite or another --output_path")
+    if digest != _hash(results) or any(_hash_of(folder / name) != known for name, known in samples.items()):
         return None
-    results = json.loads(path.read_text("utf-8"))
-    if changed := changes(results["run"], json.loads(json.dumps(identity))):
-        raise OutputError(
-            f"{path} is of a run with another {' and '.join(changed)}; use --overwrite or another --output_path"
-        )
+    if changed := differing(found, json.loads(json.dumps(identity)), source):
+        raise OutputError(f"{path} is of a run with another {changed}; use --overwrite or another --output_path")
     return results
+
+
+def _hash(results: Mapping[str, Any]) -> str:
+    return hash_bytes(json.dumps(results).encode())
+
+
+def _hash_of(path: Path) -> str | None:
+    return hash_file(path) if path.is_file() else None
 
 
 def score(
@@ -48,21 +65,31 @@ def score(
     Args:
         limit: documents of every task; None: all.
         seed: of Python's, numpy's and torch's generators.
+
+    Raises:
+        TaskError: lm-eval refuses the task.
+        CheckpointError: the tokenizer gives a token that the embedding has no row for.
     """
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (what lm-eval's tasks draw from)
     torch.manual_seed(seed)
     with Journal(folder / JOURNAL, identity, model.rank) as model.journal:
-        found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        try:
+            found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+        except (AssertionError, ValueError) as error:  # lm-eval's answers to what it does not take
+            raise TaskError(f"task {task.name}: lm-eval refuses it ({type(error).__name__}: {error})") from error
         batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.journal.batch(kind))}
     model.journal = None
     if found is not None:
         results = {"run": dict(identity), "batch_sizes": batches, **found}
+        hashes = {}
         for name, samples in results.pop("samples").items():
             ordered = sorted(samples, key=lambda sample: (sample["doc_id"], sample["filter"]))
-            lines = [json.dumps(sample, default=handle_non_serializable) + "\n" for sample in ordered]
-            write_text(folder / SAMPLES.format(name), "".join(lines))
-        write_text(folder / RESULTS, json.dumps(results, indent=1, default=_plain) + "\n")
+            text = "".join(json.dumps(sample, default=handle_non_serializable) + "\n" for sample in ordered)
+            write_text(folder / SAMPLES.format(name), text)
+            hashes[SAMPLES.format(name)] = hash_bytes(text.encode())
+        results = json.loads(json.dumps(results | {"samples": hashes}, default=_plain))
+        write_text(folder / RESULTS, json.dumps(results | {HASH: _hash(results)}, indent=1) + "\n")
     model.barrier()
     return json.loads((folder / RESULTS).read_text("utf-8"))
 

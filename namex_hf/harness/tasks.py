@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
-from ..checkpoint.resolve import UNREACHABLE
+from ..checkpoint.hub import UNREACHABLE
 from .errors import TaskError
 from .text import text_task
 
@@ -98,6 +98,8 @@ def _manager(include: Path | None, official: bool) -> TaskManager:
 def _prepared(name: str, loaded: Mapping[str, Any], num_fewshot: int, seed: int) -> Chosen:
     digest = hashlib.sha256()
     for task_name, task in sorted(loaded["tasks"].items()):
+        if getattr(task, "UNSAFE_CODE", False):
+            raise TaskError(f"task {task_name} runs code that the model writes (unsafe_code); no such task is accepted")
         if task.get_config("output_type") not in (
             "multiple_choice",
             "loglikelihood",

@@ -10,6 +10,7 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from ..files import LARGEST_TEXT, read_text
 from .errors import TaskError
 
 PIECE = 2000
@@ -32,14 +33,12 @@ def pieces(text: str, size: int = PIECE) -> list[str]:
 
 def read_pieces(path: Path) -> list[str]:
     """Raises:
-    TaskError: no such file, not UTF-8, or nothing in it.
+    TaskError: no such file, too large, not UTF-8, or nothing in it.
     """
     try:
-        found = pieces(path.read_text("utf-8"))
-    except OSError as error:
-        raise TaskError(f"--text {path} cannot be read ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise TaskError(f"--text {path} is no UTF-8 text (byte {error.start})") from error
+        found = pieces(read_text(path, TaskError, LARGEST_TEXT))
+    except TaskError as error:
+        raise TaskError(f"--text {error}") from error
     if not found:
         raise TaskError(f"--text {path} is empty; at least one line of text is needed")
     return found

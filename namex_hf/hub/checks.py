@@ -11,12 +11,13 @@ from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
-from ..checkpoint.folder import STATE
-from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
+from ..checkpoint.folder import STATE, check_whole
+from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..files import CARD, REPORT, found
+from ..files import CARD, REPORT, found, read_text
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
+from ..report.rebuild import has_recipe_alone, rebuild
 from ..report.report import Report
 from .errors import PublishError
 
@@ -38,8 +39,11 @@ class Checked:
     """What is no reason to refuse it, and worth a line."""
 
 
-def check_folder(folder: Path) -> Checked:
+def check_folder(folder: Path, verify: bool = False) -> Checked:
     """Look at everything that can be wrong with a folder, without a network.
+
+    Args:
+        verify: read all files, and compare their hashes with those that its report lists.
 
     Raises:
         PublishError: unfinished, not written by this package, code missing, a card that the Hub would refuse.
@@ -51,18 +55,22 @@ def check_folder(folder: Path) -> Checked:
         raise PublishError(f"{folder} is unfinished ({STATE} is there); the command that made it finishes it")
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
-    if not isinstance(config.get("namex"), dict) or not found(folder, REPORT).is_file():
+    if not isinstance(config.get("namex"), dict):
         raise PublishError(
-            f"{folder}: config.json has no recipe under 'namex', or {REPORT} is missing; needed: a folder that "
-            "namex-patch or sft_smoltalk.py has written"
+            f"{folder}: config.json has no recipe under 'namex'; needed: a folder that namex-patch or sft_smoltalk.py "
+            "has written"
         )
-    _check_report(found(folder, REPORT))
+    notes = []
+    if has_recipe_alone(folder):
+        rebuild(folder)
+        notes.append(f"{REPORT} was missing and is rebuilt; the source of the model is not known")
+    Report.from_file(found(folder, REPORT))
+    check_whole(folder, verify)
     _check_code(checkpoint)
     card = _check_card(folder / CARD)
     large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]
     if large:
         raise PublishError(f"{large[0]} is larger than 50 GB, which the Hub does not take; patch with --shard-size 5GB")
-    notes = []
     rows = _check_loads(checkpoint)
     if has_tokenizer(folder):
         _check_tokenizer(folder, rows)
@@ -71,14 +79,6 @@ def check_folder(folder: Path) -> Checked:
     if "license" not in read_block(card):
         notes.append("the card states no licence")
     return Checked(checkpoint, card, checkpoint.size <= RUN_BYTES, notes)
-
-
-def _check_report(path: Path) -> None:
-    read_json(path)
-    try:
-        Report.from_json(path.read_text("utf-8"))
-    except TypeError as error:  # fields that it has not, or too few
-        raise PublishError(f"{path} is no report of a patch ({error})") from error
 
 
 def _check_code(checkpoint: Checkpoint) -> None:
@@ -96,12 +96,7 @@ def _check_code(checkpoint: Checkpoint) -> None:
 
 def _check_card(path: Path) -> str:
     """The card's text, once its metadata is known to be valid."""
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise PublishError(f"{path} cannot be read ({error.strerror}); needed: the model card") from error
-    except UnicodeDecodeError as error:
-        raise PublishError(f"{path} is no UTF-8 text ({error.reason})") from error
+    text = read_text(path, PublishError)
     check_metadata(text, path)
     return text
 

@@ -1,29 +1,25 @@
-"""The Hub's client, with errors in a line that no token can get into."""
+"""The Hub's client for a push, with errors in a line that no token can get into."""
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import cast
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint.hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
 from .errors import PublishError
 
-TOKEN = re.compile(r"\b(?:hf|api)_[A-Za-z0-9]{8,}|\b(?:Bearer|Basic) [A-Za-z0-9._~+/=-]+")
-UNREACHABLE = cast(tuple[type[Exception], ...], HfHubHTTPError.__bases__)
-"""OSError, and the HTTPError of whichever httpx the client is built on."""
 NEEDED = "set HF_TOKEN or run 'hf auth login', with a token that may write"
-
-
-def scrubbed(text: object, token: str | None) -> str:
-    """One line without `token` or anything that looks like one."""
-    said = str(text)
-    if token:
-        said = said.replace(token, "***")
-    return " ".join(TOKEN.sub("***", said).split())
+OF_TOKENS = re.compile(
+    r"token|permission|rights|namespace|write access|authori[sz]|credential|create_pr|forbidden", re.I
+)
+"""In what the Hub says where the token is at fault."""
+OF_QUOTAS = re.compile(r"quota|storage|limit|full|exceed|billing|payment|upgrade", re.I)
+AGAIN = "the same command goes on from there"
+"""Said where a later try may succeed."""
+LATER = (408, 409, 412, 425, 429)
 
 
 def check_repo(repo: str) -> None:
@@ -33,7 +29,7 @@ def check_repo(repo: str) -> None:
     try:
         validate_repo_id(repo)
     except HFValidationError:
-        repo, well = scrubbed(repo, get_token()), False
+        well = False
     else:
         well = repo.count("/") == 1
     if not well:
@@ -52,42 +48,38 @@ def client(repo: str) -> Iterator[HfApi]:
     token = get_token()
     if token is None:
         raise PublishError(f"no token for {repo}; {NEEDED}")
-    logger = logging.getLogger("huggingface_hub")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
     try:
-        yield HfApi(token=token, library_name="namex_hf")
+        with hub_client():
+            yield HfApi(token=token, library_name="namex_hf")
     except PublishError:
         raise
     except Exception as error:  # the client has no base of its own for errors, and wraps some of them
-        raise PublishError(scrubbed(_said(error, repo), token)) from None
-    finally:
-        logger.setLevel(level)
+        raise PublishError(_failed(error, repo)) from None
 
 
-def _said(error: BaseException, repo: str) -> str:
+def _failed(error: BaseException, repo: str) -> str:
     """What went wrong, from the first error of a chain that says more than that something did."""
-    root: BaseException = error
-    while not isinstance(root, HfHubHTTPError) and (root.__cause__ or root.__context__) is not None:
-        root = cast(BaseException, root.__cause__ or root.__context__)
+    root = root_of(error)
     place = "" if str(error) in str(root) else f" ({error})"
     if isinstance(root, HfHubHTTPError):
         return _answered(root, repo) + place
+    if isinstance(root, NoHubError):
+        return f"{repo} cannot be pushed to: {root}{place}"
     if isinstance(root, UNREACHABLE):
         return f"the Hub cannot be reached ({type(root).__name__}: {root}); no network? The same command goes on{place}"
-    return f"{repo} cannot be pushed to ({type(error).__name__}: {error})"
+    return f"{repo} cannot be pushed to ({why(error)})"
 
 
 def _answered(error: HfHubHTTPError, repo: str) -> str:
-    status = error.response.status_code
+    status, said = error.response.status_code, answer_of(error)
     if status == 401:
-        return f"the Hub refuses the token, or {repo} is none of its repositories; {NEEDED}"
-    if status == 403:
-        return f"the token may not write to {repo}; {NEEDED}"
+        return f"the Hub refuses the token, or {repo} is none of its repositories ({said}); {NEEDED}"
+    if status == 403 and OF_TOKENS.search(said) and not OF_QUOTAS.search(said):
+        return f"the token may not write to {repo} ({said}); {NEEDED}"
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no such branch"
+        return f"{repo} has no such branch ({said})"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{repo} does not exist, or the token may not see it"
+        return f"{repo} does not exist, or the token may not see it ({said})"
     if status >= 500:
-        return f"the Hub failed with {status} while {repo} was pushed; the same command goes on from there"
-    return f"the Hub refused the push to {repo}: {status} {error.server_message or error}"
+        return f"the Hub failed with {said} while {repo} was pushed; {AGAIN}"
+    return f"the Hub refused the push to {repo}: {said}" + (f"; {AGAIN}" if status in LATER else "")

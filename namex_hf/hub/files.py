@@ -94,7 +94,7 @@ def _known(checkpoint: Checkpoint) -> set[str]:
     return {
         *OURS,
         *(shard.name for shard in checkpoint.shards),
-        *(path.name for path in companions(folder)),
+        *(path.relative_to(folder).as_posix() for path in companions(folder)),
         *code,
     }
 
@@ -118,21 +118,23 @@ def _why_not(path: Path, name: str, folder: Path, known: set[str], include: tupl
 def _kind(name: str) -> str:
     if name.startswith("."):
         return "hidden"
-    if name.endswith(".py"):
+    if name.lower().endswith(".py"):
         return "code that is not of this model's class"
-    if name.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
+    if name.lower().endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl")):
         return "a pickle"
     return "not of the model"
 
 
 def summarised(left_out: dict[str, str]) -> dict[str, str]:
-    """The same by the outermost folder, with the number of files where it has several."""
-    found: dict[tuple[str, str], int] = {}
+    """The same, several files of an outermost folder as one entry with their number."""
+    together: dict[tuple[str, str], list[str]] = {}
     for name, reason in left_out.items():
         top, *rest = name.split("/")
-        key = (f"{top}/" if rest else top, reason)
-        found[key] = found.get(key, 0) + 1
-    return {f"{top} ({count} files)" if count > 1 else top: reason for (top, reason), count in found.items()}
+        together.setdefault((f"{top}/" if rest else top, reason), []).append(name)
+    return {
+        f"{top} ({len(names)} files)" if len(names) > 1 else names[0]: reason
+        for (top, reason), names in together.items()
+    }
 
 
 def holds(file: Upload, secret: str) -> bool:

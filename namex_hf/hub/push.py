@@ -3,21 +3,27 @@
 import re
 import tempfile
 from dataclasses import dataclass
+from glob import escape
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT
+from ..checkpoint.companions import TEMPLATES
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT, read_bytes
 from ..report.card_metadata import put_block, read_block, usable
 from ..report.card_story import PLACE, linked
 from ..report.card_text import put_section
+from ..scrub import scrubbed
 from .client import client
 from .errors import PublishError
 from .files import Selection, holds
 
-STALE = ("model*.safetensors", INDEX, "*.py", f"{OURS}/*", *BEFORE_0_2.values(), f"{BEFORE_0_2[PICTURES]}/*")
+STALE = re.compile(
+    rf"[^/]+\.safetensors|{re.escape(INDEX)}|[^/]+\.py|({OURS}|{BEFORE_0_2[PICTURES]}|{TEMPLATES})/.+|"
+    + "|".join(map(re.escape, BEFORE_0_2.values()))
+)
 """Files of an earlier push that go with the next one, unless they are in it: left-over weights would be loaded."""
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
@@ -69,21 +75,22 @@ def push(selection: Selection, card: str, target: Target) -> Published:
         private = bool(api.model_info(target.repo).private)
         if not private and not target.public:
             raise PublishError(f"{target.repo} is public; say --public, or take another repository")
+        names = api.list_repo_files(target.repo, revision=target.revision)
         if not target.pull_request:
-            _check_ours(api, target)
+            _check_ours(names, target)
         _stage(selection, completed(card, api, selection, target.repo), Path(staged))
         found = api.upload_folder(
             repo_id=target.repo,
             folder_path=staged,
             revision=target.revision,
             create_pr=target.pull_request,
-            delete_patterns=list(STALE),
+            delete_patterns=[escape(name) for name in names if STALE.fullmatch(name)],
             commit_message=target.message,
         )
         address = f"{api.endpoint}/{target.repo}"
         if target.revision is not None:
             address += f"/tree/{target.revision}"
-        return Published(found.pr_url or address, private, found.oid)
+        return Published(scrubbed(found.pr_url or address), private, found.oid)
 
 
 def check_access(repo: str) -> None:
@@ -104,9 +111,8 @@ def _ready(api: HfApi, target: Target) -> None:
         api.create_branch(target.repo, branch=target.revision, exist_ok=True)
 
 
-def _check_ours(api: HfApi, target: Target) -> None:
-    names = set(api.list_repo_files(target.repo, revision=target.revision))
-    if CONFIG in names and not names & {REPORT, BEFORE_0_2[REPORT]}:
+def _check_ours(names: list[str], target: Target) -> None:
+    if CONFIG in names and not {*names} & {REPORT, BEFORE_0_2[REPORT]}:
         raise PublishError(
             f"{target.repo} holds a model that namex_hf did not write; accepted: a new or empty repository, one of an "
             "earlier push, or --pull-request"
@@ -135,7 +141,7 @@ def _stated(api: HfApi, base: str, commit: str | None) -> dict[str, Any]:
         path = api.hf_hub_download(base, CARD, revision=commit)
     except (RepositoryNotFoundError, EntryNotFoundError):
         return {}
-    return usable(read_block(Path(path).read_text("utf-8", "replace")))
+    return usable(read_block(read_bytes(Path(path)).decode("utf-8", "replace")))
 
 
 def _stage(selection: Selection, card: str, folder: Path) -> None:

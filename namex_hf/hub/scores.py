@@ -1,13 +1,12 @@
 """Zero-shot scores on a card: the row of an evaluation report that is this very folder's, and what is shown of it."""
 
-import json
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint.source import open_checkpoint
+from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..files import REPORT, found
+from ..files import REPORT, found, parse_json, read_json, read_text
 from ..harness.report import Model, Score, ZeroShotReport, eval_results, shown
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section, table
@@ -24,15 +23,15 @@ def read_evaluation(path: Path) -> ZeroShotReport:
     Raises:
         CheckpointError: the file cannot be read, or is no such report.
     """
+    text = read_text(path)
+    parse_json(text, str(path))
     try:
-        found = ZeroShotReport.from_json(path.read_text("utf-8"))
+        found = ZeroShotReport.from_json(text)
         _ = found.run["limit"], found.run["seed"], found.run["dtype"], found.run["versions"]["lm_eval"]
+        for model in found.models:  # what cannot be shown is no such report
+            _ = score_lines(found, model.label), eval_results(found, model.label)
         return found
-    except OSError as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error.strerror}); needed: report.json of zero_shot.py"
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise CheckpointError(f"{path}: no report of zero_shot.py ({type(error).__name__}: {error})") from error
 
 
@@ -40,10 +39,10 @@ def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | No
     """The label of the row that scored `folder`.
 
     A row is the folder's where its fingerprint (configuration, names, shapes and places of all tensors) is, and the
-    weights were those that lie here: files of the same sizes and times, as the results beside the report record them.
+    files were those that lie here, by their bytes, as the results beside the report record them.
     Or where a recipe was applied to a model of that fingerprint, the folder's report names just these, it was not
     trained since, and the model came from a commit of the Hub or the patched one beside the report is equal to it. A
-    label that is given stands for times and contents of files, which copies change or lack, not for the fingerprint.
+    label that is given stands for the contents of files, which results elsewhere lack, not for the fingerprint.
 
     Args:
         path: of the report; results lie beside it.
@@ -63,9 +62,10 @@ def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | No
 
 
 def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path, told: bool) -> bool:
-    if model.fingerprint == open_checkpoint(folder).fingerprint():
-        return told or _same_files(_files_scored(evaluation, model, results), folder)
-    report = Report.from_json(found(folder, REPORT).read_text("utf-8"))
+    checkpoint = open_checkpoint(folder)
+    if model.fingerprint == checkpoint.fingerprint():
+        return told or _same_files(_files_scored(evaluation, model, results), checkpoint)
+    report = Report.from_file(found(folder, REPORT))
     made_alike = (
         model.recipe is not None
         and report.training is None
@@ -83,21 +83,21 @@ def _same_bytes(scored: Path, folder: Path) -> bool:
 
 
 def _files_scored(evaluation: ZeroShotReport, model: Model, results: Path) -> dict[str, Any]:
-    """Sizes and times of the weights that were scored; empty where no result beside the report says so."""
+    """The files that were scored, as of `Identity.record`; empty where no result beside the report says so."""
     for score in evaluation.scores:
         path = results / score.file
         if score.model == model.label and path.is_file():
             try:
-                files = json.loads(path.read_text("utf-8"))["run"]["files"]
-            except (ValueError, KeyError, TypeError):
+                files = read_json(path)["run"]["files"]
+            except (CheckpointError, KeyError, TypeError):
                 return {}
             return files if isinstance(files, dict) else {}
     return {}
 
 
-def _same_files(scored: dict[str, Any], folder: Path) -> bool:
-    stats = {name: (folder / Path(name).name).stat() for name in scored if (folder / Path(name).name).is_file()}
-    return bool(scored) and scored == {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
+def _same_files(scored: dict[str, Any], checkpoint: Checkpoint) -> bool:
+    others, proven = checkpoint.identity.changed(scored)
+    return bool(scored) and proven and not others
 
 
 def with_scores(card: str, evaluation: ZeroShotReport, label: str, name: str) -> str:

@@ -8,15 +8,23 @@ and touches none of transformers' own. A registered class wins over a folder's r
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 from transformers.dynamic_module_utils import get_relative_import_files
 
 from .configuration_deepseek import DeepseekConfig
 from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig
 from .loading import load_patched
-from .modeling_deepseek import DeepseekForCausalLM, DeepseekModel
-from .modeling_namex_deepseek import NamexDeepseekForCausalLM, NamexDeepseekModel
-from .modeling_namex_qwen2_moe import NamexQwen2MoeForCausalLM, NamexQwen2MoeModel
+from .modeling_deepseek import DeepseekForCausalLM, DeepseekForSequenceClassification, DeepseekModel
+from .modeling_namex_deepseek import (
+    NamexDeepseekForCausalLM,
+    NamexDeepseekForSequenceClassification,
+    NamexDeepseekModel,
+)
+from .modeling_namex_qwen2_moe import (
+    NamexQwen2MoeForCausalLM,
+    NamexQwen2MoeForSequenceClassification,
+    NamexQwen2MoeModel,
+)
 from .sparse import left_over_mass
 
 
@@ -35,6 +43,13 @@ CLASSES: dict[str, tuple[Any, Any, Any]] = {
     "namex_qwen2_moe": (NamexQwen2MoeConfig, NamexQwen2MoeModel, NamexQwen2MoeForCausalLM),
 }
 """Configuration, model and causal language model of every model type that is defined here."""
+
+CLASSIFIERS: dict[str, Any] = {
+    "deepseek": DeepseekForSequenceClassification,
+    "namex_deepseek": NamexDeepseekForSequenceClassification,
+    "namex_qwen2_moe": NamexQwen2MoeForSequenceClassification,
+}
+"""Sequence classifier, such as a reward model, of each of them."""
 
 PATCHED: dict[str, Any] = {"deepseek": NamexDeepseekConfig, "qwen2_moe": NamexQwen2MoeConfig}
 """From a family's model_type to the configuration of its patched form (its model_type is the class's own)."""
@@ -56,25 +71,31 @@ def _register() -> None:
         AutoConfig.register(model_type, config, exist_ok=True)
         AutoModel.register(config, model, exist_ok=True)
         AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
+        AutoModelForSequenceClassification.register(config, CLASSIFIERS[model_type], exist_ok=True)
         # save_pretrained then copies the defining files and writes auto_map.
         config.register_for_auto_class()
         model.register_for_auto_class("AutoModel")
         causal_lm.register_for_auto_class("AutoModelForCausalLM")
+        CLASSIFIERS[model_type].register_for_auto_class("AutoModelForSequenceClassification")
 
 
 _register()
 
 __all__ = [
     "CLASSES",
+    "CLASSIFIERS",
     "PATCHED",
     "DeepseekConfig",
     "DeepseekForCausalLM",
+    "DeepseekForSequenceClassification",
     "DeepseekModel",
     "NamexDeepseekConfig",
     "NamexDeepseekForCausalLM",
+    "NamexDeepseekForSequenceClassification",
     "NamexDeepseekModel",
     "NamexQwen2MoeConfig",
     "NamexQwen2MoeForCausalLM",
+    "NamexQwen2MoeForSequenceClassification",
     "NamexQwen2MoeModel",
     "RemoteCode",
     "left_over_mass",

@@ -149,6 +149,7 @@ class NamexQwen2MoeConfig(Qwen2MoeConfig):
         "AutoConfig": "configuration_namex.NamexQwen2MoeConfig",
         "AutoModel": "modeling_namex_qwen2_moe.NamexQwen2MoeModel",
         "AutoModelForCausalLM": "modeling_namex_qwen2_moe.NamexQwen2MoeForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_namex_qwen2_moe.NamexQwen2MoeForSequenceClassification",
     }
 
     namex: dict | None = None
@@ -177,13 +178,14 @@ class NamexDeepseekConfig(DeepseekConfig):
         "AutoConfig": "configuration_namex.NamexDeepseekConfig",
         "AutoModel": "modeling_namex_deepseek.NamexDeepseekModel",
         "AutoModelForCausalLM": "modeling_namex_deepseek.NamexDeepseekForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_namex_deepseek.NamexDeepseekForSequenceClassification",
     }
 
     namex: dict | None = None
     layer_experts: list[int] | None = None
 
     def __post_init__(self, **kwargs):
-        check_merge(self.namex, self.norm_topk_prob, self.num_experts)
+        check_merge(self.namex, self.renormalises, self.num_experts)
         check_layer_experts(self.layer_experts, self.num_hidden_layers, self.num_experts)
         super().__post_init__(**kwargs)
 

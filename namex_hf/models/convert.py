@@ -64,7 +64,8 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
     if type(model) not in FORMS:
         accepted = ", ".join(known.__name__ for known in FORMS)
         raise TypeError(f"found a {type(model).__name__}; accepted: {accepted}")
-    check_merge(namex, model.config.norm_topk_prob, model.config.num_experts)
+    renormalises = getattr(model.config, "renormalises", model.config.norm_topk_prob)
+    check_merge(namex, renormalises, model.config.num_experts)
     config, causal_lm, inner, layer_class, block, sparse_block, soft_block = FORMS[type(model)]
     soft = soft_choice(namex)
     model.config.__class__ = config  # one object, shared by all modules

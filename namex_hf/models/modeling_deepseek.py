@@ -4,13 +4,13 @@ The Hub's remote code does not run under transformers 5. This class builds the s
 own Qwen2-MoE parts. The file imports siblings only by ``from .name import``, so it also travels as remote code.
 """
 
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers.cache_utils import Cache
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_moe.modeling_qwen2_moe import (
@@ -28,6 +28,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
+from .arguments import Arguments
 from .configuration_deepseek import DeepseekConfig
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
@@ -40,8 +41,7 @@ class DeepseekMoeBlock(nn.Module):
     def __init__(self, config: DeepseekConfig):
         super().__init__()
         self.gate = Qwen2MoeTopKRouter(config)
-        # DeepSeek never renormalises a single choice: its weight would be 1 whatever the router says.
-        self.gate.norm_topk_prob = config.norm_topk_prob and config.num_experts_per_tok > 1
+        self.gate.norm_topk_prob = config.renormalises
         self.experts = Qwen2MoeExperts(config)
         width = config.shared_expert_intermediate_size
         self.shared_experts = Qwen2MoeMLP(config, intermediate_size=width) if width else None
@@ -130,6 +130,9 @@ def expert_balance_loss(
     return total
 
 
+TAKES = Arguments.of(Qwen2MoeForCausalLM.forward)
+
+
 class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
     model_class = DeepseekModel
 
@@ -140,54 +143,42 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    # The parent's forward adds Qwen's auxiliary loss, which pools all layers; this one adds DeepSeek's. Every argument
-    # is named because `Trainer` and `generate` read the signature.
+    # The parent's forward adds Qwen's auxiliary loss, which pools all layers; this one adds DeepSeek's. `Trainer` and
+    # `generate` read the parent's signature off it.
     @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        output_router_logits: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
-    ) -> MoeCausalLMOutputWithPast:
+    @wraps(Qwen2MoeForCausalLM.forward)
+    def forward(self, *args, **kwargs) -> MoeCausalLMOutputWithPast:
         """As `Qwen2MoeForCausalLM.forward`; ``aux_loss`` is `expert_balance_loss` (padding counted, as theirs)."""
-        if output_router_logits is None:
-            output_router_logits = self.config.output_router_logits
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            output_router_logits=output_router_logits,
-            **kwargs,
-        )
-        hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, logits_to_keep))
+        kwargs = TAKES.by_name(args, kwargs)
+        labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
+        if kwargs.get("output_router_logits") is None:
+            kwargs["output_router_logits"] = self.config.output_router_logits
+        outputs = dict(self.model(**kwargs, return_dict=True))
+        hidden_states = outputs.pop("last_hidden_state")
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, keep))
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
-        if output_router_logits and outputs.router_logits:
+        if kwargs["output_router_logits"] and outputs.get("router_logits"):
             aux_loss = expert_balance_loss(
-                outputs.router_logits, len(hidden_states), self.config.num_experts_per_tok, self.config.seq_aux
+                outputs["router_logits"], len(hidden_states), self.config.num_experts_per_tok, self.config.seq_aux
             )
             if loss is not None:
                 loss = loss + self.config.aux_loss_alpha * aux_loss.to(loss.device)
-        return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=aux_loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            router_logits=outputs.router_logits,
-        )
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **outputs)
 
 
-__all__ = ["DeepseekForCausalLM", "DeepseekModel", "DeepseekPreTrainedModel"]
+class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
+    """A reward model, or another classifier: transformers' own head."""
+
+    model_class = DeepseekModel
+
+    def __init__(self, config: DeepseekConfig):
+        # Past the parent's, which asks `AutoModel`: that does not know a class of remote code.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel", "DeepseekPreTrainedModel"]

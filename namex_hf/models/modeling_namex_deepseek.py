@@ -14,13 +14,14 @@ from .configuration_namex import NamexDeepseekConfig, soft_choice
 from .modeling_deepseek import (
     DeepseekDecoderLayer,
     DeepseekForCausalLM,
+    DeepseekForSequenceClassification,
     DeepseekModel,
     DeepseekMoeBlock,
     DeepseekPreTrainedModel,
 )
 from .patched_model import PatchedModel
 from .routers import CosineRouter
-from .soft import SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
+from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
 from .sparse import SparseRouting, give_layer_its_number
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
@@ -72,8 +73,17 @@ class NamexDeepseekModel(SegmentedModel, NamexDeepseekPreTrainedModel, DeepseekM
     layer_class = NamexDeepseekDecoderLayer
 
 
-class NamexDeepseekForCausalLM(NamexDeepseekPreTrainedModel, DeepseekForCausalLM):
+class NamexDeepseekForCausalLM(SegmentedCausalLM, NamexDeepseekPreTrainedModel, DeepseekForCausalLM):
     model_class = NamexDeepseekModel
 
 
-__all__ = ["NamexDeepseekForCausalLM", "NamexDeepseekModel", "NamexDeepseekPreTrainedModel"]
+class NamexDeepseekForSequenceClassification(NamexDeepseekPreTrainedModel, DeepseekForSequenceClassification):
+    model_class = NamexDeepseekModel
+
+
+__all__ = [
+    "NamexDeepseekForCausalLM",
+    "NamexDeepseekForSequenceClassification",
+    "NamexDeepseekModel",
+    "NamexDeepseekPreTrainedModel",
+]

@@ -3,12 +3,14 @@
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """
 
+from functools import wraps
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GenericForSequenceClassification
 from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeAttention,
     Qwen2MoeDecoderLayer,
@@ -22,10 +24,11 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
+from .arguments import Arguments
 from .configuration_namex import NamexQwen2MoeConfig, soft_choice
 from .patched_model import PatchedModel
 from .routers import CosineRouter
-from .soft import SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
+from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
 from .sparse import SparseRouting, give_layer_its_number
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
@@ -101,7 +104,10 @@ class NamexQwen2MoeModel(SegmentedModel, NamexQwen2MoePreTrainedModel, Qwen2MoeM
         self.post_init()
 
 
-class NamexQwen2MoeForCausalLM(NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM):
+TAKES = Arguments.of(Qwen2MoeForCausalLM.forward)
+
+
+class NamexQwen2MoeForCausalLM(SegmentedCausalLM, NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM):
     def __init__(self, config: NamexQwen2MoeConfig):
         super(Qwen2MoeForCausalLM, self).__init__(config)
         self.model = NamexQwen2MoeModel(config)
@@ -112,5 +118,35 @@ class NamexQwen2MoeForCausalLM(NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM
         self.num_experts_per_tok = config.num_experts_per_tok
         self.post_init()
 
+    @wraps(Qwen2MoeForCausalLM.forward)
+    def forward(self, *args, **kwargs):
+        """As the stock model's, but for its auxiliary loss: none in a pass that continues a cache.
 
-__all__ = ["NamexQwen2MoeForCausalLM", "NamexQwen2MoeModel", "NamexQwen2MoePreTrainedModel"]
+        There the stock model fails, because the mask covers more tokens than the pass has.
+        """
+        kwargs = TAKES.by_name(args, kwargs)
+        wanted, cache = kwargs.get("output_router_logits"), kwargs.get(TAKES.cache)
+        wanted = self.config.output_router_logits if wanted is None else wanted
+        if wanted and cache is not None and cache.get_seq_length():
+            kwargs["output_router_logits"] = False
+        return super().forward(**kwargs)
+
+
+class NamexQwen2MoeForSequenceClassification(GenericForSequenceClassification, NamexQwen2MoePreTrainedModel):
+    """A reward model, or another classifier: transformers' own head on the patched model."""
+
+    def __init__(self, config: NamexQwen2MoeConfig):
+        # Past the parent's, which asks `AutoModel`: that does not know a class of remote code.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = NamexQwen2MoeModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = [
+    "NamexQwen2MoeForCausalLM",
+    "NamexQwen2MoeForSequenceClassification",
+    "NamexQwen2MoeModel",
+    "NamexQwen2MoePreTrainedModel",
+]

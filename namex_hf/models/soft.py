@@ -23,14 +23,21 @@ experts would choose none, so ``smear`` then counts the model's own number of th
 """
 
 from collections.abc import Mapping
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import GenerationMixin
 from transformers.activations import ACT2FN
-from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP
-from transformers.utils.generic import merge_with_config_defaults
+from transformers.models.qwen2_moe.modeling_qwen2_moe import (
+    Qwen2MoeDecoderLayer,
+    Qwen2MoeExperts,
+    Qwen2MoeMLP,
+    Qwen2MoeModel,
+)
 
+from .arguments import Arguments, cache_in
 from .configuration_namex import SoftChoice, check_merge, routing_of, soft_choice
 from .routers import ChosenRouting
 from .soft_cache import LayerMemory, Merged, SoftCache, soft_cache
@@ -220,7 +227,7 @@ class SoftRouting(ChosenRouting):
     def add_parts(self, config) -> None:
         """Give the block what it needs beyond the stock one, but for `SoftExperts`; curvature is not yet measured."""
         # A field changed after the configuration was built has not passed its check.
-        check_merge(config.namex, config.norm_topk_prob, config.num_experts)
+        check_merge(config.namex, self.gate.norm_topk_prob, config.num_experts)
         choice = soft_choice(config.namex)
         if choice is None:
             raise ValueError("namex.merge is not 'soft'")
@@ -296,6 +303,12 @@ class SoftRouting(ChosenRouting):
         return torch.cat([given["gate_proj"], given["up_proj"]]), given["down_proj"]
 
 
+LAYER_TAKES = Arguments.of(Qwen2MoeDecoderLayer.forward)
+MODEL_TAKES = Arguments.of(Qwen2MoeModel.forward)
+PREFILL = "reads_prompt"
+"""Argument by which a pass of `generate` says that it reads the prompt, or a part of it."""
+
+
 class SegmentedLayer:
     """Mixin for a decoder layer: token ids, and the layout of the pass, reach a MoE block that asks for them."""
 
@@ -306,44 +319,29 @@ class SegmentedLayer:
 
     def forward(
         self,
-        hidden_states: torch.Tensor,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        use_cache: bool | None = False,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        *args,
         segments: Segments | None = None,
         token_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """As the stock layer's; `segments` and `token_ids` go to the block and not on to attention."""
-        hidden_states = self.attended(
-            hidden_states,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            use_cache=use_cache,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
+        """As the stock layer's; `segments` and `token_ids` go to the block, all else to attention as it came."""
+        kwargs = LAYER_TAKES.by_name(args, kwargs)
+        hidden_states = self.attended(**kwargs)
         normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + self.mlp(normed, *self.routing(segments, token_ids, past_key_values))
+        return hidden_states + self.mlp(normed, *self.routing(segments, token_ids, cache_in(kwargs)))
 
     def attended(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """The layer up to its second norm: attention added to what came in."""
         attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + attention
 
-    def routing(
-        self, segments: Segments | None, token_ids: torch.Tensor | None, past_key_values: SoftCache | None
-    ) -> tuple[Any, ...]:
+    def routing(self, segments: Segments | None, token_ids: torch.Tensor | None, cache: Any) -> tuple[Any, ...]:
         """What the block takes beside hidden states; nothing in a dense layer."""
         if not isinstance(self.mlp, ChosenRouting):
             return ()
         if segments is None:
             return (token_ids,)
-        memory = None if past_key_values is None else past_key_values.memory(self.self_attn.layer_idx)
-        return token_ids, segments, memory
+        return token_ids, segments, None if cache is None else cache.memory(self.self_attn.layer_idx)
 
 
 class SegmentedModel:
@@ -351,46 +349,45 @@ class SegmentedModel:
 
     config: Any
     training: bool
+    gradient_checkpointing: bool
 
-    @merge_with_config_defaults
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values=None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs,
-    ):
+    @wraps(Qwen2MoeModel.forward)
+    def forward(self, *args, **kwargs):
         """As the stock model's. Under ``merge: soft`` padding is known from a 2D `attention_mask` alone.
 
         A `DynamicCache` that is passed in becomes a `SoftCache`, in place.
         """
-        given = input_ids if input_ids is not None else inputs_embeds
-        choice = soft_choice(self.config.namex)
+        kwargs = MODEL_TAKES.by_name(args, kwargs)
+        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
+        given = embeddings if ids is None else ids
+        choice, prefill = soft_choice(self.config.namex), kwargs.pop(PREFILL, False)
         if given is not None and choice is not None:
-            if past_key_values is not None:
-                past_key_values = soft_cache(past_key_values)
-            elif use_cache:
-                past_key_values = SoftCache(config=self.config)
-            kwargs["segments"] = self._lay_out(choice, given, attention_mask, position_ids, past_key_values)
+            cache = kwargs.get(MODEL_TAKES.cache)
+            if cache is not None:
+                cache = soft_cache(cache)
+            elif self._makes_cache(kwargs.get("use_cache")):
+                kwargs[MODEL_TAKES.cache] = cache = SoftCache(config=self.config)
+            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
+            kwargs["segments"] = self._lay_out(choice, given, mask, positions, cache, prefill)
         if routing_of(self.config.namex) == "stable":
-            kwargs["token_ids"] = input_ids
-        return super().forward(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+            kwargs["token_ids"] = ids
+        return super().forward(**kwargs)
+
+    def _makes_cache(self, use_cache: bool | None) -> bool:
+        """Whether the stock model would make a cache: not where layers are computed again in the backward pass."""
+        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return bool(self.config.use_cache if use_cache is None else use_cache) and not again
 
     @torch.compiler.disable  # how many runs and groups there are is data: one break here in place of one at each count
     @torch.no_grad()
     def _lay_out(
-        self, choice: SoftChoice, given: torch.Tensor, attention_mask, position_ids, cache: SoftCache | None
+        self,
+        choice: SoftChoice,
+        given: torch.Tensor,
+        attention_mask,
+        position_ids,
+        cache: SoftCache | None,
+        prefill: bool,
     ) -> Segments:
         batch, new = given.shape[:2]
         real = torch.ones(batch, new, dtype=torch.bool, device=given.device)
@@ -403,10 +400,24 @@ class SegmentedModel:
             history = History.empty(batch, given.device)
         # In training the cache is a by-product: merged experts would be held in it until the step ends.
         keep = cache is not None and not self.training
-        segments, history = plan_segments(history, real, position_ids, choice.segment, choice.span, keep)
+        segments, history = plan_segments(history, real, position_ids, choice.segment, choice.span, keep, prefill)
         if cache is not None:
             cache.history = history
         return segments
 
 
-__all__ = ["SegmentedLayer", "SegmentedModel", "SoftExperts", "SoftRouting"]
+class SegmentedCausalLM:
+    """Mixin for a causal language model: which passes of `generate` read the prompt is said to the model."""
+
+    config: Any
+
+    @wraps(GenerationMixin.prepare_inputs_for_generation)
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        """As of `GenerationMixin`. Under ``prefill_chunk_size`` the prompt is read in several passes."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if soft_choice(self.config.namex) is not None and kwargs.get("is_first_iteration"):
+            inputs[PREFILL] = True
+        return inputs
+
+
+__all__ = ["SegmentedCausalLM", "SegmentedLayer", "SegmentedModel", "SoftExperts", "SoftRouting"]

@@ -24,12 +24,14 @@ class History(NamedTuple):
     slots: int
     """How many experts every layer keeps."""
     prompt: int
-    """Columns of the first pass."""
+    """Columns of the prompt: of the first pass, and of those that `generate` cuts a first pass into."""
+    in_prompt: bool
+    """Whether the latest pass was a part of such a cut, so that the next may go on with the prompt."""
 
     @classmethod
     def empty(cls, batch: int, device: torch.device) -> "History":
         rows = torch.full((batch,), -1, device=device)
-        return cls(rows.new_empty(batch, 0), rows, rows, 0, 0)
+        return cls(rows.new_empty(batch, 0), rows, rows, 0, 0, True)
 
     @property
     def columns(self) -> int:
@@ -164,6 +166,7 @@ def plan_segments(
     length: int,
     span: str,
     keep: bool,
+    prefill: bool = False,
 ) -> tuple[Segments, History]:
     """Lay out one pass.
 
@@ -174,6 +177,7 @@ def plan_segments(
         length: of a segment.
         span: ``all``, ``previous`` or ``prompt``.
         keep: whether the experts of the rows' latest runs are kept for the pass to come.
+        prefill: whether `generate` reads its prompt in this pass, or a part of it.
 
     Returns:
         The layout, and the history with this pass in it.
@@ -182,7 +186,8 @@ def plan_segments(
     if position_ids is None:
         position_ids = (history.position >= 0).sum(1, keepdim=True) + real.cumsum(1) - 1
     position = torch.cat([history.position, torch.where(real, position_ids, -1)], 1)
-    prompt = history.prompt or past + new
+    in_prompt = prefill and history.in_prompt
+    prompt = past + new if in_prompt or not history.prompt else history.prompt
     found = _find_runs(position, length, prompt if span == "prompt" else None)
     runs = max(int(found.run.max()), 0) + 1
     row = torch.arange(batch, device=real.device)[:, None]
@@ -222,7 +227,7 @@ def plan_segments(
         tokens[order],
         place,
     )
-    return segments, History(position, slot, found.since, len(kept), prompt)
+    return segments, History(position, slot, found.since, len(kept), prompt, in_prompt)
 
 
 __all__ = ["History", "Segments", "plan_segments"]

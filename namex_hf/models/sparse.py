@@ -74,13 +74,14 @@ def give_layer_its_number(block: Any, config: Any, layer: int) -> None:
 class SparseRouting(ChosenRouting):
     """Mixin for a MoE block of `gate`, `experts` and, where one is, `base_expert`, a SwiGLU MLP of the routed width."""
 
+    gate: Any
     experts: nn.Module
     base_expert: Any
 
     def add_parts(self, config) -> None:
         """Give the block what it needs beyond the stock one."""
         # A field changed after the configuration was built has not passed its check.
-        check_merge(config.namex, config.norm_topk_prob)
+        check_merge(config.namex, self.gate.norm_topk_prob)
         self.base_expert = None
         if is_residual(config.namex):
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)

@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from .added import router_tensors
 from .blocks import Blocks, block_tensors
 from .budget import spend
-from .finite import check_finite
+from .finite import check_finite, require_finite_result
 from .grouped import choice_of, write_packs
 from .on_text import Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
@@ -68,6 +68,9 @@ def shrink_layers(
         heard = heard.without_experts()
         with source.named(layer):
             smaller, output = shrinking.run()
+        for name, some in smaller.experts.items():
+            require_finite_result(layer, {f"expert {number} {name}": one for number, one in enumerate(some)}, recipe)
+        require_finite_result(layer, {"router": smaller.router, **shrinking.refitted}, recipe)
         routers: dict[str, torch.Tensor] = {}
         if blocks is not None:
             norm = source.read(source.family.router_norm(layer))
@@ -88,8 +91,8 @@ def patch_calibrated(plan: Plan, folder: Path, state: State, advance: Advance) -
     """Make all layers, then write all shards; returns the weight map (tensor name to file name)."""
     check_finite(plan, advance)
     shrink_checkpoint(plan, state, advance)
-    with Reader() as reader:
-        return write_packs(plan, folder, reader, partial(new_items, plan, state), lambda what, size: None)
+    with Reader(plan.checkpoint.identity.digests) as reader:
+        return write_packs(plan, folder, reader, partial(new_items, plan, state), state, lambda what, size: None)
 
 
 def with_counts(plan: Plan, state: State, advance: Advance) -> Plan:
@@ -98,7 +101,7 @@ def with_counts(plan: Plan, state: State, advance: Advance) -> Plan:
     if record is None:
         assert plan.text is not None
         check_finite(plan, lambda what, size: None)
-        with Reader() as reader:
+        with Reader(plan.checkpoint.identity.digests) as reader:
             record = spend(source_of(plan, reader), plan.recipe, plan.text, partial(told, advance))
         state.save_budget(record)
     return replace(plan, counts=tuple(layer["experts"] for layer in record))
@@ -108,7 +111,7 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
     stream = resumed(plan, state, advance)
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         source, tell = source_of(plan, reader), partial(told, advance)
         for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, tell, plan.counts):
             usage = torch.tensor(made.record["usage"])

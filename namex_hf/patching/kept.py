@@ -25,11 +25,20 @@ from ..merging.record import cosines
 from ..recipe import Recipe
 from .added import kronecker_tensors, router_tensors
 from .blocks import Blocks, block_tensors
-from .finite import check_finite
+from .finite import check_finite, require_finite_result
 from .on_text import Heard, Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
 from .state import State, Stream
-from .walk import Advance, carried_items, carry_over, packs_of_added, propagation_of, shard_names, write_added
+from .walk import (
+    Advance,
+    carried_items,
+    carry_over,
+    packs_of_added,
+    propagation_of,
+    shard_names,
+    stored_base,
+    write_added,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ def keep_layers(
         norm = source.read(source.family.router_norm(layer))
         routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids)
         made = replace(made, tensors=made.tensors | routers)
+        require_finite_result(layer, made.tensors, recipe)
         wanted = mixture.output(heard.text.inputs, heard.text.routing)
         with blocks.filled(layer, block_tensors(mixture.experts, mixture.router, made.tensors), recipe.device) as block:
             output = blocks.output(block, heard.text.inputs, text.ids)
@@ -105,9 +115,11 @@ def _keep(
     if recipe.has_base:
         if walk is None:
             walk = Walk(own_base(recipe.base, experts, partial(source.shared, heard.layer), source.shape.width))
+        else:
+            require_finite_result(heard.layer, stored_base(walk, dtype), recipe)
         position = source.shape.layers.index(heard.layer)
+        tensors |= stored_base(walk, dtype)
         step = propagate(experts, walk, propagation_of(recipe), position)
-        tensors |= {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
         record["games"], alike, walk = step.record, step.cosines, step.walk
     else:
         nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
@@ -134,12 +146,12 @@ def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict
     check_finite(plan, advance)
     keep_checkpoint(plan, state, advance)
     packs = packs_of_added(plan)
-    carried = len(plan.checkpoint.shards)
+    carried = len(plan.shards)
     names = shard_names(carried + len(packs))
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         in_order = plan.recipe.align in (None, "none")
         items_of = carried_items if in_order else partial(reordered_items, state, reader)
-        carry_over(plan, folder, names[:carried], advance, Event(), items_of)
+        carry_over(plan, folder, names[:carried], advance, Event(), state, items_of)
     write_added(plan, folder, state, packs, names[carried:])
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
@@ -148,7 +160,7 @@ def keep_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
     stream = resumed(plan, state, advance)
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         source, tell = source_of(plan, reader), partial(told, advance)
         for made in keep_layers(source, plan.config(), plan.recipe, plan.text, stream, tell):
             usage = torch.tensor(made.record["usage"])

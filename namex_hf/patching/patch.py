@@ -7,17 +7,21 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..bargaining import spectral_radius
+from ..checkpoint.bytes import copy_file
 from ..checkpoint.companions import carry, companions
-from ..checkpoint.folder import STATE, OutputFolder
+from ..checkpoint.folder import STATE, OutputFolder, list_files
+from ..checkpoint.identity import hash_weights
 from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
-from ..errors import CheckpointError, FamilyError, OutputError
-from ..files import CARD, CONFIG, RECIPE, REPORT, STATISTICS, found, write_text
+from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
+from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, found, write_text
 from ..models import remote_code
 from ..recipe import Recipe
 from ..report.card import card
@@ -45,19 +49,21 @@ def patch_checkpoint(
     export_as: str | None = None,
     shard_size: str | int = "5GB",
     overwrite: bool = False,
+    verify: bool = False,
     progress: Progress | None = None,
 ) -> Report:
     """Patch a checkpoint out of core.
 
     A run that was killed is continued by the same call; on a folder that is complete already nothing is done and its
-    report is returned.
+    report is returned. A finished folder that lost a file is made anew.
 
     Args:
         source: a local folder, the name of a packaged model, or a Hub id.
         out: a folder that is new, empty, or of the same run.
         export_as: ``qwen2_moe``: write a grouped DeepSeek-MoE in the stock Qwen2-MoE form.
         shard_size: of the shards that are written anew; unchanged shards are copied as they are.
-        overwrite: replace another run's folder (never one that is not ours).
+        overwrite: make the folder anew, whichever run it is of (never one that is not ours).
+        verify: read all files of a folder that is complete, and make it anew where one has another hash.
 
     Memory: one layer's experts and, for ``grouped``, up to one layer of merged ones.
 
@@ -67,21 +73,26 @@ def patch_checkpoint(
     """
     checkpoint = resolve(source, revision)
     plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as)
-    return run_plan(plan, Path(out), overwrite=overwrite, progress=progress)
+    return run_plan(plan, Path(out), overwrite=overwrite, verify=verify, progress=progress)
 
 
-def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progress | None = None) -> Report:
+def run_plan(
+    plan: Plan, out: Path, *, overwrite: bool = False, verify: bool = False, progress: Progress | None = None
+) -> Report:
     """Carry out a checked plan. See `patch_checkpoint`."""
-    folder = OutputFolder(out, plan.run)
+    folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify)
     _keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
-    if folder.complete:
+    if not overwrite and folder.complete:
         shutil.rmtree(out / STATE, ignore_errors=True)
-        return Report.from_json(found(out, REPORT).read_text("utf-8"))
+        return Report.from_file(found(out, REPORT))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
     start = time.perf_counter()
     with folder.claimed(overwrite):
-        state = State(out / STATE)
+        state = State(out / STATE, plan.checkpoint.identity)
+        if state.is_damaged(plan.shape.layers):
+            folder.begin_anew()
+        earlier = set(state.shards())
         try:
             advance = _counting(plan, progress)
             if plan.recipe.budget == "damage":
@@ -93,13 +104,33 @@ def run_plan(plan: Plan, out: Path, *, overwrite: bool = False, progress: Progre
                 patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
                 with shared_out():
                     weight_map = patch(plan, out, state, advance)
-        except (CheckpointError, FamilyError):
+            plan.checkpoint.identity.settle()
+        except (CheckpointError, FamilyError, RecipeError):
             folder.remove()
             raise
+        shards = _settled(plan, state, out, earlier)
         report = _report(plan, state, out, weight_map, time.perf_counter() - start)
+        config = json.dumps(plan.config(), indent=2) + "\n"
         _write_companions(plan, out, state, report, weight_map)
-        folder.finish(plan.config())
+        report = replace(report, files=list_files(out, config, shards))
+        write_text(out / REPORT, report.to_json())
+        folder.finish(config)
     return report
+
+
+def _settled(plan: Plan, state: State, out: Path, earlier: set[str]) -> dict[str, dict[str, Any]]:
+    """Size and hash of every shard. Copies that an earlier, killed run made are compared with the source, whose hash
+    is known by now, and made again where they differ."""
+    identity, shards = plan.checkpoint.identity, state.shards()
+    for name, listed in shards.items():
+        if (source := listed.pop("copy_of", None)) is None:
+            continue
+        listed[HASH] = identity.digests.of_file(identity.weights[source])
+        if name in earlier and hash_weights(out / name) != listed[HASH]:
+            (out / name).unlink()
+            with ThreadPoolExecutor(1) as settling:
+                copy_file(identity.weights[source], out / name, settling, state.record_shard).result()
+    return shards
 
 
 def space_needed(plan: Plan) -> int:
@@ -150,6 +181,8 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "tensors": len(weight_map),
         "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
     }
+    if plan.left_out:
+        totals["left_out"] = plan.left_out
     if plan.recipe.curvature == "kronecker":
         totals["curvature_parameters"] = plan.curvature_parameters
     if plan.recipe.budget == "damage":
@@ -183,7 +216,6 @@ def _write_companions(plan: Plan, out: Path, state: State, report: Report, weigh
         write_tensors(out / STATISTICS, statistics, METADATA)
     write_text(out / RECIPE, plan.recipe.to_yaml())
     write_text(out / CARD, card(report, config, out, plan.checkpoint.folder))
-    write_text(out / REPORT, report.to_json())
 
 
 def describe(plan: Plan, out: Path) -> dict[str, Any]:
@@ -200,11 +232,18 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "space_needed": space_needed(plan),
         "free": shutil.disk_usage(place).free,
         "peak_bytes": plan.peak_bytes,
-        "carried": [path.name for path in companions(plan.checkpoint.folder)],
+        "carried": _carried(plan.checkpoint),
         "calibration_tokens": plan.recipe.calibration_tokens if plan.recipe.calibrated else None,
         "curvature_parameters": plan.curvature_parameters,
         "fit": effort_of(plan),
     }
+
+
+def _carried(checkpoint: Checkpoint) -> list[str]:
+    """Names of what is carried over, of a folder or of a repository of which headers were fetched."""
+    if checkpoint.elsewhere is not None:
+        return list(checkpoint.elsewhere)
+    return [path.relative_to(checkpoint.folder).as_posix() for path in companions(checkpoint.folder)]
 
 
 def rewrite_report(out: Path, report: Report) -> None:

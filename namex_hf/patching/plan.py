@@ -3,6 +3,7 @@
 import re
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from ..calibration.decoder import BATCH_TOKENS
 from ..calibration.text import CalibrationText
 from ..checkpoint.header import TensorSpan
-from ..checkpoint.layout import per_expert
+from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError
@@ -47,14 +48,34 @@ class Plan:
     @property
     def run(self) -> dict[str, Any]:
         """What makes this run this run."""
+        source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
+        return source | self.options
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What makes this run this run, beside the source."""
         text = self.text
         return {
             "recipe": self.recipe.to_dict(),
-            "source": self.checkpoint.fingerprint(),
             "shard_size": self.shard_size,
             "export_as": self.export_as,
             **({"calibration": {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}} if text else {}),
         }
+
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        """The files that hold a tensor of the model's class."""
+        return tuple(sorted({span.file for span in self.spans.values()}))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the tensors that the model's class has."""
+        return sum(span.size for span in self.spans.values())
+
+    @property
+    def left_out(self) -> list[str]:
+        """Names of the other ones, which the result does not get."""
+        return left_out(self.checkpoint, self.spans)
 
     @property
     def kept(self) -> int:
@@ -136,7 +157,7 @@ class Plan:
         added = self.all_added_bytes + self.untied_bytes
         if self.export_as:
             added += sum(item.size for item in constant_items(self))
-        return self.checkpoint.size - routed + routed * self.kept // self.shape.experts + added
+        return self.size - routed + routed * self.kept // self.shape.experts + added
 
     @property
     def peak_bytes(self) -> int:
@@ -286,7 +307,7 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
 def _bytes(size: str | int) -> int:
     if isinstance(size, int):
         return size
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]B|)", size.strip(), re.IGNORECASE)
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]B|)", size.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
         raise RecipeError(f"--shard-size is {size!r}; accepted: a size such as 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2].upper()])

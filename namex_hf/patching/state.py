@@ -1,20 +1,29 @@
-"""What a run has finished, layer by layer, so that a killed one goes on where it was."""
+"""What a run has finished, layer by layer, so that a killed one goes on where it was.
+
+Every file carries the hash of what is in it. Where one of them is damaged, the run begins anew: the calibration text
+and the base expert on their way through the model depend on all layers below.
+"""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..checkpoint.header import read_metadata
+from ..checkpoint.identity import DIGESTS, HEADER, Identity, combined, hash_header, hash_weights
 from ..checkpoint.shard import write_tensors
+from ..errors import CheckpointError
+from ..files import HASH, hash_bytes, read_checked, write_checked
 from ..merging.experts import PROJECTIONS
 from ..merging.propagation import Walk
 from .added import KINDS
 
-WALK, STREAM, BUDGET = "walk.safetensors", "stream.safetensors", "budget.safetensors"
+WALK, STREAM, BUDGET, SHARDS = "walk.safetensors", "stream.safetensors", "budget.safetensors", "shards.json"
 RESULTS = (*(f"{kind}." for kind in KINDS), "new.")
 """How names of tensors begin that go into the result; the others of a layer are statistics."""
 
@@ -31,14 +40,70 @@ class Stream:
 
 @dataclass(frozen=True)
 class State:
-    """The folder of a run's own files. Bases are kept unrounded: a resumed run is the undisturbed one, bit for bit."""
+    """The folder of a run's own files. Bases are kept unrounded: a resumed run is the undisturbed one, bit for bit.
+
+    Args:
+        identity: of the source, whose hashes so far are saved before what is made of its bytes.
+    """
 
     folder: Path
+    identity: Identity
+    _lock: Lock = field(default_factory=Lock)  # shards are written by two threads
+
+    def is_damaged(self, layers: tuple[int, ...]) -> bool:
+        """Whether a file of the state, or a shard that the run has written, is not as it was written, or is gone.
+
+        Args:
+            layers: the MoE layers of the model.
+        """
+        files = [self.folder / name for name in (WALK, STREAM, BUDGET)] + self._layer_files()
+        lists = [self.folder / name for name in (SHARDS, DIGESTS)]
+        return (
+            any(path.exists() and not _is_whole(path) for path in files)
+            or any(path.exists() and read_checked(path) is None for path in lists)
+            or any(self._differs(name, listed) for name, listed in self.shards().items())
+            or any(path.name not in self.shards() for path in self.folder.parent.glob("model*.safetensors"))
+            or any(not self.layer_file(layer).exists() for layer in self._passed(layers))
+        )
+
+    def _passed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
+        """The MoE layers that the base expert or the text has passed through."""
+        if (self.folder / STREAM).exists():
+            arrived = _record(self.folder / STREAM)["layer"]
+            return tuple(layer for layer in layers if layer < arrived)
+        return layers[: self.load_walk()[0]]
+
+    def _differs(self, name: str, listed: dict[str, Any]) -> bool:
+        path = self.folder.parent / name
+        if not path.exists():
+            return False
+        if path.stat().st_size != listed["bytes"]:
+            return True
+        try:
+            if HASH in listed:
+                return hash_weights(path) != listed[HASH]
+            source = self.identity.weights[listed["copy_of"]]  # compared when the hash of the source is known
+            return hash_header(path) != self.identity.digests.read(source, HEADER)
+        except CheckpointError:
+            return True
+
+    def record_shard(self, path: Path, listed: dict[str, Any]) -> None:
+        """Take down size and hash of a shard, or which shard of the source it is a copy of."""
+        with self._lock:
+            write_checked(self.folder / SHARDS, self.shards() | {path.name: listed})
+
+    def shards(self) -> dict[str, dict[str, Any]]:
+        """What was taken down of each shard."""
+        return read_checked(self.folder / SHARDS) or {}
+
+    def _layer_files(self) -> list[Path]:
+        return sorted(self.folder.glob("layer-*.safetensors"))
 
     def layer_file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
     def save_layer(self, layer: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+        self.identity.save_digests(self.folder)
         _save(self.layer_file(layer), tensors, record)
 
     def save_walk(self, position: int, walk: Walk | None) -> None:
@@ -50,7 +115,7 @@ class State:
         path = self.folder / WALK
         if not path.is_file():
             return 0, None
-        position, tensors = json.loads(read_metadata(path)["record"])["position"], load_file(path)
+        position, tensors = _record(path)["position"], load_file(path)
         return position, _walk(tensors)
 
     def save_stream(self, stream: Stream) -> None:
@@ -64,7 +129,7 @@ class State:
         if not path.is_file():
             return None
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        layer, hidden = json.loads(read_metadata(path)["record"])["layer"], tensors.pop("hidden")
+        layer, hidden = _record(path)["layer"], tensors.pop("hidden")
         return Stream(layer, hidden, tensors.pop("original", None), _walk(tensors))
 
     def save_budget(self, record: list[dict[str, Any]]) -> None:
@@ -74,17 +139,17 @@ class State:
     def load_budget(self) -> list[dict[str, Any]] | None:
         """None before it was measured."""
         path = self.folder / BUDGET
-        return json.loads(read_metadata(path)["record"])["is"] if path.is_file() else None
+        return _record(path)["is"] if path.is_file() else None
 
     def records(self) -> list[dict[str, Any]]:
         """What was written down about each finished layer, in order."""
-        return [json.loads(read_metadata(path)["record"]) for path in sorted(self.folder.glob("layer-*.safetensors"))]
+        return [_record(path) for path in self._layer_files()]
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """``layers.L.cosines`` of each finished layer, and ``layers.L.usage`` where text was read."""
         found: dict[str, torch.Tensor] = {}
-        for path in sorted(self.folder.glob("layer-*.safetensors")):
-            layer = json.loads(read_metadata(path)["record"])["layer"]
+        for path in self._layer_files():
+            layer = _record(path)["layer"]
             found |= {
                 f"layers.{layer}.{name}": t for name, t in load_file(path).items() if not name.startswith(RESULTS)
             }
@@ -107,4 +172,29 @@ def _walk(tensors: dict[str, torch.Tensor]) -> Walk | None:
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
-    write_tensors(path, tensors, {"record": json.dumps(record)})
+    text = json.dumps(record)
+    write_tensors(path, tensors, {"record": text, HASH: _hash(text, tensors)})
+
+
+def _hash(record: str, tensors: dict[str, torch.Tensor]) -> str:
+    """Of everything in a file of the state."""
+    parts = [hash_bytes(record.encode())]
+    for name, tensor in sorted(tensors.items()):
+        data = tensor.contiguous().view(-1).view(torch.uint8).numpy().data
+        parts.append(hash_bytes(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode(), data))
+    return combined(parts)
+
+
+def _is_whole(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    try:
+        tensors = load_file(path)  # which looks at the length of the header
+        metadata = read_metadata(path)
+        return metadata[HASH] == _hash(metadata["record"], tensors)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
+        return False
+
+
+def _record(path: Path) -> Any:
+    return json.loads(read_metadata(path)["record"])

@@ -8,6 +8,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
+
 from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
@@ -17,7 +19,7 @@ from ..merging.propagation import Propagation, Walk, propagate
 from ..merging.weightings import Bargain
 from ..recipe import Recipe
 from .added import KINDS, kronecker_tensors, router_tensors
-from .finite import check_finite
+from .finite import check_finite, require_finite_result
 from .layer import named, read_experts, read_shared
 from .plan import Plan
 from .state import State
@@ -51,9 +53,10 @@ def carried_items(plan: Plan, shard: Path) -> list[Item]:
     return [Item.of(name, span) for _, name, span in spans]
 
 
-def is_unchanged(plan: Plan, items: list[Item]) -> bool:
-    """Whether these are tensors of the source, under the names that they have there."""
-    return all(plan.checkpoint.spans.get(item.name) == item.source for item in items)
+def is_unchanged(plan: Plan, shard: Path, items: list[Item]) -> bool:
+    """Whether these are all tensors of a file of the source, under the names that they have there."""
+    spans = {name: span for name, span in plan.checkpoint.spans.items() if span.file == shard}
+    return {item.name: item.source for item in items} == spans
 
 
 def carry_over(
@@ -62,21 +65,22 @@ def carry_over(
     names: list[str],
     advance: Advance,
     stop: Event,
+    state: State,
     items_of: Callable[[Plan, Path], list[Item]] = carried_items,
 ) -> None:
     """Bring every source shard into the folder: by the kernel where it is unchanged, else tensor by tensor."""
     settled = []
-    with Reader() as reader, ThreadPoolExecutor(1) as settling:
-        for shard, name in zip(plan.checkpoint.shards, names, strict=True):
+    with Reader(plan.checkpoint.identity.digests) as reader, ThreadPoolExecutor(1) as settling:
+        for shard, name in zip(plan.shards, names, strict=True):
             if stop.is_set():
                 return
             target = folder / name
             if not target.is_file():
                 items = items_of(plan, shard)
-                if is_unchanged(plan, items):
-                    settled.append(copy_file(shard, target, settling))
+                if is_unchanged(plan, shard, items):
+                    settled.append(copy_file(shard, target, settling, state.record_shard))
                 else:
-                    write_shard(target, items, reader, METADATA)
+                    write_shard(target, items, reader, METADATA, state.record_shard)
             advance("copying", shard.stat().st_size)
         for future in settled:
             future.result()
@@ -94,7 +98,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
     choice = propagation_of(recipe)
     position, walk = state.load_walk()
     experts = None
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         for done in layers[:position]:
             advance(f"layer {done}", plan.layer_bytes(done))
         for place, layer in list(enumerate(layers))[position:]:
@@ -111,22 +115,30 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
                     if walk is None:
                         shared = partial(read_shared, plan, reader, layer)
                         walk = Walk(own_base(recipe.base, experts, shared, plan.shape.width))
+                    else:
+                        require_finite_result(layer, stored_base(walk, dtype), recipe)
+                    stored |= stored_base(walk, dtype)
                     step = propagate(experts, walk, choice, place)
-                stored |= {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
                 stored["cosines"], record["games"], walk = step.cosines, step.record, step.walk
+            require_finite_result(layer, stored, recipe)
             record |= {"seconds": round(time.perf_counter() - start, 4), "bytes": plan.layer_bytes(layer)}
             state.save_layer(layer, stored, record)
             state.save_walk(place + 1, walk)
             advance(f"layer {layer}", plan.layer_bytes(layer))
 
 
+def stored_base(walk: Walk, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The base expert of a layer, as the result holds it."""
+    return {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
+
+
 def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int | None]], names: list[str]) -> None:
     """Write what the model has more than before into shards of its own: of layers, as the state files have it."""
-    with Reader() as reader:
+    with Reader(plan.checkpoint.identity.digests) as reader:
         for pack, name in zip(packs, names, strict=True):
             if not (folder / name).is_file():
                 items = [item for layer in pack for item in added_items(plan, state, layer)]
-                write_shard(folder / name, items, reader, METADATA)
+                write_shard(folder / name, items, reader, METADATA, state.record_shard)
 
 
 def added_items(plan: Plan, state: State, layer: int | None) -> list[Item]:
@@ -147,11 +159,11 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
     The copy runs beside the arithmetic: one waits for the disk, the other for the processor.
     """
     packs = packs_of_added(plan)
-    names = shard_names(len(plan.checkpoint.shards) + len(packs))
-    carried = len(plan.checkpoint.shards)
+    names = shard_names(len(plan.shards) + len(packs))
+    carried = len(plan.shards)
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
-        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop)
+        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop, state)
         try:
             check_finite(plan, advance)
             if plan.all_added_bytes:

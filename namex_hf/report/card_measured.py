@@ -1,15 +1,14 @@
 """What was measured, as a card shows it: perplexity before and after, and what fine-tuning did."""
 
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..files import SCORES, found
+from ..files import SCORES, found, read_json
 from .card_text import plain, table
-from .report import Report
+from .report import Report, ratio
 
 MEASURES = {
     "chats": "perplexity of the assistant's turns in held-out chats",
@@ -27,7 +26,7 @@ def perplexity_lines(report: Report) -> list[str]:
             plain(domain),
             _with_error(value["before"], value.get("before_stderr")),
             _with_error(value["after"], value.get("after_stderr")),
-            _with_error(value["after"] / value["before"], value.get("ratio_stderr"), 3),
+            _with_error(ratio(value), value.get("ratio_stderr"), 3),
         ]
         for domain, value in report.perplexity.items()
     ]
@@ -68,12 +67,18 @@ def training_lines(report: Report, folder: Path | None) -> list[str]:
         if bargain is not None
         else ""
     )
+    if best := done.get("best_of"):
+        how += (
+            f" The weights, the scores and all other figures are those of the best checkpoint of {best['steps']:,} "
+            f"steps, by {plain(best['metric'])} ({best['value']:.4g})."
+        )
     lines = [
         "",
         "## Fine-tuning",
         "",
         f"{done['steps']:,} steps over {done['tokens']:,} tokens of {data.get('chats', 0):,} chats "
-        f"({plain(data.get('name', 'unknown'))}) in {done['seconds']:.0f} s. {by}: {kinds}.{how}",
+        f"({plain(data.get('name', 'unknown'))}) in {done['seconds']:.0f} s. Only tokens in the loss are counted. "
+        f"{by}: {kinds}.{how}",
     ]
     if losses := [entry["loss"] for entry in done.get("loss", []) if "loss" in entry]:
         lines += ["", f"Training loss: {losses[0]:.3f} at the first record, {losses[-1]:.3f} at the last."]
@@ -100,7 +105,7 @@ def _score_lines(scores: dict[str, dict[str, float]], items: dict[str, Any]) -> 
 
 def _items(folder: Path | None) -> dict[str, Any]:
     path = found(folder, SCORES) if folder is not None else None
-    return json.loads(path.read_text("utf-8")) if path is not None and path.is_file() else {}
+    return read_json(path) if path is not None and path.is_file() else {}
 
 
 def standard_error(measure: str, groups: list[list[float]] | None) -> float | None:

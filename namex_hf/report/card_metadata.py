@@ -10,13 +10,16 @@ from huggingface_hub import EvalResult, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ..checkpoint.companions import companions, is_inside, is_licence
+from ..files import open_regular
+from ..plain_yaml import parse_yaml
 from .card_text import one_line
 from .report import Report
 
 BLOCK = re.compile(r"\A\s*---[\r\n]+(.*?)[\r\n]+---(?:\r\n|\n|\Z)", re.DOTALL)
 LICENCE = re.compile(r"[a-z0-9.+-]{1,60}")
 """An identifier of the Hub's list of licences; also a name beside ``other``."""
-LINK = re.compile(r"LICENSE[\w.-]*|https://[\w./#-]{1,200}")
+LINK = re.compile(r"(?i:LICENSE)[\w.-]*|https://[\w./#-]{1,200}")
 LANGUAGE = re.compile(r"[a-z]{2,3}|multilingual|code")
 KNOWN_TEXTS = {
     "apache-2.0": re.compile(r"\s*Apache License\s+Version 2\.0"),
@@ -100,7 +103,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _licence_file(folder: Path) -> dict[str, str]:
-    files = sorted(path.name for path in folder.glob("LICENSE*") if path.is_file() and LINK.fullmatch(path.name))
+    files = [path.name for path in companions(folder) if is_licence(path.name) and LINK.fullmatch(path.name)]
     for file in files:
         text = _text(folder / file)
         for licence, beginning in KNOWN_TEXTS.items():
@@ -110,9 +113,9 @@ def _licence_file(folder: Path) -> dict[str, str]:
 
 
 def _text(path: Path) -> str:
-    if not path.is_file():
+    if not is_inside(path, path.parent):
         return ""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return file.read(LONGEST).decode("utf-8", "replace")
 
 
@@ -120,8 +123,8 @@ def read_block(text: str) -> dict[str, Any]:
     """The metadata of a card; empty where there is none that can be read."""
     match = BLOCK.match(text)
     try:
-        found = yaml.safe_load(match[1]) if match else None
-    except (yaml.YAMLError, RecursionError, ValueError):
+        found = parse_yaml(match[1]) if match else None
+    except (yaml.YAMLError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
 

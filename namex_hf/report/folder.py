@@ -7,13 +7,15 @@ from typing import Any
 import torch
 
 from ..checkpoint.bytes import Reader
+from ..checkpoint.folder import check_whole
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.layout import per_expert
-from ..checkpoint.source import Checkpoint, open_checkpoint, read_json
+from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..families import PROJECTIONS, Family, MoeShape, original_family
-from ..files import REPORT, STATISTICS, found
+from ..files import REPORT, STATISTICS, found, read_json
 from ..recipe import Recipe
+from .rebuild import has_recipe_alone, rebuild
 from .report import Report
 
 ACCEPTED = "accepted: a finished folder of namex-patch or sft_smoltalk.py"
@@ -80,7 +82,7 @@ class PatchedFolder:
 
 
 def open_patched(path: Path) -> PatchedFolder:
-    """Read the report, the statistics and all headers of a patched folder.
+    """Read the report, the statistics and all headers of a patched folder; where there is no report, rebuild it.
 
     Raises:
         CheckpointError, FamilyError, RecipeError: it is none, or damaged; one line that names the file.
@@ -88,7 +90,8 @@ def open_patched(path: Path) -> PatchedFolder:
     config = read_json(path / "config.json")
     if not isinstance(config.get("namex"), dict):
         raise CheckpointError(f"{path}: config.json has no recipe under 'namex'; {ACCEPTED}")
-    report = _report(path)
+    report = rebuild(path) if has_recipe_alone(path) else Report.from_file(found(path, REPORT))
+    check_whole(path)
     checkpoint = open_checkpoint(path)
     family = original_family(config)
     shape = family.shape(config)
@@ -98,16 +101,6 @@ def open_patched(path: Path) -> PatchedFolder:
     usage = {layer: t for (layer, what), t in tensors.items() if what == "usage"}
     spans = per_expert(checkpoint, family, shape)
     return PatchedFolder(path, report, recipe, checkpoint, family, shape, spans, cosines, usage)
-
-
-def _report(path: Path) -> Report:
-    try:
-        report = Report(**read_json(found(path, REPORT)))
-        _ = [(record["layer"], record["games"], record["seconds"]) for record in report.layers]
-        _ = (report.run["recipe"], report.source["name"])
-    except (TypeError, KeyError) as error:
-        raise CheckpointError(f"{REPORT} in {path} is no report of namex_hf ({error}); {ACCEPTED}") from error
-    return report
 
 
 def _statistics(path: Path) -> dict[tuple[int, str], torch.Tensor]:

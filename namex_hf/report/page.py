@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .report import Report, layer_table
+from .report import Report, layer_table, ratio
 
 if TYPE_CHECKING:
     from .pictures import Picture
@@ -44,7 +44,7 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
         recipe_text: the recipe as YAML.
         pictures: with at least one element, or none: the page then says so.
     """
-    recipe, name = report.run["recipe"], str(report.source["name"])
+    recipe, name = report.run["recipe"], str(report.source["name"] or "a model of unknown source")
     title = f"{name}, patched by namex_hf"
     what = "the sparse original" if recipe.get("method") == "smoe" else WORDS.get(recipe.get("merge"), "")
     words = f"{recipe.get('method')}, {recipe.get('merge')}, {recipe.get('routing')} routing: {what}."
@@ -102,7 +102,7 @@ def _perplexity(report: Report) -> list[str]:
     if not report.perplexity:
         return []
     rows = [
-        [domain, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{one['after'] / one['before']:.3f}"]
+        [domain, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{ratio(one):.3f}"]
         for domain, one in report.perplexity.items()
     ]
     return ["<h2>Perplexity on held-out text</h2>", table(["domain", "before", "after", "ratio"], rows)]

@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.tokenizer import check_ids
+from .generation import without_balance_loss
+
 PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
 ANSWER = re.compile(r"####\s*(-?[\d,]+)")
 
@@ -44,10 +47,13 @@ def exact_answers(
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
         prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
-        output = model.generate(
-            **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-        )
+        # A chat template writes its own begin of text.
+        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
+        check_ids(model, int(inputs.input_ids.max()))
+        with without_balance_loss(model):
+            output = model.generate(
+                **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
+            )
         texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
         right += [final_number(text) == final_number(p["answer"]) for text, p in zip(texts, part, strict=True)]
     model.train(training)

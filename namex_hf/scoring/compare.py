@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the classes that the folders need)
+from ..checkpoint.tokenizer import open_tokenizer
 from .perplexity import held_out_texts, text_losses
 
 
@@ -32,7 +33,7 @@ def compare(before: Path, after: Path, tokens: int | None = None) -> dict[str, d
 
     Memory: one of the models at a time.
     """
-    tokenizer, texts = AutoTokenizer.from_pretrained(before), held_out_texts()
+    tokenizer, texts = open_tokenizer(before, before.name), held_out_texts()
     found = {}
     for name, folder in (("before", before), ("after", after)):
         found[name] = text_losses(load(folder), tokenizer, texts, tokens)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.tokenizer import check_ids
+
 HELD_OUT = Path(__file__).parent.parent / "packaged" / "held_out"
 
 
@@ -31,6 +33,7 @@ def window_losses(model: Any, tokens: torch.Tensor, window: int = 512, batch: in
     window = min(window, len(tokens))
     if window < 2:
         raise ValueError(f"{len(tokens)} tokens; at least 2 are needed")
+    check_ids(model, int(tokens.max()))
     rows = tokens[: len(tokens) // window * window].view(-1, window).to(model.device)
     training, losses = model.training, []
     model.eval()

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from .generation import without_balance_loss
+
 BATCH, PROMPT, NEW, REPEATS = 8, 128, 16, 3
 
 
@@ -59,15 +61,16 @@ def speed(
     mask, read, written = torch.ones_like(ids), [], []
     for _ in range(repeats):
         clock = Clock(model.device)
-        model.generate(
-            input_ids=ids,
-            attention_mask=mask,
-            max_new_tokens=new,
-            min_new_tokens=new,
-            do_sample=False,
-            pad_token_id=0,
-            stopping_criteria=StoppingCriteriaList([clock]),
-        )
+        with without_balance_loss(model):
+            model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=new,
+                min_new_tokens=new,
+                do_sample=False,
+                pad_token_id=0,
+                stopping_criteria=StoppingCriteriaList([clock]),
+            )
         start, first, *_, last = clock.times
         read.append(first - start)
         written.append(last - first)

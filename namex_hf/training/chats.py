@@ -1,4 +1,4 @@
-"""Chats to train on: read, checked, and counted."""
+"""Chats to train on: read and checked. How they become tokens is in `labels`."""
 
 import hashlib
 import json
@@ -8,21 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.table import Table
 
 from ..calibration.hub_source import NAME as HUB_NAME
+from ..checkpoint.hub import hub_client
 from ..errors import MissingExtraError, TrainingError
+from ..files import bounded_lines, open_regular, parse_json
+from ..version import __version__
 
 PACKAGED = Path(__file__).parent.parent / "packaged" / "chats"
 ROLES = ("system", "user", "assistant", "tool")
-COUNTED = 2000
-"""Chats whose lengths are told."""
-Chat = dict[str, list[dict[str, str]]]
+COLUMNS = ("messages", "tools", "chat_template_kwargs")
+"""Of a chat, as TRL has them: turns, tools, and further variables of the chat template."""
+Chat = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chats:
-    """What is trained on, and what is held back to be scored on, each a `datasets.Dataset` with ``messages``."""
+    """What is trained on, and what is held back to be scored on, each a `datasets.Dataset` with some of `COLUMNS`."""
 
     train: Any
     held_out: Any
@@ -30,10 +32,21 @@ class Chats:
     """Of the data, never a path; of a Hub data set with its commit."""
     sha256: str | None
     """Of a local file's chats."""
+    places: tuple[tuple[str, Sequence[int]], tuple[str, Sequence[int]]] | None = None
+    """Of both, what its rows are called and their numbers in the file or split; None: they are counted."""
+
+    def place(self, held_out: bool) -> tuple[str, Sequence[int]]:
+        """What rows are called, and the number of each."""
+        if self.places is not None:
+            return self.places[held_out]
+        return f"{self.name}, {'held-out ' if held_out else ''}chat", range(1, 1 + len(self._split(held_out)))
+
+    def _split(self, held_out: bool) -> Any:
+        return self.held_out if held_out else self.train
 
 
 def load_chats(source: str | None, config: str | None, splits: tuple[str, str], held_out: int, seed: int) -> Chats:
-    """Read the chats that a user names.
+    """Read the chats that a user names, and check all of them.
 
     Args:
         source: None: the packaged chats; a ``.jsonl`` or ``.parquet`` file with `messages`; or a Hub data set.
@@ -48,28 +61,52 @@ def load_chats(source: str | None, config: str | None, splits: tuple[str, str], 
         MissingExtraError: ``datasets`` is not installed.
     """
     try:
-        import datasets
+        import datasets  # noqa: F401
     except ImportError as error:
         raise MissingExtraError("reading chats", "train") from error
     path = None if source is None else Path(source)
-    if path is None or path.is_file():
-        if config is not None:
-            raise TrainingError(f"--dataset_config {config} belongs to a Hub data set; found {path or 'none'}")
-        if path is None:
-            rows = list(file_chats(PACKAGED / "train.jsonl"))
-            back = list(file_chats(PACKAGED / "held_out.jsonl"))[:held_out]
-        else:
-            rows = list(file_chats(path))
-            count = min(held_out, len(rows) // 10)
-            order = np.random.default_rng(seed).permutation(len(rows)).tolist()
-            back = [rows[index] for index in sorted(order[:count])]
-            rows = [rows[index] for index in sorted(order[count:])]
-        if len(back) < 2:
-            raise TrainingError(f"{path}: {len(rows) + len(back)} chats; at least 20 are needed to hold two back")
-        digest = hashlib.sha256(json.dumps([rows, back]).encode()).hexdigest()
-        name = "packaged" if path is None else path.name
-        return Chats(datasets.Dataset.from_list(rows), datasets.Dataset.from_list(back), name, digest)
-    return _of_hub(str(source), config, splits, held_out)
+    if path is not None and not path.is_file():
+        return _of_hub(str(source), config, splits, held_out)
+    if config is not None:
+        raise TrainingError(f"--dataset_config {config} belongs to a Hub data set; found {path or 'none'}")
+    return _packaged(held_out) if path is None else _of_file(path, held_out, seed)
+
+
+def _packaged(held_out: int) -> Chats:
+    rows = list(file_chats(PACKAGED / "train.jsonl"))
+    back = list(file_chats(PACKAGED / "held_out.jsonl"))[:held_out]
+    return Chats(_data_set(rows), _data_set(back), "packaged", _digest(rows, back))
+
+
+def _of_file(path: Path, held_out: int, seed: int) -> Chats:
+    numbered = list(_numbered(path))
+    count = min(held_out, len(numbered) // 10)
+    if count < 2:
+        raise TrainingError(f"{path}: {len(numbered)} chats; at least 20 are needed to hold two back")
+    order = np.random.default_rng(seed).permutation(len(numbered)).tolist()
+    back, train = ([numbered[index] for index in sorted(part)] for part in (order[:count], order[count:]))
+    rows, held = ([chat for _, chat in part] for part in (train, back))
+    unit = f"{path} {'row' if path.suffix == '.parquet' else 'line'}"
+    places = ((unit, [number for number, _ in train]), (unit, [number for number, _ in back]))
+    return Chats(_data_set(rows), _data_set(held), path.name, _digest(rows, held), places)
+
+
+def _digest(rows: list[Chat], back: list[Chat]) -> str:
+    return hashlib.sha256(json.dumps([rows, back]).encode()).hexdigest()
+
+
+def _data_set(rows: list[Chat]) -> Any:
+    """Of JSON columns: in Arrow's structures a field that one turn has would be a null in all others."""
+    import datasets
+
+    columns = [name for name in COLUMNS if any(name in row for row in rows)]
+    return datasets.Dataset.from_list(rows, features=_features(columns))
+
+
+def _features(columns: Sequence[str]) -> Any:
+    import datasets
+
+    return datasets.Features({name: datasets.Json() for name in columns})
 
 
 def _of_hub(name: str, config: str | None, splits: tuple[str, str], held_out: int) -> Chats:
@@ -79,16 +116,77 @@ def _of_hub(name: str, config: str | None, splits: tuple[str, str], held_out: in
     if not HUB_NAME.fullmatch(name) or ":" in name:
         raise TrainingError(f"--dataset_name {name}: accepted: a .jsonl or .parquet file, or a Hub data set OWNER/NAME")
     try:
-        commit = dataset_info(name).sha
+        with hub_client():
+            commit = dataset_info(name).sha
         train, back = (datasets.load_dataset(name, config, split=split, revision=commit) for split in splits)
     except Exception as error:  # what the library and the network raise is no closed set
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        reason = f"{type(error).__name__}: {error}"
         raise TrainingError(f"--dataset_name {name} cannot be read as a Hub data set: {reason}") from error
     if "messages" not in train.column_names:
         raise TrainingError(f"{name} has the columns {', '.join(train.column_names)}; 'messages' is needed")
-    chosen = back.select(range(min(held_out, len(back)))).select_columns("messages")
+    chosen = back.select(range(min(held_out, len(back))))
+    if not len(train) or len(chosen) < 2:
+        raise TrainingError(
+            f"{name}: {len(train)} chats in {splits[0]}, {len(back)} in {splits[1]}; needed: one and two"
+        )
+    units = [f"{name} {split} row" for split in splits]
+    rows, held = (_checked_rows(*each) for each in zip((train, chosen), units, strict=True))
     stated = name if config is None else f"{name}:{config}"
-    return Chats(train.select_columns("messages"), chosen, f"{stated}@{commit}", None)
+    places = ((units[0], range(1, 1 + len(train))), (units[1], range(1, 1 + len(chosen))))
+    return Chats(rows, held, f"{stated}@{commit}", None, places)
+
+
+def _checked_rows(rows: Any, unit: str) -> Any:
+    """The same chats as `_data_set` has them; on disk, where `rows` are there."""
+    found = [name for name in rows.column_names if name in (*COLUMNS, "documents")]
+    columns = [name for name in COLUMNS if name in found or (name == "chat_template_kwargs" and "documents" in found)]
+    arguments = {"features": rows.features, "unit": unit, "columns": columns, "version": __version__}
+    shown = _progress_bars(False)
+    try:
+        return rows.map(
+            _checked_row,
+            with_indices=True,
+            fn_kwargs=arguments,
+            features=_features(columns),
+            remove_columns=rows.column_names,
+        )
+    finally:
+        _progress_bars(shown)
+
+
+def _progress_bars(shown: bool) -> bool:
+    """Switch them on or off; returns what they were."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
+    found = bool(is_progress_bar_enabled())
+    (enable_progress_bar if shown else disable_progress_bar)()
+    return found
+
+
+def _checked_row(row: Any, index: int, features: Any, unit: str, columns: Sequence[str], version: str) -> Chat:
+    """`version` makes another release look again, where `datasets` would take what an earlier one has cached."""
+    chat = checked(_whole(row, features), f"{unit} {index + 1}")
+    return {name: chat.get(name) for name in columns}
+
+
+def _whole(row: Any, features: Any) -> dict[str, Any]:
+    return {name: present(row[name], feature) for name, feature in features.items()}
+
+
+def present(value: Any, feature: Any) -> Any:
+    """A value without the nulls that stand for missing fields in Arrow's structures.
+
+    There a field that is null in one place and one that is missing are the same; the text of a turn may be null.
+    """
+    import datasets
+
+    if isinstance(feature, dict) and isinstance(value, dict):
+        kept = {name: one for name, one in value.items() if one is not None or name == "content"}
+        return {name: present(one, feature.get(name)) for name, one in kept.items()}
+    if isinstance(feature, list | datasets.List | datasets.LargeList) and isinstance(value, list):
+        inner = feature[0] if isinstance(feature, list) else feature.feature
+        return [present(one, inner) for one in value]
+    return value
 
 
 def file_chats(path: Path) -> Iterator[Chat]:
@@ -97,30 +195,37 @@ def file_chats(path: Path) -> Iterator[Chat]:
     Raises:
         TrainingError: naming file and line of what is none.
     """
-    if path.suffix == ".parquet":
-        import pyarrow.parquet
+    return (chat for _, chat in _numbered(path))
 
-        try:
-            rows = pyarrow.parquet.read_table(path).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise TrainingError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
-        yield from (checked(row, f"{path} row {number}") for number, row in enumerate(rows, start=1))
+
+def _numbered(path: Path) -> Iterator[tuple[int, Chat]]:
+    """With the number of each one's line or row."""
+    if path.suffix == ".parquet":
+        yield from _parquet_chats(path)
     elif path.suffix in (".jsonl", ".json"):
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    row = json.loads(line)
-                except (ValueError, RecursionError) as error:
-                    raise TrainingError(f"{path} line {number} is no JSON: {error}") from error
-                yield checked(row, f"{path} line {number}")
+        with open_regular(path, TrainingError) as file:
+            for number, line in enumerate(bounded_lines(file, path, TrainingError), start=1):
+                if line.strip():
+                    where = f"{path} line {number}"
+                    yield number, checked(parse_json(line, where, TrainingError), where)
     else:
         raise TrainingError(f"{path}: accepted: .jsonl, a chat a line, or .parquet with a column 'messages'")
 
 
+def _parquet_chats(path: Path) -> Iterator[tuple[int, Chat]]:
+    import datasets
+    import pyarrow.parquet
+
+    try:
+        rows = datasets.Dataset(datasets.table.InMemoryTable(pyarrow.parquet.read_table(path)))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise TrainingError(f"{path} is no parquet file: {str(error).splitlines()[0]}") from error
+    for number, row in enumerate(rows, start=1):
+        yield number, checked(_whole(row, rows.features), f"{path} row {number}")
+
+
 def checked(row: Any, where: str) -> Chat:
-    """A row's chat.
+    """A row's chat: every field of its turns, and what else the chat template is given.
 
     Raises:
         TrainingError: naming `where` and what is wrong.
@@ -130,14 +235,53 @@ def checked(row: Any, where: str) -> Chat:
         found = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise TrainingError(f"{where}: found {found}; needed: 'messages', a list of turns with 'role' and 'content'")
     for place, turn in enumerate(messages, start=1):
-        turn = turn if isinstance(turn, dict) else {}
-        if turn.get("role") not in ROLES:
-            raise TrainingError(f"{where}, turn {place}: role {turn.get('role')!r}; accepted: {', '.join(ROLES)}")
-        if not is_text(turn.get("content")):
-            raise TrainingError(f"{where}, turn {place}: content is {turn.get('content')!r}; accepted: text")
-    if not any(turn["role"] == "assistant" and turn["content"].strip() for turn in messages):
+        _check_turn(turn if isinstance(turn, dict) else {}, f"{where}, turn {place}")
+    if not any(turn["role"] == "assistant" and _says_something(turn) for turn in messages):
         raise TrainingError(f"{where}: no turn of the assistant says anything, so there is nothing to learn")
-    return {"messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages]}
+    chat = {"messages": messages} | _variables(row, where)
+    try:
+        json.dumps(chat, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise TrainingError(f"{where} has a value that JSON or UTF-8 has no form for: {error}") from error
+    return chat
+
+
+def _check_turn(turn: dict[str, Any], where: str) -> None:
+    if turn.get("role") not in ROLES:
+        raise TrainingError(f"{where}: role {turn.get('role')!r}; accepted: {', '.join(ROLES)}")
+    content, calls = turn.get("content"), turn.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
+        raise TrainingError(f"{where}: tool_calls is {calls!r}; accepted: a list of objects")
+    if content is None and calls and turn["role"] == "assistant":
+        return
+    if isinstance(content, list) and content and all(map(_is_text_part, content)):
+        return
+    if not is_text(content):
+        raise TrainingError(f"{where}: content is {content!r}; accepted: text")
+
+
+def _is_text_part(part: Any) -> bool:
+    return isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
+
+
+def _says_something(turn: dict[str, Any]) -> bool:
+    content = turn.get("content") or ""
+    parts = [part["text"] for part in content] if isinstance(content, list) else [content]
+    return bool(turn.get("tool_calls")) or any(part.strip() for part in parts)
+
+
+def _variables(row: dict[str, Any], where: str) -> Chat:
+    """``tools`` and ``chat_template_kwargs`` of a row that has them; ``documents`` is one of the latter."""
+    tools, more = row.get("tools"), row.get("chat_template_kwargs")
+    if isinstance(tools, str):  # as TRL accepts them: Arrow has no other place for objects that are not alike
+        tools = parse_json(tools, f"{where}: tools", TrainingError)
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        raise TrainingError(f"{where}: tools is {tools!r}; accepted: a list of objects")
+    if more is not None and not isinstance(more, dict):
+        raise TrainingError(f"{where}: chat_template_kwargs is {more!r}; accepted: an object")
+    if isinstance(row.get("documents"), list):
+        more = {"documents": row["documents"], **(more or {})}
+    return {name: found for name, found in (("tools", tools), ("chat_template_kwargs", more)) if found is not None}
 
 
 def is_text(found: Any) -> bool:
@@ -154,32 +298,3 @@ def check_template(tokenizer: Any, model: str) -> None:
             f"the tokenizer of {model} has no chat template; accepted: --chat_template_path FILE.jinja, or a model "
             "whose template is to be taken over"
         )
-
-
-def lengths(chats: Any, tokenizer: Any, template: str | None) -> list[int]:
-    """Tokens of each of the first `COUNTED` chats, under the template."""
-    some = chats.select(range(min(COUNTED, len(chats))))
-    return [
-        len(tokenizer.apply_chat_template(messages, chat_template=template, return_dict=True)["input_ids"])
-        for messages in some["messages"]
-    ]
-
-
-def length_table(counts: Sequence[int], every: int, longest: int) -> Table:
-    """Args:
-    counts: tokens of the chats looked at.
-    every: all chats.
-    longest: tokens of a sequence.
-    """
-    table = Table(title="chats to train on", show_header=False)
-    of = "" if len(counts) == every else f" (lengths: of the first {len(counts):,})"
-    table.add_row("chats", f"{every:,}{of}")
-    quantiles = np.quantile(counts, (0.5, 0.9)).round().astype(int).tolist()
-    table.add_row(
-        "tokens a chat", f"mean {np.mean(counts):.0f}, median {quantiles[0]}, nine in ten up to {quantiles[1]}"
-    )
-    table.add_row("the longest", f"{max(counts):,}")
-    cut = sum(count > longest for count in counts)
-    table.add_row(f"longer than a sequence of {longest:,}", f"{cut:,}, which lose their end" if cut else "none")
-    table.add_row("tokens in all", f"{'about ' if of else ''}{np.mean(counts) * every:,.0f}")
-    return table

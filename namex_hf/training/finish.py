@@ -2,13 +2,14 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 
 from ..checkpoint.companions import carry
-from ..checkpoint.folder import OutputFolder
+from ..checkpoint.folder import OutputFolder, list_files
 from ..checkpoint.header import read_header
 from ..checkpoint.rope import both_forms
 from ..checkpoint.shard import write_index, write_tensors
@@ -18,6 +19,7 @@ from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
 from .bargain import Settled
+from .generation import carried_settings
 
 METADATA = {"format": "pt"}
 
@@ -55,7 +57,8 @@ def save_trained(
     """
     out, staged = folder.path, folder.state / "model"
     shutil.rmtree(staged, ignore_errors=True)
-    model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
+    with carried_settings(model, carried, staged):
+        model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
     tokenizer.save_pretrained(staged)
     carry(carried, out)
     config = both_forms(json.loads((staged / CONFIG).read_text("utf-8")))
@@ -66,9 +69,11 @@ def save_trained(
     if (staged / SINGLE).is_file():
         spans = read_header(staged / SINGLE)
         write_index(out, dict.fromkeys(spans, SINGLE), sum(span.size for span in spans.values()))
-    for path in sorted(staged.iterdir()):
+    for path in sorted(path for path in staged.rglob("*") if path.is_file()):
         if path.name != CONFIG and path.suffix != ".py":
-            path.replace(out / path.name)
+            place = out / path.relative_to(staged)
+            place.parent.mkdir(exist_ok=True)
+            path.replace(place)
     for file in code.files:
         write_text(out / file.name, file.read_text("utf-8"))
     if settled:
@@ -76,5 +81,6 @@ def save_trained(
         write_tensors(out / STATISTICS, cosines, METADATA)
     write_text(out / RECIPE, Recipe.from_dict(report.run["recipe"]).to_yaml())
     write_text(out / CARD, card(report, config, out, carried))
-    write_text(out / REPORT, report.to_json())
-    folder.finish(config)
+    text = json.dumps(config, indent=2) + "\n"
+    write_text(out / REPORT, replace(report, files=list_files(out, text, {})).to_json())
+    folder.finish(text)

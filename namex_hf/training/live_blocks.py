@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..merging.propagation import Propagation
+from ..models.arguments import cache_in
 from ..models.modeling_namex_deepseek import NamexDeepseekDecoderLayer, NamexDeepseekMoeBlock, SoftDeepseekMoeBlock
 from ..models.modeling_namex_qwen2_moe import (
     NamexQwen2MoeDecoderLayer,
@@ -93,9 +94,9 @@ class LiveLayer(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor | Carried,
+        *,
         segments: Any = None,
         token_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> torch.Tensor | Carried:
         """As the patched layer's, and with the base expert where one is on its way.
@@ -105,10 +106,10 @@ class LiveLayer(nn.Module):
         """
         self._refuse_reentrant()
         given, passing = hidden_states if isinstance(hidden_states, Carried) else (hidden_states, None)
-        attended = self.attended(given, past_key_values=past_key_values, **kwargs)
+        attended = self.attended(given, **kwargs)
         normed = self.post_attention_layernorm(attended)
         if isinstance(self.mlp, LiveBlock):
-            routing = self.routing(segments, token_ids, past_key_values)
+            routing = self.routing(segments, token_ids, cache_in(kwargs))
             mixed, passing = self.mlp(normed, *routing, passing=passing)
         else:
             mixed = self.mlp(normed)

@@ -3,13 +3,17 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from trl import SFTConfig
 
+from ..files import hash_file
 from .choice import check_present, lora
 from .start import Start
 
+SAVING = ("save_strategy", "save_steps")
+"""When checkpoints are written, which a result depends on where it is one of them."""
 VOLATILE = (
     *("output_dir", "run_name", "report_to", "project", "trackio_space_id", "resume_from_checkpoint", "disable_tqdm"),
     *(
@@ -20,7 +24,7 @@ VOLATILE = (
         "logging_first_step",
         "logging_nan_inf_filter",
     ),
-    *("save_strategy", "save_steps", "save_total_limit", "dataset_num_proc", "dataloader_num_workers", "hub_token"),
+    *(*SAVING, "save_total_limit", "dataset_num_proc", "dataloader_num_workers", "hub_token"),
     *("push_to_hub", "hub_model_id", "do_train", "do_eval", "do_predict", "local_rank", "use_cpu"),
 )
 """Arguments that do not make a run another run."""
@@ -55,13 +59,20 @@ class Choice:
         return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **live, **options}
 
 
-def stated(arguments: SFTConfig) -> dict[str, Any]:
-    """Training arguments that are not as they are by default, and that the result depends on."""
+def stated(arguments: SFTConfig, live: bool = False) -> dict[str, Any]:
+    """Training arguments that are not as they are by default, and that the result depends on.
+
+    Args:
+        live: whether a bargain follows on every checkpoint (`BargainCallback`).
+    """
     values = json.loads(json.dumps(arguments.to_dict(), default=str))
+    if (template := arguments.chat_template_path) is not None and Path(template).is_file():
+        values["chat_template_path"] = hash_file(Path(template))  # what is in it, not where it lies
     plain = json.loads(
         json.dumps(SFTConfig(output_dir="x", use_cpu=arguments.use_cpu, bf16=False).to_dict(), default=str)
     )
-    names = {field.name for field in fields(SFTConfig)} - set(VOLATILE)
+    saving = SAVING if live or arguments.load_best_model_at_end else ()
+    names = {field.name for field in fields(SFTConfig)} - set(VOLATILE) | set(saving)
     return {name: values[name] for name in sorted(names & set(values)) if values[name] != plain.get(name)}
 
 
@@ -82,7 +93,7 @@ def planned(start: Start, choice: Choice) -> Plan:
     Raises:
         TrainingError: a kind that the model has none of, or that the adapter cannot be put on.
     """
-    outline = start.outline()
+    outline = start.outline(choice.model_options.get("attn_implementation"))
     kinds = check_present(outline, choice.kinds)
     walks = bool(start.recipe.propagates and {"experts", "base"} & set(kinds))
     every, live, adapter = choice.bargain_every if walks else 0, choice.live and walks, None

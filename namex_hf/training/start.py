@@ -4,14 +4,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.folder import check_whole
+from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import TrainingError
 from ..families import family_of, original_family
 from ..models import load_patched
@@ -29,6 +32,8 @@ class Start:
     recipe: Recipe
     patched: bool
     """Whether the checkpoint is patched already."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the checkpoint that its class does not have."""
 
     @property
     def source(self) -> dict[str, Any]:
@@ -51,20 +56,34 @@ class Start:
     def tokenizer(self) -> Any:
         """Raises:
         TrainingError: there is none.
+        CheckpointError: it does not open, or does not fit the model.
         """
         if not has_tokenizer(self.checkpoint.folder):  # transformers may make an empty one up
             raise TrainingError(f"{self.checkpoint.name} has no tokenizer, and chats cannot be read without one")
-        return AutoTokenizer.from_pretrained(self.checkpoint.folder, trust_remote_code=False)
+        rows = self.checkpoint.config.get("vocab_size")
+        return open_tokenizer(self.checkpoint.folder, self.checkpoint.name, rows if isinstance(rows, int) else None)
 
-    def outline(self) -> Any:
-        """The patched model without numbers, on the meta device."""
+    def outline(self, attention: str | None = None) -> Any:
+        """The patched model without numbers, on the meta device.
+
+        Args:
+            attention: its implementation, as of `from_pretrained`.
+
+        Raises:
+            TrainingError: this implementation needs a library that is missing, or there is none of that name.
+        """
         config, family = self.checkpoint.config, original_family(self.checkpoint.config)
         if not self.patched:
             config = patched_config(config, family, family.shape(config), self.recipe)
         elif family.is_to_untie(config):
             config = {**config, "tie_word_embeddings": False}
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        try:
+            with torch.device("meta"):
+                return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention)
+        except (ImportError, ValueError) as error:
+            if attention is None:
+                raise
+            raise TrainingError(f"--attn_implementation {attention}: {error}") from error
 
     def model(self, tokenizer: Any, **options: Any) -> Any:
         """The patched model.
@@ -118,16 +137,21 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
         RecipeError: it does not fit the checkpoint.
         TrainingError: a recipe for what is patched already.
     """
-    checkpoint = resolve(name, revision)
+    checkpoint = resolve(name, revision, original_family)
+    if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
+        check_whole(checkpoint.folder)
     found = checkpoint.config.get("namex")
-    if isinstance(found, dict):
+    if patched := isinstance(found, dict):
         if recipe is not None:
             raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
-        original_family(checkpoint.config)
-        return Start(checkpoint, Recipe.from_dict(found), patched=True)
-    recipe = recipe or Recipe()
-    check_fit(recipe, family_of(checkpoint.config).shape(checkpoint.config))
-    return Start(checkpoint, recipe, patched=False)
+        family, recipe = original_family(checkpoint.config), Recipe.from_dict(dict(found))
+    else:
+        family, recipe = family_of(checkpoint.config), recipe or Recipe()
+    shape = family.shape(checkpoint.config)
+    if not patched:
+        check_fit(recipe, shape)
+    foreign = left_out(checkpoint, per_expert(checkpoint, family, shape))
+    return Start(checkpoint, recipe, patched, tuple(foreign))
 
 
 def dtype_of(name: str) -> torch.dtype | str:

@@ -15,18 +15,20 @@ from trl import SFTConfig
 from ..checkpoint.folder import OutputFolder
 from ..errors import TrainingError
 from ..families.kinds import kind_of
-from ..files import REPORT, SCORES, found, write_text
+from ..files import REPORT, SCORES, found, read_checked, write_checked, write_text
+from ..printable import marked
 from ..recipe import Recipe
 from ..report.report import Report, versions
 from .bargain import Settled, rebargain
-from .chats import Chats, length_table, lengths
+from .chats import Chats
 from .choice import check_trains, table_of, train_only
 from .finish import layer_records, save_trained
+from .labels import Labelled, labelled, length_table
 from .live import go_live
 from .plan import Adapter, Choice, Plan, planned, stated
 from .scores import Items, measure, value
 from .start import Start
-from .trainer import NamexTrainer, last_checkpoint
+from .trainer import LabelTokens, NamexTrainer, last_checkpoint
 
 LIBRARIES = ("accelerate", "trl", "peft", "datasets")
 
@@ -55,20 +57,26 @@ def tune(
     run = {
         "recipe": start.recipe.to_dict(),
         "source": start.checkpoint.fingerprint(),
+        "files": start.checkpoint.identity.record(),
         "data": {"name": chats.name, "sha256": chats.sha256, "chats": len(chats.train)},
-        "training": choice.stated() | stated(arguments),
+        "training": choice.stated() | stated(arguments, choice.live),
     }
-    folder, first = OutputFolder(out, run), arguments.process_index == 0
+    folder = OutputFolder(out, run, start.checkpoint.identity, resumes=("checkpoint-*", "compare"))
+    first = arguments.process_index == 0
     arguments = copy(arguments)
     arguments.output_dir = str(out)
     folder.check(overwrite)
     plan = planned(start, choice)
-    if folder.complete:
-        console.print(f"{out} is complete: this run was made before", soft_wrap=True)
+    if not overwrite and folder.complete:
+        console.print(f"{marked(out)} is complete: this run was made before", soft_wrap=True)
         return Report.from_json(found(out, REPORT).read_text("utf-8"))
+    ready = labelled(chats, start.tokenizer(), arguments)
+    console.print(length_table(ready))
+    arguments.assistant_only_loss = False  # the labels are there
+    arguments.dataset_num_proc = None  # else every process packs a part of the chats, and sequences become others
     arguments.distributed_state.wait_for_everyone()  # all have looked at the folder before the first one claims it
     with folder.claimed(overwrite) if first else nullcontext():
-        return Run(start, chats, arguments, choice, plan, folder, console).finish()
+        return Run(start, ready, arguments, choice, plan, folder, console).finish()
 
 
 class Run:
@@ -77,7 +85,7 @@ class Run:
     def __init__(
         self,
         start: Start,
-        chats: Chats,
+        chats: Labelled,
         arguments: SFTConfig,
         choice: Choice,
         plan: Plan,
@@ -87,6 +95,9 @@ class Run:
         self.start, self.arguments, self.choice, self.folder, self.console = start, arguments, choice, folder, console
         self.tokenizer = start.tokenizer()
         model = start.model(self.tokenizer, **choice.model_options)
+        start.checkpoint.identity.settle()  # what was read just now is read again from memory
+        if arguments.process_index == 0:
+            start.checkpoint.identity.save_digests(folder.state)
         self.as_found = {name: getattr(model.config, name) for name in ("use_cache", "output_router_logits")}
         self.recipe = start.recipe
         if (text := getattr(model.config, "namex", None)) is not None:
@@ -102,6 +113,7 @@ class Run:
             peft_config=plan.adapter,
             recipe=self.recipe,
             bargain_every=plan.bargain_every,
+            source=start.checkpoint.folder,
         )
         check_sharding(self.trainer, choice.adapter)
         if plan.adapter is not None and "base" not in plan.kinds:
@@ -110,8 +122,6 @@ class Run:
                     parameter.requires_grad_(False)
         if plan.live:
             go_live(getattr(self.trainer.model, "get_base_model", lambda: self.trainer.model)())
-        counts = lengths(chats.train, self.tokenizer, self.trainer.chat_template)
-        console.print(length_table(counts, len(chats.train), arguments.max_length or max(counts)))
         self.trains = check_trains(self.trainer.model, plan.kinds)
         console.print(table_of(self.trains))
         if choice.bargain_every and not plan.bargain_every:
@@ -128,8 +138,9 @@ class Run:
         started = time.perf_counter()
         resume = self.arguments.resume_from_checkpoint or last_checkpoint(self.folder.path)
         if resume:
-            self.console.print(f"going on from {Path(str(resume)).name}")
+            self.console.print(f"going on from {marked(Path(str(resume)).name)}")
         self.trainer.train(resume_from_checkpoint=resume)
+        best = self._best()
         self.trainer.model.eval()
         seconds, settling = time.perf_counter() - started, time.perf_counter()
         settled: list[Settled] = []
@@ -137,13 +148,13 @@ class Run:
             settled = rebargain(self.trainer.model, self.recipe, write=self.trainer.bargain is not None)
         settling = time.perf_counter() - settling
         report = Report(
-            self.folder.run,
+            self.folder.run | {"files": self.start.checkpoint.identity.record()},
             self.start.source,
             self.trainer.model.config.model_type,
             layer_records(settled, settling),
             {"seconds": round(seconds, 1)},
             versions(*LIBRARIES),
-            training=self._record(seconds),
+            training=self._record(seconds, best),
         )
         return self._saved(report, settled, before)
 
@@ -152,12 +163,12 @@ class Run:
         path = self.folder.state / f"{when}.json"
         if self.arguments.world_size > 1 or not self.choice.measures:
             return {}
-        if when == "before" and path.is_file():
-            return json.loads(path.read_text("utf-8"))
+        if when == "before" and isinstance(items := read_checked(path), dict):
+            return items
         model = self.trainer.model
         with self.console.status(f"scores {when} training"), self._untouched(model.config):
             items = measure(model, self.tokenizer, self.trainer.eval_dataset, self.choice.measures)
-        write_text(path, json.dumps(items))
+        write_checked(path, items)
         return items
 
     @contextmanager
@@ -170,13 +181,28 @@ class Run:
         finally:
             vars(config).update(now)
 
-    def _record(self, seconds: float) -> dict[str, Any]:
-        """Of the training, for the report."""
-        history = [entry for entry in self.trainer.state.log_history if "loss" in entry]
+    def _best(self) -> dict[str, Any] | None:
+        """The checkpoint that the model is now, where the best one was to be loaded at the end."""
+        state, arguments = self.trainer.state, self.arguments
+        if not arguments.load_best_model_at_end:
+            return None
+        if state.best_model_checkpoint is None:
+            raise TrainingError("--load_best_model_at_end: no checkpoint was scored, or the best one is gone")
+        metric = arguments.metric_for_best_model
+        self.console.print(f"the best of {state.global_step} steps by {metric}: step {state.best_global_step}")
+        tokens = LabelTokens.at(Path(state.best_model_checkpoint))
+        return {"step": state.best_global_step, "tokens": tokens, "metric": metric, "value": state.best_metric}
+
+    def _record(self, seconds: float, best: dict[str, Any] | None) -> dict[str, Any]:
+        """Of the training, for the report: of the checkpoint `best`, or of the last step."""
+        steps = self.trainer.state.global_step
+        at, tokens = (best["step"], best["tokens"]) if best else (steps, self.trainer.label_tokens.count)
+        history = [entry for entry in self.trainer.state.log_history if "loss" in entry and entry["step"] <= at]
         bargain = self.trainer.bargain
         return {
-            "steps": self.trainer.state.global_step,
-            "tokens": int(history[-1]["num_tokens"]) if history else 0,
+            "steps": at,
+            "tokens": tokens,
+            **({"best_of": {"steps": steps, "metric": best["metric"], "value": best["value"]}} if best else {}),
             "trainable": {kind: some for kind, (some, _) in self.trains.items() if some},
             "parameters": {kind: every for kind, (_, every) in self.trains.items()},
             "loss": [{key: entry[key] for key in LOGGED if key in entry} for entry in history],

@@ -2,9 +2,12 @@
 
 import hashlib
 import json
+import os
+import signal
 import struct
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
 
+from namex_hf import limited
 from namex_hf.calibration.sources import PACKAGED
 from namex_hf.calibration.text import CalibrationText, calibration_text, pieces
 from namex_hf.errors import CalibrationError, MissingExtraError
@@ -273,7 +277,7 @@ def test_too_few_sequences_to_hold_one_back():
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
-        ("bad.jsonl", b'{"text": "fine"}\n\n{"text": \n', "bad.jsonl, line 3 is not JSON: Expecting value"),
+        ("bad.jsonl", b'{"text": "fine"}\n\n{"text": \n', "bad.jsonl, line 3 is no JSON: Expecting value"),
         (
             "names.jsonl",
             b'{"txt": "a", "n": 1}\n',
@@ -298,6 +302,44 @@ def test_what_cannot_be_read(tiny: Any, tmp_path: Path, name: str, content: byte
     assert "\n" not in str(caught.value)
     with pytest.raises(CalibrationError):
         calibration_text(str(tmp_path), tiny, 100, 8, seed=0)
+
+
+LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def test_a_chat_template_that_loops(tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(limited, "SECONDS", 0.2)
+    source = jsonl(tmp_path / "chats.jsonl", {"messages": CHAT})
+    assert calibration_text(source, tiny, 100, 8, seed=0).tokens >= 8
+    monkeypatch.setattr(tiny, "chat_template", LOOP)
+    with pytest.raises(CalibrationError, match=r"line 1: the tokenizer's chat template takes longer than 0.2 s"):
+        calibration_text(source, tiny, 100, 8, seed=0)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "make", "says"),
+    [
+        ("pipe.txt", os.mkfifo, r"cannot be read \(a FIFO\)"),
+        ("pipe.jsonl", os.mkfifo, r"cannot be read \(a FIFO\)"),
+        ("zero.jsonl", lambda path: path.symlink_to("/dev/zero"), r"cannot be read \(a device\)"),
+        (
+            "long.jsonl",
+            lambda path: (path.touch(), os.truncate(path, 1 << 30)),
+            "line 1 has more than 67,108,864 bytes",
+        ),
+        (
+            "long.txt",
+            lambda path: (path.touch(), os.truncate(path, 1 << 30)),
+            "has 1,073,741,824 bytes; accepted: up to",
+        ),
+        ("deep.jsonl", lambda path: path.write_text(1000 * '{"a":' + "1" + 1000 * "}"), "nested deeper than 100"),
+    ],
+)
+def test_what_would_hang_or_flood(tiny: Any, tmp_path: Path, name: str, make: Callable[[Path], object], says: str):
+    make(tmp_path / name)
+    with pytest.raises(CalibrationError, match=f"{name}.*{says}"):
+        calibration_text(str(tmp_path / name), tiny, 100, 8, seed=0)
 
 
 def test_a_chat_needs_a_chat_template(letters: Any, tmp_path: Path):

@@ -18,10 +18,11 @@ from odd_checkpoints import (
     rewrite_tensors,
     write_folder,
 )
+from safetensors.torch import save_file
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.header import read_header
-from namex_hf.errors import CheckpointError
+from namex_hf.errors import CheckpointError, FamilyError
 
 SHARD = "model-00002-of-00003.safetensors"
 RECIPES = {
@@ -410,9 +411,145 @@ def test_not_finite_in_a_fused_tensor(tmp_path: Path) -> None:
     refused(source, "model.layers.2.mlp.experts.4.up_proj", "NaN", recipes=tuple(RECIPES))
 
 
-def test_unread_bytes_may_be_anything(single: Path) -> None:
-    """Integers are no numbers to check: a buffer of another dtype is carried over."""
-    buffer = torch.arange(-4, 4)
-    rewrite_tensors(single, lambda tensors: tensors.update({"model.buffer": buffer}))
-    patch_checkpoint(single, single.parent / "out")
-    assert torch.equal(read_tensors(single.parent / "out")["model.buffer"], buffer)
+HEAD_LAYER = "model.layers.4.mlp.experts.0.gate_proj.weight"
+"""Of a prediction head: the model has layers 0 to 3."""
+EXTRA = ("model.buffer", "mtp.layers.0.mlp.experts.9.up_proj.weight", HEAD_LAYER, "model.layers.1.mlp.gate.bias")
+
+
+@pytest.mark.parametrize("recipe", ["residual", "grouped", "smoe"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_tensors_that_the_class_lacks_are_left_out(tmp_path: Path, recipe: str, shards: int) -> None:
+    """Prediction heads among them; the report names them all but the buffers that every class computes."""
+    plain = odd_checkpoint(tmp_path / "plain", "deepseek", shards=shards)
+    config = odd_config("deepseek", torch.bfloat16)
+    more = {name: torch.full((2, 3), float("nan")) for name in EXTRA}
+    more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
+    source = write_folder(tmp_path / "model", config, odd_tensors(config, torch.bfloat16) | more, shards)
+    expected = patch_checkpoint(plain, tmp_path / "expected", RECIPES[recipe])
+    report = patch_checkpoint(source, tmp_path / "out", RECIPES[recipe])
+    assert report.totals["left_out"] == sorted(EXTRA, key=report.totals["left_out"].index)
+    assert set(report.totals["left_out"]) == set(EXTRA)
+    assert "left_out" not in expected.totals
+    assert differing(read_tensors(tmp_path / "out"), read_tensors(tmp_path / "expected")) == []
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    assert index["weight_map"].keys() == read_tensors(tmp_path / "expected").keys()
+    sizes = [t.numel() * t.element_size() for t in read_tensors(tmp_path / "out").values()]
+    assert index["metadata"]["total_size"] == sum(sizes)
+
+
+def test_a_file_of_nothing_but_tensors_that_the_class_lacks(sharded: Path) -> None:
+    """It is left out as a whole."""
+    save_file({"mtp.norm.weight": torch.ones(3)}, sharded / "model-mtp.safetensors")
+    edit_index(sharded, lambda names: names.update({"mtp.norm.weight": "model-mtp.safetensors"}))
+    patch_checkpoint(sharded, sharded.parent / "out", RECIPES["smoe"])
+    assert len(list((sharded.parent / "out").glob("*.safetensors"))) == 3
+    assert "mtp.norm.weight" not in read_tensors(sharded.parent / "out")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.norm.weight",
+        "lm_head.weight",
+        "model.embed_tokens.weight",
+        "model.layers.2.self_attn.q_proj.weight",
+        "model.layers.3.post_attention_layernorm.weight",
+        "model.layers.0.mlp.down_proj.weight",
+    ],
+)
+def test_tensors_outside_the_mixtures(single: Path, name: str) -> None:
+    """One that no file has would be random where the result is loaded."""
+    rewrite_tensors(single, lambda tensors: tensors.update({name: tensors[name][..., :-1].clone()}))
+    refused(single, name, "config.json")
+    rewrite_tensors(single, lambda tensors: tensors.update({name: torch.ones(1, dtype=torch.int8)}))
+    refused(single, name)
+    rewrite_tensors(single, lambda tensors: tensors.pop(name))
+    refused(single, name, "missing")
+
+
+def test_a_bias_of_the_attention(tmp_path: Path) -> None:
+    """Whether there is one the configuration says, for each family in its own way."""
+    source = odd_checkpoint(tmp_path / "qwen", "qwen2_moe", shards=1)
+    name = "model.layers.1.self_attn.k_proj.bias"
+    rewrite_tensors(source, lambda tensors: tensors.pop(name))
+    refused(source, name, "missing")
+    source = odd_checkpoint(tmp_path / "deepseek", "deepseek", shards=1)
+    edit_config(source, attention_bias=True)
+    refused(source, "model.layers.0.self_attn.", "bias is missing")
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
+def test_a_tied_head_need_not_be_there(tmp_path: Path, family: str) -> None:
+    source = odd_checkpoint(tmp_path / "model", family, tie_word_embeddings=True)
+    assert "lm_head.weight" not in read_tensors(source)
+    patch_checkpoint(source, tmp_path / "out")
+    edit_config(source, tie_word_embeddings=False)
+    refused(source, "lm_head.weight", "missing")
+
+
+def test_a_quantised_tensor(single: Path) -> None:
+    """Its scale lies beside it under a name that the class does not have."""
+    name = "model.layers.1.self_attn.q_proj.weight"
+
+    def quantise(tensors: dict[str, torch.Tensor]) -> None:
+        tensors.update({name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)})
+
+    rewrite_tensors(single, quantise)
+    refused(single, name, "float8_e4m3fn", "quantised")
+
+
+@pytest.mark.parametrize("count", [-1, 0, 5000, 10**18, 2**78, True, 4.0, "4"])
+@pytest.mark.parametrize("field", ["num_hidden_layers", "n_routed_experts", "hidden_size", "vocab_size"])
+def test_counts_beyond_reason(single: Path, field: str, count: Any) -> None:
+    """Answered before anything of that size is made."""
+    edit_config(single, **{field: count})
+    with pytest.raises((CheckpointError, FamilyError)) as caught:
+        patch_checkpoint(single, single.parent / "out")
+    assert field in str(caught.value) or "config.json" in str(caught.value)
+    assert not (single.parent / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layer_types": ["full_attention"] * 5},
+        {"layer_types": ["full_attention"] * 3 + ["linear_attention"]},
+        {"layer_types": "full_attention"},
+        {"layer_types": [1, 2, 3, 4]},
+        {"mlp_only_layers": [1, 99]},
+        {"mlp_only_layers": [-1]},
+        {"rope_parameters": {"rope_type": "no such"}},
+        {"hidden_act": "no such"},
+        {"num_attention_heads": "2"},
+    ],
+    ids=str,
+)
+def test_configurations_that_make_no_model(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
+    source = odd_checkpoint(tmp_path / "model", family, **changes)
+    with pytest.raises((CheckpointError, FamilyError), match=r"config\.json") as caught:
+        patch_checkpoint(source, tmp_path / "out")
+    assert next(iter(changes)) in str(caught.value) or "no such" in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["config.json", INDEX, "model-00001-of-00003.safetensors"])
+def test_a_key_that_is_there_twice(sharded: Path, file: str) -> None:
+    """Readers differ in which of the two values they take."""
+    path = sharded / file
+    data = path.read_bytes()
+    if file.endswith(".json"):
+        key = "weight_map" if file == INDEX else "vocab_size"
+        path.write_bytes(data.replace(b"{", b'{"%s": 53, ' % key.encode(), 1))
+    else:
+        length = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + length].rstrip()
+        key = next(name for name in json.loads(header) if name != "__metadata__")
+        text = header[:-1] + b"," + json.dumps({key: json.loads(header)[key]}).encode()[1:]
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    refused(sharded, file, key, "twice", recipes=("residual",))
+
+
+def test_an_adapter_beside_the_weights(sharded: Path) -> None:
+    (sharded / "adapter_config.json").write_text("{}")
+    refused(sharded, "adapter_config.json", "merge")

@@ -16,6 +16,7 @@ from namex_hf import cli
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.recipe import RULES, Recipe
 from tests.cli.toy import change_config, save_toy, toy_tokenizer
+from tests.odd_checkpoints import all_files
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,7 +26,7 @@ def ran(*arguments: object) -> int:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    return {name: data for name, (data, _) in all_files(folder).items()}
 
 
 def test_installed_commands_are_these():
@@ -160,7 +161,9 @@ def test_deepseek_as_stock_qwen(toys: dict[str, Path], tmp_path: Path):
     assert (config["model_type"], config["num_experts"], config["mlp_only_layers"]) == ("qwen2_moe", 4, [0])
     assert "auto_map" not in config
     tensors = load_file(tmp_path / "out" / "model.safetensors")
-    assert tensors["model.layers.1.mlp.shared_expert_gate.weight"].float().unique().item() == pytest.approx(1e-20)
+    assert tensors["model.layers.1.mlp.shared_expert_gate.weight"].float().unique().item() == pytest.approx(
+        1e-20, rel=0.01, abs=0
+    )
 
 
 def test_stable_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):

@@ -78,9 +78,9 @@ def test_folders_that_are_none_of_ours(refused: Refused, folder: Path, stock: Pa
     assert "config.json has no recipe under 'namex'" in refused(stock)
     assert "config.json cannot be read" in refused(tmp_path)
     (folder / "namex/report.json").write_text("[")
-    assert "namex/report.json is no JSON" in refused(folder)
+    assert "report.json is no JSON" in refused(folder)
     (folder / "namex/report.json").write_text('{"a": 1}')
-    assert "namex/report.json is no report of a patch (" in refused(folder)
+    assert "report.json is no report of namex_hf (" in refused(folder)
     (folder / "namex/report.json").unlink()
     assert "namex/report.json is missing" in refused(folder)
     (folder / ".namex").mkdir()
@@ -140,7 +140,7 @@ def test_tokenizers(refused: Refused, folder: Path, capsys: pytest.CaptureFixtur
     [
         (b"# A\n", "no metadata block"),
         (b"---\n[\n---\n", "no metadata block"),
-        (b"\xff", "is no UTF-8 text"),
+        (b"\xff", "is not UTF-8 text"),
         (b"---\ntags: moe\n---\n", "metadata field 'tags' is str; accepted: list"),
         (b"---\nlicense: 2\n---\n", "metadata field 'license' is int; accepted: str"),
         (b"---\ntags: [a]\nmodel-index: [{name: a, results: [{task: 1}]}]\n---\n", "metadata that the Hub cannot read"),
@@ -188,7 +188,7 @@ def test_links_that_leave_the_folder(
     (folder / "namex/pictures").symlink_to(tmp_path / "secret")
     (folder / "more.png").symlink_to(tmp_path / "secret" / "a.png")
     text = shown(capsys, folder)
-    assert "stays: namex_report: a link that leaves the folder" in text
+    assert "stays: namex/pictures: a link that leaves the folder" in text
     assert "stays: more.png: a link that leaves the folder" in text
     (tmp_path / "tokenizer.json").write_bytes((folder / "tokenizer.json").read_bytes())
     (folder / "tokenizer.json").unlink()
@@ -231,15 +231,6 @@ def test_what_goes_up_of_a_fine_tuned_folder(folder: Path, capsys: pytest.Captur
     }
     assert "stays: adapter/: a pickle" in text
     assert "stays: compare/ (2 files): of a run" in text
-
-
-def test_nothing_that_looks_like_a_token_is_said():
-    for text in ("Bearer abc.def-1", "hf_" + "a" * 20, "x hf_" + "Zz09" * 5 + " y"):
-        assert "***" in (said := client.scrubbed(f"a\n {text}", None))
-        assert text.split()[-1] not in said or text.endswith(" y")
-        assert "\n" not in said
-    assert client.scrubbed("my-own-token is here", "my-own-token") == "*** is here"
-    assert client.scrubbed("hf_hub_download failed", None) == "hf_hub_download failed"
 
 
 def test_what_goes_wrong_with_the_client_is_said_in_a_line(monkeypatch: pytest.MonkeyPatch):

@@ -1,20 +1,25 @@
 """What is refused: in one line, with status 2, before anything is loaded or written."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import CheckpointError, MissingExtraError
 from namex_hf.harness.candidates import bytes_in, candidates, found
+from namex_hf.harness.checks import check_answers
+from namex_hf.harness.errors import TaskError
 from namex_hf.harness.memory import check_fits, free_bytes
+from namex_hf.harness.tasks import chosen
 
-from .conftest import ROOT, Command, module_of, recipe
+from .conftest import ROOT, TASKS, Command, module_of, recipe
 
 SUMS = ("--models", "tiny", "--tasks", "namex_sums", "--limit", "2")
 
@@ -68,7 +73,9 @@ def test_text_that_is_none(zero_shot: Command, tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "is empty; at least one line" in refused(zero_shot, tmp_path / "o", "--text", tmp_path / "empty.txt")
     (tmp_path / "latin.txt").write_bytes("caf\xe9".encode("latin-1"))
-    assert "is no UTF-8 text (byte 3)" in refused(zero_shot, tmp_path / "o", "--text", tmp_path / "latin.txt")
+    assert "is not UTF-8 text: unexpected end of data at byte 3" in refused(
+        zero_shot, tmp_path / "o", "--text", tmp_path / "latin.txt"
+    )
 
 
 def test_a_recipe_for_a_patched_model(zero_shot: Command, tmp_path: Path) -> None:
@@ -83,6 +90,69 @@ def test_a_model_without_a_tokenizer(zero_shot: Command, tmp_path: Path) -> None
     for path in folder.glob("tokenizer*"):
         path.unlink()
     assert "has no tokenizer (tokenizer.json)" in refused(zero_shot, tmp_path / "out", "--models", folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({}, "its tokenizer cannot be opened ("),
+        ({"model_max_length": "many"}, "its tokenizer cannot be opened (TypeError"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_opened(zero_shot: Command, tmp_path: Path, change: dict, says: str) -> None:
+    folder = copied(tmp_path)
+    if change:
+        path = folder / "tokenizer_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    else:
+        (folder / "tokenizer.json").write_text("{}")
+    assert says in refused(zero_shot, tmp_path / "out", *SUMS[2:], "--models", folder)
+
+
+def test_answers_longer_than_the_context(zero_shot: Command, tmp_path: Path) -> None:
+    folder = copied(tmp_path, max_position_embeddings=3)
+    said = refused(zero_shot, tmp_path / "out", "--tasks", "namex_word_problems", "--limit", "2", "--models", folder)
+    assert "task namex_word_problems: an answer of " in said
+    assert "tokens; model attends to 3, and at least one is the question's" in said
+    said = refused(zero_shot, tmp_path / "out", "--tasks", "namex_definitions", "--limit", "2", "--models", folder)
+    assert "task namex_definitions: document 0 has an answer of " in said
+    check_answers(found("tiny"), chosen(["namex_definitions", "namex_word_problems"], include=TASKS), None, False)
+
+
+def test_tasks_that_run_code(tmp_path: Path) -> None:
+    for name in ("packaged_sets.py", "data"):
+        (tmp_path / name).symlink_to(TASKS / name)
+    for unsafe in ("", "unsafe_code: true\n"):
+        text = (TASKS / "namex_sums.yaml").read_text().replace("task: namex_sums", f"task: code{len(unsafe)}")
+        (tmp_path / f"code{len(unsafe)}.yaml").write_text(text + unsafe)
+    assert chosen(["code0"], include=tmp_path)
+    with pytest.raises(TaskError, match=r"task code18 runs code that the model writes \(unsafe_code\)"):
+        chosen(["code18"], include=tmp_path)
+
+
+@pytest.mark.parametrize("task", ["namex_sums", "namex_word_problems", "namex_text"])
+def test_tokens_beyond_the_embedding(zero_shot: Command, tmp_path: Path, task: str) -> None:
+    folder = copied(tmp_path, vocab_size=100)
+    tensors = load_file(folder / "model.safetensors")
+    cut = {
+        name: t[:100].clone() if name in ("model.embed_tokens.weight", "lm_head.weight") else t
+        for name, t in tensors.items()
+    }
+    save_file(cut, folder / "model.safetensors", {"format": "pt"})
+    answer = zero_shot(
+        "--models", folder, "--tasks", task, "--limit", "2", "--batch_size", "2", "--output_path", tmp_path / "o"
+    )
+    assert answer.status == 2
+    (line,) = [line for line in answer.err.splitlines() if line.startswith("zero_shot.py: error: ")]
+    assert re.search(r"model: its tokenizer gives token id \d{3,}; the embedding has 100 rows", line)
+    assert "Traceback" not in answer.err
+
+
+def test_outputs_that_no_folder_can_have(zero_shot: Command, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    answer = zero_shot(*SUMS, "--output_path", tmp_path / "loop" / "out")
+    assert answer.status == 2
+    assert "loop/out: Too many levels of symbolic links" in answer.err
 
 
 def test_remote_code_that_is_missing(zero_shot: Command, tmp_path: Path) -> None:

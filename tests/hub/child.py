@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from namex_hf import cli
 from namex_hf.commands import push
+from namex_hf.errors import NamexError
 
 
 def token(arguments: tuple[str, ...]) -> int:
@@ -35,12 +36,26 @@ def same(arguments: tuple[str, ...]) -> int:
         return int(not torch.equal(*(model(input_ids=ids).logits for model in models)))
 
 
+def scored(arguments: tuple[str, ...]) -> int:
+    """Print the files of what ``eval/zero_shot.py`` would score."""
+    from namex_hf.harness.candidates import found
+
+    try:
+        folder = found(*arguments).folder
+    except NamexError as error:
+        print(f"zero_shot.py: error: {error}", file=sys.stderr)
+        return 2
+    print(*sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()), sep="\n")
+    return 0
+
+
 COMMANDS = {
     "namex-patch": cli.patch,
     "namex-inspect": cli.inspect,
     "namex-push": push.main,
     "token": token,
     "same": same,
+    "scored": scored,
 }
 
 

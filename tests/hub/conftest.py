@@ -75,7 +75,7 @@ def online(server: Hub, home: Path) -> Iterator[Command]:
 @pytest.fixture
 def hub(server: Hub, tmp_path: Path) -> Hub:
     """The Hub with an empty log, where nothing fails and nobody is known."""
-    for what in (server.log, server.users, server.objects):
+    for what in (server.log, server.users, server.objects, server.renamed, server.gated):
         what.clear()
     server.root, server.failure = tmp_path / "hub", lambda method, path: None
     return server

@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,19 @@ class Request:
         return match[3] if match else None
 
 
+@dataclass(frozen=True)
+class Fault:
+    """An answer in the place of the right one."""
+
+    status: int = 200
+    body: bytes = b""
+    headers: dict[str, str] = field(default_factory=dict)
+    hang_up: bool = False
+    """No answer at all: the connection ends while the request is still read."""
+    cut: int | None = None
+    """The right answer, of which so many bytes are sent before the connection ends."""
+
+
 @dataclass
 class Hub:
     """Repositories by id, each a local folder with one commit a branch; a branch has its name behind an ``@``."""
@@ -53,8 +67,11 @@ class Hub:
     pushes: dict[str, int] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     """What was put into large-file storage, by SHA-256."""
-    failure: Callable[[str, str], int | None] = lambda method, path: None
-    """Status that a request is to fail with."""
+    failure: Callable[[str, str], int | Fault | None] = lambda method, path: None
+    """What a request is to fail with: a status, or another answer."""
+    renamed: dict[str, str] = field(default_factory=dict)
+    """Repositories that have another name now, to which the Hub redirects."""
+    gated: set[str] = field(default_factory=set)
 
     def add(self, name: str, folder: Path) -> str:
         """Publish a folder; returns its commit."""
@@ -94,22 +111,52 @@ class Hub:
 
 class Handler(BaseHTTPRequestHandler):
     hub: Hub  # of the class that `serving` makes
+    cut: int | None = None
     protocol_version = "HTTP/1.1"
 
     def log_message(self, *_: object) -> None:
         pass
 
     def do_HEAD(self) -> None:
-        self.answer()
+        if not self.failed():
+            self.answer()
 
     def do_GET(self) -> None:
-        self.answer()
+        if not self.failed():
+            self.answer()
 
     def do_POST(self) -> None:
-        self.take(self.body())
+        if not self.failed():
+            self.take(self.body())
 
     def do_PUT(self) -> None:
-        self.take(self.body())
+        if not self.failed():
+            self.take(self.body())
+
+    def failed(self) -> bool:
+        """Whether the request is answered with a fault."""
+        self.cut = None
+        path, fault = self.path_asked, self.hub.failure(self.command, self.path_asked)
+        for old, new in self.hub.renamed.items():
+            if f"/{old}/" in f"{path}/":
+                fault = Fault(307, b"moved", {"Location": self.path.replace(old, new, 1)})
+        if fault is None:
+            return False
+        if isinstance(fault, int):
+            said = f"told to fail\r\n by {self.headers.get('Authorization')}"  # as a careless proxy might
+            fault = Fault(fault, json.dumps({"error": said}).encode(), {"Content-Type": "application/json"})
+        if fault.cut is not None:
+            self.cut = fault.cut
+            return False
+        if fault.hang_up:
+            self.hub.log.append(Request(self.command, path))
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return True
+        if self.command in ("POST", "PUT"):
+            self.body()
+        self.send(fault.status, fault.body, fault.headers, path)
+        return True
 
     @property
     def path_asked(self) -> str:
@@ -176,6 +223,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.missing("RepoNotFound", path)
         if not self.visible(name, path):
             return None
+        if name in self.hub.gated:
+            said = f"Access to model {name} is restricted. You must have access to it and be authenticated."
+            return self.send(403, b"", {"X-Error-Code": "GatedRepo", "X-Error-Message": said}, path)
         branch = self.hub.branch(name, revision)
         if branch is None:
             return self.missing("RevisionNotFound", path)
@@ -193,9 +243,6 @@ class Handler(BaseHTTPRequestHandler):
     def take(self, body: bytes) -> None:
         """What is written: by known users into their own repositories, pull requests into anybody's."""
         path = self.path_asked
-        if (status := self.hub.failure(self.command, path)) is not None:
-            said = f"told to fail\r\n by {self.headers.get('Authorization')}"  # as a careless proxy might
-            return self.reply({"error": said}, status)
         if match := OBJECT.fullmatch(path):  # no token: its address was given to who had one
             assert hashlib.sha256(body).hexdigest() == match[1]
             self.hub.objects[match[1]] = body
@@ -313,7 +360,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(header, value)
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.wfile.write(data[: self.cut])
+        if body and self.cut is not None:
+            self.wfile.flush()
+            self.close_connection = True
 
 
 @contextmanager

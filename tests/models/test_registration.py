@@ -16,7 +16,7 @@ from transformers import (
 from transformers.models.qwen2_moe import modeling_qwen2_moe
 
 import namex_hf.models
-from namex_hf.models import CLASSES, PATCHED, remote_code
+from namex_hf.models import CLASSES, CLASSIFIERS, PATCHED, remote_code
 
 HERE = Path(namex_hf.models.__file__).parent
 
@@ -59,8 +59,9 @@ def test_local_classes_win_over_the_folders_code(patched_folder, family):
 def test_remote_code_lists_what_travels():
     assert remote_code("qwen2_moe") == ({}, ())
     names = {kind: [file.name for file in remote_code(kind).files] for kind in CLASSES}
-    assert names["deepseek"] == ["configuration_deepseek.py", "modeling_deepseek.py"]
+    assert names["deepseek"] == ["arguments.py", "configuration_deepseek.py", "modeling_deepseek.py"]
     assert names["namex_qwen2_moe"] == [
+        "arguments.py",
         "configuration_deepseek.py",
         "configuration_namex.py",
         "modeling_namex_qwen2_moe.py",
@@ -74,6 +75,7 @@ def test_remote_code_lists_what_travels():
         "sparse.py",
     ]
     assert names["namex_deepseek"] == [
+        "arguments.py",
         "configuration_deepseek.py",
         "configuration_namex.py",
         "modeling_deepseek.py",
@@ -88,7 +90,10 @@ def test_remote_code_lists_what_travels():
         "sparse.py",
     ]
     for kind, (config, model, causal_lm) in CLASSES.items():
-        for auto, cls in (("AutoConfig", config), ("AutoModel", model), ("AutoModelForCausalLM", causal_lm)):
+        classes = {"AutoConfig": config, "AutoModel": model, "AutoModelForCausalLM": causal_lm}
+        classes["AutoModelForSequenceClassification"] = CLASSIFIERS[kind]
+        assert classes.keys() == remote_code(kind).auto_map.keys()
+        for auto, cls in classes.items():
             assert remote_code(kind).auto_map[auto] == f"{cls.__module__.split('.')[-1]}.{cls.__name__}"
         for file in remote_code(kind).files:
             assert file.parent == HERE

@@ -29,7 +29,7 @@ except ModuleNotFoundError:
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 folders, out = json.loads(sys.argv[1]), sys.argv[2]
 """
@@ -46,6 +46,13 @@ for kind, folder in folders.items():
     headless = AutoModel.from_pretrained(folder, **kwargs).eval()
     hidden = headless(tokens).last_hidden_state
     assert torch.equal(model.lm_head(hidden), logits[kind])
+    how = {"do_sample": False, "max_new_tokens": 7, "eos_token_id": None, "pad_token_id": 0}
+    for beams in (1, 2):
+        made = [model.generate(tokens, num_beams=beams, use_cache=cached, **how) for cached in (True, False)]
+        assert torch.equal(*made), kind
+    reward = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1, pad_token_id=0, **kwargs).eval()
+    assert type(reward).__module__.startswith("transformers_modules."), type(reward)
+    assert torch.equal(reward(tokens).logits, reward.score(hidden)[:, -1])
     model.save_pretrained(f"{out}/{kind}")
 save_file(logits, f"{out}/logits.safetensors")
 """
@@ -117,6 +124,7 @@ def test_trusted_code_gives_equal_logits_and_saves_itself(folders, chosen_folder
     out.mkdir()
     done = child(TRUSTED, [json.dumps(folders), str(out), json.dumps(tokens.tolist())], tmp_path / "cwd")
     assert done.returncode == 0, done.stderr
+    assert not re.search("warning|deprecated", done.stderr, re.IGNORECASE), done.stderr
     logits = load_file(out / "logits.safetensors")
     for kind, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -274,3 +274,19 @@ def test_load_patched_refuses(hub_folder, patched_folder, tmp_path, family):
     model, info = load_patched(patched_folder(family), output_loading_info=True)
     assert not info["unexpected_keys"]
     assert model.config.namex == {"merge": "residual"}
+
+
+def test_cached_passes_with_router_logits(patched_folder, tokens, family):
+    """``output_router_logits: true`` asks for a loss in training; transformers' Qwen2-MoE fails at it under a cache."""
+    model = load(patched_folder(family))
+    padded = torch.cat([torch.zeros(2, 4, dtype=torch.long), tokens], 1)
+    mask = (torch.arange(15) >= 4).long().expand(2, 15)
+    for beams in (1, 2):
+        how = {"attention_mask": mask, "max_new_tokens": 6, "num_beams": beams, **GREEDY}
+        model.config.output_router_logits = False
+        expected = model.generate(padded, **how)
+        model.config.output_router_logits = True
+        assert torch.equal(model.generate(padded, **how), expected)
+    loss = model(padded, attention_mask=mask, labels=padded)
+    assert loss.aux_loss > 0
+    assert loss.loss > model(padded, attention_mask=mask, labels=padded, output_router_logits=False).loss

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from namex_hf.models import remote_code, soft, soft_cache
+from namex_hf.models.arguments import Arguments
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 over_families = pytest.mark.parametrize("family", FAMILIES)
@@ -399,6 +401,44 @@ def test_residual_models_get_no_soft_cache(patched_folder):
     assert type(model(ids(1, 5), past_key_values=StaticCache(config=model.config, max_cache_len=8)).past_key_values)
 
 
+@over_families
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_prompt_read_in_chunks_routes_whole(soft_model, family, beams):
+    """``routing_span: prompt`` under ``prefill_chunk_size``: logits of every step, with padding, as of one pass."""
+    model = soft_model(family, routing_span="prompt")
+    tokens, mask = padded([ids(1, 19)[0], ids(1, 12, 2)[0]], 19, "left")
+    how = {"attention_mask": mask, "num_beams": beams, "max_new_tokens": 7, "output_logits": True, **GREEDY}
+    whole = model.generate(tokens, return_dict_in_generate=True, **how)
+    for size in (1, 5, 18, 19):
+        found = model.generate(tokens, return_dict_in_generate=True, prefill_chunk_size=size, **how)
+        assert torch.equal(found.sequences, whole.sequences)
+        assert max((a - b).abs().max() for a, b in zip(found.logits, whole.logits, strict=True)) < CLOSE
+
+
+@over_families
+def test_only_chunks_of_one_prompt_are_put_together(soft_model, family):
+    """What comes after the prompt's passes is routed by the prompt alone, a later turn too."""
+    model, tokens = soft_model(family, routing_span="prompt"), ids(2, 19)
+    turn = ids(2, 8, seed=5)
+    found = []
+    for size in (None, 3):
+        cache = DynamicCache(config=model.config)
+        name = {"past_key_values" if "past_key_values" in names_of(model) else "cache": cache}
+        first = model.generate(
+            tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=4, prefill_chunk_size=size, **name, **GREEDY
+        )
+        longer = torch.cat([first, turn], 1)
+        how = {"max_new_tokens": 4, "output_logits": True, "return_dict_in_generate": True, **name, **GREEDY}
+        found.append(model.generate(longer, attention_mask=torch.ones_like(longer), prefill_chunk_size=size, **how))
+        assert cache.history.prompt == 19
+    assert torch.equal(found[0].sequences, found[1].sequences)
+    assert max((a - b).abs().max() for a, b in zip(found[0].logits, found[1].logits, strict=True)) < CLOSE
+
+
+def names_of(model) -> tuple[str, ...]:
+    return Arguments.of(type(model).forward).names
+
+
 # --- remote code ------------------------------------------------------------------------------------------------------
 
 CHILD = """
@@ -473,6 +513,7 @@ def test_remote_code_without_the_package(soft_model, patched_folder, tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
+    assert not re.search("warning|deprecated", done.stderr, re.IGNORECASE), done.stderr
     made = load_file(out)
     for name, folder in folders.items():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -130,7 +130,7 @@ def test_companions(odd, tmp_path: Path) -> None:
     before = all_files(source)
     patch_checkpoint(source, tmp_path / "out")
     assert all_files(source) == before
-    out = {path.name for path in (tmp_path / "out").iterdir()}
+    out = set(all_files(tmp_path / "out"))
     assert {"tokenizer.json", "tokenizer_config.json", "generation_config.json", "README.md"} <= out
     assert {"config.json", "namex/recipe.yaml", "namex/report.json", "namex/statistics.safetensors"} <= out
     assert not any(name.endswith(".part") or name in (".namex", "tokenization.py") for name in out)

@@ -214,6 +214,7 @@ def test_fine_tuning_is_told(tmp_path: Path):
         "before": {"text": [[1.0, 3.0], [2.0, 2.0]], "problems": [[1, 0, 1, 0]]},
         "after": {"text": [[0.0, 3.0], [2.0, 2.0]], "problems": [[1, 1, 1, 0]]},
     }
+    (tmp_path / "namex").mkdir()
     (tmp_path / "namex/scores.json").write_text(json.dumps(items))
     text = card(report(training=TRAINED), {}, tmp_path)
     spread, ratio = 100 * math.sqrt(1 / 3 / 4), math.exp(-0.25)
@@ -241,7 +242,7 @@ def test_the_standard_error_of_a_score():
 
 def test_pictures_are_shown_where_there_are_some(tmp_path: Path):
     assert "## Pictures" not in card(report(), {}, tmp_path)
-    (tmp_path / "namex/pictures").mkdir()
+    (tmp_path / "namex/pictures").mkdir(parents=True)
     for name in ("cosine_similarity.png", "a](x) b.png", "page.html"):
         (tmp_path / "namex/pictures" / name).write_bytes(b"")
     text = card(report(), {}, tmp_path)

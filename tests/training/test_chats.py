@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,16 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rich.console import Console
 from transformers import AutoTokenizer
 
 from namex_hf.checkpoint.resolve import PACKAGED as MODELS
 from namex_hf.errors import MissingExtraError, TrainingError
 from namex_hf.training.chats import (
-    COUNTED,
     PACKAGED,
     ROLES,
     check_template,
     checked,
     file_chats,
-    length_table,
-    lengths,
     load_chats,
 )
 from tests.cli.toy import toy_tokenizer
@@ -106,6 +101,13 @@ def test_what_is_held_back_is_drawn_by_the_seed(tmp_path: Path):
     assert [found.name for found in draws] == ["own.jsonl"] * 3
 
 
+TOOL = {"type": "function", "function": {"name": "add"}}
+CALLS = [
+    {"role": "user", "content": "How much is 1 + 2?"},
+    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1}}}]},
+    {"role": "tool", "content": "3", "name": "add"},
+    {"role": "assistant", "content": "It is 3.", "reasoning_content": "The tool says 3."},
+]
 CHILD = """
 import json, sys
 from namex_hf.errors import TrainingError
@@ -118,6 +120,23 @@ for name, config, train, test in json.loads(sys.argv[1]):
     except TrainingError as error:
         print(json.dumps({"error": str(error)}))
 """
+ODD: dict[str, tuple[Any, str]] = {
+    "null-content": (
+        [{"role": "user", "content": "hi"}, {"role": "assistant", "content": None}],
+        "turn 2: content is None; accepted: text",
+    ),
+    "system-alone": (
+        [{"role": "system", "content": "You are helpful."}],
+        "no turn of the assistant says anything, so there is nothing to learn",
+    ),
+    "no-turns": ([], "found ['messages', 'source']; needed: 'messages', a list of turns with 'role' and 'content'"),
+    "null": (None, "found ['messages', 'source']; needed: 'messages', a list of turns with 'role' and 'content'"),
+    "roles": (
+        [{"role": "human", "content": "hi"}, {"role": "gpt", "content": "hello"}],
+        "turn 1: role 'human'; accepted: system, user, assistant, tool",
+    ),
+}
+"""Turns of one row among good ones, and what is said of it."""
 OF_THE_HUB = {
     "me/chats": ("me/chats", None, "train", "test"),
     "a configuration": ("me/chats", "default", "train", "test"),
@@ -126,6 +145,8 @@ OF_THE_HUB = {
     "no split": ("me/chats", None, "train", "dev"),
     "no messages": ("me/texts", None, "train", "test"),
     "none": ("me/none", None, "train", "test"),
+    "calls": ("me/calls", None, "train", "test"),
+    **{f"odd {name}": (f"me/odd-{name}", None, "train", "test") for name in ODD},
 }
 
 
@@ -140,6 +161,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
                 rows = [{"source": split, **chat(start + number)} for number in range(30)]
                 plain = [{"source": split, "text": "a"}]
                 write(folder / f"{split}.jsonl", rows if name == "chats" else plain)
+            found.add(f"me/{name}", folder)
+        calls = [{"source": "x", **chat(0), "tools": None}, {"source": "x", "messages": CALLS, "tools": [TOOL]}]
+        odd = {f"odd-{name}": [{"source": "x", "messages": turns}] for name, (turns, _) in ODD.items()}
+        for name, rows in {"calls": calls, **odd}.items():
+            (folder := home / "published" / name).mkdir(parents=True)
+            good = [{"source": "x", **chat(number)} for number in range(20)]
+            write(folder / "train.jsonl", [*good, *rows, *good])
+            write(folder / "test.jsonl", good)
             found.add(f"me/{name}", folder)
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
         kept |= {"HF_HOME": str(home), "HF_ENDPOINT": found.url, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
@@ -175,6 +204,19 @@ def test_a_data_set_of_the_hub_that_cannot_be_had(hub: dict[str, Any], asked: st
     assert "\n" not in said
 
 
+def test_calls_of_tools_in_a_data_set_of_the_hub(hub: dict[str, Any]):
+    """Turns have the fields that they were written with, and the tools are there."""
+    train, _ = hub["calls"]["rows"]
+    assert train[21] == {"messages": CALLS, "tools": [TOOL]}
+    assert train[20] == chat(0) | {"tools": None}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_row_of_the_hub_is_named(hub: dict[str, Any], name: str):
+    turn = ", " if ODD[name][1].startswith("turn") else ": "
+    assert hub[f"odd {name}"]["error"] == f"me/odd-{name} train row 21{turn}{ODD[name][1]}"
+
+
 def test_a_parquet_file_says_what_its_lines_say(tmp_path: Path):
     rows = [chat(number) for number in range(30)]
     pyarrow.parquet.write_table(
@@ -197,8 +239,64 @@ def test_chats_of_many_forms(tmp_path: Path):
     ]
     path = tmp_path / "own.json"
     path.write_text("\n" + "\n  \n".join(json.dumps(row, ensure_ascii=False) for row in rows), "utf-8")
-    assert list(file_chats(path)) == [{"messages": turns}, *rows[1:]]
+    assert list(file_chats(path)) == [{"messages": rows[0]["messages"]}, *rows[1:]]
     assert {turn["role"] for turn in turns} == set(ROLES)
+
+
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+SEARCH = {"type": "function", "function": {"name": "search", "arguments": {"text": "x", "sites": ["y", 2]}}}
+TALK = {
+    "messages": [
+        say("user", "How much is 1 + 2?"),
+        {**say("assistant", None), "tool_calls": [CALL, SEARCH]},
+        {**say("tool", "3"), "name": "add", "tool_call_id": "c1"},
+        {**say("assistant", "It is 3."), "reasoning_content": "The tool says 3."},
+        {**say("user", [{"type": "text", "text": "Thanks."}])},
+    ],
+    "tools": [{"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}],
+    "chat_template_kwargs": {"enable_thinking": False},
+}
+
+
+def test_what_a_template_may_read_is_as_it_was_written(tmp_path: Path):
+    """Neither mixed up with fields of other turns nor with nulls where there was nothing."""
+    rows = [chat(number) for number in range(20)]
+    rows[::5] = [TALK] * 4
+    path = write(tmp_path / "own.jsonl", [row | {"id": 3} for row in rows])
+    found = load_chats(str(path), None, SPLITS, 2, 0)
+    assert found.train.column_names == ["messages", "tools", "chat_template_kwargs"]
+    read = [*found.train, *found.held_out]
+    assert sum(row["messages"] == TALK["messages"] for row in read) == 4
+    for row in read:
+        talk = row["messages"] == TALK["messages"]
+        assert row.get("tools") == (TALK["tools"] if talk else None)
+        assert row.get("chat_template_kwargs") == (TALK["chat_template_kwargs"] if talk else None)
+        assert talk or [set(turn) for turn in row["messages"]] == [{"role", "content"}] * 2
+
+
+def test_tools_as_text_and_documents(tmp_path: Path):
+    """TRL takes tools as JSON too; documents are a variable of templates that transformers names."""
+    row = chat(1) | {"tools": json.dumps(TALK["tools"]), "documents": [{"title": "a", "text": "b"}]}
+    (found,) = file_chats(write(tmp_path / "own.jsonl", [row]))
+    assert found["tools"] == TALK["tools"]
+    assert found["chat_template_kwargs"] == {"documents": [{"title": "a", "text": "b"}]}
+
+
+def test_nulls_of_a_parquet_file_are_fields_that_are_missing(tmp_path: Path):
+    """Arrow gives every turn the fields of all; what JSON columns hold stays as it is, nulls too."""
+    rows = [{"messages": TALK["messages"][:4]}, chat(1)]
+    plain = json.loads(json.dumps(rows).replace('"sites": ["y", 2]', '"sites": ["y", "z"]'))
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(plain), tmp_path / "own.parquet")
+    first, second = file_chats(tmp_path / "own.parquet")
+    calls = [one["function"] for one in first["messages"][1].pop("tool_calls")]
+    arguments = [{"a": 1}, {"text": "x", "sites": ["y", "z"]}]
+    assert calls == [{"name": name, "arguments": each} for name, each in zip(("add", "search"), arguments, strict=True)]
+    assert first["messages"][1] == say("assistant", None)
+    assert first["messages"][2:] == TALK["messages"][2:4]
+    assert second == chat(1)
+    exact = datasets.Dataset.from_list(rows, features=datasets.Features({"messages": datasets.Json()}))
+    exact.to_parquet(tmp_path / "exact.parquet")
+    assert list(file_chats(tmp_path / "exact.parquet")) == rows
 
 
 # What is refused
@@ -226,8 +324,25 @@ BAD = {
         "line 3, turn 2: content is None; accepted: text$",
     ),
     "parts": (
-        json.dumps({"messages": [say("user", [{"type": "text", "text": "a"}]), say("assistant", "b")]}),
-        r"line 3, turn 1: content is \[\{'type': 'text', 'text': 'a'\}\]; accepted: text$",
+        json.dumps({"messages": [say("user", [{"type": "image", "url": "a"}]), say("assistant", "b")]}),
+        r"line 3, turn 1: content is \[\{'type': 'image', 'url': 'a'\}\]; accepted: text$",
+    ),
+    "calls": (
+        json.dumps({"messages": [say("user", "a"), {**say("assistant", None), "tool_calls": ["f()"]}]}),
+        r"line 3, turn 2: tool_calls is \['f\(\)'\]; accepted: a list of objects$",
+    ),
+    "tools": (
+        json.dumps(chat(3) | {"tools": {"name": "f"}}),
+        r"line 3: tools is \{'name': 'f'\}; accepted: a list of objects$",
+    ),
+    "tools of no JSON": (json.dumps(chat(3) | {"tools": "f()"}), "line 3: tools is no JSON: "),
+    "variables": (
+        json.dumps(chat(3) | {"chat_template_kwargs": ["a"]}),
+        r"line 3: chat_template_kwargs is \['a'\]; accepted: an object$",
+    ),
+    "no number": (
+        '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": NaN}]}',
+        "line 3 has a value that JSON or UTF-8 has no form for: ",
     ),
     "no assistant": (
         json.dumps({"messages": [say("system", "a"), say("user", "b")]}),
@@ -354,61 +469,13 @@ def test_any_value_is_a_chat_or_refused_with_its_place(row: Any):
     if found is None:
         assert refused.startswith("own.jsonl line 4")
     else:
-        assert [set(turn) for turn in found["messages"]] == [{"role", "content"}] * len(row["messages"])
+        assert found["messages"] == row["messages"]
 
 
 # What is told
-
-
-def by_hand(messages: Sequence[dict[str, str]]) -> str:
-    """The packaged models' template."""
-    return "".join(f"<|im_start|>{turn['role']}\n{turn['content']}<|im_end|>\n" for turn in messages)
-
-
-def test_lengths_are_those_of_the_template(tokenizer: Any):
-    chats = load_chats(None, None, SPLITS, 40, 0).held_out
-    expected = [len(tokenizer(by_hand(messages))["input_ids"]) for messages in chats["messages"]]
-    assert lengths(chats, tokenizer, None) == expected
-    assert len(set(expected)) > 5
-    plain = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
-    joined = ["".join(turn["content"] for turn in messages) for messages in chats["messages"]]
-    assert lengths(chats, tokenizer, plain) == [len(tokenizer(text)["input_ids"]) for text in joined]
-
-
-def test_lengths_of_the_first_alone():
-    tokenizer = toy_tokenizer()
-    chats = datasets.Dataset.from_list([chat(number) for number in range(COUNTED + 3)])
-    found = lengths(chats, tokenizer, "{% for message in messages %}{{ message['content'] }}{% endfor %}")
-    assert found == [len(f"question {number}answer {number}") for number in range(COUNTED)]
 
 
 def test_a_tokenizer_without_a_template_is_refused(tokenizer: Any):
     check_template(tokenizer, "tiny")
     with pytest.raises(TrainingError, match=r"^the tokenizer of toy has no chat template; accepted: --chat_template"):
         check_template(toy_tokenizer(), "toy")
-
-
-def shown(counts: Sequence[int], every: int, longest: int) -> dict[str, str]:
-    console = Console(file=StringIO(), width=120)
-    console.print(length_table(counts, every, longest))
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    rows = [line.strip("│ ").split("│") for line in text.splitlines() if line.startswith("│")]
-    return {name.strip(): figure.strip() for name, figure in rows}
-
-
-def test_the_tables_figures():
-    counts = [10, 1010, 20, 20, 30, 40, 50, 60, 70, 90]
-    assert shown(counts, 10, 60) == {
-        "chats": "10",
-        "tokens a chat": "mean 140, median 45, nine in ten up to 182",
-        "the longest": "1,010",
-        "longer than a sequence of 60": "3, which lose their end",
-        "tokens in all": "1,400",
-    }
-    assert shown(counts, 30_000, 1010) == {
-        "chats": "30,000 (lengths: of the first 10)",
-        "tokens a chat": "mean 140, median 45, nine in ten up to 182",
-        "the longest": "1,010",
-        "longer than a sequence of 1,010": "none",
-        "tokens in all": "about 4,200,000",
-    }

@@ -17,7 +17,8 @@ class DeepseekConfig(PreTrainedConfig):
     """
 
     model_type = "deepseek"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    # A cache is no prediction. transformers 5.24 has another name for it.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
@@ -28,6 +29,7 @@ class DeepseekConfig(PreTrainedConfig):
         "AutoConfig": "configuration_deepseek.DeepseekConfig",
         "AutoModel": "modeling_deepseek.DeepseekModel",
         "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
     }
     sliding_window = 0  # asked for by the mask builder of the Qwen2-MoE model; no layer slides
     decoder_sparse_step = 1
@@ -73,6 +75,11 @@ class DeepseekConfig(PreTrainedConfig):
         """As the parent's; a foreign ``auto_map`` (the Hub's remote code fails under transformers 5) is replaced."""
         self.auto_map = dict(self.remote_classes)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether top-k values are scaled to sum to 1. A single one is left: it would be 1 whatever the router says."""
+        return self.norm_topk_prob and self.num_experts_per_tok > 1
 
     @property
     def mlp_only_layers(self) -> list[int]:

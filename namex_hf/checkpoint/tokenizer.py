@@ -1,0 +1,47 @@
+"""The tokenizer of a checkpoint, opened and checked."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from ..errors import CheckpointError
+
+
+def open_tokenizer(folder: Path, name: str, rows: int | None = None) -> Any:
+    """Open it, never by code of the folder.
+
+    Args:
+        name: of the checkpoint, for messages.
+        rows: tokens that the model's embedding has; None: not checked.
+
+    Raises:
+        CheckpointError: transformers cannot open it, its `model_max_length` is no number of tokens, or it has a token
+            that the embedding lacks.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        largest = max(tokenizer.get_vocab().values(), default=-1)
+    except Exception as error:  # whatever a tokenizer of others raises
+        raise CheckpointError(
+            f"{name} has no tokenizer that transformers can open ({type(error).__name__}: {error})"
+        ) from error
+    longest = tokenizer.model_max_length
+    if isinstance(longest, bool) or not isinstance(longest, int | float) or not longest >= 1:
+        raise CheckpointError(
+            f"{name}: model_max_length in tokenizer_config.json is {longest!r}; accepted: a number of tokens from 1"
+        )
+    if rows is not None and largest >= rows:
+        raise CheckpointError(f"{name}: its tokenizer has token id {largest}; the embedding has {rows} rows")
+    return tokenizer
+
+
+def check_ids(model: Any, largest: int) -> None:
+    """Whether the embedding of a model of transformers has a row for a token.
+
+    Raises:
+        CheckpointError: it has not; an accelerator would abort the whole process.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        raise CheckpointError(f"the tokenizer gives token id {largest}; the embedding has {rows} rows")

@@ -1,0 +1,57 @@
+"""What lm-eval refuses when a model is loaded or in the middle of a run: asked before any weights are read."""
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
+from transformers import AutoConfig, AutoTokenizer
+
+from ..checkpoint.source import Checkpoint
+from ..errors import CheckpointError
+from .errors import TaskError
+from .tasks import Chosen
+
+
+def check_answers(checkpoint: Checkpoint, tasks: Sequence[Chosen], limit: int | None, trust_remote_code: bool) -> None:
+    """Whether a model's tokenizer opens, and the answers of all tasks fit into what the model attends to.
+
+    Args:
+        limit: documents of every task; None: all.
+        trust_remote_code: of the tokenizer and the configuration.
+
+    Raises:
+        CheckpointError: transformers cannot open the tokenizer or the configuration.
+        TaskError: an answer that leaves no token for its question.
+    """
+    try:
+        config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
+        longest = resolve_max_length(config, tokenizer)
+        _ = tokenizer("Words.").input_ids
+    except Exception as error:  # whatever a foreign tokenizer raises
+        said = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint.name}: its tokenizer cannot be opened ({said})") from error
+    for task in (one for chosen in tasks for one in chosen.tasks.items()):
+        for what, count in _lengths(*task, limit, tokenizer, longest):
+            if count > longest:
+                raise TaskError(
+                    f"task {task[0]}: {what} of {count} tokens; {checkpoint.name} attends to {longest}, and at least "
+                    "one is the question's"
+                )
+
+
+def _lengths(name: str, task: Any, limit: int | None, tokenizer: Any, longest: int) -> Iterator[tuple[str, int]]:
+    """What is answered, and its tokens. An answer of few bytes has no more tokens than these and is left out."""
+    kind = task.OUTPUT_TYPE
+    if kind == "generate_until":
+        yield "an answer", int(normalize_gen_kwargs(task.config.generation_kwargs or {})["max_gen_toks"]) + 1
+    if kind not in ("multiple_choice", "loglikelihood"):
+        return
+    several = getattr(task, "multiple_input", 0)
+    for number, document in enumerate(islice(task.eval_docs, limit)):
+        asked = task.construct_requests(document, [""] if several else "", metadata=(name, number, 1))
+        for request in asked if isinstance(asked, list) else [asked]:
+            if len(request.args[1].encode()) > longest:
+                count = len(tokenizer(request.args[1], add_special_tokens=False, verbose=False).input_ids)
+                yield f"document {number} has an answer", count

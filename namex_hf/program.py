@@ -1,0 +1,136 @@
+"""How every program here begins and ends: bad input, too little memory and Ctrl-C are answered in one line.
+
+Imported before anything that takes its time: from its import on Ctrl-C ends a program of ours at once, until `ended`
+runs the program itself.
+"""
+
+import argparse
+import errno
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+from .errors import NamexError
+from .printable import printable
+
+PROGRAMS = re.compile(
+    r".*/(?:namex-(?:patch|inspect|push|report|compare)|finetune/(?:sft_smoltalk|pretrain|memory)\.py"
+    r"|eval/(?:zero_shot|make_local_gsm8k)\.py)"
+)
+MEMORY = re.compile(
+    r"can(?:not|'t) allocate memory|not enough memory|out of memory|failed to map segment|std::bad_alloc", re.IGNORECASE
+)
+"""How the system and the libraries say that there was none."""
+INTERRUPTED = 128 + signal.SIGINT
+GOES_ON = "stopped; the same command goes on from here"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every error here."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        for text in sys.argv[1:] if args is None else args:
+            if trouble := unusable(text):
+                self.error(f"argument {text}: {trouble}")
+        return super().parse_known_args(args, namespace)
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
+        sys.exit(2)
+
+
+def unusable(text: str) -> str | None:
+    """Why no name of a file can be this argument; None where one can."""
+    if "\0" in text:
+        return "it has a NUL in it"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "it is not UTF-8"
+    return None
+
+
+def ended(
+    prog: str,
+    command: Callable[[], int | None],
+    goes_on: str = GOES_ON,
+    more: type[Exception] | tuple[type[Exception], ...] = OSError,
+) -> int:
+    """Run a program; returns its exit status.
+
+    Args:
+        prog: its name, before what is printed.
+        command: returns the status; None counts as 0.
+        goes_on: what is said after Ctrl-C.
+        more: other kinds of errors that have their reason in what was given.
+    """
+    if signal.getsignal(signal.SIGINT) is _leave:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.excepthook = sys.__excepthook__
+    try:
+        return command() or 0
+    except KeyboardInterrupt:
+        print(f"{prog}: {goes_on}", file=sys.stderr)
+        return INTERRUPTED
+    except Exception as error:
+        said = of_memory(error) or (message(error) if isinstance(error, (NamexError, OSError, more)) else None)
+        if said is None:
+            raise
+        print(f"{prog}: error: {said}", file=sys.stderr)
+        return 2
+
+
+def message(error: Exception) -> str:
+    """What went wrong, in one line; of the system's errors the file and the reason."""
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return printable(f"{error.filename}: {error.strerror}")
+    return printable(error)
+
+
+def of_memory(error: BaseException) -> str | None:
+    """The line for an error that means too little memory; None for all others."""
+    said = " ".join(str(error).split())
+    none_left = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+    if not none_left and not (isinstance(error, (RuntimeError, ImportError, OSError)) and MEMORY.search(said)):
+        return None
+    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    return printable(f"too little memory, or too little address space (ulimit -v): {what}", 500)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"{_name()}: stopped\n".encode())
+    os._exit(INTERRUPTED)  # nothing has begun; an exception would go through the imports of others
+
+
+def _name() -> str:
+    return Path(sys.argv[0]).name if sys.argv else ""
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    said = of_memory(error)
+    if said is None:
+        sys.__excepthook__(kind, error, trace)
+        return
+    os.write(2, f"{_name()}: error: {said}\n".encode())
+    os._exit(2)
+
+
+def _begin() -> None:
+    """Answer Ctrl-C and too little memory while the libraries are imported, which takes seconds."""
+    path = str(Path(sys.argv[0]).absolute()) if sys.argv else ""
+    ours = PROGRAMS.fullmatch(path) is not None and multiprocessing.parent_process() is None
+    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        try:
+            signal.signal(signal.SIGINT, _leave)
+        except ValueError:  # imported in a thread
+            return
+        sys.excepthook = _unexpected
+
+
+_begin()

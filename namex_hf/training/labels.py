@@ -1,0 +1,258 @@
+"""Chats become tokens and labels: rendered by the chat template, counted, and cut to the length of a sequence."""
+
+from collections.abc import Sequence
+from contextlib import suppress
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import TemplateError
+from rich.table import Table
+from transformers import AutoTokenizer
+from trl import SFTConfig
+from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+from ..errors import TrainingError
+from ..limited import limited
+from ..printable import marked
+from ..scoring.labelled import IGNORED
+from .chats import Chats
+
+WHOLE = ("bfd_split", "wrapped")
+"""Strategies of packing that cut nothing away."""
+SAID_BY_ALL = ("role", "content")
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Chats as tokens, without those that keep no token of an answer."""
+
+    train: Any
+    """A `datasets.Dataset` of ``input_ids`` and ``labels``, as yet of any length."""
+    held_out: Any
+    lengths: np.ndarray
+    """Tokens of every chat to train on, int64 ``[chats]``, those without an answer too."""
+    answers: np.ndarray
+    """Of each the tokens of answers that are left within the length of a sequence."""
+    held_out_lost: int
+    """Held-out chats that keep none."""
+    longest: int | None
+    """Tokens of a sequence; None: of any length."""
+    loses: str
+    """What a longer chat loses, in words."""
+    unread: tuple[str, ...]
+    """Fields of turns and chats that the chat template does not name."""
+
+
+def labelled(chats: Chats, tokenizer: Any, arguments: SFTConfig) -> Labelled:
+    """Render and tokenize all chats.
+
+    Args:
+        tokenizer: left as it is.
+        arguments: of the trainer, of which the template, the length, the packing and the loss count here. The result
+            is the same whatever `dataset_num_proc` is.
+
+    Raises:
+        TrainingError: a chat that the template cannot render (by its row), one without a token of an answer, or none
+            that keeps one within the length of a sequence.
+    """
+    reader, template = _reader(tokenizer, arguments)
+    found = []
+    packings = (arguments.packing, arguments.packing if arguments.eval_packing is None else arguments.eval_packing)
+    with arguments.main_process_first(desc="reading chats"):  # the others find what it has left on disk
+        for split, packed in zip((chats.train, chats.held_out), packings, strict=True):
+            unit, numbers = chats.place(split is chats.held_out)
+            fields = {
+                "tokenizer": reader,
+                "template": template,
+                "answers_alone": arguments.assistant_only_loss,
+                "kept": _kept(arguments, packed),
+                "unit": unit,
+                "numbers": numbers,
+            }
+            found.append(_tokenized(split, fields, arguments.dataset_num_proc))
+    (train, lengths, answers, unread), (held_out, _, held_answers, _) = found
+    for name, some in (("chats to train on", answers), ("held-out chats", held_answers)):
+        if not some.any():
+            raise TrainingError(
+                f"none of the {len(some):,} {name} keeps a token of an answer within --max_length "
+                f"{arguments.max_length}; accepted: a larger one, or shorter chats"
+            )
+    return Labelled(
+        _with_answer(train, answers),
+        _with_answer(held_out, held_answers),
+        lengths,
+        answers,
+        int((held_answers == 0).sum()),
+        arguments.max_length,
+        _loses(arguments),
+        unread,
+    )
+
+
+def _reader(tokenizer: Any, arguments: SFTConfig) -> tuple[Any, str | None]:
+    """Tokenizer and template as the trainer would have them; None: the tokenizer's own."""
+    tokenizer, path = deepcopy(tokenizer), arguments.chat_template_path
+    if arguments.eos_token is not None:
+        if arguments.eos_token not in tokenizer.get_vocab():
+            raise TrainingError(f"--eos_token {arguments.eos_token}: the tokenizer does not have it")
+        tokenizer.eos_token = arguments.eos_token
+    if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
+        tokenizer.chat_template = Path(path).read_text("utf-8")
+    elif path is not None:  # a model, whose template, tokens and end of a turn are taken over
+        other = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer.chat_template = other.chat_template
+        known = tokenizer.get_vocab()
+        tokenizer.add_tokens([token for token in other.added_tokens_decoder.values() if token.content not in known])
+        tokenizer.eos_token = other.eos_token
+    if arguments.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
+        try:
+            return tokenizer, get_training_chat_template(tokenizer)
+        except ValueError as error:
+            raise TrainingError(
+                "the chat template does not mark answers with {% generation %}; accepted: --chat_template_path with "
+                "one that does, or --assistant_only_loss false"
+            ) from error
+    return tokenizer, None
+
+
+def _kept(arguments: SFTConfig, packed: bool) -> slice:
+    """What is left of a chat that is longer than a sequence, as TRL cuts it."""
+    if arguments.max_length is None or (packed and arguments.packing_strategy in WHOLE):
+        return slice(None)
+    from_end = arguments.truncation_mode == "keep_end" and not packed
+    return slice(-arguments.max_length, None) if from_end else slice(arguments.max_length)
+
+
+def _loses(arguments: SFTConfig) -> str:
+    kept = _kept(arguments, arguments.packing)
+    if kept == slice(None):
+        return "are split"
+    return "lose their end" if kept.start is None else "lose their beginning"
+
+
+def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tuple[Any, Any, Any, tuple[str, ...]]:
+    """Tokens and labels, and of every chat how many there are of each; and the fields that are not read."""
+    import datasets
+
+    tokens = datasets.List(datasets.Value("int64"))
+    count = datasets.Value("int64")
+    features = {"input_ids": tokens, "labels": tokens, "length": count, "answer": count}
+    with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError):
+        _tokens(chats[0], 0, **fields)
+    made = chats.map(
+        _tokens,
+        with_indices=True,
+        fn_kwargs=fields,
+        remove_columns=chats.column_names,
+        features=datasets.Features(features | {"unread": datasets.List(datasets.Value("string"))}),
+        num_proc=processes,
+        desc="reading chats",
+    )
+    length, answer = (np.asarray(made.with_format("numpy")[name][:]) for name in ("length", "answer"))
+    unread = sorted({name for names in made["unread"] for name in names})
+    return made.select_columns(["input_ids", "labels"]), length, answer, tuple(unread)
+
+
+def _with_answer(rows: Any, answers: np.ndarray) -> Any:
+    return rows if answers.all() else rows.select(np.flatnonzero(answers))
+
+
+def _tokens(
+    chat: dict[str, Any],
+    index: int,
+    tokenizer: Any,
+    template: str | None,
+    answers_alone: bool,
+    kept: slice,
+    unit: str,
+    numbers: Sequence[int],
+) -> dict[str, Any]:
+    where = f"{unit} {numbers[index]}"
+    variables = {"tools": chat.get("tools"), "chat_template": template, **(chat.get("chat_template_kwargs") or {})}
+    try:
+        _check_read(chat["messages"], tokenizer, variables, where)
+        found = tokenizer.apply_chat_template(
+            chat["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=answers_alone, **variables
+        )
+    except TrainingError:
+        raise
+    except Exception as error:  # what a template raises is no closed set
+        raise TrainingError(f"{where}: the chat template does not take it: {type(error).__name__}: {error}") from error
+    ids = found["input_ids"]
+    mask = found["assistant_masks"] if answers_alone else [1] * len(ids)
+    if 1 not in mask:
+        raise TrainingError(f"{where}: the chat template marks no token of an answer, so there is nothing to learn")
+    labels = [token if one else IGNORED for token, one in zip(ids, mask, strict=True)]
+    return {
+        "input_ids": ids,
+        "labels": labels,
+        "length": len(ids),
+        "answer": sum(label != IGNORED for label in labels[kept][1:]),  # nothing predicts the first
+        "unread": _unread(chat, _text_of(template or tokenizer.chat_template)),
+    }
+
+
+def _text_of(template: Any) -> str:
+    return " ".join(map(str, template.values())) if isinstance(template, dict) else str(template)
+
+
+def _unread(chat: dict[str, Any], template: str) -> list[str]:
+    names = {name for turn in chat["messages"] for name, value in turn.items() if value is not None}
+    names |= {"tools"} if chat.get("tools") else set()
+    names |= set(chat.get("chat_template_kwargs") or {})
+    return sorted(name for name in names.difference(SAID_BY_ALL) if name not in template)
+
+
+def _check_read(messages: list[dict[str, Any]], tokenizer: Any, variables: dict[str, Any], where: str) -> None:
+    """Whether the template reads calls of tools, content in parts, and content that is null.
+
+    Raises:
+        TrainingError: it does not, and another text than the chat's would be learnt.
+    """
+    odd = [turn for turn in messages if turn.get("tool_calls") or not isinstance(turn["content"], str)]
+    if not odd:
+        return
+
+    def rendered(turns: list[dict[str, Any]]) -> str:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, **variables))
+
+    text, full = rendered(messages), [{**turn, "content": turn.get("content") or ""} for turn in messages]
+    spoken = rendered(full)
+    if spoken.count("None") < text.count("None"):
+        raise TrainingError(f"{where}: the chat template prints None where content is null; accepted: an empty text")
+    if any(turn.get("tool_calls") for turn in odd):
+        mute = [{name: one for name, one in turn.items() if name != "tool_calls"} for turn in full]
+        with suppress(TemplateError):  # it looks for the call that a tool's turn answers, so it reads calls
+            if rendered(mute) == spoken:
+                raise TrainingError(f"{where}: the chat template does not read tool_calls; accepted: one that does")
+    for content in (turn["content"] for turn in odd if isinstance(turn.get("content"), list)):
+        if str(content) in text or not all(part["text"].strip() in text for part in content):
+            raise TrainingError(f"{where}: the chat template does not read content in parts; accepted: text")
+
+
+def length_table(found: Labelled) -> Table:
+    """How long the chats are, and what is cut away of them."""
+    counts, chats = found.lengths, len(found.lengths)
+    longest = int(counts.max()) if found.longest is None else found.longest
+    table = Table(title="chats to train on", show_header=False)
+    table.add_row("chats", f"{chats:,}")
+    quantiles = np.quantile(counts, (0.5, 0.9)).round().astype(int).tolist()
+    table.add_row(
+        "tokens a chat", f"mean {np.mean(counts):.0f}, median {quantiles[0]}, nine in ten up to {quantiles[1]}"
+    )
+    table.add_row("the longest", f"{counts.max():,}")
+    lost, cut = int((found.answers == 0).sum()), int((counts > longest).sum())
+    table.add_row(f"longer than a sequence of {longest:,}", f"{cut:,}, which {found.loses}" if cut else "none")
+    if cut and found.loses.startswith("lose"):
+        table.add_row("tokens cut away", f"{np.maximum(counts - longest, 0).sum():,}")
+    if lost:
+        table.add_row("no token of an answer is left", f"{lost:,}, which are left out")
+    if found.held_out_lost:
+        table.add_row("the same of held-out chats", f"{found.held_out_lost:,}, which are not scored")
+    table.add_row("tokens in all", f"{counts.sum():,}")
+    if found.unread:
+        table.add_row("not read by the chat template", marked(", ".join(found.unread), 200))
+    return table
