@@ -38,6 +38,10 @@ def test_the_folder_is_a_patched_one(plain):
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in names
     assert not any("gate_up_proj" in name for name in names)
     assert not (plain.out / ".namex").exists()
+    assert not torch.equal(names["lm_head.weight"], names["model.embed_tokens.weight"])  # they train apart
+    config = json.loads((plain.out / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert (config["rope_theta"], config["rope_scaling"], config["tie_word_embeddings"]) == (10000.0, None, False)
     recipe = Recipe.from_yaml(plain.out / "namex/recipe.yaml")
     assert recipe == Recipe() == Recipe.from_dict(model.config.namex)
     statistics = load_file(plain.out / "namex/statistics.safetensors")
