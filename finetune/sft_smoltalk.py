@@ -105,7 +105,7 @@ class NamexArguments:
             "chats for a large one)"
         },
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace a folder of another run"})
+    overwrite: bool = field(default=False, metadata={"help": "make the folder anew, whichever run it is of"})
 
 
 @dataclass

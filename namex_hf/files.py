@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import xxhash
-import yaml
 
 from .errors import CheckpointError, NamexError
 
@@ -253,43 +252,6 @@ def _depth(values: Any) -> int:
         depth += 1
         level = [inner for one in level for inner in (one.values() if isinstance(one, dict) else one)]
     return depth
-
-
-def parse_yaml(text: str) -> Any:
-    """What a YAML text of plain values holds.
-
-    Raises:
-        yaml.YAMLError: no YAML; aliases, of which a short text makes an endless one; nested deeper than `DEEPEST`;
-            a whole number of more than 64 bits.
-        ValueError: a date or a number that there is not.
-    """
-    try:
-        return yaml.load(text, _Yaml)
-    except (AttributeError, TypeError, KeyError, IndexError, OverflowError) as error:  # of a value and its tag
-        raise yaml.YAMLError(f"a value that its tag does not fit ({error})") from error
-
-
-class _Yaml(yaml.SafeLoader):
-    depth = 0
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("aliases (*name) are not accepted")
-        self.depth += 1
-        if self.depth > DEEPEST:
-            raise yaml.YAMLError(f"nested deeper than {DEEPEST}")
-        node = super().compose_node(parent, index)
-        self.depth -= 1
-        return node
-
-    def whole(self, node: Any) -> int:
-        number = self.construct_yaml_int(node)
-        if number.bit_length() > 64:
-            raise yaml.YAMLError(f"a whole number of {number.bit_length()} bits; accepted: up to 64")
-        return number
-
-
-_Yaml.add_constructor("tag:yaml.org,2002:int", _Yaml.whole)
 
 
 def check_name(path: Path, raises: Kind) -> None:

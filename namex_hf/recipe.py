@@ -14,11 +14,25 @@ from typing import Any
 import yaml
 
 from .errors import RecipeError
-from .files import LARGEST_RECIPE, parse_yaml, read_text
+from .files import LARGEST_RECIPE, read_text
 from .momentum import parse_momentum
+from .plain_yaml import parse_yaml
 
 UNSTORED = ("device",)
 BASES = re.compile(r"shared|first|mean|index:[0-9]{1,9}")
+LARGEST = 1e6
+"""Of the fields that are factors."""
+MOST = {
+    "every": 10_000,
+    "experts": 1 << 20,
+    "ccp_iterations": 10_000,
+    "segment": 1 << 31,
+    "top_k": 1 << 20,
+    "fit_steps": 10_000_000,
+    "calibration_tokens": 1 << 40,
+    "rank": 1 << 20,
+}
+"""Whole numbers that are counts, with more than any model, text or patience has."""
 IMPLIED = {"namex-full": "nash", "namex": "nash", "ep-camex": "uniform"}
 """Weightings by method; a method that is not here settles no weights."""
 
@@ -606,12 +620,14 @@ def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -
 
 def _check_ranges(recipe: Recipe) -> None:
     for name in ("gamma", "eta", "ridge"):
-        if getattr(recipe, name) <= 0:
-            raise RecipeError(f"recipe field '{name}' is {getattr(recipe, name)}; accepted: a number above 0")
-    for name in ("every", "experts", "ccp_iterations", "segment", "top_k", "fit_steps", "calibration_tokens", "rank"):
+        if not 0 < getattr(recipe, name) <= LARGEST:
+            raise RecipeError(
+                f"recipe field '{name}' is {getattr(recipe, name)}; accepted: a number above 0, up to {LARGEST:g}"
+            )
+    for name, most in MOST.items():
         number = getattr(recipe, name)
-        if number is not None and number < 1:
-            raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1")
+        if number is not None and not 1 <= number <= most:
+            raise RecipeError(f"recipe field '{name}' is {number}; accepted: a whole number from 1 to {most}")
     if not 0 <= recipe.seed < 1 << 64:
         raise RecipeError(f"recipe field 'seed' is {recipe.seed}; accepted: a whole number from 0 below 2**64")
     if not BASES.fullmatch(recipe.base):

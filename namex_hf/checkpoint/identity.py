@@ -117,6 +117,15 @@ def hash_weights(path: Path) -> str:
     return Digests(read_header(path).values(), [path]).of_file(path)
 
 
+def hash_header(path: Path) -> str:
+    """The hash of the header of a file of weights.
+
+    Raises:
+        CheckpointError: it is none.
+    """
+    return Digests(read_header(path).values(), [path]).read(path, HEADER)
+
+
 def _hash_range(path: Path, begin: int, size: int) -> str:
     digest = xxhash.xxh3_128()
     with path.open("rb", buffering=0) as file:

@@ -17,6 +17,7 @@ from ..errors import CheckpointError
 from ..files import CARD, REPORT, found, read_text
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
+from ..report.rebuild import has_recipe_alone, rebuild
 from ..report.report import Report
 from .errors import PublishError
 
@@ -54,11 +55,15 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
         raise PublishError(f"{folder} is unfinished ({STATE} is there); the command that made it finishes it")
     checkpoint = open_checkpoint(folder)
     config = checkpoint.config
-    if not isinstance(config.get("namex"), dict) or not found(folder, REPORT).is_file():
+    if not isinstance(config.get("namex"), dict):
         raise PublishError(
-            f"{folder}: config.json has no recipe under 'namex', or {REPORT} is missing; needed: a folder that "
-            "namex-patch or sft_smoltalk.py has written"
+            f"{folder}: config.json has no recipe under 'namex'; needed: a folder that namex-patch or sft_smoltalk.py "
+            "has written"
         )
+    notes = []
+    if has_recipe_alone(folder):
+        rebuild(folder)
+        notes.append(f"{REPORT} was missing and is rebuilt; the source of the model is not known")
     Report.from_file(found(folder, REPORT))
     check_whole(folder, verify)
     _check_code(checkpoint)
@@ -66,7 +71,6 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
     large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]
     if large:
         raise PublishError(f"{large[0]} is larger than 50 GB, which the Hub does not take; patch with --shard-size 5GB")
-    notes = []
     rows = _check_loads(checkpoint)
     if has_tokenizer(folder):
         _check_tokenizer(folder, rows)

@@ -18,7 +18,7 @@ from ..recipe import Recipe
 from .added import router_tensors
 from .blocks import Blocks, block_tensors
 from .budget import spend
-from .finite import check_finite
+from .finite import check_finite, require_finite_result
 from .grouped import choice_of, write_packs
 from .on_text import Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
@@ -68,6 +68,9 @@ def shrink_layers(
         heard = heard.without_experts()
         with source.named(layer):
             smaller, output = shrinking.run()
+        for name, some in smaller.experts.items():
+            require_finite_result(layer, {f"expert {number} {name}": one for number, one in enumerate(some)}, recipe)
+        require_finite_result(layer, {"router": smaller.router, **shrinking.refitted}, recipe)
         routers: dict[str, torch.Tensor] = {}
         if blocks is not None:
             norm = source.read(source.family.router_norm(layer))

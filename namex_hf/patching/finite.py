@@ -1,13 +1,14 @@
-"""Tensors that are carried over as bytes are looked at all the same: a checkpoint with NaN in it is refused."""
+"""No NaN and no infinity: neither in a checkpoint, whose carried tensors count too, nor in what is made of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan
-from ..errors import CheckpointError
+from ..errors import CheckpointError, RecipeError
 from ..families import PROJECTIONS
+from ..recipe import Recipe
 from .plan import Plan
 
 
@@ -35,6 +36,41 @@ def check_finite(plan: Plan, advance: Callable[[str, int], None]) -> None:
 
 
 def require_finite(name: str, span: TensorSpan, tensor: torch.Tensor) -> None:
-    # The extremes carry NaN and infinity, and are found thirty times faster than by isfinite on bfloat16.
-    if tensor.numel() and not all(extreme.isfinite() for extreme in torch.aminmax(tensor)):
+    if not is_finite(tensor):
         raise CheckpointError(f"tensor {name} in {span.file.name} holds NaN or infinite values")
+
+
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether there is neither NaN nor infinity in it."""
+    # The extremes carry both, and are found thirty times faster than by isfinite on bfloat16.
+    return not tensor.numel() or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
+
+
+def require_finite_result(layer: int, tensors: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
+    """Check what a recipe has made of a layer that was finite.
+
+    Args:
+        tensors: of the result, in its own dtype.
+
+    Raises:
+        RecipeError: naming the layer and the fields whose values make numbers too large for the dtype.
+    """
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not is_finite(tensor):
+            found = ", ".join(f"{field}={getattr(recipe, field)}" for field in _steering(recipe))
+            raise RecipeError(
+                f"layer {layer}: {name} of the result would hold NaN or infinite values in {tensor.dtype}; "
+                f"take another value of {found}"
+            )
+
+
+def _steering(recipe: Recipe) -> list[str]:
+    """The fields that decide how large the numbers of a result become."""
+    applies = {
+        "gamma": recipe.propagates,
+        "beta": recipe.propagates and recipe.momentum != "none",
+        "scale": recipe.weights_by == "nash" and recipe.scale == "lemma",
+        "ridge": recipe.curvature in ("calibrated", "diagonal") or recipe.down == "refit",
+        "fit_steps": recipe.fit != "none",
+    }
+    return [name for name, steers in applies.items() if steers] or ["method"]

@@ -12,6 +12,7 @@ import torch
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item, write_shard
+from ..errors import FamilyError
 from ..families import PROJECTIONS
 from ..merging.calibrated import Choice
 from ..merging.combine import Combination
@@ -19,7 +20,7 @@ from ..merging.groups import MergedLayer, merge_layer
 from ..merging.members import Tuning
 from ..recipe import Recipe
 from .added import cosine_shapes, router_tensors
-from .finite import check_finite
+from .finite import check_finite, is_finite, require_finite_result
 from .layer import named, read_experts
 from .plan import LAYER, Plan, zero_items
 from .state import State
@@ -75,6 +76,8 @@ class LayerMaker:
     def expert(self, layer: int, expert: int, projection: str) -> torch.Tensor:
         if self.latest != (layer, expert):
             self.made, self.latest = self.get(layer).expert(expert), (layer, expert)
+            named = {f"expert {expert} {name}": tensor for name, tensor in self.made.items()}
+            require_finite_result(layer, named, self.plan.recipe)
         return self.made[projection]
 
     def items(self, layer: int) -> list[Item]:
@@ -111,6 +114,7 @@ class LayerMaker:
                 plan.recipe.seed,
             )
         self.routers = router_tensors(plan.recipe, merged.router, norm, plan.config())
+        require_finite_result(layer, {"router": merged.router, **self.routers}, plan.recipe)
         record = {
             "layer": layer,
             **merged.record,
@@ -176,13 +180,16 @@ def reexpressed(plan: Plan, items: list[Item], reader: Reader) -> list[Item]:
         renamed = replace(item, name=form.rename(item.name))
         if form.doubled(item.name):
             assert isinstance(item.source, TensorSpan)
-            renamed = replace(renamed, source=partial(_twice, reader, item.source))
+            renamed = replace(renamed, source=partial(_twice, reader, item.name, item.source))
         result.append(renamed)
     return result
 
 
-def _twice(reader: Reader, span: TensorSpan) -> torch.Tensor:
-    return reader.read(span) * 2
+def _twice(reader: Reader, name: str, span: TensorSpan) -> torch.Tensor:
+    doubled = reader.read(span) * 2
+    if not is_finite(doubled):
+        raise FamilyError(f"--export-as writes twice {name}, which is infinite in {span.dtype}; convert it to bfloat16")
+    return doubled
 
 
 def natural(name: str) -> tuple[tuple[bool, int, str], ...]:

@@ -25,11 +25,20 @@ from ..merging.record import cosines
 from ..recipe import Recipe
 from .added import kronecker_tensors, router_tensors
 from .blocks import Blocks, block_tensors
-from .finite import check_finite
+from .finite import check_finite, require_finite_result
 from .on_text import Heard, Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
 from .state import State, Stream
-from .walk import Advance, carried_items, carry_over, packs_of_added, propagation_of, shard_names, write_added
+from .walk import (
+    Advance,
+    carried_items,
+    carry_over,
+    packs_of_added,
+    propagation_of,
+    shard_names,
+    stored_base,
+    write_added,
+)
 
 
 @dataclass(frozen=True)
@@ -69,6 +78,7 @@ def keep_layers(
         norm = source.read(source.family.router_norm(layer))
         routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids)
         made = replace(made, tensors=made.tensors | routers)
+        require_finite_result(layer, made.tensors, recipe)
         wanted = mixture.output(heard.text.inputs, heard.text.routing)
         with blocks.filled(layer, block_tensors(mixture.experts, mixture.router, made.tensors), recipe.device) as block:
             output = blocks.output(block, heard.text.inputs, text.ids)
@@ -105,9 +115,11 @@ def _keep(
     if recipe.has_base:
         if walk is None:
             walk = Walk(own_base(recipe.base, experts, partial(source.shared, heard.layer), source.shape.width))
+        else:
+            require_finite_result(heard.layer, stored_base(walk, dtype), recipe)
         position = source.shape.layers.index(heard.layer)
+        tensors |= stored_base(walk, dtype)
         step = propagate(experts, walk, propagation_of(recipe), position)
-        tensors |= {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
         record["games"], alike, walk = step.record, step.cosines, step.walk
     else:
         nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}

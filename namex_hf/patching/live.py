@@ -20,13 +20,14 @@ from ..recipe import Recipe
 from .added import block_name, by_decoder_layer, kronecker_tensors, patched_config, router_tensors
 from .budget import spend
 from .calibrated import shrink_layers
+from .finite import require_finite_result
 from .grouped import combination_of
 from .kept import keep_layers, reorder
 from .on_text import Source
 from .plan import check_fit
 from .text import text_for
 from .threads import shared_out
-from .walk import propagation_of
+from .walk import propagation_of, stored_base
 
 
 @torch.no_grad()
@@ -99,8 +100,11 @@ def _keep(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
         if recipe.has_base:
             if walk is None:
                 walk = Walk(own_base(recipe.base, experts, partial(_shared, block, family), shape.width))
-            added[layer] |= {f"base.{name}": walk.base[name].to(experts[name].dtype) for name in PROJECTIONS}
+            else:
+                require_finite_result(layer, stored_base(walk, experts["gate_proj"].dtype), recipe)
+            added[layer] |= stored_base(walk, experts["gate_proj"].dtype)
             walk = propagate(experts, walk, choice, position).walk
+        require_finite_result(layer, added[layer], recipe)
     if recipe.own_class:
         patch_classes(model, recipe.to_dict())
         for layer, tensors in added.items():
@@ -124,6 +128,8 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
             recipe.seed,
         )
         experts = [merged.expert(index) for index in range(recipe.experts)]
+        for index, one in enumerate(experts):
+            require_finite_result(layer, {f"expert {index} {name}": one[name] for name in PROJECTIONS}, recipe)
         _replace(block, {name: torch.stack([one[name] for one in experts]) for name in PROJECTIONS}, merged.router)
         added[layer] = router_tensors(recipe, merged.router, _norm(model, layer), patched)
     _finish_grouped(model, family, shape, recipe, added)

@@ -20,7 +20,7 @@ from ..checkpoint.identity import hash_weights
 from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
-from ..errors import CheckpointError, FamilyError, OutputError
+from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, found, write_text
 from ..models import remote_code
 from ..recipe import Recipe
@@ -105,7 +105,7 @@ def run_plan(
                 with shared_out():
                     weight_map = patch(plan, out, state, advance)
             plan.checkpoint.identity.settle()
-        except (CheckpointError, FamilyError):
+        except (CheckpointError, FamilyError, RecipeError):
             folder.remove()
             raise
         shards = _settled(plan, state, out, earlier)

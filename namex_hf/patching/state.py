@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ..checkpoint.header import read_metadata
-from ..checkpoint.identity import DIGESTS, Identity, combined, hash_weights
+from ..checkpoint.identity import DIGESTS, HEADER, Identity, combined, hash_header, hash_weights
 from ..checkpoint.shard import write_tensors
 from ..errors import CheckpointError
 from ..files import HASH, hash_bytes, read_checked, write_checked
@@ -80,7 +80,10 @@ class State:
         if path.stat().st_size != listed["bytes"]:
             return True
         try:
-            return HASH in listed and hash_weights(path) != listed[HASH]
+            if HASH in listed:
+                return hash_weights(path) != listed[HASH]
+            source = self.identity.weights[listed["copy_of"]]  # compared when the hash of the source is known
+            return hash_header(path) != self.identity.digests.read(source, HEADER)
         except CheckpointError:
             return True
 

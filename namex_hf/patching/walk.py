@@ -8,6 +8,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
+
 from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
@@ -17,7 +19,7 @@ from ..merging.propagation import Propagation, Walk, propagate
 from ..merging.weightings import Bargain
 from ..recipe import Recipe
 from .added import KINDS, kronecker_tensors, router_tensors
-from .finite import check_finite
+from .finite import check_finite, require_finite_result
 from .layer import named, read_experts, read_shared
 from .plan import Plan
 from .state import State
@@ -113,13 +115,21 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
                     if walk is None:
                         shared = partial(read_shared, plan, reader, layer)
                         walk = Walk(own_base(recipe.base, experts, shared, plan.shape.width))
+                    else:
+                        require_finite_result(layer, stored_base(walk, dtype), recipe)
+                    stored |= stored_base(walk, dtype)
                     step = propagate(experts, walk, choice, place)
-                stored |= {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
                 stored["cosines"], record["games"], walk = step.cosines, step.record, step.walk
+            require_finite_result(layer, stored, recipe)
             record |= {"seconds": round(time.perf_counter() - start, 4), "bytes": plan.layer_bytes(layer)}
             state.save_layer(layer, stored, record)
             state.save_walk(place + 1, walk)
             advance(f"layer {layer}", plan.layer_bytes(layer))
+
+
+def stored_base(walk: Walk, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The base expert of a layer, as the result holds it."""
+    return {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
 
 
 def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int]], names: list[str]) -> None:

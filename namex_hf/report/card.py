@@ -13,6 +13,13 @@ from .report import Report, layer_table
 PAPER = "Nguyen et al., *Expert Merging in Sparse Mixture of Experts with Nash Bargaining*"
 
 
+def _title(report: Report, folder: Path | None) -> str:
+    name = report.source["name"]
+    if name is None:
+        return "A model" if folder is None else folder.resolve().name
+    return str(name.rsplit("/", 1)[-1])
+
+
 def card(report: Report, config: dict[str, Any], folder: Path | None = None, source: Path | None = None) -> str:
     """Markdown with the Hub's metadata block on top. What a checkpoint says of itself is escaped.
 
@@ -21,7 +28,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         folder: the finished folder, looked at for pictures, tokenizer, licence and the scores item by item.
         source: the folder that it was made of, looked at for licence, languages and tags.
     """
-    recipe = report.run["recipe"]
+    recipe, made = report.run["recipe"], "Report rebuilt" if report.run.get("rebuilt") else "Made"
     data = metadata(report, source, folder).to_dict()
     titles, rows = layer_table(report, "seconds")
     lines = [
@@ -29,7 +36,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         as_yaml(data),
         "---",
         "",
-        f"# {plain(report.source['name'].rsplit('/', 1)[-1])}, patched by namex_hf",
+        f"# {plain(_title(report, folder))}, patched by namex_hf",
         "",
         *story_lines(report),
         "",
@@ -54,7 +61,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         "",
         *limit_lines(report, data),
         "",
-        f"Made with `namex_hf` {plain(report.versions['namex_hf'])}; method: {PAPER}. Details in `{REPORT}`.",
+        f"{made} with `namex_hf` {plain(report.versions['namex_hf'])}; method: {PAPER}. Details in `{REPORT}`.",
         "",
     ]
     return "\n".join(lines)

@@ -11,7 +11,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.companions import companions, is_inside, is_licence
-from ..files import open_regular, parse_yaml
+from ..files import open_regular
+from ..plain_yaml import parse_yaml
 from .card_text import one_line
 from .report import Report
 

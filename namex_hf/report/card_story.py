@@ -67,6 +67,8 @@ def _how(recipe: dict[str, Any]) -> str:
 
 def _source(report: Report) -> str:
     name, commit = report.source["name"], report.source["commit"]
+    if name is None:
+        return "a model that is not known"
     if commit is None:
         return f"**{plain(name) or 'a model'}** (a local copy; its hash is in `{REPORT}`)"
     address = f"https://huggingface.co/{quote(name)}/tree/{quote(commit, safe='')}"
@@ -115,6 +117,11 @@ def limit_lines(report: Report, licence: dict[str, Any]) -> list[str]:
     """What is not known and what to look out for."""
     recipe = report.run["recipe"]
     limits = []
+    if report.run.get("rebuilt"):
+        limits.append(
+            f"Another program saved these weights. `{REPORT}` was rebuilt from the recipe in `config.json` and from "
+            "the tensors. The source, and what the model was trained on, are not recorded."
+        )
     if not report.perplexity and not (report.training or {}).get("scores"):
         limits.append("How well it does was not measured when this was written.")
     elif report.perplexity:

@@ -15,6 +15,7 @@ from ..errors import CheckpointError
 from ..families import PROJECTIONS, Family, MoeShape, original_family
 from ..files import REPORT, STATISTICS, found, read_json
 from ..recipe import Recipe
+from .rebuild import has_recipe_alone, rebuild
 from .report import Report
 
 ACCEPTED = "accepted: a finished folder of namex-patch or sft_smoltalk.py"
@@ -81,7 +82,7 @@ class PatchedFolder:
 
 
 def open_patched(path: Path) -> PatchedFolder:
-    """Read the report, the statistics and all headers of a patched folder.
+    """Read the report, the statistics and all headers of a patched folder; where there is no report, rebuild it.
 
     Raises:
         CheckpointError, FamilyError, RecipeError: it is none, or damaged; one line that names the file.
@@ -89,7 +90,7 @@ def open_patched(path: Path) -> PatchedFolder:
     config = read_json(path / "config.json")
     if not isinstance(config.get("namex"), dict):
         raise CheckpointError(f"{path}: config.json has no recipe under 'namex'; {ACCEPTED}")
-    report = Report.from_file(found(path, REPORT))
+    report = rebuild(path) if has_recipe_alone(path) else Report.from_file(found(path, REPORT))
     check_whole(path)
     checkpoint = open_checkpoint(path)
     family = original_family(config)

@@ -44,7 +44,7 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
         recipe_text: the recipe as YAML.
         pictures: with at least one element, or none: the page then says so.
     """
-    recipe, name = report.run["recipe"], str(report.source["name"])
+    recipe, name = report.run["recipe"], str(report.source["name"] or "a model of unknown source")
     title = f"{name}, patched by namex_hf"
     what = "the sparse original" if recipe.get("method") == "smoe" else WORDS.get(recipe.get("merge"), "")
     words = f"{recipe.get('method')}, {recipe.get('merge')}, {recipe.get('routing')} routing: {what}."

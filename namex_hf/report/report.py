@@ -45,7 +45,7 @@ class Report:
         try:
             report = cls(**values)
             _ = [(record["layer"], record["games"], record["seconds"]) for record in report.layers]
-            _ = (report.run["recipe"]["merge"], report.source["name"], report.totals["bytes_out"])
+            _ = (report.run["recipe"]["merge"], report.source["name"], report.totals["seconds"])
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path} is no report of namex_hf ({error})") from error
         return report

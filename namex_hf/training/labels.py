@@ -82,8 +82,14 @@ def labelled(chats: Chats, tokenizer: Any, arguments: SFTConfig) -> Labelled:
                 f"{arguments.max_length}; accepted: a larger one, or shorter chats"
             )
     return Labelled(
-        *(_with_answer(train, answers), _with_answer(held_out, held_answers)),
-        *(lengths, answers, int((held_answers == 0).sum()), arguments.max_length, _loses(arguments), unread),
+        _with_answer(train, answers),
+        _with_answer(held_out, held_answers),
+        lengths,
+        answers,
+        int((held_answers == 0).sum()),
+        arguments.max_length,
+        _loses(arguments),
+        unread,
     )
 
 

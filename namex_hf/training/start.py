@@ -126,7 +126,8 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
         TrainingError: a recipe for what is patched already.
     """
     checkpoint = resolve(name, revision, original_family)
-    check_whole(checkpoint.folder)
+    if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
+        check_whole(checkpoint.folder)
     found = checkpoint.config.get("namex")
     if patched := isinstance(found, dict):
         if recipe is not None:

@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -130,6 +131,39 @@ def refused(plan: Plan, out: Path) -> str:
         compare(plan, out, How(), quiet)
     assert found() == before
     return str(error.value)
+
+
+def test_a_source_that_changed_in_place(few: Settings, tmp_path: Path):
+    """Touched: known. A damaged cell: measured again. Other bytes: refused, and measured anew with ``overwrite``."""
+    source, out = Path(shutil.copytree(resolve(SOURCE).folder, tmp_path / "source")), tmp_path / "out"
+
+    def plan() -> Plan:
+        return make_plan_of(resolve(source), few, [])
+
+    first = compare(plan(), out, How(), quiet)
+    for path in source.iterdir():
+        path.touch()
+    heard = Heard()
+    assert compare(plan(), out, How(), heard).original == first.original
+    assert heard == [(ORIGINAL, KNOWN), (FLOOR, KNOWN)]
+    for path in (out / "cells").iterdir():
+        path.write_text(path.read_text().replace(".", ".1", 1))
+    heard = Heard()
+    again = compare(plan(), out, How(), heard)
+    assert heard == [(ORIGINAL, BEGINS), (FLOOR, BEGINS)]
+    assert again.original["losses"] == first.original["losses"]
+    for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
+        data = (source / name).read_bytes()
+        (source / name).write_bytes(data + b"\n" if name.endswith(".json") else data[:-1] + b"?")
+        assert refused(plan(), out).endswith(f"another source; use --overwrite or another folder ({name}: other bytes)")
+        if name != "model.safetensors":
+            (source / name).write_bytes(data)
+    heard = Heard()
+    compare(plan(), out, How(overwrite=True), heard)
+    assert heard == [(ORIGINAL, BEGINS), (FLOOR, BEGINS)]
+    heard = Heard()
+    compare(plan(), out, How(overwrite=True), heard)
+    assert heard == [(ORIGINAL, BEGINS), (FLOOR, BEGINS)]
 
 
 def test_folders_that_are_refused(few: Settings, tmp_path: Path):

@@ -14,6 +14,7 @@ from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.training.bargain import distance, rebargain
 from namex_hf.training.gathered import base_of
+from namex_hf.training.trainer import last_checkpoint
 
 
 def weights(folder: Path) -> bytes:
@@ -126,6 +127,62 @@ def test_killed_and_continued(plain, start, run, tmp_path, moment):
     assert "going on from checkpoint-" in ended.said
     assert ended.losses == plain.losses
     assert weights(out) == weights(plain.out)
+
+
+def test_a_source_that_changed_in_place(run, tmp_path):
+    """Touched: complete. Other bytes, of weights or of the chat template: refused, and tuned anew with --overwrite."""
+    source = Path(shutil.copytree(PACKAGED / "tiny", tmp_path / "source"))
+    template = tmp_path / "template.jinja"
+    template.write_text((source / "chat_template.jinja").read_text())
+    short = {"model_name_or_path": str(source), "max_steps": 1, "scores": ["none"]}
+    short["chat_template_path"] = str(template)
+    first = run(tmp_path / "out", **short)
+    assert first.code == 0, first.said
+    before = weights(first.out)
+    assert all(len(found["xxh3_128"]) == 32 for found in first.report["run"]["files"].values())
+    for path in (*source.iterdir(), template):
+        path.touch()
+    assert "is complete" in run(tmp_path / "out", **short).said
+    for path, what in (
+        (source / "chat_template.jinja", "source"),
+        (template, "training"),
+        (source / "model.safetensors", "source"),
+    ):
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + b"?" if path.suffix == ".safetensors" else data + b"{# #}")
+        refused = run(tmp_path / "out", **short)
+        assert refused.code == 2
+        assert f"belongs to a run with another {what}; use --overwrite" in refused.said
+        if path.suffix != ".safetensors":
+            path.write_bytes(data)
+    anew = run(tmp_path / "out", "--overwrite", **short)
+    assert anew.code == 0, anew.said
+    assert "is complete" not in anew.said
+    assert weights(anew.out) != before
+
+
+def test_a_damaged_folder_is_saved_again_from_the_last_checkpoint(plain, run, tmp_path):
+    out = Path(shutil.copytree(plain.out, tmp_path / "out"))
+    before = weights(out)
+    (out / "model.safetensors").unlink()
+    (out / "namex/recipe.yaml").write_text("")
+    again = run(out)
+    assert again.code == 0, again.said
+    assert "going on from checkpoint-5" in again.said
+    assert weights(out) == before
+    assert (out / "namex/recipe.yaml").read_text() == (plain.out / "namex/recipe.yaml").read_text()
+    assert again.losses == plain.losses
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.pt", "trainer_state.json", "namex_seal.json"])
+def test_a_damaged_checkpoint_is_passed_over(plain, tmp_path, name):
+    for damage in (b"", b"garbage", None):
+        folder = Path(shutil.copytree(plain.out, tmp_path / repr(damage)))
+        assert last_checkpoint(folder) == str(folder / "checkpoint-5")
+        data = bytearray((folder / "checkpoint-5" / name).read_bytes())
+        data[len(data) // 2] ^= 1
+        (folder / "checkpoint-5" / name).write_bytes(bytes(data) if damage is None else damage)
+        assert last_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
 def test_soft_with_a_trainable_curvature_from_a_patched_folder(run, tmp_path):

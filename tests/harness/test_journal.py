@@ -37,6 +37,20 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path, cut_off: int) -> N
     assert path.read_bytes() == whole
 
 
+@pytest.mark.parametrize("entry", [1, 2, 3])
+def test_a_line_with_a_flipped_bit_is_dropped_with_all_after_it(tmp_path: Path, entry: int) -> None:
+    with Journal(tmp_path, RUN) as journal:
+        for number in range(3):
+            journal.add({f"k{number}": number})
+    path = tmp_path / "answers-0.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[entry] = lines[entry].replace(b'answer": ', b'answer": 4')
+    path.write_bytes(b"".join(lines))
+    with Journal(tmp_path, RUN) as journal:
+        assert [f"k{number}" in journal for number in range(3)] == [number + 1 < entry for number in range(3)]
+    assert path.read_bytes() == b"".join(lines[:entry])
+
+
 def test_all_processes_answers_are_read_and_ones_own_written(tmp_path: Path) -> None:
     with Journal(tmp_path, RUN, rank=0) as journal:
         journal.add({"k": 1})

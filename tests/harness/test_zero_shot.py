@@ -9,6 +9,8 @@ import pytest
 from huggingface_hub import ModelCardData
 
 from namex_hf import Recipe, patch_checkpoint
+from namex_hf.checkpoint.resolve import PACKAGED
+from namex_hf.harness.candidates import candidates
 from namex_hf.harness.report import ZeroShotReport, eval_results
 from namex_hf.scoring.arithmetic import held_out_problems
 
@@ -107,6 +109,59 @@ def test_a_patched_folder_is_compared_with_the_model_it_was_made_of(zero_shot: C
     assert report.model("patched").recipe is not None
     assert report.model("patched").recipe["method"] == "namex-full"
     assert all((score.difference is not None) == (score.model == "patched") for score in report.scores)
+
+
+def test_a_result_of_a_result_is_compared_with_that(zero_shot: Command, tmp_path: Path) -> None:
+    """Also beside the first model, and beside one of the same structure and other bytes."""
+    patch_checkpoint("tiny", tmp_path / "g12", Recipe(merge="grouped", experts=12))
+    patch_checkpoint(tmp_path / "g12", tmp_path / "g8", Recipe(merge="grouped", experts=8))
+    patch_checkpoint("tiny", tmp_path / "other", Recipe(merge="grouped", experts=12, method="ep-camex"))
+    rows = candidates([str(tmp_path / name) for name in ("g12", "g8", "other")] + ["tiny"], [])
+    assert {row.label: row.original for row in rows} == {"g12": "tiny", "g8": "g12", "other": "tiny", "tiny": None}
+    answer = zero_shot(
+        *("--models", tmp_path / "other", tmp_path / "g12", tmp_path / "g8", "--tasks", "namex_sums", "--limit", "3"),
+        *("--output_path", tmp_path / "o"),
+    )
+    assert answer.status == 0, answer.err
+    report = ZeroShotReport.from_json((tmp_path / "o" / "report.json").read_text())
+    assert {model.label: model.original for model in report.models} == {"other": None, "g12": None, "g8": "g12"}
+    assert all((score.difference is not None) == (score.model == "g8") for score in report.scores)
+
+
+def test_a_model_that_changed_in_place_is_scored_no_old_scores(zero_shot: Command, tmp_path: Path) -> None:
+    source = Path(shutil.copytree(PACKAGED / "tiny", tmp_path / "source"))
+    command = ("--models", source, "--tasks", "namex_definitions", "--limit", "4", "--output_path", tmp_path / "o")
+    assert zero_shot(*command).status == 0
+    results = tmp_path / "o/source/namex_definitions/results.json"
+    first = results.read_bytes()
+    for path in source.iterdir():
+        path.touch()
+    assert zero_shot(*command).status == 0
+    assert results.read_bytes() == first
+    for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja", "model.safetensors"):
+        data = (source / name).read_bytes()
+        (source / name).write_bytes(data[:-1] + b"?" if name.endswith(".safetensors") else data + b" ")
+        answer = zero_shot(*command)
+        assert answer.status == 2, name
+        assert "is of a run with another source; use --overwrite or another --output_path" in answer.err
+        assert results.read_bytes() == first
+        (source / name).write_bytes(data)
+    assert zero_shot(*command).status == 0
+    assert results.read_bytes() == first
+
+
+@pytest.mark.parametrize("name", ["results.json", "samples_namex_sums.jsonl"])
+def test_damaged_results_are_made_again(scored: Path, zero_shot: Command, name: str) -> None:
+    """Of the answers in the journal, so that they are the same."""
+    path = scored / "tiny" / "namex_sums" / name
+    whole = path.read_bytes()
+    score = json.loads((path.parent / "results.json").read_text())["results"]
+    arguments = ("--models", "tiny", "--tasks", "namex_sums", "--limit", "4", "--output_path", scored)
+    for damaged in (b"", whole[:-20], b"garbage", whole.replace(b"1", b"2", 1)):
+        path.write_bytes(damaged)
+        assert zero_shot(*arguments).status == 0
+        assert json.loads((path.parent / "results.json").read_text())["results"] == score
+    assert said(scored / "tiny", "namex_sums") == said(scored / "tiny+smoe", "namex_sums")
 
 
 def test_the_official_gsm8k_reads_a_local_copy(zero_shot: Command, tmp_path: Path) -> None:

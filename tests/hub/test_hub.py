@@ -159,6 +159,81 @@ def test_an_index_and_its_shards(hub: Hub, publish: Publish, online: Command, tm
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) == 3
 
 
+@pytest.mark.parametrize("name", ["weights-0000{}-of-00002.safetensors", "mtp[{}].safetensors"])
+def test_files_that_the_index_names_otherwise(
+    hub: Hub, publish: Publish, online: Command, tmp_path: Path, name: str
+) -> None:
+    """Fetched whatever their names; what lies beside them is not."""
+    repository = f"me/other-{name[:3]}"
+    publish(repository)
+    folder = hub.folders[repository]
+    tensors = load_file(folder / "model.safetensors")
+    index = {tensor: name.format(1 + number % 2) for number, tensor in enumerate(sorted(tensors))}
+    for file in set(index.values()):
+        save_file({one: tensors[one] for one in tensors if index[one] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors").rename(folder / "other.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    dry = online("namex-patch", repository, "--out", tmp_path / "out", "--dry-run")
+    assert dry.status == 0, dry
+    answer = online("namex-patch", repository, "--out", tmp_path / "out", "--quiet")
+    assert answer == (0, "", "")
+    assert hub.sent("other.safetensors") == 0
+    patch_checkpoint(folder, tmp_path / "local")
+    for file in (tmp_path / "local").glob("*.safetensors"):
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes()
+    (folder / name.format(2)).unlink()
+    hub.pushes[repository] = 1  # another commit
+    for flags in (("--dry-run",), ("--quiet",)):
+        missing = online("namex-patch", repository, "--out", tmp_path / "missing", *flags)
+        assert_refused(missing, f"names {name.format(2)}, which the repository does not have")
+
+
+def test_what_is_carried_is_said_and_fetched(hub: Hub, publish: Publish, online: Command, tmp_path: Path) -> None:
+    publish("me/more")
+    folder = hub.folders["me/more"]
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates/tool_use.jinja").write_text("{{ 'T' }}")
+    (folder / "License.txt").write_text("MIT License")
+    for name in ("tokenizer.pkl", "LICENSE.sh", "license-list/a.txt", "tokenizer.json.exe"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    dry = online("namex-patch", "me/more", "--out", tmp_path / "out", "--dry-run")
+    said = dry.out.split("files carried over")[1]
+    for name in ("License.txt", "tool_use.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert name in said
+    assert "none" not in said
+    assert online("namex-patch", "me/more", "--out", tmp_path / "out", "--quiet").status == 0
+    assert (tmp_path / "out/additional_chat_templates/tool_use.jinja").read_text() == "{{ 'T' }}"
+    assert (tmp_path / "out/License.txt").read_text() == "MIT License"
+    left = ("tokenizer.pkl", "LICENSE.sh", "license-list/a.txt", "tokenizer.json.exe")
+    assert not [name for name in left if (tmp_path / "out" / name).exists() or hub.sent(name)]
+
+
+def test_what_is_scored_is_fetched_alike(hub: Hub, publish: Publish, online: Command, model: Path, tmp_path: Path):
+    """`eval/zero_shot.py` takes any family, patched or not, with the report of a patched one."""
+    patch_checkpoint(model, tmp_path / "out")
+    (tmp_path / "out" / "training_args.bin").write_bytes(b"a pickle")
+    hub.add("me/scored", tmp_path / "out")
+    files = online("scored", "me/scored").out.split()
+    assert {"config.json", "namex/report.json", "tokenizer.json", "model.safetensors.index.json"} <= set(files)
+    assert not {"training_args.bin", "namex/statistics.safetensors"} & set(files)
+    answer = online("scored", "me/none")
+    assert answer.status == 2
+    assert "me/none is no model of the Hub" in answer.err
+
+
+def test_an_empty_cache(hub: Hub, publish: Publish, home: Path, tmp_path: Path) -> None:
+    """With the configuration alone, or with a shard that is missing: no word of pickle files."""
+    publish("me/empty")
+    with child(tmp_path / "home", HF_ENDPOINT=hub.url) as run:
+        assert run("namex-inspect", "me/empty").status == 0
+    with child(tmp_path / "home", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1") as run:
+        for command in (("namex-inspect",), ("namex-patch", "--out", tmp_path / "out")):
+            answer = run(*command, "me/empty")
+            assert_refused(answer, "me/empty: its weights are not in the local cache", "no network?")
+            assert "pickle" not in answer.err
+
+
 def test_without_a_network(tmp_path: Path, hub: Hub, publish: Publish, online: Command, home: Path):
     """What is in the cache is patched all the same; what is not is answered in a line."""
     publish("me/cached")

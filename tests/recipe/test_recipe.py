@@ -677,7 +677,7 @@ def test_keywords_go_before_the_file(tmp_path: Path):
         ("grouped", "str"),
         ("merge: [", "cannot be read"),
         ("merge: \tgrouped: x", "cannot be read"),
-        ("seed: 2001-99-99", "cannot be read"),
+        ("seed: 1\nseed: 1", "'seed' is there twice"),
         ("!!python/object:os.system {}", "cannot be read"),
         ("? [a]\n: b", "cannot be read"),
     ],
@@ -766,3 +766,92 @@ def test_the_docs_print_the_fields_and_the_validity_table():
             assert f"`{choice}`" in page
     for rule in RULES:
         assert f"| {rule.message} |" in page
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "seed: 12:30:45",
+        "seed: 010",
+        "seed: 0o10",
+        "seed: 0x10",
+        "seed: 0b10",
+        "seed: 1_000",
+        "seed: 2001-01-01",
+        "seed: yes",
+        "seed: true",
+        "every: 1.0",
+        "gamma: 1:30",
+        "gamma: 1_0.5",
+        "gamma: .inf",
+        "gamma: .nan",
+        "gamma: on",
+    ],
+)
+def test_scalars_that_are_no_number(tmp_path: Path, text: str):
+    """YAML 1.1 reads 45045, 8, 1000, true ... here."""
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    name = text.split(":")[0]
+    with pytest.raises(RecipeError, match=f"recipe field '{name}' is .*accepted: a finite") as error:
+        Recipe.from_yaml(file)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("gamma: 5e-1", {"gamma": 0.5}),
+        ("gamma: .5", {"gamma": 0.5}),
+        ("gamma: 1", {"gamma": 1}),
+        ("seed: +7", {"seed": 7}),
+        ("seed: -7", {"seed": -7}),
+        ("seed: 0", {"seed": 0}),
+        ("experts: null", {"experts": None}),
+        ("experts:", {"experts": None}),
+        ("calibration_data: no", {"calibration_data": "no"}),
+        ("calibration_data: 2024-05-01", {"calibration_data": "2024-05-01"}),
+        ("calibration_data: 'true'", {"calibration_data": "true"}),
+        ("beta: 0.9,0.2618", {"beta": "0.9,0.2618"}),
+        ("base: index:3", {"base": "index:3"}),
+        ("", {}),
+    ],
+)
+def test_scalars_are_what_they_look_like(tmp_path: Path, text: str, expected: dict):
+    file = tmp_path / "recipe.yaml"
+    file.write_text(text)
+    found = read_yaml(file)
+    assert found == expected
+    assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
+
+
+SOFT_ = {"merge": "soft", "curvature": "kronecker"}
+FIT_ = {"merge": "grouped", "experts": 4, "fit": "router"}
+
+
+@pytest.mark.parametrize(
+    ("name", "most", "others"),
+    [
+        ("every", 10_000, {}),
+        ("experts", 1 << 20, {"merge": "grouped"}),
+        ("ccp_iterations", 10_000, {"solver": "ccp"}),
+        ("segment", 1 << 31, {"merge": "soft"}),
+        ("top_k", 1 << 20, {"merge": "soft"}),
+        ("fit_steps", 10_000_000, FIT_),
+        ("calibration_tokens", 1 << 40, FIT_),
+        ("rank", 1 << 20, SOFT_),
+    ],
+)
+def test_counts_have_bounds(name: str, most: int, others: dict):
+    assert getattr(Recipe(**{**others, name: most}), name) == most
+    for beyond in (most + 1, 2**78, 0, -(2**78)):
+        with pytest.raises(RecipeError, match=f"'{name}' is {beyond}; accepted: a whole number from 1 to {most}"):
+            Recipe(**{**others, name: beyond})
+
+
+@pytest.mark.parametrize(("name", "others"), [("gamma", {}), ("eta", {"merge": "soft"}), ("ridge", {**FIT_})])
+def test_factors_have_bounds(name: str, others: dict):
+    assert getattr(Recipe(**{**others, name: 1e6}), name) == 1e6
+    for beyond in (1.1e6, 1e300, 2**78, 0, -1):
+        with pytest.raises(RecipeError, match=f"'{name}' is .*; accepted: a number above 0, up to 1e"):
+            Recipe(**{**others, name: beyond})

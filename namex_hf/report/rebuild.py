@@ -1,0 +1,92 @@
+"""The report of a patched model that another training loop has saved: the recipe is in its configuration, no more."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.bytes import Reader
+from ..checkpoint.folder import list_files
+from ..checkpoint.layout import per_expert
+from ..checkpoint.shard import write_index, write_tensors
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..errors import CheckpointError
+from ..families import PROJECTIONS, original_family
+from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, found, read_text, write_text
+from ..merging.experts import NotFiniteError
+from ..merging.propagation import Walk, propagate
+from ..patching.walk import propagation_of
+from ..recipe import Recipe
+from .card import card
+from .report import Report
+
+UNKNOWN = dict.fromkeys(("name", "commit", "fingerprint", "bytes", "patched"))
+"""Of the source: nothing that such a folder holds tells it."""
+
+
+def has_recipe_alone(path: Path) -> bool:
+    """Whether a patched model lies there without its report."""
+    if found(path, REPORT).exists() or not (path / CONFIG).is_file():
+        return False
+    return isinstance(open_checkpoint(path).config.get("namex"), dict)
+
+
+def rebuild(path: Path) -> Report:
+    """Write report, statistics and recipe, and card and index where they are missing; returns the report.
+
+    The games are played around the base experts as they are, as they are after training by `namex_hf` itself. What only
+    the training loop knew (source, data, steps) is null.
+
+    Memory: one layer's experts in their own dtype, its base, and chunks in float32.
+
+    Raises:
+        CheckpointError, FamilyError, RecipeError: the folder is damaged.
+        OSError: it cannot be written to.
+    """
+    checkpoint = open_checkpoint(path)
+    recipe = Recipe.from_dict(checkpoint.config["namex"])
+    layers, cosines = _layers(checkpoint, recipe) if recipe.has_base else ([], {})
+    report = Report(
+        run={"recipe": recipe.to_dict(), "rebuilt": True},
+        source=UNKNOWN,
+        family=str(checkpoint.config.get("model_type")),
+        layers=layers,
+        totals={"seconds": None, "bytes_out": checkpoint.size},
+    )
+    if (path / SINGLE).is_file() and not (path / INDEX).exists():
+        write_index(path, dict.fromkeys(checkpoint.spans, SINGLE), checkpoint.size)
+    if cosines:
+        write_tensors(path / STATISTICS, cosines, {"format": "pt"})
+    write_text(path / RECIPE, recipe.to_yaml())
+    if not (path / CARD).exists():
+        write_text(path / CARD, card(report, checkpoint.config, path))
+    own = {CONFIG, INDEX, RECIPE, STATISTICS, *(shard.name for shard in checkpoint.shards)}
+    listed = list_files(path, read_text(path / CONFIG), {})
+    report = replace(report, files={name: one for name, one in listed.items() if name in own})
+    write_text(path / REPORT, report.to_json())
+    return report
+
+
+@torch.no_grad()
+def _layers(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+    """Records of the MoE layers as a report has them, and what `STATISTICS` holds."""
+    family = original_family(checkpoint.config)
+    shape, choice = family.shape(checkpoint.config), propagation_of(recipe)
+    spans = per_expert(checkpoint, family, shape)
+    layers, cosines = [], {}
+    with Reader() as reader:
+        for position, layer in enumerate(shape.layers):
+            experts = {
+                name: torch.stack([reader.read(spans[family.expert(layer, e, name)]) for e in range(shape.experts)])
+                for name in PROJECTIONS
+            }
+            base = {name: reader.read(spans[family.added(layer, "base", name)]).float() for name in PROJECTIONS}
+            try:
+                step = propagate(experts, Walk(base), choice, position)
+            except NotFiniteError as error:
+                raise CheckpointError(f"{checkpoint.name}: layer {layer}, {error}") from error
+            layers.append({"layer": layer, "games": step.record, "drift": None, "seconds": None})
+            cosines[f"layers.{layer}.cosines"] = step.cosines.contiguous()
+            del experts, base, step  # before the next layer is read
+    return layers, cosines
