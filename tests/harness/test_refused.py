@@ -51,6 +51,8 @@ def copied(tmp_path: Path, **changes: object) -> Path:
         (("--text", "nowhere.txt"), "--text nowhere.txt cannot be read (No such file or directory)"),
         (("--limit", "0"), "argument --limit: '0'; accepted: a whole number from 1"),
         (("--batch_size", "many"), "argument --batch_size/--batch-size: 'many'; accepted: a whole number from 1"),
+        (("--seed", "4294967296"), "argument --seed: '4294967296'; accepted: a whole number from 0 to 4294967295"),
+        (("--limit", 5000 * "9"), "accepted: a whole number from 1"),
         (("--num_fewshot", "-1"), "accepted: a whole number from 0"),
         (("--models", "tiny", "--revision", "main"), "--revision main belongs to a Hub id; tiny is a local folder"),
         (("--models", "me/nothing"), "me/nothing"),
