@@ -160,18 +160,16 @@ def test_in_a_hub_cache_the_blobs_name_is_the_identity(cached: Path, tmp_path: P
 
 
 def test_a_link_elsewhere_is_no_blob(source: Path, tmp_path: Path) -> None:
-    """Links to a folder of weights: what they point to is known by its bytes."""
-    linked = tmp_path / "linked"
-    linked.mkdir()
-    for path in source.iterdir():
-        if path.suffix == ".safetensors":
-            (linked / path.name).symlink_to(path)
-        else:
-            shutil.copy(path, linked)
-    patch_checkpoint(linked, tmp_path / "out")
-    touch(source)
-    patch_checkpoint(linked, tmp_path / "out")
-    refused(linked, tmp_path / "out", train(source).name)
+    """Links to weights in a folder below: what they point to is known by its bytes."""
+    store = source / "store"
+    store.mkdir()
+    for path in list(source.glob("model*.safetensors")):
+        path.rename(store / path.name)
+        path.symlink_to(Path("store") / path.name)
+    patch_checkpoint(source, tmp_path / "out")
+    touch(store)
+    patch_checkpoint(source, tmp_path / "out")
+    refused(source, tmp_path / "out", train(store).name)
 
 
 # Hashes
