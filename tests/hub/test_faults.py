@@ -138,7 +138,7 @@ PUSH = {
     "full-page": (
         COMMIT,
         Fault(403, b"<h1>Quota exceeded</h1>", HTML),
-        "refused the push to me/push-full-page: 403 Quota",
+        "push to me/push-full-page: 403 Quota",
     ),
     "full-batch": (BATCH, Fault(403, b'{"message": "quota exceeded"}', JSON), "me/push-full-batch: 403 quota exceeded"),
     "full-object": (BATCH, Fault(200, json.dumps(OBJECTS).encode(), JSON), "storage quota is full"),
@@ -156,7 +156,7 @@ PUSH = {
     "conflict": (
         COMMIT,
         Fault(409, said("Conflict"), JSON),
-        "me/push-conflict: 409 Conflict; the same command goes on",
+        "me/push-conflict: 409 Conflict; the same",
     ),
     "create": (
         CREATE,
@@ -171,7 +171,7 @@ PUSH = {
     "bill": (
         COMMIT,
         Fault(402, said("Payment required"), JSON),
-        "the Hub refused the push to me/push-bill: 402 Payment",
+        "refused the push to me/push-bill: 402 Payment",
     ),
     "portal": (EVERY, PORTAL, "answered with a web page: a captive portal, a proxy, or a wrong HF_ENDPOINT?"),
     "redirect": ("^[A-Z]+ (?!/login)", Fault(302, b"", {"Location": "/login"}), "404 EntryNotFound here"),

@@ -47,6 +47,7 @@ def pad_weights(folder: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].repeat(80, 1)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    change_config(folder, vocab_size=len(tensors["model.embed_tokens.weight"]))
 
 
 def test_a_look_fetches_headers_only(hub: Hub, publish: Publish, online: Command, tmp_path: Path):
@@ -207,6 +208,11 @@ def test_what_is_carried_is_said_and_fetched(hub: Hub, publish: Publish, online:
     assert (tmp_path / "out/License.txt").read_text() == "MIT License"
     left = ("tokenizer.pkl", "LICENSE.sh", "license-list/a.txt", "tokenizer.json.exe")
     assert not [name for name in left if (tmp_path / "out" / name).exists() or hub.sent(name)]
+    (folder / "adapter_config.json").write_text("{}")
+    hub.pushes["me/more"] = 1  # another commit
+    for flags in (("--dry-run",), ("--quiet",)):
+        answer = online("namex-patch", "me/more", "--out", tmp_path / "adapted", *flags)
+        assert_refused(answer, "me/more has an adapter beside its weights")
 
 
 def test_what_is_scored_is_fetched_alike(hub: Hub, publish: Publish, online: Command, model: Path, tmp_path: Path):
@@ -222,21 +228,11 @@ def test_what_is_scored_is_fetched_alike(hub: Hub, publish: Publish, online: Com
     assert "me/none is no model of the Hub" in answer.err
 
 
-def test_an_empty_cache(hub: Hub, publish: Publish, home: Path, tmp_path: Path) -> None:
-    """With the configuration alone, or with a shard that is missing: no word of pickle files."""
-    publish("me/empty")
-    with child(tmp_path / "home", HF_ENDPOINT=hub.url) as run:
-        assert run("namex-inspect", "me/empty").status == 0
-    with child(tmp_path / "home", HF_ENDPOINT=hub.url, HF_HUB_OFFLINE="1") as run:
-        for command in (("namex-inspect",), ("namex-patch", "--out", tmp_path / "out")):
-            answer = run(*command, "me/empty")
-            assert_refused(answer, "me/empty: its weights are not in the local cache", "no network?")
-            assert "pickle" not in answer.err
-
-
 def test_without_a_network(tmp_path: Path, hub: Hub, publish: Publish, online: Command, home: Path):
     """What is in the cache is patched all the same; what is not is answered in a line."""
     publish("me/cached")
+    publish("me/empty")
+    assert online("namex-inspect", "me/empty").status == 0  # which leaves the configuration alone in the cache
     assert online("namex-patch", "me/cached", "--out", tmp_path / "first", "--quiet").status == 0
     with child(home, HF_ENDPOINT="http://127.0.0.1:9") as run:
         run("namex-inspect", "nothing")  # by now it has imported what it needs
@@ -251,6 +247,9 @@ def test_without_a_network(tmp_path: Path, hub: Hub, publish: Publish, online: C
         for command in (("namex-inspect",), ("namex-patch", "--out", tmp_path / "out", "--dry-run")):
             assert_refused(run(*command, "me/other"), "me/other", "no network?")
             assert run(*command, "me/cached").status == 0
+            empty = run(*command, "me/empty")
+            assert_refused(empty, "me/empty: its weights are not in the local cache", "no network?")
+            assert "pickle" not in empty.err
         assert run("namex-patch", "me/cached", "--out", tmp_path / "second", "--quiet").status == 0
     assert hub.log == []
     assert not (tmp_path / "out").exists()

@@ -223,6 +223,9 @@ def test_the_licence_is_that_of_the_base_model(hub: Hub, me: Command, model: Pat
 def test_a_token_in_a_file_stays_here(hub: Hub, me: Command, folder: Path):
     (folder / "tokenizer_config.json").write_text(json.dumps({"auth": TOKEN}))
     (folder / "tokenizer.json").unlink()
+    report = json.loads((folder / "namex/report.json").read_text())
+    del report["files"]  # else the missing file is noticed first
+    (folder / "namex/report.json").write_text(json.dumps(report))
     answer = me("namex-push", folder, "--quiet", "--repo", "me/leak")
     assert_refused(answer, "tokenizer_config.json holds the token")
     assert hub.log == []
