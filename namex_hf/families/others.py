@@ -61,7 +61,7 @@ def _check(model: Any, tensors: dict[str, torch.Tensor]) -> None:
         )
     except RuntimeError as error:  # tensors that do not fit together, one of many experts that is missing
         wanted = revert_weight_conversion(model, dict(model.state_dict()))
-        missing = sorted(set(wanted) - set(tensors))
+        missing = sorted(set(wanted) - set(tensors) - set(model.all_tied_weights_keys))
         reason = f"tensor {missing[0]} is missing: no file has it" if missing else str(error)
         raise CheckpointError(f"the tensors do not fit the class {type(model).__name__}: {reason}") from error
     own = {name for name, _ in model.named_parameters()}  # a buffer may be computed, in code that is not known

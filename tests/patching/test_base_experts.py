@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import torch
 from float64_reference import assert_rounded, base_experts
-from odd_checkpoints import PROJECTIONS, read_tensors
+from odd_checkpoints import PROJECTIONS, odd_checkpoint, read_tensors, rewrite_tensors
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
-from namex_hf.errors import RecipeError
+from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.models.modeling_namex_deepseek import SoftDeepseekMoeBlock
 
 ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
@@ -146,3 +146,29 @@ def test_soft_has_the_bases_of_residual_and_its_own_class(odd, tmp_path: Path) -
         for parameter in model.parameters():
             parameter.data = parameter.data.clone()  # out of the file's mapping, whose alignment rounds otherwise
     assert torch.equal(loaded(input_ids=ids).logits, live(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"merge": "soft"}, {"base": "mean", "align": "weights", "merge": "soft"}], ids=str
+)
+def test_a_step_too_wide_for_the_dtype(tmp_path: Path, family: str, fields: dict) -> None:
+    """The source is finite, so the result is, or there is none."""
+    source = odd_checkpoint(tmp_path / "model", family, torch.float16, tokenizer=True)
+    with pytest.raises(RecipeError, match=r"layer [23]: base\.\w+ of the result would hold .*float16.*gamma=100000\.0"):
+        patch_checkpoint(source, tmp_path / "out", Recipe(gamma=1e5, **fields))
+    assert not (tmp_path / "out").exists()
+    model = AutoModelForCausalLM.from_pretrained(source)
+    if "align" not in fields:
+        with pytest.raises(RecipeError, match=r"layer [23]: base\.\w+ .*gamma=100000\.0"):
+            patch_model(model, Recipe(gamma=1e5, **fields))
+
+
+def test_a_sum_too_wide_for_the_dtype(tmp_path: Path) -> None:
+    """The stock Qwen2-MoE form has twice DeepSeek's shared expert."""
+    source = odd_checkpoint(tmp_path / "model", "deepseek", torch.float16, shards=1)
+    name = "model.layers.1.mlp.shared_experts.down_proj.weight"
+    rewrite_tensors(source, lambda tensors: tensors[name].view(-1)[0].fill_(40_000))
+    with pytest.raises(FamilyError, match=f"twice {name}"):
+        patch_checkpoint(source, tmp_path / "out", Recipe(merge="grouped", experts=3), export_as="qwen2_moe")
+    assert not (tmp_path / "out").exists()
