@@ -150,8 +150,8 @@ def main(arguments: list[str]) -> None:
     console = Console(stderr=True, quiet=training.process_index != 0)
     recipe = Recipe.from_yaml(asked.recipe) if asked.recipe else None
     start = start_from(asked.model_name_or_path, asked.model_revision, recipe)
-    if start.left_out:
-        console.print(left_out_line(list(start.left_out)), soft_wrap=True, markup=False)
+    if line := left_out_line(start.left_out):
+        console.print(line, soft_wrap=True, markup=False)
     if asked.compare and start.patched:
         raise TrainingError(f"--compare begins with a stock checkpoint; {start.checkpoint.name} is patched already")
     if start.recipe.method in [COMPARED[name] for name in asked.compare]:

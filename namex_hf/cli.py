@@ -118,8 +118,8 @@ def _patch(options: argparse.Namespace) -> int:
     target = _target(options)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
-    if plan.left_out:
-        console.print(left_out_line(plan.left_out), soft_wrap=True, markup=False)
+    if line := left_out_line(plan.left_out):
+        console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify)
     if options.dry_run:
         # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.

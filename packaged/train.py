@@ -15,6 +15,7 @@ from pathlib import Path
 import corpora
 import data
 import torch
+from save import publish
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
@@ -152,15 +153,6 @@ def train(name: str, work: Path, steps: int, tokens: int, tokenizer: PreTrainedT
     return model
 
 
-def make_plain(folder: Path) -> None:
-    """Leave a folder as a family's stock checkpoint is: without code and without a pointer to code."""
-    config = json.loads((folder / "config.json").read_text())
-    config.pop("auto_map", None)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for path in folder.glob("*.py"):
-        path.unlink()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("name", choices=sorted(SEEDS))
@@ -174,9 +166,8 @@ def main() -> None:
     tokenizer = data.build_tokenizer(arguments.work / "sources", CONTEXT)
     model = train(arguments.name, arguments.work, arguments.steps, arguments.tokens, tokenizer)
     out = arguments.work / arguments.name
-    model.to(torch.bfloat16).save_pretrained(out)
+    publish(model.to(torch.bfloat16), out)
     tokenizer.save_pretrained(out)
-    make_plain(out)
 
 
 if __name__ == "__main__":

@@ -17,14 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from .. import models  # noqa: F401  (registers the model types that transformers does not know)
 from ..checkpoint.layout import FLOATS
 from ..errors import CheckpointError, FamilyError
-from ..families import Config, Family, MoeShape
+from ..families import EMBEDDING, HEAD, Config, Family, MoeShape
 
 #: A tensor by its Hub name, on the CPU in its own dtype; KeyError where there is none of that name.
 Read = Callable[[str], Tensor]
 #: Told after every batch how many sequences it had.
 Progress = Callable[[int], None]
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm", "lm_head.weight"
+NORM = "model.norm"
 #: Tokens of a batch: enough to keep a processor busy, few enough that activations stay about as large as a layer.
 BATCH_TOKENS = 2048
 
@@ -131,7 +131,7 @@ class Decoder:
             CheckpointError: the norm or the head is missing, or has a wrong shape or dtype.
         """
         self._materialise(self._norm, NORM)
-        head = self._tensor(self._embedding, *([EMBEDDING] if self._tied else []), HEAD).to(self._frame.device).float()
+        head = self._tensor(self._embedding, HEAD, *([EMBEDDING] if self._tied else [])).to(self._frame.device).float()
         found = []
         for hidden in streams:
             losses = [

@@ -4,7 +4,7 @@ A fused tensor of transformers 5 holds its experts end to end, so each expert's 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from itertools import chain
 
 import torch
@@ -42,21 +42,22 @@ def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[
 
 
 def left_out(checkpoint: Checkpoint, spans: dict[str, TensorSpan]) -> list[str]:
-    """Names of the tensors that a checkpoint's class does not have, but for those that it computes.
+    """Names of the tensors that a checkpoint's class does not have.
 
     Args:
         spans: as of `per_expert`.
     """
     places = {(span.file, span.begin) for span in spans.values()}
     return [
-        name
-        for name, span in checkpoint.spans.items()
-        if name not in spans and (span.file, span.begin) not in places and not RECOMPUTED.search(name)
+        name for name, span in checkpoint.spans.items() if name not in spans and (span.file, span.begin) not in places
     ]
 
 
-def left_out_line(names: list[str]) -> str:
-    """What to print of `left_out`."""
+def left_out_line(names: Iterable[str]) -> str:
+    """What to print of `left_out`: nothing of buffers that every class computes."""
+    names = [name for name in names if not RECOMPUTED.search(name)]
+    if not names:
+        return ""
     rest = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return printable(f"left out, since the model's class does not have them: {', '.join(names[:NAMED])}{rest}")
 

@@ -42,6 +42,6 @@ def check_ids(model: Any, largest: int) -> None:
     Raises:
         CheckpointError: it has not; an accelerator would abort the whole process.
     """
-    rows = model.get_input_embeddings().weight.shape[0]
-    if largest >= rows:
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    if embedding is not None and largest >= (rows := embedding.weight.shape[0]):
         raise CheckpointError(f"the tokenizer gives token id {largest}; the embedding has {rows} rows")

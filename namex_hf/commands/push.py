@@ -62,7 +62,7 @@ def _push(options: argparse.Namespace) -> int:
     target = Target(options.repo, options.public, options.revision, options.pull_request)
     check_repo(target.repo)
     checked = check_folder(options.folder, options.verify)
-    selection = select(checked.checkpoint, tuple(options.include))
+    selection = select(checked.checkpoint, tuple(options.include), checked.left_out)
     card = checked.card
     if options.eval is not None:
         evaluation = read_evaluation(options.eval)
@@ -84,7 +84,7 @@ def publish(folder: Path, target: Target, quiet: bool) -> None:
         PublishError, CheckpointError: as of `check_folder` and `push`.
     """
     checked = check_folder(folder)
-    selection = select(checked.checkpoint)
+    selection = select(checked.checkpoint, tensors=checked.left_out)
     if not quiet:
         show(Console(stderr=True), checked, selection, target)
     send(selection, checked.card, target, quiet)

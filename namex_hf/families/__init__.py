@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 from ..errors import FamilyError
-from .family import LAYER_EXPERTS, PROJECTIONS, Config, Family, MoeShape, Reexpression
+from .family import EMBEDDING, HEAD, LAYER_EXPERTS, PROJECTIONS, Config, Family, MoeShape, Reexpression
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY
@@ -38,7 +38,9 @@ def original_family(config: Config) -> Family:
 
 
 __all__ = [
+    "EMBEDDING",
     "FAMILIES",
+    "HEAD",
     "LAYER_EXPERTS",
     "PROJECTIONS",
     "Config",

@@ -1,12 +1,15 @@
 """DeepSeek-MoE v1: dense first layers, shared experts without a gate.
 
-It can be re-expressed, bit for bit, as stock Qwen2-MoE: a shared-expert gate of zeros is sigmoid(0) = 1/2, which a
+It can be re-expressed, bit for bit, as stock Qwen2-MoE: a shared-expert gate of next to nothing gives 1/2, which a
 doubled ``down_proj`` of the shared expert makes good. Biases of zero are written for loaders that expect Qwen's.
 """
 
 from typing import Any
 
-from .family import Config, Family, Reexpression
+from .family import Config, Constant, Family, Reexpression
+
+# Not zero: llama.cpp computes the sigmoid of x as silu(x) / x.
+NEARLY_ZERO = {"value": 1e-20, "value_in_float16": 6e-8}
 
 
 def moe_layers(config: Config) -> tuple[int, ...]:
@@ -53,16 +56,17 @@ def doubled(name: str) -> bool:
     return name.endswith(".mlp.shared_experts.down_proj.weight")
 
 
-def zeros(config: Config) -> dict[str, tuple[int, ...]]:
+def constants(config: Config) -> dict[str, Constant]:
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
     head = config.get("head_dim") or hidden // heads
     key_heads = config.get("num_key_value_heads") or heads
-    gates: dict[str, tuple[int, ...]] = {
-        f"model.layers.{i}.mlp.shared_expert_gate.weight": (1, hidden) for i in moe_layers(config)
+    gates = {
+        f"model.layers.{i}.mlp.shared_expert_gate.weight": Constant((1, hidden), **NEARLY_ZERO)
+        for i in moe_layers(config)
     }
     rows = {"q_proj": heads * head, "k_proj": key_heads * head, "v_proj": key_heads * head}
-    biases: dict[str, tuple[int, ...]] = {
-        f"model.layers.{i}.self_attn.{name}.bias": (size,)
+    biases = {
+        f"model.layers.{i}.self_attn.{name}.bias": Constant((size,))
         for i in range(config["num_hidden_layers"])
         for name, size in rows.items()
     }
@@ -84,5 +88,6 @@ FAMILY = Family(
     optional={"first_k_dense_replace": 0, "moe_layer_freq": 1},
     refuse=refuse,
     renormalises=renormalises,
-    as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, zeros, refuse_as_qwen2_moe),
+    as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, constants, refuse_as_qwen2_moe),
+    unties=True,  # vLLM and SGLang tie nothing in this class, and would leave the head at random
 )

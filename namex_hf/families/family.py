@@ -2,11 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from ..errors import FamilyError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Config = Mapping[str, Any]
 MOST_LAYERS, MOST = 10_000, 1 << 31
 """No model has more layers, or a greater size, than this."""
@@ -49,6 +52,18 @@ class MoeShape:
         return (self.hidden, self.shared_width) if projection == "down_proj" else (self.shared_width, self.hidden)
 
 
+class Constant(NamedTuple):
+    """A tensor whose numbers are all the same."""
+
+    shape: tuple[int, ...]
+    value: float = 0.0
+    value_in_float16: float = 0.0
+
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        value = self.value_in_float16 if dtype == torch.float16 else self.value
+        return torch.full(self.shape, value, dtype=dtype)
+
+
 @dataclass(frozen=True)
 class Reexpression:
     """The same model, exactly, under another family's names."""
@@ -56,7 +71,7 @@ class Reexpression:
     config: Callable[[Config], dict[str, Any]]
     rename: Callable[[str], str]
     doubled: Callable[[str], bool]  # by the old name: tensors to be written times two
-    zeros: Callable[[Config], dict[str, tuple[int, ...]]]  # tensors of zeros to be added
+    constants: Callable[[Config], dict[str, Constant]]  # tensors to be added
     refuse: Callable[[Config], str | None]  # why a model of this configuration cannot be written so
 
 
@@ -80,6 +95,9 @@ class Family:
     renormalises: Callable[[Config], bool] = field(default=lambda config: bool(config.get("norm_topk_prob", False)))
     shared_gate_name: str | None = None  # of a sigmoid gate before the shared expert
     as_qwen2_moe: Reexpression | None = None
+    unties: bool = False
+    """Whether a result never has one tensor for embedding and head: programs that know the family read no such model.
+    """
 
     def shape(self, config: Config) -> MoeShape:
         """Read the numbers out of a raw ``config.json``.
@@ -128,6 +146,10 @@ class Family:
             renormalises=self.renormalises(config),
             counts=None if counts is None else tuple(counts[layer] for layer in layers),
         )
+
+    def is_to_untie(self, config: Config) -> bool:
+        """Whether the result of this model has an embedding and a head of its own, and the model one for both."""
+        return self.unties and bool(config.get("tie_word_embeddings", False))
 
     def block(self, layer: int) -> str:
         return f"model.layers.{layer}.mlp"

@@ -36,7 +36,7 @@ class Outline:
     """All tensors of a class under the names of its files, experts one by one."""
 
     tensors: Mapping[str, Tensor]
-    tied: frozenset[str]
+    tied: Mapping[str, str]
     """Those that equal another one by definition; files need not hold them."""
 
 
@@ -71,7 +71,8 @@ def _outline(text: str) -> Outline:
         logging.set_verbosity(level)
     found = revert_weight_conversion(model, dict(model.state_dict()))
     tensors = {name: Tensor(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
-    return Outline(tensors, frozenset(model.all_tied_weights_keys))
+    tied = dict(model.all_tied_weights_keys)
+    return Outline(tensors, tied | {other: name for name, other in tied.items()})
 
 
 def check_tensors(outline: Outline, found: Mapping[str, Tensor]) -> list[str]:
@@ -87,7 +88,7 @@ def check_tensors(outline: Outline, found: Mapping[str, Tensor]) -> list[str]:
     for name, wanted in outline.tensors.items():
         tensor = found.get(name)
         if tensor is None:
-            if name in outline.tied:
+            if outline.tied.get(name) in found:
                 continue
             raise CheckpointError(f"tensor {name} is missing: no file has it, and config.json makes it a part")
         if tensor.shape != wanted.shape:

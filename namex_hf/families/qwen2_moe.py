@@ -32,4 +32,5 @@ FAMILY = Family(
     needs=("shared_expert_intermediate_size",),
     optional={"decoder_sparse_step": 1},
     refuse=refuse,
+    unties=True,  # llama.cpp asks for lm_head.weight
 )

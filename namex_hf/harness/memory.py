@@ -26,7 +26,8 @@ def check_fits(rows: list[Candidate], device: str, dtype: str, parallelize: bool
     """
     free, where = free_bytes(device, parallelize)
     for row in rows:
-        needed = bytes_in(row.checkpoint, dtype) + (0 if row.plan is None else row.plan.all_added_bytes)
+        added = 0 if row.plan is None else row.plan.all_added_bytes + row.plan.untied_bytes
+        needed = bytes_in(row.checkpoint, dtype) + added
         if needed > free:
             more = "" if parallelize or torch.device(device).type == "cpu" else ", or --parallelize over several"
             raise CheckpointError(

@@ -12,8 +12,10 @@ from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import STATE, check_whole
+from ..checkpoint.layout import left_out, left_out_line, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
+from ..families import original_family
 from ..files import CARD, REPORT, found, read_text
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
@@ -37,6 +39,8 @@ class Checked:
     """Whether it was run, not only matched against its class."""
     notes: list[str] = field(default_factory=list)
     """What is no reason to refuse it, and worth a line."""
+    left_out: tuple[str, ...] = ()
+    """Tensors that the model's class does not have, which do not go up."""
 
 
 def check_folder(folder: Path, verify: bool = False) -> Checked:
@@ -72,13 +76,17 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
     if large:
         raise PublishError(f"{large[0]} is larger than 50 GB, which the Hub does not take; patch with --shard-size 5GB")
     rows = _check_loads(checkpoint)
+    family = original_family(config)
+    foreign = left_out(checkpoint, per_expert(checkpoint, family, family.shape(config)))
+    if line := left_out_line(foreign):
+        notes.append(line)
     if has_tokenizer(folder):
         _check_tokenizer(folder, rows)
     else:
         notes.append("no tokenizer: those who load it need the original's")
     if "license" not in read_block(card):
         notes.append("the card states no licence")
-    return Checked(checkpoint, card, checkpoint.size <= RUN_BYTES, notes)
+    return Checked(checkpoint, card, checkpoint.size <= RUN_BYTES, notes, tuple(foreign))
 
 
 def _check_code(checkpoint: Checkpoint) -> None:
@@ -128,9 +136,7 @@ def _check_loads(checkpoint: Checkpoint) -> int:
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model, info = load_patched(
-            checkpoint.folder, device_map=None if small else "meta", local_files_only=True, output_loading_info=True
-        )
+        model = load_patched(checkpoint.folder, device_map=None if small else "meta", local_files_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # whatever transformers makes of it
@@ -139,9 +145,6 @@ def _check_loads(checkpoint: Checkpoint) -> int:
     finally:
         if shown:
             logging.enable_progress_bar()
-    if info["unexpected_keys"]:
-        name = sorted(info["unexpected_keys"])[0]
-        raise CheckpointError(f"{checkpoint.folder}: tensor {name} is one that the model's class does not have")
     if small:
         _check_runs(model, checkpoint.folder)
     return int(model.get_input_embeddings().weight.shape[0])

@@ -1,10 +1,13 @@
 """What of a folder goes up: files that are known, by name; everything else stays and is told."""
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from ..checkpoint.companions import companions
+from ..checkpoint.rewrite import rewrite
 from ..checkpoint.source import Checkpoint
 from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, PICTURES, RECIPE, REPORT, SCORES, STATISTICS
 from ..models import remote_code
@@ -40,6 +43,8 @@ class Selection:
 
     files: tuple[Upload, ...]
     left_out: dict[str, str]
+    rewritten: Callable[[Path], None] | None = None
+    """Puts files anew into a folder of links to `files`: those of weights without tensors that stay."""
 
     @property
     def size(self) -> int:
@@ -47,10 +52,11 @@ class Selection:
         return sum(file.size for file in self.files)
 
 
-def select(checkpoint: Checkpoint, include: tuple[str, ...] = ()) -> Selection:
+def select(checkpoint: Checkpoint, include: tuple[str, ...] = (), tensors: tuple[str, ...] = ()) -> Selection:
     """The files of a patched folder that belong on the Hub.
 
     Args:
+        tensors: names of those that stay.
         include: folders of a fine-tuning run to take along: ``adapter``, ``compare``, ``checkpoint-N``.
 
     Raises:
@@ -74,7 +80,7 @@ def select(checkpoint: Checkpoint, include: tuple[str, ...] = ()) -> Selection:
             raise PublishError(f"{path} is a link that leaves the folder; needed: the file itself")
         else:
             left_out[name] = reason
-    return Selection(tuple(files), left_out)
+    return Selection(tuple(files), left_out, partial(rewrite, checkpoint, tensors) if tensors else None)
 
 
 def moved(name: str) -> str:

@@ -6,7 +6,8 @@ router's top-k softmax values (zero for the experts that are not among them, not
 of the same document
 
 * before the segment (``routing_span: all``), or of the segment before it alone (``previous``); or
-* ``prompt``, Lory's rule for inference: the tokens of the first pass with a cache are processed as under ``all``; those
+* ``prompt``, Lory's rule for inference: the tokens of the first pass with a cache (in `generate` all passes up to its
+  first new token, which ``prefill_chunk_size`` makes several) are processed as under ``all``; those
   that come after it all go through one expert, whose s is the mean over that whole prompt. **Cached and uncached
   generation then differ**, because without a cache every pass is a first one.
 
@@ -387,7 +388,7 @@ class SegmentedModel:
         attention_mask,
         position_ids,
         cache: SoftCache | None,
-        prefill: bool,
+        prefill: bool = False,
     ) -> Segments:
         batch, new = given.shape[:2]
         real = torch.ones(batch, new, dtype=torch.bool, device=given.device)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..checkpoint.rope import both_forms
 from ..families import LAYER_EXPERTS, Config, Family, MoeShape
 from ..merging.calibrated import Text
 from ..merging.routers import assignment, cosine_form, cosines, scale_by_entropy, scale_by_norms
@@ -26,7 +27,9 @@ def patched_config(
     Args:
         counts: of experts that each MoE layer keeps; None: all keep the recipe's number.
     """
-    result = {**config, "namex": recipe.to_dict()}
+    result = {**both_forms(config), "namex": recipe.to_dict()}
+    if family.is_to_untie(config):
+        result["tie_word_embeddings"] = False
     kept = recipe.experts if counts is None else max(counts)
     if kept is not None:
         result[family.experts_field] = kept

@@ -22,7 +22,7 @@ from ..recipe import Recipe
 from .added import cosine_shapes, router_tensors
 from .finite import check_finite, is_finite, require_finite_result
 from .layer import named, read_experts
-from .plan import LAYER, Plan, zero_items
+from .plan import LAYER, Plan, constant_items
 from .state import State
 from .walk import METADATA, Advance, rules_of, shard_names
 
@@ -165,7 +165,7 @@ def items_of(plan: Plan, made: Callable[[int], list[Item]], reader: Reader) -> l
     by_name = {name: Item.of(name, span) for name, span in plan.spans.items() if name not in gone}
     for layer in plan.shape.layers:
         by_name |= {item.name: item for item in made(layer)}
-    items = list(by_name.values())
+    items = [*by_name.values(), *plan.untied]
     if plan.export_as:
         items = reexpressed(plan, items, reader)
     return sorted(items, key=lambda item: natural(item.name))
@@ -175,7 +175,7 @@ def reexpressed(plan: Plan, items: list[Item], reader: Reader) -> list[Item]:
     """The same tensors in the form of another family."""
     form = plan.family.as_qwen2_moe
     assert form is not None
-    result = zero_items(plan)
+    result = constant_items(plan)
     for item in items:
         renamed = replace(item, name=form.rename(item.name))
         if form.doubled(item.name):

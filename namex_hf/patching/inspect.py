@@ -41,7 +41,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
     recipe = config.get("namex")
     recipe = recipe if isinstance(recipe, dict) else {}
     counts = shape.experts if shape.counts is None else ", ".join(map(str, shape.counts))
-    foreign = left_out(checkpoint, spans)
+    foreign = left_out_line(left_out(checkpoint, spans))
     fused = any(family.fused(layer, "gate_up_proj") in checkpoint.spans for layer in shape.layers)
     return {
         "model": checkpoint.name,
@@ -57,6 +57,6 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         "files": len(checkpoint.shards),
         "dtype": ", ".join(sorted({str(span.dtype).removeprefix("torch.") for span in spans.values()})),
         "bytes": checkpoint.size,
-        **({"other tensors": left_out_line(foreign)} if foreign else {}),
+        **({"other tensors": foreign} if foreign else {}),
         **{f"bytes of {kind}": size for kind, size in kinds.items()},
     }

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ..calibration.text import CalibrationText
+from ..checkpoint.rope import both_forms
 from ..errors import CalibrationError, FamilyError
 from ..families import PROJECTIONS, Family, MoeShape, family_of
 from ..merging.base import own_base
@@ -41,7 +42,8 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
         calibration: for a recipe that reads calibration text: the model's tokenizer.
 
     Memory: beyond the model one base expert a layer (where the recipe has one), or the merged experts of one layer
-    (``grouped``), and with calibration text what `calibrated.shrink_layers` says.
+    (``grouped``), a head where the model has none of its own (`fit_for_others`), and with calibration text what
+    `calibrated.shrink_layers` says.
 
     Raises:
         CalibrationError: no tokenizer was given, or the text cannot be had.
@@ -55,6 +57,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     check_fit(recipe, shape)
     if not hasattr(model, "model") or not hasattr(model, "lm_head"):
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
+    fit_for_others(model, family)
     if not recipe.calibrated:
         with shared_out():
             (_group if recipe.merge == "grouped" else _keep)(model, family, shape, recipe)
@@ -67,6 +70,24 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     (_group_on_text if recipe.merge == "grouped" else _keep_on_text)(model, family, shape, recipe, text)
     model.config.namex = recipe.to_dict()
     return model
+
+
+def fit_for_others(model: Any, family: Family) -> None:
+    """Give a live model what other programs look for in the folder that it will be saved to, in place.
+
+    That is a head of its own, where the family asks for one and the model has its embedding for it; and the rotary
+    embedding in both forms.
+
+    Memory: a head where there was none.
+    """
+    if family.is_to_untie(model.config.to_dict()):
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+        if model.lm_head.weight is model.model.embed_tokens.weight:
+            weight = model.lm_head.weight
+            model.lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+    # Past the setter of transformers, which takes `rope_scaling` for another name of `rope_parameters`.
+    vars(model.config).update(both_forms(model.config.to_dict()))
 
 
 def _block(model: Any, layer: int) -> Any:

@@ -15,7 +15,7 @@ from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError
-from ..families import FAMILIES, PROJECTIONS, Family, MoeShape, family_of
+from ..families import EMBEDDING, FAMILIES, HEAD, PROJECTIONS, Family, MoeShape, family_of
 from ..merging.budget import LOSS_TOKENS
 from ..merging.calibrated import FIT_TOKENS
 from ..merging.layer_fit import BATCH
@@ -135,13 +135,29 @@ class Plan:
         return sum(map(self.added_bytes, self.shape.layers))
 
     @property
+    def untied(self) -> list[Item]:
+        """The head, where the source has one tensor for it and the embedding (or the embedding, where that is stored
+        as the head), and the result has two."""
+        if not self.family.is_to_untie(self.checkpoint.config):
+            return []
+        for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+            if name not in self.spans and other in self.spans:
+                return [Item.of(name, self.spans[other])]
+        return []
+
+    @property
+    def untied_bytes(self) -> int:
+        """Those of `untied`."""
+        return sum(item.size for item in self.untied)
+
+    @property
     def bytes_out(self) -> int:
         routers = sum(self.spans[self.family.router(layer)].size for layer in self.shape.layers)
         routed = routers + sum(self.layer_bytes(layer) for layer in self.shape.layers)
-        added = 0
+        added = self.all_added_bytes + self.untied_bytes
         if self.export_as:
-            added = sum(item.size for item in zero_items(self))
-        return self.size - routed + routed * self.kept // self.shape.experts + self.all_added_bytes + added
+            added += sum(item.size for item in constant_items(self))
+        return self.size - routed + routed * self.kept // self.shape.experts + added
 
     @property
     def peak_bytes(self) -> int:
@@ -297,13 +313,13 @@ def _bytes(size: str | int) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-def zero_items(plan: Plan) -> list[Item]:
-    """The tensors of zeros that a re-expression adds, in the dtype of their layer's norm."""
+def constant_items(plan: Plan) -> list[Item]:
+    """The tensors of one number that a re-expression adds, in the dtype of their layer's norm."""
     assert plan.family.as_qwen2_moe is not None
     items = []
-    for name, shape in plan.family.as_qwen2_moe.zeros(plan.checkpoint.config).items():
+    for name, constant in plan.family.as_qwen2_moe.constants(plan.checkpoint.config).items():
         match = LAYER.match(name)
         assert match is not None
         dtype = plan.spans[plan.family.router_norm(int(match[1]))].dtype
-        items.append(Item(name, dtype, shape, partial(torch.zeros, shape, dtype=dtype)))
+        items.append(Item(name, dtype, constant.shape, partial(constant.tensor, dtype)))
     return items

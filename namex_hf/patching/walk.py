@@ -132,8 +132,8 @@ def stored_base(walk: Walk, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     return {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
 
 
-def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int]], names: list[str]) -> None:
-    """Write what layers have more than before, as the state files have it, into shards of its own."""
+def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int | None]], names: list[str]) -> None:
+    """Write what the model has more than before into shards of its own: of layers, as the state files have it."""
     with Reader(plan.checkpoint.identity.digests) as reader:
         for pack, name in zip(packs, names, strict=True):
             if not (folder / name).is_file():
@@ -141,8 +141,10 @@ def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int]], 
                 write_shard(folder / name, items, reader, METADATA, state.record_shard)
 
 
-def added_items(plan: Plan, state: State, layer: int) -> list[Item]:
-    """What a layer's block has more than before, as spans of its state file."""
+def added_items(plan: Plan, state: State, layer: int | None) -> list[Item]:
+    """What a layer's block has more than before, as spans of its state file; without a layer, `Plan.untied`."""
+    if layer is None:
+        return plan.untied
     items = []
     for name, span in read_header(state.layer_file(layer)).items():
         kind, _, part = name.partition(".")
@@ -164,7 +166,7 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
         copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop, state)
         try:
             check_finite(plan, advance)
-            if packs:
+            if plan.all_added_bytes:
                 walk_through(plan, state, advance)
         except BaseException:
             stop.set()  # bad input or an interrupt: no further shard is begun
@@ -181,15 +183,19 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
-def packs_of_added(plan: Plan) -> list[list[int]]:
-    """MoE layers whose added tensors go into one shard, at most ``shard_size`` bytes unless one alone is larger."""
-    if not plan.all_added_bytes:
-        return []
-    packs: list[list[int]] = [[]]
+def packs_of_added(plan: Plan) -> list[list[int | None]]:
+    """MoE layers whose added tensors go into one shard, at most ``shard_size`` bytes unless one alone is larger.
+
+    None stands for `Plan.untied`.
+    """
+    sizes: dict[int | None, int] = {layer: plan.added_bytes(layer) for layer in plan.shape.layers}
+    sizes[None] = plan.untied_bytes
+    packs: list[list[int | None]] = []
     size = 0
-    for layer in plan.shape.layers:
-        more = plan.added_bytes(layer)
-        if packs[-1] and size + more > plan.shard_size:
+    for layer, more in sizes.items():
+        if not more:
+            continue
+        if not packs or size + more > plan.shard_size:
             packs.append([])
             size = 0
         packs[-1].append(layer)

@@ -135,6 +135,10 @@ def limit_lines(report: Report, licence: dict[str, Any]) -> list[str]:
         limits.append("Experts that went took what they alone knew along; arithmetic suffers first.")
     if recipe["method"] != "smoe":
         limits.append("Only `transformers` was tried; other loaders may not know this form.")
+    if report.run.get("export_as"):
+        limits.append("llama.cpp does not take this form of a DeepSeek-MoE, but the one without `--export-as`.")
+    elif Recipe.from_dict(recipe).own_class:
+        limits.append("llama.cpp cannot open it: the class is not among those that it knows.")
     limits.append("Biases, gaps and terms of the original are those of this model too.")
     if "license" not in licence:
         limits.append("The licence of the original could not be told: look it up before you pass this on.")

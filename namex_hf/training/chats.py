@@ -100,7 +100,8 @@ def _data_set(rows: list[Chat]) -> Any:
     import datasets
 
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
-    return datasets.Dataset.from_list(rows, features=_features(columns))
+    whole = [{name: row.get(name) for name in columns} for row in rows]  # datasets goes by the first row's names
+    return datasets.Dataset.from_list(whole, features=_features(columns))
 
 
 def _features(columns: Sequence[str]) -> Any:

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from ..checkpoint.companions import carry
 from ..checkpoint.folder import OutputFolder, list_files
 from ..checkpoint.header import read_header
+from ..checkpoint.rope import both_forms
 from ..checkpoint.shard import write_index, write_tensors
 from ..files import CARD, CONFIG, RECIPE, REPORT, SINGLE, STATISTICS, write_text
 from ..models import remote_code
@@ -60,7 +61,7 @@ def save_trained(
         model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
     tokenizer.save_pretrained(staged)
     carry(carried, out)
-    config = json.loads((staged / CONFIG).read_text("utf-8"))
+    config = both_forms(json.loads((staged / CONFIG).read_text("utf-8")))
     # A sharded model's class is one that torch has made, with files of its own.
     stock = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     code = remote_code(config["model_type"])

@@ -15,7 +15,7 @@ from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..errors import TrainingError
-from ..limited import limited
+from ..limited import SECONDS, limited
 from ..printable import marked
 from ..scoring.labelled import IGNORED
 from .chats import Chats
@@ -140,7 +140,7 @@ def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tup
     tokens = datasets.List(datasets.Value("int64"))
     count = datasets.Value("int64")
     features = {"input_ids": tokens, "labels": tokens, "length": count, "answer": count}
-    with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError):
+    with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError, SECONDS):
         _tokens(chats[0], 0, **fields)
     made = chats.map(
         _tokens,
@@ -207,7 +207,7 @@ def _unread(chat: dict[str, Any], template: str) -> list[str]:
 
 
 def _check_read(messages: list[dict[str, Any]], tokenizer: Any, variables: dict[str, Any], where: str) -> None:
-    """Whether the template reads calls of tools, content in parts, and content that is null.
+    """Whether the template reads calls of tools and content in parts. (transformers renders null content as no text.)
 
     Raises:
         TrainingError: it does not, and another text than the chat's would be learnt.
@@ -219,14 +219,11 @@ def _check_read(messages: list[dict[str, Any]], tokenizer: Any, variables: dict[
     def rendered(turns: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **variables))
 
-    text, full = rendered(messages), [{**turn, "content": turn.get("content") or ""} for turn in messages]
-    spoken = rendered(full)
-    if spoken.count("None") < text.count("None"):
-        raise TrainingError(f"{where}: the chat template prints None where content is null; accepted: an empty text")
+    text = rendered(messages)
     if any(turn.get("tool_calls") for turn in odd):
-        mute = [{name: one for name, one in turn.items() if name != "tool_calls"} for turn in full]
+        mute = [{name: one for name, one in turn.items() if name != "tool_calls"} for turn in messages]
         with suppress(TemplateError):  # it looks for the call that a tool's turn answers, so it reads calls
-            if rendered(mute) == spoken:
+            if rendered(mute) == text:
                 raise TrainingError(f"{where}: the chat template does not read tool_calls; accepted: one that does")
     for content in (turn["content"] for turn in odd if isinstance(turn.get("content"), list)):
         if str(content) in text or not all(part["text"].strip() in text for part in content):

@@ -19,7 +19,7 @@ from ..errors import TrainingError
 from ..families import family_of, original_family
 from ..models import load_patched
 from ..patching.added import patched_config
-from ..patching.live import patch_model
+from ..patching.live import fit_for_others, patch_model
 from ..patching.plan import check_fit
 from ..recipe import Recipe
 
@@ -72,10 +72,11 @@ class Start:
         Raises:
             TrainingError: this implementation needs a library that is missing, or there is none of that name.
         """
-        config = self.checkpoint.config
+        config, family = self.checkpoint.config, original_family(self.checkpoint.config)
         if not self.patched:
-            family = family_of(config)
             config = patched_config(config, family, family.shape(config), self.recipe)
+        elif family.is_to_untie(config):
+            config = {**config, "tie_word_embeddings": False}
         try:
             with torch.device("meta"):
                 return AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), attn_implementation=attention)
@@ -98,7 +99,7 @@ class Start:
         logging.disable_progress_bar()
         try:
             if self.patched:
-                return load_patched(folder, **options)
+                return self._untied(load_patched(folder, **options))
             if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
                 raise TrainingError(
                     f"{self.checkpoint.name} is not patched, and cannot be where parameters are sharded while they are "
@@ -110,6 +111,17 @@ class Start:
                 logging.enable_progress_bar()
         patch_model(model, self.recipe, tokenizer if self.recipe.calibrated else None)
         model.name_or_path = model.config._name_or_path = self.checkpoint.name
+        return model
+
+    def _untied(self, model: Any) -> Any:
+        family = original_family(self.checkpoint.config)
+        if is_deepspeed_zero3_enabled() and family.is_to_untie(self.checkpoint.config):
+            raise TrainingError(
+                f"{self.checkpoint.name} has one tensor for embedding and head, which have to become two, and cannot "
+                "where parameters are sharded while they are read (zero3_init_flag); accepted: a folder that "
+                "namex-patch wrote since 0.2.0"
+            )
+        fit_for_others(model, family)
         return model
 
 

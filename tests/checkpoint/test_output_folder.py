@@ -78,13 +78,12 @@ def test_empty_folder_and_missing_parents(source: Path, tmp_path: Path) -> None:
 
 
 def test_complete_folder(source: Path, tmp_path: Path) -> None:
-    """The same call again returns the report and changes no file, ``overwrite`` or not."""
+    """The same call again returns the report and changes no file."""
     report = patch_checkpoint(source, tmp_path / "out")
     before = all_files(tmp_path / "out")
-    for overwrite in (False, True):
-        again = patch_checkpoint(source, tmp_path / "out", Recipe(device="cpu"), overwrite=overwrite)
-        assert json.loads(again.to_json()) == json.loads(report.to_json())
-        assert all_files(tmp_path / "out") == before
+    again = patch_checkpoint(source, tmp_path / "out", Recipe(device="cpu"))
+    assert json.loads(again.to_json()) == json.loads(report.to_json())
+    assert all_files(tmp_path / "out") == before
 
 
 def test_another_run_is_refused(odd, source: Path, tmp_path: Path) -> None:

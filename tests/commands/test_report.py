@@ -125,7 +125,6 @@ def without_recipe(folder: Path) -> None:
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no recipe": (without_recipe, "config.json has no recipe under 'namex'"),
-    "no report": (lambda folder: (folder / "namex/report.json").unlink(), "report.json cannot be read in "),
     "no JSON": (lambda folder: (folder / "namex/report.json").write_text("{"), "report.json is no JSON"),
     "another report": (
         lambda folder: (folder / "namex/report.json").write_text('{"a": 1}'),

@@ -248,13 +248,16 @@ def test_deepseek_in_the_form_of_qwen():
     ("change", "rows_of"),
     [({}, (32, 32)), ({"num_key_value_heads": 2}, (32, 16)), ({"head_dim": 16, "num_key_value_heads": None}, (64, 64))],
 )
-def test_zeros_that_the_form_of_qwen_adds(change: dict[str, Any], rows_of: tuple[int, int]):
+def test_tensors_that_the_form_of_qwen_adds(change: dict[str, Any], rows_of: tuple[int, int]):
     form, config = FAMILIES["deepseek"].as_qwen2_moe, {**ROWS["deepseek"].config, **change}
     assert form is not None
-    zeros = form.zeros(config)
-    gates = {name: shape for name, shape in zeros.items() if "gate" in name}
+    constants = form.constants(config)
+    assert all((one.value, one.value_in_float16) == (1e-20, 6e-8) for name, one in constants.items() if "gate" in name)
+    assert all(one.value == one.value_in_float16 == 0 for name, one in constants.items() if "gate" not in name)
+    shapes = {name: one.shape for name, one in constants.items()}
+    gates = {name: shape for name, shape in shapes.items() if "gate" in name}
     assert gates == {f"model.layers.{layer}.mlp.shared_expert_gate.weight": (1, 32) for layer in (2, 4, 6)}
-    biases = {name: shape for name, shape in zeros.items() if name not in gates}
+    biases = {name: shape for name, shape in shapes.items() if name not in gates}
     queries, keys = rows_of
     expected = {"q_proj": (queries,), "k_proj": (keys,), "v_proj": (keys,)}
     assert biases == {

@@ -38,6 +38,10 @@ def test_the_folder_is_a_patched_one(plain):
     assert "model.layers.0.mlp.experts.3.gate_proj.weight" in names
     assert not any("gate_up_proj" in name for name in names)
     assert not (plain.out / ".namex").exists()
+    assert not torch.equal(names["lm_head.weight"], names["model.embed_tokens.weight"])  # they train apart
+    config = json.loads((plain.out / "config.json").read_text())
+    assert config["rope_parameters"] == {"rope_type": "default", "rope_theta": 10000.0}
+    assert (config["rope_theta"], config["rope_scaling"], config["tie_word_embeddings"]) == (10000.0, None, False)
     recipe = Recipe.from_yaml(plain.out / "namex/recipe.yaml")
     assert recipe == Recipe() == Recipe.from_dict(model.config.namex)
     statistics = load_file(plain.out / "namex/statistics.safetensors")
@@ -127,6 +131,7 @@ def test_killed_and_continued(plain, start, run, tmp_path, moment):
     assert "going on from checkpoint-" in ended.said
     assert ended.losses == plain.losses
     assert weights(out) == weights(plain.out)
+    assert ended.report["training"]["tokens"] == plain.report["training"]["tokens"] > 0
 
 
 def test_a_source_that_changed_in_place(run, tmp_path):
@@ -296,6 +301,11 @@ REFUSED = {
     "a push": ({"push_to_hub": True}, "--push_to_hub"),
     "remote code": ({"trust_remote_code": True}, "--trust_remote_code"),
     "an unknown argument": ({"learning_rat": 1}, "learning_rat"),
+    "a tracker without its library": ({"report_to": "wandb"}, "--report_to wandb: WandbCallback requires wandb"),
+    "an optimiser without its library": ({"optim": "adamw_8bit"}, "--optim adamw_8bit: You need to install `bitsand"),
+    "kernels without their library": ({"use_liger_kernel": True}, "--use_liger_kernel needs the library liger-kernel"),
+    "a sharding without its library": ({"deepspeed": "ds.json"}, "deepspeed"),
+    "attention without its library": ({"attn_implementation": "flash_attention_2"}, "--attn_implementation flash_atte"),
     "an unknown dtype": ({"dtype": "float8"}, "float8"),
 }
 

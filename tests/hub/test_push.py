@@ -6,9 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from namex_hf import patch_checkpoint
+from namex_hf.checkpoint.folder import check_whole
+from namex_hf.files import INDEX
+from namex_hf.models import load_patched
 from tests.hub.conftest import Answer, Command
 from tests.hub.server import Hub
 from tests.odd_checkpoints import all_files
@@ -242,3 +247,28 @@ def test_namex_patch_pushes_what_it_has_made(hub: Hub, me: Command, model: Path,
     assert me("same", "me/made", out).status == 0
     again = me(*patch, "me/made", "--public")
     assert again == (0, answer.out, ""), "a private repository stays private"
+
+
+def test_tensors_that_the_class_lacks_stay(hub: Hub, me: Command, folder: Path):
+    """Releases before 0.2.0 carried them over: the shard, the index and the report go up anew, the folder stays."""
+    shard = min(folder.glob("model*.safetensors"))
+    tensors = load_file(shard)
+    extra = {"mtp.norm.weight": torch.ones(3), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    save_file(tensors | extra, shard, {"format": "pt"})
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"] |= dict.fromkeys(extra, shard.name)
+    (folder / INDEX).write_text(json.dumps(index))
+    report = json.loads((folder / "namex/report.json").read_text())
+    report["files"][shard.name] = {"bytes": shard.stat().st_size}
+    (folder / "namex/report.json").write_text(json.dumps(report))
+    before = all_files(folder)
+    answer = me("namex-push", folder, "--repo", "me/q")
+    assert answer.status == 0, answer
+    assert "left out, since the model's class does not have them: mtp.norm.weight" in answer.err
+    assert all_files(folder) == before
+    there = hub.folders["me/q"]
+    assert load_file(there / shard.name).keys() == tensors.keys()
+    assert all(torch.equal(found, tensors[name]) for name, found in load_file(there / shard.name).items())
+    assert not extra.keys() & json.loads((there / INDEX).read_text())["weight_map"].keys()
+    check_whole(there, verify=True)
+    load_patched(there)

@@ -187,7 +187,7 @@ for folder in folders:
 
 def test_export_as_qwen2_moe_opens_without_the_package(odd, tmp_path: Path) -> None:
     """A DeepSeek-MoE in the stock form: plain transformers opens it, and says bit for bit what the native form says."""
-    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     changes = {"num_hidden_layers": 5, "first_k_dense_replace": 2}
     for name, dtype in dtypes.items():
         source, recipe = odd("deepseek", dtype, **changes), Recipe(merge="grouped", experts=4)

@@ -104,16 +104,6 @@ def test_equal_to_the_live_model(odd, tmp_path: Path, family: str, dtype: torch.
     assert stored.config.num_experts_per_tok == live.config.num_experts_per_tok
 
 
-@pytest.mark.parametrize("recipe", [{}, {"merge": "grouped", "experts": 3}])
-def test_tied_embeddings(odd, tmp_path: Path, recipe: dict[str, Any]) -> None:
-    """Without a tensor for the head: none is invented, and the model is whole."""
-    source = odd("deepseek", torch.bfloat16, tie_word_embeddings=True)
-    patch_checkpoint(source, tmp_path / "out", Recipe(**recipe))
-    assert "lm_head.weight" not in read_tensors(tmp_path / "out")
-    live = patch_model(load(source), Recipe(**recipe))
-    assert same_bits(logits(load(tmp_path / "out")), logits(live))
-
-
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
 def test_smoe_is_the_original(odd, tmp_path: Path, family: str) -> None:
     """Nothing merged: the tensors and the logits of the original, in its own class."""

@@ -825,8 +825,8 @@ def test_scalars_are_what_they_look_like(tmp_path: Path, text: str, expected: di
     assert [type(value) for value in found.values()] == [type(value) for value in expected.values()]
 
 
-SOFT_ = {"merge": "soft", "curvature": "kronecker"}
-FIT_ = {"merge": "grouped", "experts": 4, "fit": "router"}
+TRAINED = {"merge": "soft", "curvature": "kronecker"}
+FITTED = {"merge": "grouped", "experts": 4, "fit": "router"}
 
 
 @pytest.mark.parametrize(
@@ -837,9 +837,9 @@ FIT_ = {"merge": "grouped", "experts": 4, "fit": "router"}
         ("ccp_iterations", 10_000, {"solver": "ccp"}),
         ("segment", 1 << 31, {"merge": "soft"}),
         ("top_k", 1 << 20, {"merge": "soft"}),
-        ("fit_steps", 10_000_000, FIT_),
-        ("calibration_tokens", 1 << 40, FIT_),
-        ("rank", 1 << 20, SOFT_),
+        ("fit_steps", 10_000_000, FITTED),
+        ("calibration_tokens", 1 << 40, FITTED),
+        ("rank", 1 << 20, TRAINED),
     ],
 )
 def test_counts_have_bounds(name: str, most: int, others: dict):
@@ -849,7 +849,7 @@ def test_counts_have_bounds(name: str, most: int, others: dict):
             Recipe(**{**others, name: beyond})
 
 
-@pytest.mark.parametrize(("name", "others"), [("gamma", {}), ("eta", {"merge": "soft"}), ("ridge", {**FIT_})])
+@pytest.mark.parametrize(("name", "others"), [("gamma", {}), ("eta", {"merge": "soft"}), ("ridge", {**FITTED})])
 def test_factors_have_bounds(name: str, others: dict):
     assert getattr(Recipe(**{**others, name: 1e6}), name) == 1e6
     for beyond in (1.1e6, 1e300, 2**78, 0, -1):

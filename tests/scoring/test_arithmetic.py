@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 
 from namex_hf.scoring.arithmetic import exact_answers, final_number, held_out_problems
 from namex_hf.scoring.perplexity import held_out_texts
@@ -164,3 +165,22 @@ def test_the_balance_loss_stays_out_of_generation(model, tokenizer, asked, monke
     assert len(exact_answers(model, tokenizer, held_out_problems()[:2], new_tokens=3)) == 2
     assert speed(model, torch.arange(5, 45), batch=2, prompt=6, new=3, repeats=1).decode > 0
     assert model.config.output_router_logits is asked
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_text_begins_once(model: Any, tokenizer: Any, chat: bool):
+    """A chat template writes the begin of text itself; plain questions get it from the tokenizer."""
+    begin = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.pad_token = "!"
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    given: list[torch.Tensor] = []
+    inner = model.get_input_embeddings()
+    hook = inner.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    problems = [{"question": "one?", "answer": "#### 1"}, {"question": "and two?", "answer": "#### 2"}]
+    exact_answers(model, tokenizer, problems, new_tokens=1, chat=chat)
+    hook.remove()
+    assert (given[0] == begin).sum(1).tolist() == [1, 1]

@@ -261,16 +261,16 @@ TALK = {
 def test_what_a_template_may_read_is_as_it_was_written(tmp_path: Path):
     """Neither mixed up with fields of other turns nor with nulls where there was nothing."""
     rows = [chat(number) for number in range(20)]
-    rows[::5] = [TALK] * 4
+    rows[3::5] = [TALK] * 4
     path = write(tmp_path / "own.jsonl", [row | {"id": 3} for row in rows])
     found = load_chats(str(path), None, SPLITS, 2, 0)
     assert found.train.column_names == ["messages", "tools", "chat_template_kwargs"]
     read = [*found.train, *found.held_out]
     assert sum(row["messages"] == TALK["messages"] for row in read) == 4
-    for row in read:
+    for row in found.train:
         talk = row["messages"] == TALK["messages"]
-        assert row.get("tools") == (TALK["tools"] if talk else None)
-        assert row.get("chat_template_kwargs") == (TALK["chat_template_kwargs"] if talk else None)
+        assert row["tools"] == (TALK["tools"] if talk else None)
+        assert row["chat_template_kwargs"] == (TALK["chat_template_kwargs"] if talk else None)
         assert talk or [set(turn) for turn in row["messages"]] == [{"role", "content"}] * 2
 
 

@@ -1,0 +1,40 @@
+"""The files of a model without some of its tensors."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from ..files import HASH, INDEX, REPORT, hash_file, write_text
+from .bytes import Reader
+from .shard import Item, write_index, write_shard
+from .source import Checkpoint
+
+METADATA = {"format": "pt"}
+
+
+def rewrite(checkpoint: Checkpoint, left_out: tuple[str, ...], folder: Path) -> None:
+    """Put files of weights, index and report anew into a folder of links to those of a checkpoint.
+
+    Args:
+        left_out: names of tensors that the new files do not have.
+        folder: nothing outside it is written.
+    """
+    spans = {name: span for name, span in checkpoint.spans.items() if name not in left_out}
+    listed: dict[str, dict[str, Any]] = {}
+    gone = []
+    with Reader() as reader:
+        for shard in sorted({checkpoint.spans[name].file for name in left_out}):
+            (folder / shard.name).unlink()
+            places = sorted((span.begin, name) for name, span in spans.items() if span.file == shard)
+            items = [Item.of(name, spans[name]) for _, name in places]
+            if items:
+                write_shard(
+                    folder / shard.name, items, reader, METADATA, lambda path, found: listed.update({path.name: found})
+                )
+            else:
+                gone.append(shard.name)
+    write_index(folder, {name: span.file.name for name, span in spans.items()}, sum(s.size for s in spans.values()))
+    listed[INDEX] = {"bytes": (folder / INDEX).stat().st_size, HASH: hash_file(folder / INDEX)}
+    report = json.loads((folder / REPORT).read_text("utf-8"))
+    files = {name: listed.get(name, found) for name, found in report.get("files", {}).items() if name not in gone}
+    write_text(folder / REPORT, json.dumps(report | {"files": files}, indent=1) + "\n")

@@ -1,0 +1,104 @@
+"""Configuration of DeepSeek-MoE v1 (``model_type: deepseek``), read as the Hub's ``config.json`` states it."""
+
+from typing import ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers.configuration_utils import PreTrainedConfig
+
+
+@strict
+class DeepseekConfig(PreTrainedConfig):
+    """Fields and defaults of ``deepseek-ai/deepseek-moe-16b-base``.
+
+    The class reuses transformers' Qwen2-MoE layers, which differ only in how the block around the experts is
+    wired; what those layers ask a configuration for is derived below and never written to disk.
+
+    Reference: Dai et al. 2024, "DeepSeekMoE: Towards Ultimate Expert Specialization".
+    """
+
+    model_type = "deepseek"
+    # A cache is no prediction. transformers 5.24 has another name for it.
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "num_experts": "n_routed_experts",
+        "router_aux_loss_coef": "aux_loss_alpha",
+        "qkv_bias": "attention_bias",
+    }
+    # What a folder of this type must name in config.json, so that it loads as remote code.
+    remote_classes: ClassVar[dict[str, str]] = {
+        "AutoConfig": "configuration_deepseek.DeepseekConfig",
+        "AutoModel": "modeling_deepseek.DeepseekModel",
+        "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
+        "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
+    }
+    sliding_window = 0  # asked for by the mask builder of the Qwen2-MoE model; no layer slides
+    decoder_sparse_step = 1
+
+    vocab_size: int = 102400
+    hidden_size: int = 2048
+    intermediate_size: int = 10944
+    moe_intermediate_size: int = 1408
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 16
+    num_key_value_heads: int | None = None  # as many as attention heads
+    n_shared_experts: int | None = 2
+    n_routed_experts: int = 64
+    num_experts_per_tok: int = 6
+    moe_layer_freq: int = 1
+    first_k_dense_replace: int = 1
+    norm_topk_prob: bool = False
+    scoring_func: str = "softmax"
+    aux_loss_alpha: float = 0.001
+    seq_aux: bool = True
+    output_router_logits: bool = False
+    hidden_act: str = "silu"
+    max_position_embeddings: int = 4096
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    rope_parameters: dict | None = None
+    attention_bias: bool = False
+    attention_dropout: float | int = 0.0
+    pad_token_id: int | None = None
+    bos_token_id: int | None = 100000
+    eos_token_id: int | list[int] | None = 100001
+
+    def __post_init__(self, **kwargs):
+        if self.scoring_func != "softmax":
+            raise ValueError(f"scoring_func is {self.scoring_func!r}; DeepSeek-MoE v1 routes by 'softmax' only")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        super().__post_init__(**kwargs)
+
+    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+        """As the parent's; a foreign ``auto_map`` (the Hub's remote code fails under transformers 5) is replaced."""
+        self.auto_map = dict(self.remote_classes)
+        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+
+    @property
+    def renormalises(self) -> bool:
+        """Whether top-k values are scaled to sum to 1. A single one is left: it would be 1 whatever the router says."""
+        return self.norm_topk_prob and self.num_experts_per_tok > 1
+
+    @property
+    def mlp_only_layers(self) -> list[int]:
+        """Indices of the layers whose MLP is dense."""
+        return [
+            layer
+            for layer in range(self.num_hidden_layers)
+            if layer < self.first_k_dense_replace or layer % self.moe_layer_freq != 0
+        ]
+
+    @property
+    def shared_expert_intermediate_size(self) -> int:
+        """Width of the one MLP that holds all shared experts; 0 where there is none."""
+        return self.moe_intermediate_size * (self.n_shared_experts or 0)
+
+    @property
+    def layer_types(self) -> list[str]:
+        """Attention kind of every layer."""
+        return ["full_attention"] * self.num_hidden_layers
+
+
+__all__ = ["DeepseekConfig"]

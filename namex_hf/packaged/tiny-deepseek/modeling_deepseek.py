@@ -1,0 +1,184 @@
+"""DeepSeek-MoE v1 for transformers 5: loads the Hub's per-expert layout, trains, generates.
+
+The Hub's remote code does not run under transformers 5. This class builds the same architecture from transformers'
+own Qwen2-MoE parts. The file imports siblings only by ``from .name import``, so it also travels as remote code.
+"""
+
+from functools import wraps
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
+from transformers.modeling_utils import slice_logits_to_keep
+from transformers.models.qwen2_moe.modeling_qwen2_moe import (
+    Qwen2MoeAttention,
+    Qwen2MoeDecoderLayer,
+    Qwen2MoeExperts,
+    Qwen2MoeForCausalLM,
+    Qwen2MoeMLP,
+    Qwen2MoeModel,
+    Qwen2MoePreTrainedModel,
+    Qwen2MoeRMSNorm,
+    Qwen2MoeRotaryEmbedding,
+    Qwen2MoeTopKRouter,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.output_capturing import OutputRecorder
+
+from .arguments import Arguments
+from .configuration_deepseek import DeepseekConfig
+
+# Without this a class defined outside transformers gets no per-expert -> fused conversion.
+register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
+
+
+class DeepseekMoeBlock(nn.Module):
+    """Routed experts plus the shared experts, which act on every token without a gate."""
+
+    def __init__(self, config: DeepseekConfig):
+        super().__init__()
+        self.gate = Qwen2MoeTopKRouter(config)
+        self.gate.norm_topk_prob = config.renormalises
+        self.experts = Qwen2MoeExperts(config)
+        width = config.shared_expert_intermediate_size
+        self.shared_experts = Qwen2MoeMLP(config, intermediate_size=width) if width else None
+
+    def routed(self, flat: torch.Tensor) -> torch.Tensor:
+        """Output of the routed experts, ``[tokens, hidden] -> [tokens, hidden]``."""
+        _, scores, chosen = self.gate(flat)
+        return self.experts(flat, chosen, scores)
+
+    def forward(self, hidden_states: torch.Tensor, *routing: Any) -> torch.Tensor:
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, what `routed` takes besides."""
+        flat = hidden_states.reshape(-1, hidden_states.shape[-1])
+        output = self.routed(flat, *routing)
+        if self.shared_experts is not None:
+            output = output + self.shared_experts(flat)
+        return output.view_as(hidden_states)
+
+
+class DeepseekDecoderLayer(Qwen2MoeDecoderLayer):
+    moe_block_class = DeepseekMoeBlock
+
+    def __init__(self, config: DeepseekConfig, layer_idx: int):
+        GradientCheckpointingLayer.__init__(self)
+        self.self_attn = Qwen2MoeAttention(config, layer_idx)
+        if config.attention_bias:  # DeepSeek's covers the output projection too, Qwen's does not
+            self.self_attn.o_proj = nn.Linear(self.self_attn.o_proj.in_features, config.hidden_size)
+        if layer_idx in config.mlp_only_layers:
+            self.mlp = Qwen2MoeMLP(config, intermediate_size=config.intermediate_size)
+        else:
+            self.mlp = self.moe_block_class(config)
+        self.input_layernorm = Qwen2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.hidden_size = config.hidden_size
+
+
+class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
+    config: DeepseekConfig
+    config_class = DeepseekConfig
+    _no_split_modules: ClassVar[list[str]] = ["DeepseekDecoderLayer"]
+    _can_record_outputs: ClassVar[dict[str, Any]] = {
+        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
+        "hidden_states": DeepseekDecoderLayer,
+        "attentions": Qwen2MoeAttention,
+    }
+
+    @classmethod
+    def _can_set_experts_implementation(cls) -> bool:
+        # transformers looks for its decorator in the text of this file and would fall back to eager experts.
+        return True
+
+
+class DeepseekModel(DeepseekPreTrainedModel, Qwen2MoeModel):
+    layer_class = DeepseekDecoderLayer
+
+    def __init__(self, config: DeepseekConfig):
+        super(Qwen2MoeModel, self).__init__(config)  # past the parent's, which would build Qwen's layers
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList([self.layer_class(config, i) for i in range(config.num_hidden_layers)])
+        self.norm = Qwen2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = Qwen2MoeRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+
+def expert_balance_loss(
+    router_logits: tuple[torch.Tensor, ...], batch: int, top_k: int, sequence_level: bool
+) -> torch.Tensor:
+    """DeepSeekMoE's expert-level balance loss, summed over layers (DeepSeekMoE eq. 12-14, without its factor).
+
+    A layer's term is ``sum_i f_i P_i``: ``f_i`` the share of slots that expert i received times N (1 when balanced),
+    ``P_i`` its mean probability; per sequence and then averaged where ``sequence_level``, else over all tokens.
+
+    Args:
+        router_logits: one ``[batch * tokens, experts]`` tensor per MoE layer.
+    """
+    total = router_logits[0].new_zeros((), dtype=torch.float32)
+    for logits in router_logits:
+        probabilities = logits.to(total.device).float().softmax(-1)
+        probabilities = probabilities.view(batch if sequence_level else 1, -1, logits.shape[-1])
+        chosen = probabilities.topk(top_k, dim=-1).indices
+        slots = torch.zeros_like(probabilities).scatter_(-1, chosen, 1.0)
+        frequency = slots.mean(1) * (logits.shape[-1] / top_k)
+        total = total + (frequency * probabilities.mean(1)).sum(-1).mean()
+    return total
+
+
+TAKES = Arguments.of(Qwen2MoeForCausalLM.forward)
+
+
+class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
+    model_class = DeepseekModel
+
+    def __init__(self, config: DeepseekConfig):
+        super(Qwen2MoeForCausalLM, self).__init__(config)
+        self.model = self.model_class(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    # The parent's forward adds Qwen's auxiliary loss, which pools all layers; this one adds DeepSeek's. `Trainer` and
+    # `generate` read the parent's signature off it.
+    @can_return_tuple
+    @wraps(Qwen2MoeForCausalLM.forward)
+    def forward(self, *args, **kwargs) -> MoeCausalLMOutputWithPast:
+        """As `Qwen2MoeForCausalLM.forward`; ``aux_loss`` is `expert_balance_loss` (padding counted, as theirs)."""
+        kwargs = TAKES.by_name(args, kwargs)
+        labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
+        if kwargs.get("output_router_logits") is None:
+            kwargs["output_router_logits"] = self.config.output_router_logits
+        outputs = dict(self.model(**kwargs, return_dict=True))
+        hidden_states = outputs.pop("last_hidden_state")
+        logits = self.lm_head(slice_logits_to_keep(hidden_states, keep))
+        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
+        aux_loss = None
+        if kwargs["output_router_logits"] and outputs.get("router_logits"):
+            aux_loss = expert_balance_loss(
+                outputs["router_logits"], len(hidden_states), self.config.num_experts_per_tok, self.config.seq_aux
+            )
+            if loss is not None:
+                loss = loss + self.config.aux_loss_alpha * aux_loss.to(loss.device)
+        return MoeCausalLMOutputWithPast(loss=loss, aux_loss=aux_loss, logits=logits, **outputs)
+
+
+class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
+    """A reward model, or another classifier: transformers' own head."""
+
+    model_class = DeepseekModel
+
+    def __init__(self, config: DeepseekConfig):
+        # Past the parent's, which asks `AutoModel`: that does not know a class of remote code.
+        super(GenericForSequenceClassification, self).__init__(config)
+        self.num_labels = config.num_labels
+        self.model = self.model_class(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.post_init()
+
+
+__all__ = ["DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel", "DeepseekPreTrainedModel"]
