@@ -97,7 +97,9 @@ def test_folders_that_are_none_of_ours(
     assert "is unfinished (.namex is there)" in refused(folder)
 
 
-def test_folders_that_do_not_load(refused: Refused, folder: Path, patched: Path, tmp_path: Path):
+def test_folders_that_do_not_load(
+    refused: Refused, folder: Path, patched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     def fresh() -> None:
         shutil.rmtree(folder)
         shutil.copytree(patched, folder)
@@ -120,7 +122,7 @@ def test_folders_that_do_not_load(refused: Refused, folder: Path, patched: Path,
     change_tensors(folder, lambda all_: all_.update({"model.more": torch.ones(1)}))
     values["weight_map"] |= {"model.more": weights(folder).name, "model.norm.weight": weights(folder).name}
     index.write_text(json.dumps(values))
-    assert "tensor model.more is one that the model's class does not have" in refused(folder)
+    assert "left out, since the model's class does not have them: model.more" in shown(capsys, folder)
     fresh()
     change_config(folder, hidden_size=24)
     assert "does not load (" in refused(folder)
