@@ -97,7 +97,9 @@ def test_folders_that_are_none_of_ours(
     assert "is unfinished (.namex is there)" in refused(folder)
 
 
-def test_folders_that_do_not_load(refused: Refused, folder: Path, patched: Path, tmp_path: Path):
+def test_folders_that_do_not_load(
+    refused: Refused, folder: Path, patched: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     def fresh() -> None:
         shutil.rmtree(folder)
         shutil.copytree(patched, folder)
