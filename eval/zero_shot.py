@@ -134,7 +134,7 @@ def parser() -> Parser:
         help="sequences at once (default: auto, found for each kind of request)",
     )
     how.add_argument("--parallelize", action="store_true", help="one model over all GPUs (device_map auto)")
-    how.add_argument("--seed", type=int, default=1234, help="default: 1234, lm-eval's own")
+    how.add_argument("--seed", type=_count(0, 2**32 - 1), default=1234, help="default: 1234, lm-eval's own")
     how.add_argument(
         "--stage",
         choices=("zero-shot", "fine-tuned"),
@@ -145,10 +145,11 @@ def parser() -> Parser:
     return made
 
 
-def _count(least: int) -> Any:
+def _count(least: int, most: int = 2**63 - 1) -> Any:
     def number(text: str) -> int:
-        if not text.isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number from {least}")
+        if not text.isdecimal() or len(text) > 20 or not least <= int(text) <= most:
+            upto = f" to {most}" if most < 2**63 - 1 else ""
+            raise argparse.ArgumentTypeError(f"{text!r}; accepted: a whole number from {least}{upto}")
         return int(text)
 
     return number

@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from ..errors import CheckpointError
 
 
-def open_tokenizer(folder: Path, name: str, rows: int | None = None) -> Any:
-    """Open it, never by code of the folder.
+def open_tokenizer(folder: Path, name: str, rows: int | None = None, trust_remote_code: bool = False) -> Any:
+    """Open it, never by code of the folder unless that is trusted.
 
     Args:
         name: of the checkpoint, for messages.
@@ -20,7 +20,7 @@ def open_tokenizer(folder: Path, name: str, rows: int | None = None) -> Any:
             that the embedding lacks.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         largest = max(tokenizer.get_vocab().values(), default=-1)
     except Exception as error:  # whatever a tokenizer of others raises
         raise CheckpointError(

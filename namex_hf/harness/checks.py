@@ -5,9 +5,10 @@ from itertools import islice
 from typing import Any
 
 from lm_eval.models.utils import normalize_gen_kwargs, resolve_max_length
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import CheckpointError
 from .errors import TaskError
 from .tasks import Chosen
@@ -24,14 +25,13 @@ def check_answers(checkpoint: Checkpoint, tasks: Sequence[Chosen], limit: int | 
         CheckpointError: transformers cannot open the tokenizer or the configuration.
         TaskError: an answer that leaves no token for its question.
     """
+    tokenizer = open_tokenizer(checkpoint.folder, checkpoint.name, trust_remote_code=trust_remote_code)
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         longest = resolve_max_length(config, tokenizer)
-        _ = tokenizer("Words.").input_ids
-    except Exception as error:  # whatever a foreign tokenizer raises
+    except Exception as error:  # whatever a configuration of others raises
         said = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{checkpoint.name}: its tokenizer cannot be opened ({said})") from error
+        raise CheckpointError(f"{checkpoint.name}/config.json: transformers does not take it ({said})") from error
     for task in (one for chosen in tasks for one in chosen.tasks.items()):
         for what, count in _lengths(*task, limit, tokenizer, longest):
             if count > longest:

@@ -12,7 +12,6 @@ In all else the scores are those of ``hf``: with an equal batch size batch by ba
 
 import os
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,7 +20,7 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
-from ..errors import CheckpointError
+from ..checkpoint.tokenizer import check_ids
 from ..models.configuration_namex import soft_choice
 from ..scoring.generation import without_balance_loss
 from .batches import cut, fitting
@@ -60,7 +59,7 @@ class NamexLM(HFLM):
     ) -> list[tuple[float, bool]]:
         """As of `HFLM`, one batch after the other into the journal."""
         kind = "windows" if requests and requests[0][0] is None else "choices"
-        self._check_ids(max((max((*context, *rest), default=0) for _, context, rest in requests), default=0))
+        check_ids(self.model, max((max((*context, *rest), default=0) for _, context, rest in requests), default=0))
         longest = max((len(context) + len(rest) - 1 for _, context, rest in requests), default=0)
         size = override_bs or self._found(kind, longest)
         batches = list(cut(requests, size, _by_length, lambda request: tuple(request[1] + request[2][:-1])))
@@ -86,7 +85,7 @@ class NamexLM(HFLM):
         """As of `HFLM`, one batch after the other into the journal, but for what is drawn at random."""
         ids = {request.args[0]: self.tok_encode(request.args[0]) for request in requests}
         lengths = {text: len(found) for text, found in ids.items()}
-        self._check_ids(max(self.tokenizer.pad_token_id or 0, *(max(found, default=0) for found in ids.values())))
+        check_ids(self.model, max(self.tokenizer.pad_token_id or 0, *(max(found, default=0) for found in ids.values())))
         new = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
         size = self._found("generated", min(max(lengths.values()) + new, self.max_length))
 
@@ -105,15 +104,6 @@ class NamexLM(HFLM):
         batches = [batch for way in ways.values() for batch in cut(way, size, order, _asked)]
         answers = self._answered("generated", batches, _asked, ask, len(requests))
         return [answers[_asked(request)] for request in requests]
-
-    def _check_ids(self, largest: int) -> None:
-        """Raises:
-        CheckpointError: the embedding has no row for the largest token id.
-        """
-        rows = self.model.get_input_embeddings().weight.shape[0]
-        if largest >= rows:
-            name = Path(str(self.pretrained)).name
-            raise CheckpointError(f"{name}: its tokenizer gives token id {largest}; the embedding has {rows} rows")
 
     def _answered(
         self,

@@ -1,5 +1,6 @@
 """Zero-shot scores on a card: the row of an evaluation report that is this very folder's, and what is shown of it."""
 
+import math
 from filecmp import cmp
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,18 @@ def read_evaluation(path: Path) -> ZeroShotReport:
     Raises:
         CheckpointError: the file cannot be read, or is no such report.
     """
-    text = read_text(path)
-    parse_json(text, str(path))
     try:
+        text = read_text(path)
+        parse_json(text, str(path))
         found = ZeroShotReport.from_json(text)
         _ = found.run["limit"], found.run["seed"], found.run["dtype"], found.run["versions"]["lm_eval"]
         for model in found.models:  # what cannot be shown is no such report
-            _ = score_lines(found, model.label), eval_results(found, model.label)
+            _ = score_lines(found, model.label), model_index("name", eval_results(found, model.label))
+        if not all(math.isfinite(score.value) for score in found.scores):
+            raise ValueError("a score is no finite number")
         return found
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: no report of zero_shot.py: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise CheckpointError(f"{path}: no report of zero_shot.py ({type(error).__name__}: {error})") from error
 

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 
 from ..checkpoint.tokenizer import check_ids
+from ..errors import CheckpointError
+from ..limited import limited
 from .generation import without_balance_loss
 
 PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
@@ -64,4 +66,5 @@ def _prompt(tokenizer: Any, question: str, chat: bool) -> str:
     if not chat:
         return f"Question: {question}\nAnswer:"
     turns = [{"role": "user", "content": question}]
-    return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    with limited("the tokenizer's chat template", CheckpointError):
+        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)

@@ -15,6 +15,7 @@ from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..errors import TrainingError
+from ..files import read_text
 from ..limited import SECONDS, limited
 from ..printable import marked
 from ..scoring.labelled import IGNORED
@@ -100,7 +101,7 @@ def _reader(tokenizer: Any, arguments: SFTConfig) -> tuple[Any, str | None]:
             raise TrainingError(f"--eos_token {arguments.eos_token}: the tokenizer does not have it")
         tokenizer.eos_token = arguments.eos_token
     if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
-        tokenizer.chat_template = Path(path).read_text("utf-8")
+        tokenizer.chat_template = read_text(Path(path), TrainingError)
     elif path is not None:  # a model, whose template, tokens and end of a turn are taken over
         other = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer.chat_template = other.chat_template

@@ -1,5 +1,6 @@
 """TRL's `SFTTrainer` for patched models: checkpoints that hold the experts, the bargain between steps, and counts."""
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,12 +125,17 @@ class NamexTrainer(SFTTrainer):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end, and whose files are as they were written."""
+    """The last checkpoint that was written to its end, and whose files are as they were written.
+
+    One of the last step is passed over: transformers would take a step more from there.
+    """
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
     for path in numbered:
         listed = read_checked(path / SEAL)
         if isinstance(listed, dict) and STATE in listed and listed == _files(path, listed):
-            return str(path)
+            state = json.loads((path / STATE).read_text("utf-8"))
+            if state["global_step"] < state["max_steps"]:
+                return str(path)
     return None
 
 

@@ -15,7 +15,7 @@ from trl import SFTConfig
 from ..checkpoint.folder import OutputFolder
 from ..errors import TrainingError
 from ..families.kinds import kind_of
-from ..files import REPORT, SCORES, found, read_checked, write_checked, write_text
+from ..files import REPORT, SCORES, found, read_checked, read_json, write_checked, write_text
 from ..printable import marked
 from ..recipe import Recipe
 from ..report.report import Report, versions
@@ -69,7 +69,7 @@ def tune(
     plan = planned(start, choice)
     if not overwrite and folder.complete:
         console.print(f"{marked(out)} is complete: this run was made before", soft_wrap=True)
-        return Report.from_json(found(out, REPORT).read_text("utf-8"))
+        return Report.from_file(found(out, REPORT))
     ready = labelled(chats, start.tokenizer(), arguments)
     console.print(length_table(ready))
     arguments.assistant_only_loss = False  # the labels are there
@@ -257,4 +257,4 @@ def check_sharding(trainer: NamexTrainer, adapter: Adapter | None) -> None:
 def scores_of(out: Path) -> dict[str, Items]:
     """Item by item, before and after; empty where none were taken."""
     path = found(out, SCORES)
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}

@@ -102,34 +102,28 @@ def test_processes_that_read_change_nothing(epoch: Any, run: Any, tmp_path: Path
 
 
 def test_the_best_checkpoint_is_what_everything_tells_of(run: Any, tmp_path: Path):
-    """Of three steps that make it worse and worse the first."""
-    ended = run(
-        tmp_path / "out",
-        max_steps=3,
-        learning_rate=0.05,
-        eval_strategy="steps",
-        eval_steps=1,
-        save_steps=1,
-        load_best_model_at_end=True,
-        bargain_every=1,
-    )
+    """Best is here what has the largest loss, which steps that are too large have in the middle."""
+    changes = {"max_steps": 3, "learning_rate": 0.05, "eval_strategy": "steps", "eval_steps": 1, "bargain_every": 1}
+    changes |= {"load_best_model_at_end": True, "greater_is_better": True}
+    ended = run(tmp_path / "out", save_steps=1, **changes)
     assert ended.code == 0, ended.said
     training = ended.report["training"]
     states = [json.loads((ended.out / f"checkpoint-{n}" / "trainer_state.json").read_text()) for n in (1, 2, 3)]
     losses = {one["step"]: one["eval_loss"] for one in states[2]["log_history"] if "eval_loss" in one}
-    assert losses[1] == min(losses.values()) < losses[3]
-    assert training["steps"] == 1
-    assert training["best_of"] == {"steps": 3, "metric": "loss", "value": pytest.approx(losses[1])}
-    assert [entry["step"] for entry in training["loss"]] == [1]
+    step = max(losses, key=lambda one: losses[one])
+    assert step < 3
+    assert training["steps"] == step
+    assert training["best_of"] == {"steps": 3, "metric": "loss", "value": pytest.approx(losses[step])}
+    assert [entry["step"] for entry in training["loss"]] == list(range(1, step + 1))
     counts = [one["stateful_callbacks"]["LabelTokens"]["attributes"]["count"] for one in states]
-    assert training["tokens"] == counts[0] < counts[1] < counts[2]
-    found, best = load_patched(ended.out).state_dict(), load_file(ended.out / "checkpoint-1" / "model.safetensors")
+    assert counts[0] < counts[1] < counts[2]
+    assert training["tokens"] == counts[step - 1]
+    found = load_patched(ended.out).state_dict()
+    best = load_file(ended.out / f"checkpoint-{step}" / "model.safetensors")
     for name in ("model.layers.2.mlp.experts.gate_up_proj", "model.layers.0.self_attn.q_proj.weight"):
         assert torch.equal(found[name], best[name])
-    card = (ended.out / "README.md").read_text()
-    assert "are those of the best checkpoint of 3 steps, by loss" in card
-    assert "the best of 3 steps by loss: step 1" in ended.said
-    other = run(ended.out, max_steps=3, learning_rate=0.05, eval_strategy="steps", eval_steps=1, save_steps=3,
-                load_best_model_at_end=True, bargain_every=1)  # fmt: skip
+    assert "are those of the best checkpoint of 3 steps, by loss" in (ended.out / "README.md").read_text()
+    assert f"the best of 3 steps by loss: step {step}" in ended.said
+    other = run(ended.out, save_steps=3, **changes)
     assert other.code == 2
     assert "another training" in other.said

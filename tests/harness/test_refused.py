@@ -51,6 +51,8 @@ def copied(tmp_path: Path, **changes: object) -> Path:
         (("--text", "nowhere.txt"), "--text nowhere.txt cannot be read (No such file or directory)"),
         (("--limit", "0"), "argument --limit: '0'; accepted: a whole number from 1"),
         (("--batch_size", "many"), "argument --batch_size/--batch-size: 'many'; accepted: a whole number from 1"),
+        (("--seed", "4294967296"), "argument --seed: '4294967296'; accepted: a whole number from 0 to 4294967295"),
+        (("--limit", 5000 * "9"), "accepted: a whole number from 1"),
         (("--num_fewshot", "-1"), "accepted: a whole number from 0"),
         (("--models", "tiny", "--revision", "main"), "--revision main belongs to a Hub id; tiny is a local folder"),
         (("--models", "me/nothing"), "me/nothing"),
@@ -95,8 +97,8 @@ def test_a_model_without_a_tokenizer(zero_shot: Command, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({}, "its tokenizer cannot be opened ("),
-        ({"model_max_length": "many"}, "its tokenizer cannot be opened (TypeError"),
+        ({}, "has no tokenizer that transformers can open ("),
+        ({"model_max_length": "many"}, "model_max_length in tokenizer_config.json is 'many'; accepted: a number of"),
     ],
 )
 def test_a_tokenizer_that_cannot_be_opened(zero_shot: Command, tmp_path: Path, change: dict, says: str) -> None:
@@ -144,7 +146,7 @@ def test_tokens_beyond_the_embedding(zero_shot: Command, tmp_path: Path, task: s
     )
     assert answer.status == 2
     (line,) = [line for line in answer.err.splitlines() if line.startswith("zero_shot.py: error: ")]
-    assert re.search(r"model: its tokenizer gives token id \d{3,}; the embedding has 100 rows", line)
+    assert re.search(r"the tokenizer gives token id \d{3,}; the embedding has 100 rows", line)
     assert "Traceback" not in answer.err
 
 

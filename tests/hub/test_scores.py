@@ -1,6 +1,7 @@
 """Which row of an evaluation report is a folder's, and what the card shows of it."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,26 @@ def test_files_that_are_no_report(tmp_path: Path, text: str):
     (tmp_path / "report.json").write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(CheckpointError, match=r"no report of zero_shot\.py"):
         read_evaluation(tmp_path / "report.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"value": "high"},
+        {"value": math.nan},
+        {"items": "many"},
+        {"stderr": []},
+        {"data": {"dataset": "json"}},
+        {"data": {"dataset": "json", "config": {}, "split": "test"}},
+    ],
+)
+def test_scores_that_no_card_can_show(folder: Path, tmp_path: Path, changes: dict[str, Any]):
+    path = tmp_path / "report.json"
+    path.write_text(evaluation(scored(folder), scores=[score("out")]).to_json())
+    assert read_evaluation(path).scores == [score("out")]
+    path.write_text(evaluation(scored(folder), scores=[score("out", **changes)]).to_json())
+    with pytest.raises(CheckpointError, match=r"no report of zero_shot\.py"):
+        read_evaluation(path)
 
 
 def test_the_card_shows_the_scores(folder: Path):

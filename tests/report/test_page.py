@@ -13,6 +13,7 @@ import pytest
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 
 from namex_hf.report.answers import answers
+from namex_hf.report.card import card
 from namex_hf.report.folder import open_patched
 from namex_hf.report.page import POLICY, page
 from namex_hf.report.pictures import Material, Picture, draw
@@ -95,6 +96,13 @@ def test_what_a_checkpoint_says_is_escaped(patched: dict[str, Path]):
     text = page(report, evil, [])
     assert "<script" not in text
     assert text.count("&lt;script&gt;") >= 6
+
+
+def test_a_perplexity_of_zero_has_no_ratio(patched: dict[str, Path]):
+    folder = open_patched(patched[FORMS[0]])
+    report = folder.report.with_perplexity({"prose": {"before": 0.0, "after": 3.0}})
+    assert ">nan<" in page(report, "", [])
+    assert "| prose | 0.00 | 3.00 | nan |" in card(report, {})
 
 
 def test_a_page_without_pictures_says_so(patched: dict[str, Path]):
