@@ -119,6 +119,10 @@ def test_training_of_an_older_tied_result_begins_with_two_tensors(odd, tmp_path:
     shard = tmp_path / "out" / index["weight_map"].pop(HEAD)
     save_file({n: t for n, t in load_file(shard).items() if n != HEAD}, shard, {"format": "pt"})
     (tmp_path / "out" / INDEX).write_text(json.dumps(index))
+    report = tmp_path / "out" / "namex/report.json"
+    listed = json.loads(report.read_text())
+    del listed["files"]  # which that release did not list
+    report.write_text(json.dumps(listed))
     start = start_from(str(tmp_path / "out"))
     model, outline = start.model(None), start.outline()
     assert torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
