@@ -22,6 +22,7 @@ from ..report.card_metadata import read_block
 from ..report.rebuild import has_recipe_alone, rebuild
 from ..report.report import Report
 from .errors import PublishError
+from .files import today_code
 
 RUN_BYTES = 256 << 20
 """A model up to this size is run on a few tokens; of a larger one every tensor's name and shape is checked."""
@@ -64,13 +65,11 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
             f"{folder}: config.json has no recipe under 'namex'; needed: a folder that namex-patch or sft_smoltalk.py "
             "has written"
         )
-    notes = []
-    if has_recipe_alone(folder):
-        rebuild(folder)
-        notes.append(f"{REPORT} was missing and is rebuilt; the source of the model is not known")
-    Report.from_file(found(folder, REPORT))
+    notes = _with_report(folder)
     check_whole(folder, verify)
     _check_code(checkpoint)
+    if today_code(checkpoint):
+        notes.append("the code of the model's class is an earlier release's; today's goes up in its place")
     card = _check_card(folder / CARD)
     large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]
     if large:
@@ -89,10 +88,21 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
     return Checked(checkpoint, card, checkpoint.size <= RUN_BYTES, notes, tuple(foreign))
 
 
+def _with_report(folder: Path) -> list[str]:
+    """Notes on the report, which is rebuilt where another training loop left none."""
+    if not has_recipe_alone(folder):
+        Report.from_file(found(folder, REPORT))
+        return []
+    rebuild(folder)
+    return [f"{REPORT} was missing and is rebuilt; the source of the model is not known"]
+
+
 def _check_code(checkpoint: Checkpoint) -> None:
     """The class's files, all of them, and a pointer to them alone."""
     code = remote_code(str(checkpoint.config.get("model_type")))
     found = checkpoint.config.get("auto_map") or {}
+    if today_code(checkpoint):
+        return
     if found != code.auto_map:
         raise PublishError(
             f"config.json: auto_map is {found}; accepted for this model_type: {code.auto_map or 'none'}; patch it again"

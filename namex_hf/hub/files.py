@@ -1,5 +1,6 @@
 """What of a folder goes up: files that are known, by name; everything else stays and is told."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 from ..checkpoint.companions import companions
 from ..checkpoint.rewrite import rewrite
 from ..checkpoint.source import Checkpoint
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, PICTURES, RECIPE, REPORT, SCORES, STATISTICS
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, PICTURES, RECIPE, REPORT, SCORES, STATISTICS, write_text
 from ..models import remote_code
 from .errors import PublishError
 
@@ -43,8 +44,9 @@ class Selection:
 
     files: tuple[Upload, ...]
     left_out: dict[str, str]
-    rewritten: Callable[[Path], None] | None = None
-    """Puts files anew into a folder of links to `files`: those of weights without tensors that stay."""
+    rewritten: tuple[Callable[[Path], None], ...] = ()
+    """Put files anew into a folder of links to `files`: weights without tensors that stay, a configuration that names
+    today's code."""
 
     @property
     def size(self) -> int:
@@ -67,10 +69,13 @@ def select(checkpoint: Checkpoint, include: tuple[str, ...] = (), tensors: tuple
         if not FOLDERS.fullmatch(name) or not (folder / name).is_dir():
             raise PublishError(f"--include {name}: accepted: adapter, compare or checkpoint-N, where {folder} has it")
     known = _known(checkpoint)
-    files, left_out = [], {}
+    code = today_code(checkpoint)
+    files, left_out = [Upload(path.name, path, path.stat().st_size) for path in code], {}
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()):
         name = path.relative_to(folder).as_posix()
         place = moved(name)
+        if any(place == today.name for today in code):
+            continue
         reason = _why_not(path, place, folder, known, include)
         if reason is None and place != name and (folder / place).exists():
             reason = f"{place} is there too"
@@ -80,7 +85,26 @@ def select(checkpoint: Checkpoint, include: tuple[str, ...] = (), tensors: tuple
             raise PublishError(f"{path} is a link that leaves the folder; needed: the file itself")
         else:
             left_out[name] = reason
-    return Selection(tuple(files), left_out, partial(rewrite, checkpoint, tensors) if tensors else None)
+    weights = (partial(rewrite, checkpoint, tensors),) if tensors else ()
+    configuration = (partial(_name_today_code, checkpoint),) if code else ()
+    return Selection(tuple(sorted(files, key=lambda file: file.name)), left_out, (*weights, *configuration))
+
+
+def today_code(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Files of this package that take the place of a folder's code, where an earlier release wrote that; else nothing.
+
+    Such code names fewer classes, and does not run under every transformers that today's runs under.
+    """
+    code = remote_code(str(checkpoint.config.get("model_type")))
+    named = checkpoint.config.get("auto_map")
+    earlier = isinstance(named, dict) and bool(named) and named.items() < code.auto_map.items()
+    return code.files if earlier else ()
+
+
+def _name_today_code(checkpoint: Checkpoint, folder: Path) -> None:
+    code = remote_code(str(checkpoint.config["model_type"]))
+    (folder / CONFIG).unlink()
+    write_text(folder / CONFIG, json.dumps({**checkpoint.config, "auto_map": code.auto_map}, indent=2) + "\n")
 
 
 def moved(name: str) -> str:

@@ -152,5 +152,5 @@ def _stage(selection: Selection, card: str, folder: Path) -> None:
             place.write_text(card, "utf-8")
         else:
             place.symlink_to(file.path.resolve())
-    if selection.rewritten is not None:
-        selection.rewritten(folder)
+    for rewrite in selection.rewritten:
+        rewrite(folder)

@@ -1,4 +1,4 @@
-"""What a class has, against what transformers saves and loads; and whether a router renormalises, against the router."""
+"""What a class has, against what transformers saves and loads; whether a router renormalises, against the router."""
 
 import json
 from pathlib import Path

@@ -250,6 +250,11 @@ def as_0_1_0(folder: Path, where: Path) -> Path:
     (where / "namex_report").mkdir()
     (where / "namex_report/cosine.png").write_bytes(b"png")
     (where / "namex_scores.json").write_text("{}")
+    (where / "arguments.py").unlink()  # its code had three classes, and forwards of other arguments
+    (where / "soft.py").write_text("# of 0.1.0")
+    config = json.loads((where / "config.json").read_text())
+    del config["auto_map"]["AutoModelForSequenceClassification"]
+    (where / "config.json").write_text(json.dumps(config))
     return where
 
 
@@ -278,4 +283,6 @@ def test_a_push_moves_what_0_1_0_wrote(hub: Hub, me: Command, patched: Path, tmp
     }
     report = hub.files("me/moved")["namex/report.json"].read_bytes()
     assert report == (old / "namex_report.json").read_bytes()
+    for name in ("config.json", "arguments.py", "soft.py"):
+        assert hub.files("me/moved")[name].read_bytes() == (patched / name).read_bytes()
     assert me("same", "me/moved", patched).status == 0
