@@ -11,6 +11,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -72,6 +73,7 @@ def ended(
     """
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.excepthook is _unexpected:
         sys.excepthook = sys.__excepthook__
     try:
         return command() or 0
@@ -125,12 +127,11 @@ def _begin() -> None:
     """Answer Ctrl-C and too little memory while the libraries are imported, which takes seconds."""
     path = str(Path(sys.argv[0]).absolute()) if sys.argv else ""
     ours = PROGRAMS.fullmatch(path) is not None and multiprocessing.parent_process() is None
-    if ours and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        try:
-            signal.signal(signal.SIGINT, _leave)
-        except ValueError:  # imported in a thread
-            return
-        sys.excepthook = _unexpected
+    if not ours or threading.current_thread() is not threading.main_thread():
+        return
+    sys.excepthook = _unexpected
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave)
 
 
 _begin()

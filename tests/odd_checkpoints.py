@@ -286,7 +286,9 @@ def aligned(model: Any) -> Any:
 def settled_files(folder: Path) -> dict[str, bytes]:
     """What has to be byte-identical however often a run was killed: weights, index, config, recipe, statistics."""
     patterns: Iterable[str] = ("model*", "config.json", "namex/recipe.yaml", "namex/statistics.safetensors")
-    return {path.name: path.read_bytes() for pattern in patterns for path in folder.glob(pattern)}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() for pattern in patterns for path in folder.glob(pattern)
+    }
 
 
 def all_files(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -304,3 +306,11 @@ def rewrite_tensors(folder: Path, change: Callable[[Tensors], None]) -> None:
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
     change(tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def forget_files(folder: Path) -> None:
+    """Take the list of files out of a folder's report, so that what is missing or changed is met where it is read."""
+    path = folder / "namex" / "report.json"
+    report = json.loads(path.read_text())
+    del report["files"]
+    path.write_text(json.dumps(report))

@@ -59,7 +59,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         "",
         "## Limits",
         "",
-        *limit_lines(report, data),
+        *limit_lines(report, data, config),
         "",
         f"{made} with `namex_hf` {plain(report.versions['namex_hf'])}; method: {PAPER}. Details in `{REPORT}`.",
         "",

@@ -113,7 +113,7 @@ def linked(names: Sequence[str]) -> list[str]:
     return ["## Pictures", "", *"\n\n".join(shown).split("\n")]
 
 
-def limit_lines(report: Report, licence: dict[str, Any]) -> list[str]:
+def limit_lines(report: Report, licence: dict[str, Any], config: dict[str, Any]) -> list[str]:
     """What is not known and what to look out for."""
     recipe = report.run["recipe"]
     limits = []
@@ -137,7 +137,7 @@ def limit_lines(report: Report, licence: dict[str, Any]) -> list[str]:
         limits.append("Only `transformers` was tried; other loaders may not know this form.")
     if report.run.get("export_as"):
         limits.append("llama.cpp does not take this form of a DeepSeek-MoE, but the one without `--export-as`.")
-    elif Recipe.from_dict(recipe).own_class:
+    elif str(config.get("model_type")).startswith("namex_"):
         limits.append("llama.cpp cannot open it: the class is not among those that it knows.")
     limits.append("Biases, gaps and terms of the original are those of this model too.")
     if "license" not in licence:

@@ -1,5 +1,6 @@
 """Chats become tokens and labels: rendered by the chat template, counted, and cut to the length of a sequence."""
 
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import deepcopy
@@ -143,6 +144,7 @@ def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tup
     features = {"input_ids": tokens, "labels": tokens, "length": count, "answer": count}
     with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError, SECONDS):
         _tokens(chats[0], 0, **fields)
+    environ = os.environ  # in several processes `map` leaves a copy in its place, and who has the old one reads that
     made = chats.map(
         _tokens,
         with_indices=True,
@@ -152,6 +154,7 @@ def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tup
         num_proc=processes,
         desc="reading chats",
     )
+    os.environ = environ  # noqa: B003  (the object, not what is in it)
     length, answer = (np.asarray(made.with_format("numpy")[name][:]) for name in ("length", "answer"))
     unread = sorted({name for names in made["unread"] for name in names})
     return made.select_columns(["input_ids", "labels"]), length, answer, tuple(unread)

@@ -10,7 +10,7 @@ from killing import SERVER
 
 from namex_hf import cli, load_patched
 from namex_hf.commands import report as command
-from tests.cli.toy import change_config, save_toy
+from tests.cli.toy import SIZES, save_toy
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 
@@ -99,13 +99,16 @@ def test_a_broken_tokenizer_costs_the_pictures_only(copied: Path, tmp_path: Path
     load_patched(tmp_path / "out")
 
 
-def test_an_error_that_nobody_foresaw_costs_the_pictures_only(tmp_path: Path, capsys: Said):
-    """An activation that no library here knows: patching asks for none, answering to text does."""
+def test_an_error_that_nobody_foresaw_costs_the_pictures_only(
+    tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
+):
+    """Heads of attention that do not go together: the class is built, and patching asks for none."""
+    monkeypatch.setitem(SIZES, "num_attention_heads", 4)
+    monkeypatch.setitem(SIZES, "num_key_value_heads", 3)
     model = save_toy(tmp_path / "model", tokenizer=True)
-    change_config(model, hidden_act="unheard-of")
     assert ran(model, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "no pictures: KeyError: " in said
+    assert "no pictures: RuntimeError: " in said
     assert "Traceback" not in said
     assert (tmp_path / "out" / "config.json").is_file()
 

@@ -137,6 +137,7 @@ def test_an_interrupt_while_torch_is_imported(program: Path, tmp_path: Path) -> 
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a job in the background ignores it
     )
     while "libtorch" not in maps(run) and run.poll() is None:
         time.sleep(0.01)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from namex_hf import patch_checkpoint
 from namex_hf.commands import report as command
 from namex_hf.recipe import Recipe
+from tests.odd_checkpoints import forget_files
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 
@@ -73,6 +74,7 @@ def test_python_writes_the_same(tiny: Path, tmp_path: Path):
 def test_without_a_tokenizer_no_text_is_read(copied: Path, capsys: Said):
     for file in copied.glob("tokenizer*"):
         file.unlink()
+    forget_files(copied)
     assert ran(copied) == 0
     assert "no tokenizer in the folder: the experts answer to no text" in capsys.readouterr().err
     assert {path.name for path in (copied / "namex/pictures").iterdir()} == FILES
@@ -108,11 +110,17 @@ def changed_report(change: Callable[[dict[str, Any]], object]) -> Callable[[Path
     return in_folder
 
 
+def cut_statistics(folder: Path) -> None:
+    (folder / "namex/statistics.safetensors").write_bytes(b"\xff" * 20)
+    forget_files(folder)
+
+
 def changed_statistics(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[Path], object]:
     def in_folder(folder: Path) -> None:
         tensors = load_file(folder / "namex/statistics.safetensors")
         change(tensors)
         save_file(tensors, folder / "namex/statistics.safetensors")
+        forget_files(folder)
 
     return in_folder
 
@@ -150,10 +158,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
         changed_statistics(lambda tensors: tensors.update(mean=torch.zeros(2))),
         "tensor mean; accepted: layers.L.cosines and layers.L.usage",
     ),
-    "cut statistics": (
-        lambda folder: (folder / "namex/statistics.safetensors").write_bytes(b"\xff" * 20),
-        "truncated or no safetensors",
-    ),
+    "cut statistics": (cut_statistics, "truncated or no safetensors"),
     "cut weights": (lambda folder: (folder / "model-00001-of-00002.safetensors").unlink(), "is missing"),
 }
 
@@ -191,7 +196,7 @@ def test_bad_arguments(tiny: Path, tmp_path: Path, capsys: Said, arguments: list
 
 def test_what_is_no_folder_of_ours(tmp_path: Path, capsys: Said):
     assert ran(tmp_path / "nowhere") == 2
-    assert "config.json cannot be read in" in capsys.readouterr().err
+    assert "nowhere/config.json cannot be read (" in capsys.readouterr().err
 
 
 def test_a_tokenizer_that_cannot_be_opened(copied: Path, capsys: Said):

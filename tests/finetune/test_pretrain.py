@@ -78,7 +78,7 @@ def test_refused(main, tmp_path, arguments, text):
     ("arguments", "text"),
     [
         (["--rows", "MoE"], "--rows MoE: accepted: "),
-        (["--corpora", "sources"], "[Errno 2] No such file or directory: 'apt-get'"),
+        (["--corpora", "sources"], "apt-get: No such file or directory"),
     ],
 )
 def test_refused_in_one_line_with_exit_status_2(tmp_path, arguments, text):

@@ -18,6 +18,7 @@ from namex_hf.harness.checks import check_answers
 from namex_hf.harness.errors import TaskError
 from namex_hf.harness.memory import check_fits, free_bytes
 from namex_hf.harness.tasks import chosen
+from tests.odd_checkpoints import forget_files
 
 from .conftest import ROOT, TASKS, Command, module_of, recipe
 
@@ -160,6 +161,7 @@ def test_outputs_that_no_folder_can_have(zero_shot: Command, tmp_path: Path) -> 
 def test_remote_code_that_is_missing(zero_shot: Command, tmp_path: Path) -> None:
     patch_checkpoint("tiny", tmp_path / "patched", Recipe())
     (tmp_path / "patched" / "modeling_namex_qwen2_moe.py").unlink()
+    forget_files(tmp_path / "patched")
     line = refused(zero_shot, tmp_path / "out", "--models", tmp_path / "patched", "--trust_remote_code")
     assert "auto_map names modeling_namex_qwen2_moe.py, which the folder lacks" in line
     # Without it the class that is installed serves.
@@ -186,14 +188,18 @@ def test_a_model_that_is_too_large(tmp_path: Path) -> None:
     free, _ = free_bytes("cpu", False)
     assert 0 < free <= psutil.virtual_memory().total
     # Headers alone are looked at: a file of any size may stand behind them, here one with a hole in it.
-    folder = copied(tmp_path)
-    header = {"w": {"dtype": "BF16", "shape": [1 << 20, 1 << 20], "data_offsets": [0, 1 << 41]}}
+    folder = copied(tmp_path, vocab_size=1 << 31)
+    header, end = {}, 0
+    for name, span in tiny.spans.items():
+        rows = 1 << 31 if name in ("model.embed_tokens.weight", "lm_head.weight") else span.shape[0]
+        begin, end = end, end + span.size // span.shape[0] * rows
+        header[name] = {"dtype": "BF16", "shape": [rows, *span.shape[1:]], "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + (1 << 41))
+        file.truncate(8 + len(text) + end)
     with pytest.raises(
-        CheckpointError, match=r"model: its weights take 2199\.02 GB in auto, and .* GB are free of memory"
+        CheckpointError, match=r"model: its weights take 1099\.52 GB in auto, and .* GB are free of memory"
     ):
         check_fits(candidates([str(folder)], []), "cpu", "auto")
 

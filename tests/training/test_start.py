@@ -235,7 +235,7 @@ def test_a_stock_checkpoint_cannot_be_patched_in_pieces(patched: dict[str, Path]
     assert start_from(str(patched["residual"])).model(None).config.namex == Recipe().to_dict()
 
 
-@pytest.mark.parametrize(("found", "context"), [(512, 512), ("512", None), (None, None)])
+@pytest.mark.parametrize(("found", "context"), [(512, 512), (None, None)])
 def test_the_context_is_stated_or_unknown(tmp_path: Path, found: Any, context: int | None):
     change_config(save_toy(tmp_path / "toy"), max_position_embeddings=found)
     assert start_from(str(tmp_path / "toy")).context == context
