@@ -280,6 +280,7 @@ def test_autograd_keeps_as_many_bases_as_is_said(momentum, buffers, checkpointin
     """One a layer after the first; under checkpointing what layers are called with, so the momentum, too."""
     live = go_live(patched("deepseek", **MOMENTUM[momentum])).train()
     kept: list[torch.Tensor] = []
+    gc.collect()  # else the memory of what earlier tests left may be a base's in a moment
     before = bases_among([*gc.get_objects(), *(parameter.detach() for parameter in live.parameters())])
     if checkpointing:
         live.activation_checkpointing_enable()
