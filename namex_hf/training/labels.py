@@ -144,17 +144,19 @@ def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tup
     features = {"input_ids": tokens, "labels": tokens, "length": count, "answer": count}
     with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError, SECONDS):
         _tokens(chats[0], 0, **fields)
-    environ = os.environ  # in several processes `map` leaves a copy in its place, and who has the old one reads that
-    made = chats.map(
-        _tokens,
-        with_indices=True,
-        fn_kwargs=fields,
-        remove_columns=chats.column_names,
-        features=datasets.Features(features | {"unread": datasets.List(datasets.Value("string"))}),
-        num_proc=processes,
-        desc="reading chats",
-    )
-    os.environ = environ  # noqa: B003  (the object, not what is in it)
+    environ = os.environ
+    try:
+        made = chats.map(
+            _tokens,
+            with_indices=True,
+            fn_kwargs=fields,
+            remove_columns=chats.column_names,
+            features=datasets.Features(features | {"unread": datasets.List(datasets.Value("string"))}),
+            num_proc=processes,
+            desc="reading chats",
+        )
+    finally:  # in several processes `map` leaves a copy in its place, and who has the old one reads that
+        os.environ = environ  # noqa: B003  (the object, not what is in it)
     length, answer = (np.asarray(made.with_format("numpy")[name][:]) for name in ("length", "answer"))
     unread = sorted({name for names in made["unread"] for name in names})
     return made.select_columns(["input_ids", "labels"]), length, answer, tuple(unread)
