@@ -34,6 +34,7 @@ from .report.report import Report, layer_table, ratio
 SCORED_BYTES = 256 << 20  # a checkpoint up to this size has its perplexity measured
 SCORED_TOKENS = 8192  # of each domain
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
+FLAGS = {"false": False, "true": True}
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
 
 
@@ -86,11 +87,11 @@ def _patch_parser() -> Parser:
     recipe = parser.add_argument_group("recipe", "every field of a recipe; flags go before the file")
     recipe.add_argument("--recipe", type=Path, metavar="FILE", help="a YAML file of the fields below")
     for spec in fields(Recipe):
-        choices = spec.metadata.get("choices")
-        default = "" if spec.default is None else f" (default: {spec.default})"
+        choices, kind = spec.metadata.get("choices"), spec.metadata.get("kind", str)
+        default = "" if spec.default is None else f" (default: {str(spec.default).lower()})"
         recipe.add_argument(
             f"--{spec.name.replace('_', '-')}",
-            metavar="|".join(choices) if choices else spec.metadata["kind"].__name__.upper(),
+            metavar="|".join(choices or FLAGS) if choices or kind is bool else kind.__name__.upper(),
             help=spec.metadata["help"].replace("%", "%%") + default,
         )
     return parser
@@ -104,7 +105,7 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
         if text is not None:
             kind = spec.metadata.get("kind", str)
             try:
-                values[spec.name] = kind(text)
+                values[spec.name] = FLAGS.get(text, text) if kind is bool else kind(text)
             except ValueError as error:
                 raise RecipeError(f"recipe field '{spec.name}' is {text!r}; accepted: {kind.__name__}") from error
     return Recipe.from_dict(values)

@@ -72,8 +72,8 @@ class Recipe:
         "residual",
         ("residual", "soft", "grouped"),
         "where the merged expert acts. residual: top-k experts stay and the base expert takes the mass that top-k "
-        "leaves over; soft: one merged expert processes a causal segment (paper eq. 9); grouped: experts are clustered "
-        "and each group becomes one, a smaller stock checkpoint",
+        "leaves over; soft: every token goes through its own merged expert (paper eq. 9); grouped: experts are "
+        "clustered and each group becomes one, a smaller stock checkpoint",
     )
     method: str = _choice(
         "namex-full",
@@ -210,14 +210,19 @@ class Recipe:
     )
     ccp_iterations: int = _value(2, int, "ccp: convex problems a game")
     eta: float = _value(1.0, float, "soft: step size of the merge")
-    segment: int = _value(64, int, "soft: tokens that share a merged expert")
+    renormalise: bool = _value(False, bool, "soft: divide the values of top-k by their sum (paper, appendix D.1)")
+    segment: int | None = _value(
+        None, int, "soft: tokens that share a merged expert (default: 64, unless every token has its own)"
+    )
     top_k: int | None = _value(
         None, int, "soft: experts a token counts for (default: the model's own number; smear: all)"
     )
-    routing_span: str = _choice(
-        "all",
-        ("all", "previous", "prompt"),
-        "soft: which tokens route a segment: all before it, the segment before it, or (after the prompt) the prompt",
+    routing_span: str | None = _choice(
+        None,
+        ("token", "all", "previous", "prompt"),
+        "soft: whose routing a merged expert is made from. token: the token's own; or one for a causal segment, from "
+        "all tokens before it, the segment before it, or (after the prompt) the prompt (default: token; all where "
+        "'segment' is stated or the curvature is calibrated)",
     )
     every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
     seed: int = _value(
@@ -233,6 +238,9 @@ class Recipe:
         for name in ("gamma", "eta", "ridge"):  # 1 and 1.0 are stored alike
             object.__setattr__(self, name, float(getattr(self, name)))
         _check_ranges(self)
+        if self.merge != "soft" and self.routing_span == "all" and self.segment in (None, 64):
+            for name in ("segment", "routing_span"):  # what releases before 0.2.0 stored under every merge
+                object.__setattr__(self, name, None)
         for name, value in _implied(self).items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
@@ -501,8 +509,19 @@ RULES: tuple[Rule, ...] = (
         "belongs to merge 'soft'",
         ("merge",),
     ),
+    Rule(
+        lambda r: r.routing_span == "token" and r.segment is not None,
+        "under routing_span 'token' every token has its own merged expert: 'segment' belongs to the other spans",
+        ("routing_span", "segment"),
+    ),
+    Rule(
+        lambda r: r.routing_span == "token" and r.curvature == "calibrated",
+        "curvature 'calibrated' is no linear function of a token's routing: it needs segments, routing_span 'all', "
+        "'previous' or 'prompt'",
+        ("routing_span", "curvature"),
+    ),
     *_rules_for(
-        ("eta",),
+        ("eta", "renormalise"),
         lambda r: r.merge == "soft" and r.has_base,
         "belongs to merge 'soft' with a base expert",
         ("merge", "method"),
@@ -600,7 +619,11 @@ def _implied(recipe: Recipe) -> dict[str, Any]:
         return implied if recipe.operator == "merge" else {**implied, "curvature": "identity", "align": "none"}
     if recipe.merge == "soft":
         curvature = recipe.curvature or "identity"
-        return {"curvature": curvature, **IMPLIED_BY_CURVATURE.get(curvature, {})}
+        by_segment = recipe.segment is not None or curvature == "calibrated"
+        span = recipe.routing_span or ("all" if by_segment else "token")
+        segment = None if span == "token" else 64
+        implied = {"curvature": curvature, "routing_span": span, "segment": segment}
+        return implied | IMPLIED_BY_CURVATURE.get(curvature, {})
     return {}
 
 
@@ -612,6 +635,10 @@ def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -
             raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: {', '.join(spec['choices'])}")
         return
     kind = spec["kind"]
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: true, false")
+        return
     accepted = (int, float) if kind is float else kind
     known = isinstance(value, accepted) and not isinstance(value, bool)
     if not known or (kind is float and not abs(value) <= sys.float_info.max):

@@ -8,7 +8,7 @@ from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 
 from .configuration_deepseek import DeepseekConfig
 
-SPANS = ("all", "previous", "prompt")
+SPANS = ("token", "all", "previous", "prompt")
 CURVATURES = {"identity": None, "calibrated": 4, "kronecker": 1}
 """Of ``merge: soft``, with the `rank` that each has by default."""
 ROUTINGS = ("linear", "cosine", "stable")
@@ -20,12 +20,14 @@ class SoftChoice(NamedTuple):
 
     eta: float
     """Step of the merge."""
-    segment: int
-    """Tokens that share a merged expert."""
+    segment: int | None
+    """Tokens that share a merged expert; None: every token has its own."""
     top_k: int | None
     """Experts a token counts for; None: the model's own number, or all where there is no base expert."""
     span: str
-    """Whose routing a segment's expert is made from: `SPANS`."""
+    """Whose routing a merged expert is made from: `SPANS`."""
+    renormalises: bool
+    """Whether the values of top-k are divided by their sum."""
     has_base: bool
     """Whether the experts are merged around a base expert; SMEAR has none."""
     curvature: str
@@ -40,12 +42,16 @@ def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
         return None
     curvature = recipe.get("curvature") or "identity"
     default = CURVATURES.get(curvature)
+    segment, has_base = recipe.get("segment"), recipe.get("method") != "smear"
+    by_segment = segment is not None or curvature == "calibrated"
+    span = recipe.get("routing_span") or ("all" if by_segment else "token")
     return SoftChoice(
         recipe.get("eta", 1.0),
-        recipe.get("segment", 64),
+        64 if segment is None and span != "token" else segment,
         recipe.get("top_k"),
-        recipe.get("routing_span", "all"),
-        recipe.get("method") != "smear",
+        span,
+        not has_base or recipe.get("renormalise", False),
+        has_base,
         curvature,
         default if default is None or recipe.get("rank") is None else recipe["rank"],
     )
@@ -127,14 +133,23 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
             f"namex.eta is {choice.eta!r}; accepted with a calibrated curvature: above 0 up to 1, so that no expert's "
             "share is negative"
         )
-    if not whole(choice.segment):
+    if choice.span not in SPANS:
+        raise ValueError(f"namex.routing_span is {choice.span!r}; accepted: {', '.join(SPANS)}")
+    if choice.renormalises not in (True, False):
+        raise ValueError(f"namex.renormalise is {choice.renormalises!r}; accepted: true, false")
+    if choice.span == "token" and choice.curvature == "calibrated":
+        raise ValueError(
+            "namex.routing_span is 'token'; accepted with a calibrated curvature, which is no linear function of the "
+            f"router's values: {', '.join(SPANS[1:])}"
+        )
+    if choice.span == "token" and choice.segment is not None:
+        raise ValueError(f"namex.segment is {choice.segment!r}; accepted with namex.routing_span 'token': none")
+    if choice.span != "token" and not whole(choice.segment):
         raise ValueError(f"namex.segment is {choice.segment!r}; accepted: a whole number from 1")
     if choice.top_k is not None and not (whole(choice.top_k) and choice.top_k <= (experts or choice.top_k)):
         raise ValueError(
             f"namex.top_k is {choice.top_k!r}; accepted: a whole number from 1 to {experts or 'all'} experts"
         )
-    if choice.span not in SPANS:
-        raise ValueError(f"namex.routing_span is {choice.span!r}; accepted: {', '.join(SPANS)}")
 
 
 @strict

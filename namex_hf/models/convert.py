@@ -24,7 +24,7 @@ from .modeling_namex_qwen2_moe import (
     NamexQwen2MoeSparseMoeBlock,
     SoftQwen2MoeSparseMoeBlock,
 )
-from .soft import SoftExperts
+from .soft import experts_class
 from .sparse import give_layer_its_number
 
 FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
@@ -82,7 +82,7 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
         if type(layer.mlp) is block:
             mlp.__class__ = soft_block if soft else sparse_block
             if soft:
-                mlp.experts.__class__ = SoftExperts
+                mlp.experts.__class__ = experts_class(soft)
             weight, old = mlp.gate.weight, set(mlp.children())
             mlp.add_parts(model.config)
             give_layer_its_number(mlp, model.config, layer.self_attn.layer_idx)

@@ -21,7 +21,7 @@ from .modeling_deepseek import (
 )
 from .patched_model import PatchedModel
 from .routers import CosineRouter
-from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
+from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftRouting, experts_class
 from .sparse import SparseRouting, give_layer_its_number
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
@@ -37,11 +37,13 @@ class NamexDeepseekMoeBlock(SparseRouting, DeepseekMoeBlock):
 
 
 class SoftDeepseekMoeBlock(SoftRouting, DeepseekMoeBlock):
-    """One merged expert a segment, and the shared experts as in the original."""
+    """One merged expert a token, or a segment, and the shared experts as in the original."""
 
     def __init__(self, config: NamexDeepseekConfig):
         super().__init__(config)
-        self.experts = SoftExperts(config)
+        choice = soft_choice(config.namex)
+        assert choice is not None
+        self.experts = experts_class(choice)(config)
         self.add_parts(config)
 
 

@@ -28,7 +28,7 @@ from .arguments import Arguments
 from .configuration_namex import NamexQwen2MoeConfig, soft_choice
 from .patched_model import PatchedModel
 from .routers import CosineRouter
-from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftExperts, SoftRouting
+from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftRouting, experts_class
 from .sparse import SparseRouting, give_layer_its_number
 
 # Without this a class defined outside transformers gets no per-expert -> fused conversion.
@@ -40,11 +40,11 @@ register_checkpoint_conversion_mapping(
 class GatedSharedBlock(Qwen2MoeSparseMoeBlock):
     """The gated shared expert as in the original, and the routed part of a mixin."""
 
-    def forward(self, hidden_states: torch.Tensor, *routing: Any) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, what `routed` takes besides."""
+    def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing and base, what `routed` takes besides."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
-        return (self.routed(flat, *routing) + shared).view_as(hidden_states)
+        return (self.routed(flat, *routing, **base) + shared).view_as(hidden_states)
 
 
 class NamexQwen2MoeSparseMoeBlock(SparseRouting, GatedSharedBlock):
@@ -56,11 +56,13 @@ class NamexQwen2MoeSparseMoeBlock(SparseRouting, GatedSharedBlock):
 
 
 class SoftQwen2MoeSparseMoeBlock(SoftRouting, GatedSharedBlock):
-    """One merged expert a segment."""
+    """One merged expert a token, or a segment."""
 
     def __init__(self, config: NamexQwen2MoeConfig):
         super().__init__(config)
-        self.experts = SoftExperts(config)
+        choice = soft_choice(config.namex)
+        assert choice is not None
+        self.experts = experts_class(choice)(config)
         self.add_parts(config)
 
 

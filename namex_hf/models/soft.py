@@ -43,8 +43,9 @@ from .configuration_namex import SoftChoice, check_merge, routing_of, soft_choic
 from .routers import ChosenRouting
 from .soft_cache import LayerMemory, Merged, SoftCache, soft_cache
 from .soft_curvature import CalibratedCurvature, Directions, correction, reweighted
-from .soft_kronecker import Kronecker, KroneckerCurvature, curved
+from .soft_kronecker import Kronecker, KroneckerCurvature, deltas
 from .soft_segments import History, Segments, plan_segments
+from .soft_token import TokenExperts
 
 LARGEST = 1 << 30
 """Bytes of merged experts that may exist at once; beyond it they are made and used in slices of their neurons."""
@@ -150,7 +151,7 @@ class SoftExperts(Qwen2MoeExperts):
                 gate_up, down, used = gate_up[some], down[some], some
         of_inputs = of_neurons = None
         if curvature is not None and len(curvature) == 3:
-            gate_up, down = self.deltas(gate_up, down, base, curvature, used)
+            gate_up, down = deltas(gate_up, down, base, curvature, used)
             rest = torch.ones_like(rest)
         elif curvature is not None:
             of_inputs, of_neurons = curvature
@@ -172,21 +173,6 @@ class SoftExperts(Qwen2MoeExperts):
             return outputs[0], parts[0]
         gate_ups, downs = zip(*parts, strict=True)
         return torch.cat(outputs), (torch.cat(gate_ups), torch.cat(downs))
-
-    def deltas(
-        self,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        base: Merged | None,
-        curvature: Kronecker,
-        used: torch.Tensor | None,
-    ) -> Merged:
-        """``M_i (E_i - E_m)``, in the layout of the experts; without a base expert ``M_i E_i``."""
-        if base is not None:
-            gate_up, down = gate_up - base[0], down - base[1]
-        of_gate, of_up, of_down = (factors.of(used) for factors in curvature)
-        gate, up = gate_up.chunk(2, dim=1)
-        return torch.cat([curved(gate, of_gate), curved(up, of_up)], dim=1), curved(down, of_down)
 
     def groups_at_once(self, directions: Directions | None) -> int:
         """How many groups' experts are made at once, so that about `LARGEST` bytes exist."""
@@ -237,7 +223,7 @@ class SoftRouting(ChosenRouting):
         self.unrouted = 0.0 if choice.has_base else 1 / self.number
         counts_all = not choice.has_base and routing_of(config.namex) != "stable"
         self.gate.top_k = choice.top_k or (self.number if counts_all else config.num_experts_per_tok)
-        self.gate.norm_topk_prob = not choice.has_base
+        self.gate.norm_topk_prob = choice.renormalises
         self.activation = ACT2FN[config.hidden_act]  # the experts' own is out of reach under an adapter
         self.add_router(config)
         if self.has_base:
@@ -251,16 +237,33 @@ class SoftRouting(ChosenRouting):
         self,
         flat: torch.Tensor,
         token_ids: torch.Tensor | None,
-        segments: Segments,
-        memory: LayerMemory | None,
+        segments: Segments | None = None,
+        memory: LayerMemory | None = None,
         base: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; zeros at padding.
+        """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; by segments zeros at padding.
 
         Args:
+            segments: the layout of the pass; None: every token has its own merged expert.
             base: matrices by projection, in the place of the stored base expert.
         """
         value, index = self.route(flat, token_ids)
+        if segments is None:
+            return self.experts(flat, self.eta * value, index, self.base(flat, base), self._curvature(flat))
+        return self._by_segments(flat, value, index, segments, memory, base)
+
+    def _curvature(self, like: torch.Tensor) -> Any:
+        return None if self.curvature is None else self.curvature(like)
+
+    def _by_segments(
+        self,
+        flat: torch.Tensor,
+        value: torch.Tensor,
+        index: torch.Tensor,
+        segments: Segments,
+        memory: LayerMemory | None,
+        base: Mapping[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
         batch, new = len(segments.run), segments.run.shape[1] - segments.past
         index, value = index.view(batch, new, -1), value.view(batch, new, -1)
         if segments.past != (0 if memory is None else memory.columns):
@@ -277,8 +280,8 @@ class SoftRouting(ChosenRouting):
         tokens = flat[segments.table]
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
-            curvature = None if self.curvature is None else self.curvature(flat)
-            output, merged = self.experts(tokens, shares, self.base(flat, base), carried, segments.keep, curvature)
+            made = self.base(flat, base)
+            output, merged = self.experts(tokens, shares, made, carried, segments.keep, self._curvature(flat))
         elif carried is not None:
             output, merged = swiglu(tokens, carried, self.activation), carried
             if segments.keep is not None:
@@ -362,7 +365,7 @@ class SegmentedModel:
         ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = embeddings if ids is None else ids
         choice, prefill = soft_choice(self.config.namex), kwargs.pop(PREFILL, False)
-        if given is not None and choice is not None:
+        if given is not None and choice is not None and choice.segment is not None:
             cache = kwargs.get(MODEL_TAKES.cache)
             if cache is not None:
                 cache = soft_cache(cache)
@@ -416,9 +419,15 @@ class SegmentedCausalLM:
     def prepare_inputs_for_generation(self, *args, **kwargs):
         """As of `GenerationMixin`. Under ``prefill_chunk_size`` the prompt is read in several passes."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        if soft_choice(self.config.namex) is not None and kwargs.get("is_first_iteration"):
+        choice = soft_choice(self.config.namex)
+        if choice is not None and choice.segment is not None and kwargs.get("is_first_iteration"):
             inputs[PREFILL] = True
         return inputs
 
 
-__all__ = ["SegmentedCausalLM", "SegmentedLayer", "SegmentedModel", "SoftExperts", "SoftRouting"]
+def experts_class(choice: SoftChoice) -> type[Qwen2MoeExperts]:
+    """Of the routed experts."""
+    return TokenExperts if choice.segment is None else SoftExperts
+
+
+__all__ = ["SegmentedCausalLM", "SegmentedLayer", "SegmentedModel", "SoftRouting", "experts_class"]

@@ -66,6 +66,34 @@ def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
     return total.view(count, rows, columns).to(tau.dtype)  # autocast multiplies in another
 
 
+def deltas(
+    gate_up: torch.Tensor,
+    down: torch.Tensor,
+    base: tuple[torch.Tensor, torch.Tensor] | None,
+    curvature: Kronecker,
+    used: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``M_i (E_i - E_m)``, in the layout of the experts, gate and up fused; without a base expert ``M_i E_i``.
+
+    Args:
+        gate_up: ``[those used, 2 * width, hidden]``; down: ``[those used, hidden, width]``.
+        used: which they are; None: all.
+    """
+    if base is not None:
+        gate_up, down = gate_up - base[0], down - base[1]
+    of_gate, of_up, of_down = (factors.of(used) for factors in curvature)
+    gate, up = gate_up.chunk(2, dim=1)
+    return torch.cat([curved(gate, of_gate), curved(up, of_up)], dim=1), curved(down, of_down)
+
+
+def bent(
+    gate_up: torch.Tensor, down: torch.Tensor, base: tuple[torch.Tensor, torch.Tensor] | None, curvature: Kronecker
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``E_m + M_i (E_i - E_m)``, which takes the place of ``E_i`` where a merge is linear. Args: as of `deltas`."""
+    gate_up, down = deltas(gate_up, down, base, curvature)
+    return (gate_up, down) if base is None else (gate_up + base[0], down + base[1])
+
+
 class KroneckerProducts(nn.Module):
     """The trainable M_i of one kind of matrix, ``[rows, columns]``. Its forward hands them out.
 
@@ -122,4 +150,13 @@ def identity(like: torch.Tensor, zeroed: bool, generator: torch.Generator | None
     return start.to(like.dtype)
 
 
-__all__ = ["Factors", "Kronecker", "KroneckerCurvature", "KroneckerProducts", "curved", "kronecker_parameters"]
+__all__ = [
+    "Factors",
+    "Kronecker",
+    "KroneckerCurvature",
+    "KroneckerProducts",
+    "bent",
+    "curved",
+    "deltas",
+    "kronecker_parameters",
+]

@@ -6,6 +6,7 @@ import torch
 
 from ..models.configuration_namex import soft_choice
 from ..models.soft import SoftRouting
+from ..models.soft_kronecker import bent
 
 
 @torch.no_grad()
@@ -33,11 +34,9 @@ def fold_curvature(model: Any) -> Any:
             block: Any = module
             experts, base = block.experts, block.base(block.gate.weight)
             curvature = block.curvature(block.gate.weight)
-            folded = experts.deltas(experts.gate_up_proj, experts.down_proj, base, curvature, None)
-            if base is not None:
-                folded = tuple(delta + centre for delta, centre in zip(folded, base, strict=True))
-            experts.gate_up_proj.copy_(folded[0])
-            experts.down_proj.copy_(folded[1])
+            gate_up, down = bent(experts.gate_up_proj, experts.down_proj, base, curvature)
+            experts.gate_up_proj.copy_(gate_up)
+            experts.down_proj.copy_(down)
             block.curvature = None
     model.config.namex = {**model.config.namex, "curvature": "identity", "rank": None}
     return model

@@ -61,7 +61,7 @@ class LiveBlock(nn.Module):
         here = self.arrived(hidden_states) if passing is None else passing
         own = next(self.base_expert.parameters()).dtype
         base = {name: matrix.to(own) for name, matrix in here.base.items()}
-        return super().forward(hidden_states, *routing, base), self.taken_on(here)
+        return super().forward(hidden_states, *routing, base=base), self.taken_on(here)
 
     def arrived(self, like: torch.Tensor) -> Passing:
         """The walk's begin, at the stored base expert. Args: like, a tensor of the pass, for an adapter."""

@@ -31,7 +31,7 @@ class Row:
 def _soft(method: str, momentum: bool = False) -> Row:
     kind, beta = ("complex", "0.9,0.2618") if momentum else ("none", None)
     top_k = None if method == "smear" else 1
-    return Row(Recipe(merge="soft", method=method, top_k=top_k, momentum=kind, beta=beta))
+    return Row(Recipe(merge="soft", routing_span="all", method=method, top_k=top_k, momentum=kind, beta=beta))
 
 
 ROWS: dict[str, Row] = {
