@@ -49,7 +49,10 @@ def main() -> None:
         table.add_column(column, justify="right" if column else "left")
     for name, fields, everything, rate in ROWS:
         torch.manual_seed(options.seed)
-        model, options.learning_rate = patch_model(load(folder), Recipe(merge="soft", routing_span="all", **fields)), rate
+        model, options.learning_rate = (
+            patch_model(load(folder), Recipe(merge="soft", routing_span="all", **fields)),
+            rate,
+        )
         for part, parameter in model.named_parameters():
             parameter.requires_grad_(bool(everything) or (everything is False and ".curvature." in part))
         trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

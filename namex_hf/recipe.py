@@ -238,12 +238,7 @@ class Recipe:
         for name in ("gamma", "eta", "ridge"):  # 1 and 1.0 are stored alike
             object.__setattr__(self, name, float(getattr(self, name)))
         _check_ranges(self)
-        if self.merge != "soft" and self.routing_span == "all" and self.segment in (None, 64):
-            for name in ("segment", "routing_span"):  # what releases before 0.2.0 stored under every merge
-                object.__setattr__(self, name, None)
-        for name, value in _implied(self).items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
+        _imply(self)
         if self.fitted and self.target is None:
             object.__setattr__(self, "target", "layer")
         if self.routing == "cosine" and self.temperature is None:
@@ -610,6 +605,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise RecipeError(f"recipe file {path} holds {type(values).__name__}; accepted: a mapping of fields to values")
     return values
+
+
+def _imply(recipe: Recipe) -> None:
+    """Give the fields that are not stated their values."""
+    if recipe.merge != "soft" and recipe.routing_span == "all" and recipe.segment in (None, 64):
+        for name in ("segment", "routing_span"):  # what releases before 0.2.0 stored under every merge
+            object.__setattr__(recipe, name, None)
+    for name, value in _implied(recipe).items():
+        if getattr(recipe, name) is None:
+            object.__setattr__(recipe, name, value)
 
 
 def _implied(recipe: Recipe) -> dict[str, Any]:

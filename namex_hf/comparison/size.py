@@ -6,6 +6,7 @@ from math import prod
 from ..checkpoint.layout import per_expert
 from ..checkpoint.source import Checkpoint
 from ..families import PROJECTIONS, original_family
+from ..models.configuration_namex import SoftChoice, soft_choice
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class Size:
 def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
     """Count a model, patched or not.
 
-    Active are all parameters, embeddings included, but routed experts beyond a token's top-k. Under ``soft`` a token
-    passes through one merged expert a layer; base experts and curvature, which only the merge reads, do not count, nor
-    do linear routers that another has replaced.
+    Active are all parameters, embeddings included, but routed experts beyond a token's top-k. Under ``soft`` by segment
+    a token passes through one merged expert a layer; base experts, which only the merge reads, do not count. Curvature
+    does not count, nor do linear routers that another has replaced.
 
     Args:
         routed: False: as if routed experts and their routers were not there.
@@ -43,19 +44,27 @@ def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
         for projection in PROJECTIONS
     }
     recipe = checkpoint.config.get("namex") or {}
-    soft = recipe.get("merge") == "soft" and recipe.get("method") != "smoe"
+    choice = soft_choice(recipe)
     apart = set(experts)
     if not routed or recipe.get("routing", "linear") != "linear":  # another router has taken the linear one's place
         apart |= {family.router(layer) for layer in shape.layers}
-    if soft:
-        parts = tuple(
-            f"{family.block(layer)}.{kind}." for layer in shape.layers for kind in ("base_expert", "curvature")
-        )
+    if choice is not None:
+        kinds = ("curvature",) if choice.segment is None else ("base_expert", "curvature")
+        parts = tuple(f"{family.block(layer)}.{kind}." for layer in shape.layers for kind in kinds)
         apart |= {name for name in spans if name.startswith(parts)}
     dense = sum(prod(span.shape) for name, span in spans.items() if name not in apart and span.dtype.is_floating_point)
     one = sum(prod(shape.of(projection)) for projection in PROJECTIONS)
-    through = sum(1 if soft else min(shape.top_k, shape.experts_of(layer)) for layer in shape.layers) * one
+    through = sum(_passed(choice, shape.top_k, shape.experts_of(layer)) for layer in shape.layers) * one
     if not routed:
         return Size(0, sum(span.size for name, span in spans.items() if name not in apart), dense)
     mean = sum(map(shape.experts_of, shape.layers)) // len(shape.layers)
     return Size(mean, sum(span.size for span in spans.values()), dense + through)
+
+
+def _passed(choice: SoftChoice | None, top_k: int, experts: int) -> int:
+    """Routed experts of a layer, stored or merged, that a token passes through."""
+    if choice is None:
+        return min(top_k, experts)
+    if choice.segment is not None:
+        return 1
+    return choice.top_k or (top_k if choice.has_base else experts)

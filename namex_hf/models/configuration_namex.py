@@ -113,10 +113,28 @@ def check_layer_experts(counts: list[int] | None, layers: int, experts: int) -> 
         raise ValueError(f"layer_experts is {counts}; accepted: of each of {layers} layers 0 (no mixture) to {experts}")
 
 
-def _check_soft(choice: SoftChoice, experts: int | None) -> None:
-    def whole(value: Any) -> bool:
-        return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+def whole(value: Any) -> bool:
+    """Whether it is a count."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
+
+def _check_span(choice: SoftChoice) -> None:
+    if choice.span not in SPANS:
+        raise ValueError(f"namex.routing_span is {choice.span!r}; accepted: {', '.join(SPANS)}")
+    if choice.renormalises not in (True, False):
+        raise ValueError(f"namex.renormalise is {choice.renormalises!r}; accepted: true, false")
+    if choice.span == "token" and choice.curvature == "calibrated":
+        raise ValueError(
+            "namex.routing_span is 'token'; accepted with a calibrated curvature, which is no linear function of the "
+            f"router's values: {', '.join(SPANS[1:])}"
+        )
+    if choice.span == "token" and choice.segment is not None:
+        raise ValueError(f"namex.segment is {choice.segment!r}; accepted with namex.routing_span 'token': none")
+    if choice.span != "token" and not whole(choice.segment):
+        raise ValueError(f"namex.segment is {choice.segment!r}; accepted: a whole number from 1")
+
+
+def _check_soft(choice: SoftChoice, experts: int | None) -> None:
     if choice.curvature not in CURVATURES:
         raise ValueError(f"namex.curvature is {choice.curvature!r}; accepted: {', '.join(CURVATURES)}")
     number = isinstance(choice.eta, (int, float)) and not isinstance(choice.eta, bool)
@@ -133,19 +151,7 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
             f"namex.eta is {choice.eta!r}; accepted with a calibrated curvature: above 0 up to 1, so that no expert's "
             "share is negative"
         )
-    if choice.span not in SPANS:
-        raise ValueError(f"namex.routing_span is {choice.span!r}; accepted: {', '.join(SPANS)}")
-    if choice.renormalises not in (True, False):
-        raise ValueError(f"namex.renormalise is {choice.renormalises!r}; accepted: true, false")
-    if choice.span == "token" and choice.curvature == "calibrated":
-        raise ValueError(
-            "namex.routing_span is 'token'; accepted with a calibrated curvature, which is no linear function of the "
-            f"router's values: {', '.join(SPANS[1:])}"
-        )
-    if choice.span == "token" and choice.segment is not None:
-        raise ValueError(f"namex.segment is {choice.segment!r}; accepted with namex.routing_span 'token': none")
-    if choice.span != "token" and not whole(choice.segment):
-        raise ValueError(f"namex.segment is {choice.segment!r}; accepted: a whole number from 1")
+    _check_span(choice)
     if choice.top_k is not None and not (whole(choice.top_k) and choice.top_k <= (experts or choice.top_k)):
         raise ValueError(
             f"namex.top_k is {choice.top_k!r}; accepted: a whole number from 1 to {experts or 'all'} experts"

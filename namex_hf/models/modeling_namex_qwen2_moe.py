@@ -41,7 +41,7 @@ class GatedSharedBlock(Qwen2MoeSparseMoeBlock):
     """The gated shared expert as in the original, and the routed part of a mixin."""
 
     def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing and base, what `routed` takes besides."""
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: what `routed` takes besides."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
         return (self.routed(flat, *routing, **base) + shared).view_as(hidden_states)

@@ -68,7 +68,7 @@ class Blocks:
 
     def _layout(self, ids: torch.Tensor) -> tuple[Any, ...]:
         """What a block that merges by segments takes besides."""
-        if self.choice is None:
+        if self.choice is None or self.choice.segment is None:
             return ()
         real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
         history = History.empty(len(ids), ids.device)

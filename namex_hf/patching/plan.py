@@ -170,14 +170,15 @@ class Plan:
     @property
     def calibration_bytes(self) -> int:
         """Of `peak_bytes`, what calibration adds: the text four times as hidden states (``target: model``: six times),
-        the smaller layer and its largest group (``soft``: the layer again, and a batch's merged experts), what the
-        experts answer to the text or a fit of the layer holds, sums in float64, a decoder layer without its experts."""
+        the smaller layer and its largest group (``soft``: the layer again, and a batch's merged experts of segments),
+        what the experts answer to the text or a fit of the layer holds, sums in float64, a decoder layer without its
+        experts."""
         if not self.recipe.calibrated:
             return 0
         hidden, width, kept = self.shape.hidden, self.shape.width, self.most
         layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
         merged = 0
-        if self.recipe.merge == "soft":
+        if self.recipe.segment is not None:
             merged = min(2 * LARGEST, 2 * -(-BATCH_TOKENS // self.recipe.segment) * layer // self.shape.experts)
         tokens = self.recipe.calibration_tokens
         answered = min(tokens, FIT_TOKENS) * kept * (kept + 1) * 4 + CHUNK_BYTES if self.recipe.fit != "none" else 0

@@ -13,7 +13,7 @@ from .report import Report
 
 MERGES = {
     "residual": "top-k experts as they were, and a base expert for the mass that top-k leaves over",
-    "soft": "one merged expert processes the tokens of a causal segment",
+    "soft": "every token goes through a merged expert: its own, or that of its causal segment (`routing_span`)",
     "grouped": "fewer experts: each is made of a group of the original's",
 }
 METHODS = {
@@ -128,7 +128,7 @@ def limit_lines(report: Report, licence: dict[str, Any], config: dict[str, Any])
         limits.append("A small loss in perplexity can hide a large one in exact answers: score it on your own task.")
     if recipe["merge"] == "soft":
         limits.append(
-            "One merged expert a segment does not replace the experts of every token; without training it is far "
+            "A merged expert does not do what the token's experts do together; without training the model is far "
             "behind the original."
         )
     if recipe["merge"] == "grouped":

@@ -23,7 +23,7 @@ from ..families import family_of, original_family
 from ..families.kinds import KINDS, kind_of
 from ..merging.momentum import parts as momentum_parts
 from ..models import DeepseekConfig
-from ..models.configuration_namex import is_residual, soft_choice
+from ..models.configuration_namex import SoftChoice, is_residual, soft_choice
 from ..patching.added import patched_config
 from ..patching.plan import check_fit
 from ..recipe import Recipe
@@ -373,8 +373,11 @@ def _routed_activations(config: Any, tokens: int, length: int) -> int:
     if choice is None:
         base = (4 * width + hidden) * is_residual(config.namex)
         return COMPUTE * tokens * (config.num_experts_per_tok * (4 * width + 2 * hidden) + base)
-    groups = tokens // length * ceil(length / choice.segment)
-    numbers = tokens * (4 * width + 2 * hidden) + groups * expert
+    if choice.segment is None:
+        groups, numbers = 0, tokens * _of_a_token(config, choice)
+    else:
+        groups = tokens // length * ceil(length / choice.segment)
+        numbers = tokens * (4 * width + 2 * hidden) + groups * expert
     if choice.curvature == "kronecker":
         assert choice.rank is not None
         numbers += (4 * choice.rank + 2) * config.num_experts * expert
@@ -383,6 +386,16 @@ def _routed_activations(config: Any, tokens: int, length: int) -> int:
         directions = config.num_experts * choice.rank
         numbers += groups * (2 * expert + 6 * directions * (2 * width + hidden))
     return COMPUTE * numbers
+
+
+def _of_a_token(config: Any, choice: SoftChoice) -> int:
+    """Numbers of a token's own merged expert: what goes into both products and comes out of them, for every pair."""
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+    if not choice.has_base and choice.top_k is None:  # expert by expert, each computed again
+        return 5 * width + hidden + 2 * config.num_experts
+    pairs = choice.top_k or config.num_experts_per_tok
+    base = 2 * width + hidden
+    return pairs * (2 * hidden + 3 * width) + base * choice.has_base + 5 * width + hidden
 
 
 def counts_table(models: Mapping[str, Outline]) -> Table:

@@ -46,8 +46,11 @@ def test_a_stock_model(tmp_path: Path, family: str, fused: bool):
         (Recipe(method="smoe", routing="cosine"), 8, 3, ()),
         (Recipe(merge="grouped", experts=5), 5, 3, ()),
         (Recipe(merge="grouped", experts=2), 2, 2, ()),
-        (Recipe(merge="soft"), 8, 1, ("base_expert",)),
-        (Recipe(merge="soft", curvature="kronecker"), 8, 1, ("base_expert", "curvature")),
+        (Recipe(merge="soft", segment=64), 8, 1, ("base_expert",)),
+        (Recipe(merge="soft", segment=64, curvature="kronecker"), 8, 1, ("base_expert", "curvature")),
+        (Recipe(merge="soft"), 8, 3, ()),
+        (Recipe(merge="soft", top_k=2, curvature="kronecker"), 8, 2, ("curvature",)),
+        (Recipe(merge="soft", method="smear"), 8, 8, ()),
     ],
 )
 def test_a_patched_model(

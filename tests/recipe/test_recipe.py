@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from namex_hf.errors import NamexError, RecipeError
+from namex_hf.models.configuration_namex import soft_choice
 from namex_hf.recipe import RULES, Recipe, read_yaml
 
 GROUPED = {"merge": "grouped", "experts": 4}
@@ -48,6 +49,7 @@ AROUND_FIELD: dict[tuple[str, str], dict[str, Any]] = {
     ("grouping", "none"): KEPT,
     ("target", "layer"): FITTED,
     ("target", "model"): FITTED,
+    **{("routing_span", span): SOFT for span in ("token", "all", "previous", "prompt")},
 }
 OF_GROUPED = ("fit", "grouping", "curvature", "align", "down", "weighting", "power")
 VALUES = [
@@ -88,6 +90,7 @@ VALUES = [
     ("temperature", "norms", {**COSINE, **FITTED}),
     ("temperature", "entropy", {**COSINE, "method": "smoe"}),
     ("segment", 16, SOFT),
+    ("renormalise", True, SOFT),
     ("top_k", 2, SOFT),
     ("beta", "0.9", {"momentum": "complex"}),
     ("beta", "0.9,0.2618", {"momentum": "complex"}),
@@ -125,6 +128,33 @@ def test_beta_may_be_a_number_and_a_quaternion_becomes_complex(tmp_path: Path):
     assert Recipe(momentum="complex", beta="0.5").complex_beta == 0.5
     assert Recipe(momentum="quaternion").complex_beta == pytest.approx(0.8 + 0.27**0.5 * 1j)
     assert Recipe().complex_beta == 0
+
+
+@pytest.mark.parametrize(
+    ("fields", "span", "segment"),
+    [
+        ({}, "token", None),
+        ({"method": "smear"}, "token", None),
+        ({"curvature": "kronecker"}, "token", None),
+        ({"curvature": "calibrated"}, "all", 64),
+        ({"segment": 16}, "all", 16),
+        ({"segment": 16, "routing_span": "prompt"}, "prompt", 16),
+        ({"routing_span": "previous"}, "previous", 64),
+    ],
+)
+def test_spans_by_default(fields: dict[str, Any], span: str, segment: int | None):
+    """A patched configuration reads a recipe without defaults alike."""
+    recipe = Recipe(merge="soft", **fields)
+    assert (recipe.routing_span, recipe.segment) == (span, segment)
+    choice = soft_choice({"merge": "soft", **fields})
+    assert choice is not None
+    assert choice == soft_choice(recipe.to_dict())
+    assert (choice.span, choice.segment) == (span, segment)
+
+
+@pytest.mark.parametrize("fields", [{}, GROUPED, {"method": "smoe"}, {"method": "camex"}])
+def test_spans_that_older_releases_stored_under_every_merge(fields: dict[str, Any]):
+    assert Recipe.from_dict({**fields, "routing_span": "all", "segment": 64}) == Recipe.from_dict(fields)
 
 
 def test_a_recipe_cannot_be_changed():
@@ -258,6 +288,9 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'segment' belongs": {"segment": 16, **GROUPED},
     "'top_k' belongs": {"top_k": 2},
     "'routing_span' belongs": {"routing_span": "previous"},
+    "'renormalise' belongs": {"renormalise": True},
+    "under routing_span 'token'": {"routing_span": "token", "segment": 8, **SOFT},
+    "curvature 'calibrated' is no linear": {"routing_span": "token", **CURVED},
     "'beta' belongs": {"beta": "0.5"},
     "'momentum' is a choice of the propagated": {"momentum": "complex", **GROUPED},
     "'solver' is a choice of the Nash": {"solver": "ccp", "method": "ep-camex"},
@@ -730,6 +763,7 @@ SENSIBLE = st.fixed_dictionaries(
             "every": st.integers(0, 30),
             "seed": st.integers(0, 9),
             "eta": st.floats(0, 2),
+            "renormalise": st.booleans(),
             "segment": st.integers(0, 99),
             "top_k": st.integers(0, 9),
             "rank": st.integers(0, 9),
