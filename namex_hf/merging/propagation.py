@@ -55,8 +55,8 @@ class Step:
 def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int, step_of: StepOf | None = None) -> Step:
     """E_m' = E_m + gamma * sum_i w_i (E_i - E_m), or by way of a momentum buffer (paper eq. 11).
 
-    Each game is decided by itself, see `settle`. Without a weighting (CAMEx, paper eq. 2) the experts are looked at
-    and nothing is carried on.
+    Each game is decided by itself, see `solve_or_reuse`. Without a weighting (CAMEx, paper eq. 2) cosines and norms are
+    recorded and nothing is carried on.
 
     Args:
         experts: the layer's, in their own dtype; read twice, once for the games and once for the step.
@@ -74,7 +74,7 @@ def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int, 
     if choice.weighting is None:
         record = [own_base_record(game, gram[index]) for index, game in enumerate(games)]
         return Step(None, record, cosines(gram), None)
-    weights, reusable = settle(gram, walk.weights, choice, position, experts["gate_proj"][0].dtype)
+    weights, reusable = solve_or_reuse(gram, walk.weights, choice, position, experts["gate_proj"][0].dtype)
     of_game = {name: weights.values[index] for index, game in enumerate(games) for name in game}
 
     def step(name: str) -> torch.Tensor:
@@ -87,7 +87,7 @@ def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int, 
     return Step(Walk(base, reusable, momentum), record, cosines(gram), weights.values)
 
 
-def settle(
+def solve_or_reuse(
     gram: torch.Tensor, earlier: torch.Tensor | None, choice: Propagation, position: int, precision: torch.dtype
 ) -> tuple[Weights, torch.Tensor]:
     """The weights of a layer's games, and what the next layer may reuse of them.

@@ -73,7 +73,7 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
                     walk = Walk(trained)
                 device = str(trained["gate_proj"].device)
                 try:
-                    step = _passed(layer.mlp, walk, replace(choice, device=device), position)
+                    step = _pass_layer(layer.mlp, walk, replace(choice, device=device), position)
                 except NotFiniteError as error:
                     raise TrainingError(f"layer {index}, {error}: training has diverged") from error
             drift = None if own else distance(trained, walk.base)
@@ -86,7 +86,7 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
     return settled
 
 
-def _passed(block: Any, walk: Walk, choice: Propagation, position: int) -> Step:
+def _pass_layer(block: Any, walk: Walk, choice: Propagation, position: int) -> Step:
     """One layer passed, under `Propagation.curved` with M_i as it is now."""
     experts, curvature = experts_of(block), curvature_of(block) if choice.curved else None
     if curvature is None:

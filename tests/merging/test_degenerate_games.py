@@ -20,7 +20,7 @@ def at_right_angles(*lengths: float) -> tuple[torch.Tensor, ...]:
     return tuple(length * one for length, one in zip(lengths, (E1, E2, E3), strict=True))
 
 
-def passed(walk: Walk, position: int, taus: dict[str, tuple[torch.Tensor, ...]], **choice: Any) -> Step:
+def pass_layer(walk: Walk, position: int, taus: dict[str, tuple[torch.Tensor, ...]], **choice: Any) -> Step:
     experts = {name: torch.stack([walk.base[name] + tau for tau in taus[name]]) for name in PROJECTIONS}
     return propagate(experts, walk, Propagation(**choice), position)
 
@@ -29,7 +29,7 @@ def alike(tau: tuple[torch.Tensor, ...]) -> dict[str, tuple[torch.Tensor, ...]]:
     return dict.fromkeys(PROJECTIONS, tau)
 
 
-def said(step: Step) -> list[str]:
+def statuses(step: Step) -> list[str]:
     return [game["status"] for game in step.record]
 
 
@@ -40,8 +40,8 @@ def said(step: Step) -> list[str]:
 def test_two_opposed_experts(granularity: str, point: str, share: float, status: str) -> None:
     """Zero point: no step. The mean: the plain mean's step, from which the third expert gains."""
     rules = Bargain(disagreement=point, granularity=granularity, scale="lemma")  # the scale changes no fallback
-    step = passed(Walk(BASE), 0, alike(OPPOSED), rules=rules, gamma=0.6)
-    assert set(said(step)) == {status}
+    step = pass_layer(Walk(BASE), 0, alike(OPPOSED), rules=rules, gamma=0.6)
+    assert set(statuses(step)) == {status}
     for game in step.record:
         assert game["weights"] == pytest.approx([share] * 3)
     assert not step.walk.weights.any()
@@ -62,21 +62,21 @@ def test_each_game_is_decided_by_itself(point: str, share: float, status: str) -
         first |= alike(at_right_angles(2, 2, 2)) | {"gate_proj": OPPOSED}
     wanted = [4 / 7, 2 / 7, 1 / 7] if point == "zero" else [1 / 3] * 3
 
-    step = passed(Walk(BASE), 0, first, **choice)
-    assert said(step) == [status, "agreement", "agreement"]
+    step = pass_layer(Walk(BASE), 0, first, **choice)
+    assert statuses(step) == [status, "agreement", "agreement"]
     assert step.weights[0].tolist() == pytest.approx([share] * 3)
     assert step.weights[1].tolist() == pytest.approx(wanted)
 
-    step = passed(step.walk, 1, {**alike(at_right_angles(3, 1, 1)), "gate_proj": OPPOSED}, **choice)
-    assert said(step) == [status, "reused", "reused"]
+    step = pass_layer(step.walk, 1, {**alike(at_right_angles(3, 1, 1)), "gate_proj": OPPOSED}, **choice)
+    assert statuses(step) == [status, "reused", "reused"]
     assert step.weights[0].tolist() == pytest.approx([share] * 3)
     assert step.weights[1].tolist() == pytest.approx(wanted)
 
-    step = passed(step.walk, 2, alike(at_right_angles(5, 5, 5)), **choice)
-    assert said(step) == ["agreement", "reused", "reused"]
+    step = pass_layer(step.walk, 2, alike(at_right_angles(5, 5, 5)), **choice)
+    assert statuses(step) == ["agreement", "reused", "reused"]
     before = step.walk
-    step = passed(before, 3, alike(at_right_angles(7, 1, 1)), **choice)
-    assert said(step) == ["reused"] * 3
+    step = pass_layer(before, 3, alike(at_right_angles(7, 1, 1)), **choice)
+    assert statuses(step) == ["reused"] * 3
     assert step.weights[0].tolist() == pytest.approx([1 / 3] * 3)
     moved = torch.tensor([7.0, 1, 1]) * torch.tensor([[1 / 3] * 3, wanted, wanted])
     for name, wanted_move in zip(PROJECTIONS, moved, strict=True):
@@ -89,17 +89,17 @@ def test_an_older_agreement_is_not_reused_after_a_game_without(point: str, statu
     rules, walk, found = Bargain(disagreement=point), Walk(BASE), []
     layers = [at_right_angles(1, 2, 4), at_right_angles(1, 1, 1), OPPOSED, at_right_angles(2, 2, 2)]
     for position, tau in enumerate(layers):
-        step = passed(walk, position, alike(tau), rules=rules, every=2)
+        step = pass_layer(walk, position, alike(tau), rules=rules, every=2)
         walk = step.walk
-        found.append(said(step))
+        found.append(statuses(step))
     assert found == [["agreement"] * 3, ["reused"] * 3, [status] * 3, ["agreement"] * 3]
     assert step.weights.flatten().tolist() == pytest.approx([1 / 3] * 9)
 
 
 def test_momentum_goes_on_without_agreement() -> None:
     """mu = 0.5 mu: half of the first step again, where the second layer adds nothing."""
-    first = passed(Walk(BASE), 0, alike(at_right_angles(1, 1, 1)), beta=0.5)
-    second = passed(first.walk, 1, alike(OPPOSED), beta=0.5)
-    assert said(second) == ["no_agreement"] * 3
+    first = pass_layer(Walk(BASE), 0, alike(at_right_angles(1, 1, 1)), beta=0.5)
+    second = pass_layer(first.walk, 1, alike(OPPOSED), beta=0.5)
+    assert statuses(second) == ["no_agreement"] * 3
     for name in PROJECTIONS:
         torch.testing.assert_close(second.walk.base[name], BASE[name] + 1.5 * (E1 + E2 + E3) / 3)

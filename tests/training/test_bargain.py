@@ -13,6 +13,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import TrainingError
 from namex_hf.training.bargain import BargainCallback, distance, rebargain, summary
 from namex_hf.training.choice import lora
+from namex_hf.training.fold import fold_curvature
 from namex_hf.training.gathered import base_of, experts_of
 
 RECIPES = {
@@ -115,6 +116,8 @@ def test_the_step_of_ep_camex_has_the_trained_curvature():
         wanted = base[part].double() + 0.5 / len(tau) * moved
         torch.testing.assert_close(after[part].double(), wanted, atol=1e-6, rtol=1e-5)
         assert (wanted - base[part] - 0.5 * tau.mean(0)).abs().max() > 1e-3
+    fold_curvature(model)  # then M_i(tau_i) are the domain vectors
+    assert max(layer.drift for layer in rebargain(model, Recipe.from_dict(model.config.namex))[1:]) < 1e-6
 
 
 def test_drift_is_what_gradients_made_of_a_base():

@@ -188,7 +188,7 @@ CURVED = {"merge": "soft", "segment": 8, "curvature": "kronecker", "rank": 2}
         ("deepseek", "namex", "none"),
     ],
 )
-def test_curvature_acts_in_the_walk_of_ep_camex_alone(family, method, momentum):
+def test_curvature_acts_in_the_propagation_of_ep_camex_alone(family, method, momentum):
     """Logits and gradients of a plain loop over eq. 3, M_i in full matrices; NAMEx has no M_i there (eq. 7)."""
     curved = method == "ep-camex"
     live = go_live(patched(family, torch.float64, **CURVED, **MOMENTUM[momentum], method=method))
@@ -208,7 +208,7 @@ def test_curvature_acts_in_the_walk_of_ep_camex_alone(family, method, momentum):
         assert apart(found[name], gradient) < 1e-6, name
 
 
-def test_a_curved_walk_under_checkpointing_and_autocast():
+def test_curved_propagation_under_checkpointing_and_autocast():
     """Nothing but the experts' arithmetic is in 16 bits, and what is computed again is the same."""
     live = go_live(patched("qwen2_moe", **CURVED, method="ep-camex")).train()
     wanted = gradients(live)
