@@ -83,8 +83,8 @@ class Recipe:
         "namex-full",
         ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe"),
         "how weights and base come about. namex-full: a Nash bargain in every layer; namex: one at the first layer "
-        "that agrees, reused; ep-camex: plain mean; camex: every layer has a base of its own; smear: no base, all experts "
-        "merged by the router; smoe: no merging, the sparse original",
+        "that agrees, reused; ep-camex: plain mean; camex: every layer has a base of its own; smear: no base, all "
+        "experts merged by the router; smoe: no merging, the sparse original",
     )
     weighting: str | None = _choice(
         None,
