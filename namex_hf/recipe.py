@@ -36,6 +36,10 @@ MOST = {
 IMPLIED = {"namex-full": "nash", "namex": "nash", "ep-camex": "uniform"}
 """Weightings by method; a method that is not here settles no weights."""
 
+CCP_ITERATIONS = 2
+CCP_BUDGET = 20
+"""Convex problems a game: in every layer; and the paper's budget of a pass, which NAMEx spends in one layer."""
+
 IMPLIED_BY_FIT = {
     "grouping": ("weights", "damage"),
     "curvature": ("identity", "calibrated"),
@@ -78,9 +82,9 @@ class Recipe:
     method: str = _choice(
         "namex-full",
         ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe"),
-        "how weights and base come about. namex-full: a Nash bargain in every layer; namex: one at the first layer, "
-        "reused; ep-camex: plain mean; camex: every layer has a base of its own; smear: no base, all experts merged by "
-        "the router; smoe: no merging, the sparse original",
+        "how weights and base come about. namex-full: a Nash bargain in every layer; namex: one at the first layer "
+        "that agrees, reused; ep-camex: plain mean; camex: every layer has a base of its own; smear: no base, all "
+        "experts merged by the router; smoe: no merging, the sparse original",
     )
     weighting: str | None = _choice(
         None,
@@ -181,7 +185,9 @@ class Recipe:
         "linear router on calibration text (default: entropy where text is read anyway, else norms)",
     )
     disagreement: str = _choice(
-        "zero", ("zero", "mean"), "what players get without agreement: nothing, or the step of the plain mean"
+        "zero",
+        ("zero", "mean"),
+        "what players get without agreement, and the step of the base expert then: none, or that of the plain mean",
     )
     base: str = _value(
         "shared",
@@ -208,7 +214,9 @@ class Recipe:
     solver: str = _choice(
         "newton", ("newton", "ccp"), "of the bargaining equation; ccp: the paper's procedure, extra 'ccp'"
     )
-    ccp_iterations: int = _value(2, int, "ccp: convex problems a game")
+    ccp_iterations: int = _value(
+        None, int, "ccp: convex problems a game (default: 2; namex, which solves in one layer alone: 20)"
+    )
     eta: float = _value(1.0, float, "soft: step size of the merge")
     renormalise: bool = _value(False, bool, "soft: divide the values of top-k by their sum (paper, appendix D.1)")
     segment: int | None = _value(
@@ -224,7 +232,9 @@ class Recipe:
         "all tokens before it, the segment before it, or (after the prompt) the prompt (default: token; all where "
         "'segment' is stated or the curvature is calibrated)",
     )
-    every: int = _value(1, int, "namex-full: solve in every n-th MoE layer, reuse the weights by expert index between")
+    every: int = _value(
+        1, int, "namex-full: solve in every n-th MoE layer, reuse the weights of an agreement by expert index between"
+    )
     seed: int = _value(
         0, int, "seed of the choice of calibration text; grouped: of batches, directions and experts at random"
     )
@@ -551,11 +561,10 @@ RULES: tuple[Rule, ...] = (
         "is a choice of the Nash bargain, which this recipe does not play",
         ("method",),
     ),
-    *_rules_for(
-        ("ccp_iterations",),
-        lambda r: r.solver == "ccp",
-        "belongs to solver 'ccp'",
-        ("solver",),
+    Rule(
+        lambda r: r.solver != "ccp" and r.ccp_iterations != CCP_ITERATIONS,
+        "'ccp_iterations' belongs to solver 'ccp'",
+        ("solver", "ccp_iterations"),
     ),
     Rule(
         lambda r: r.solver == "ccp" and r.disagreement == "mean",
@@ -619,17 +628,18 @@ def _imply(recipe: Recipe) -> None:
 
 def _implied(recipe: Recipe) -> dict[str, Any]:
     """What fields are where they are not stated."""
+    one_layer = recipe.solver == "ccp" and recipe.method == "namex"
+    implied: dict[str, Any] = {"ccp_iterations": CCP_BUDGET if one_layer else CCP_ITERATIONS}
     if recipe.merge == "grouped":
-        implied = {name: pair[recipe.fit != "none"] for name, pair in IMPLIED_BY_FIT.items()}
+        implied |= {name: pair[recipe.fit != "none"] for name, pair in IMPLIED_BY_FIT.items()}
         return implied if recipe.operator == "merge" else {**implied, "curvature": "identity", "align": "none"}
     if recipe.merge == "soft":
         curvature = recipe.curvature or "identity"
         by_segment = recipe.segment is not None or curvature == "calibrated"
         span = recipe.routing_span or ("all" if by_segment else "token")
-        segment = None if span == "token" else 64
-        implied = {"curvature": curvature, "routing_span": span, "segment": segment}
-        return implied | IMPLIED_BY_CURVATURE.get(curvature, {})
-    return {}
+        implied |= {"curvature": curvature, "routing_span": span, "segment": None if span == "token" else 64}
+        implied |= IMPLIED_BY_CURVATURE.get(curvature, {})
+    return implied
 
 
 def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -> None:

@@ -144,10 +144,13 @@ def base_experts(folder: Path, recipe: dict[str, Any]) -> dict[int, Matrices]:
         solves = position == 0 if recipe.get("method") == "namex" else position % recipe.get("every", 1) == 0
         following = {}
         for names in games(recipe):
-            if solves:
+            if solves or not weights[names].any():
                 weights[names] = game_weights(experts, base, names, recipe)
+            used = weights[names]
+            if not used.any() and recipe.get("disagreement") == "mean":
+                used = np.full(len(used), 1 / len(used))
             for name in names:
-                step = sum(w * (expert - base[name]) for w, expert in zip(weights[names], experts[name], strict=True))
+                step = sum(w * (expert - base[name]) for w, expert in zip(used, experts[name], strict=True))
                 buffers[name] = quaternion_product(beta, buffers.get(name, np.zeros((4, *step.shape))))
                 buffers[name][0] += step
                 following[name] = base[name] + recipe.get("gamma", 1.0) * buffers[name][0]

@@ -8,7 +8,7 @@ import torch
 from .experts import PROJECTIONS, Base, Experts, each_projection, games_of, grams, weighted_sum
 from .grouping import Groups
 from .record import game_record
-from .weightings import WEIGHTINGS, Bargain, Seen, Weights
+from .weightings import FALLBACK, WEIGHTINGS, Bargain, Seen, Weights
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype, seen
     values[:, 0] += 1 / size
     for index, word in enumerate(found.status):
         if word != "agreement":
-            values[index], status[index] = 1 / size, "uniform_fallback"
+            values[index], status[index] = 1 / size, FALLBACK
     return Weights(values, tuple(status), found.residual, found.iterations)
 
 

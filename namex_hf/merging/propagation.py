@@ -1,15 +1,19 @@
 """The base expert's walk through the layers (paper eq. 3, 7 and 9), or a base of each layer's own (eq. 2)."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from ..bargaining import NO_AGREEMENT
 from .experts import Base, Experts, each_projection, games_of, grams, weighted_step
 from .momentum import advance
 from .record import cosines, game_record, own_base_record
-from .weightings import WEIGHTINGS, Bargain, Weights
+from .weightings import FALLBACK, WEIGHTINGS, Bargain, Weights
+
+StepOf = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
+"""From a projection, its E_m and the weights ``[N]`` to ``sum_i w_i M_i(tau_i)``, of the base's shape and dtype."""
 
 
 @dataclass(frozen=True)
@@ -22,9 +26,10 @@ class Propagation:
     every: int | None = 1  # solve at every n-th MoE layer; None: at the first alone
     beta: complex = 0j  # of the momentum; 0 without
     device: str = "cpu"
+    curved: bool = False  # M_i acts in the step once it is trained (paper eq. 3); NAMEx drops it there (eq. 7)
 
     def solves_at(self, position: int) -> bool:
-        """Whether weights are solved for at the ``position``-th MoE layer, or reused."""
+        """Whether all games are solved at the ``position``-th MoE layer, or the weights of agreements reused."""
         return position == 0 if self.every is None else position % self.every == 0
 
 
@@ -33,7 +38,7 @@ class Walk:
     """What the base expert takes from a MoE layer to the next."""
 
     base: Base  # E_m, float32, unrounded
-    weights: torch.Tensor | None = None  # float64 [games, N], of the layer where they were solved for last
+    weights: torch.Tensor | None = None  # float64 [games, N], of each game's last solution; zeros without agreement
     momentum: Mapping[str, torch.Tensor] = field(default_factory=dict)  # buffers, float32
 
 
@@ -44,19 +49,20 @@ class Step:
     walk: Walk | None  # None: the next layer begins with its own base
     record: list[dict[str, Any]]
     cosines: torch.Tensor  # float32 [games, N, N]
+    weights: torch.Tensor | None  # float64 [games, N], with which the step is taken; None: there is no step
 
 
-def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int) -> Step:
+def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int, step_of: StepOf | None = None) -> Step:
     """E_m' = E_m + gamma * sum_i w_i (E_i - E_m), or by way of a momentum buffer (paper eq. 11).
 
-    Without agreement the weights are zero: the base is carried on as it is, or as its momentum carries it. Without a
-    weighting (CAMEx, paper eq. 2) the experts are looked at and nothing is carried on.
+    Each game is decided by itself, see `solve_or_reuse`. Without a weighting (CAMEx, paper eq. 2) cosines and norms are
+    recorded and nothing is carried on.
 
     Args:
         experts: the layer's, in their own dtype; read twice, once for the games and once for the step.
-        walk: as the layer before left it. Its weights are reused, by expert index, where none are solved for. Expert
-            indices of different layers do not correspond; the paper reuses them so.
+        walk: as the layer before left it.
         position: of the layer among the MoE layers.
+        step_of: the step where M_i acts in it (paper eq. 3); None: M_i = I. The record is of the games, without M_i.
 
     Memory: the step and the next base in float32, new momentum buffers, and a chunk of every expert.
 
@@ -66,15 +72,56 @@ def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int) 
     gram = grams(experts, walk.base, choice.rules.granularity, choice.device)
     games = games_of(choice.rules.granularity)
     if choice.weighting is None:
-        return Step(None, [own_base_record(game, gram[index]) for index, game in enumerate(games)], cosines(gram))
-    if walk.weights is None or choice.solves_at(position):
-        precision = experts["gate_proj"][0].dtype
-        weights = WEIGHTINGS[choice.weighting](gram, choice.rules, precision)
-    else:
-        count = len(gram)
-        weights = Weights(walk.weights, ("reused",) * count, (None,) * count, (None,) * count)
+        record = [own_base_record(game, gram[index]) for index, game in enumerate(games)]
+        return Step(None, record, cosines(gram), None)
+    weights, reusable = solve_or_reuse(gram, walk.weights, choice, position, experts["gate_proj"][0].dtype)
     of_game = {name: weights.values[index] for index, game in enumerate(games) for name in game}
-    step = each_projection(lambda name: weighted_step(experts[name], walk.base[name], of_game[name], choice.device))
-    base, momentum = advance(walk.base, step, walk.momentum, choice.gamma, choice.beta)
+
+    def step(name: str) -> torch.Tensor:
+        if step_of is not None:
+            return step_of(name, walk.base[name], of_game[name])
+        return weighted_step(experts[name], walk.base[name], of_game[name], choice.device)
+
+    base, momentum = advance(walk.base, each_projection(step), walk.momentum, choice.gamma, choice.beta)
     record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
-    return Step(Walk(base, weights.values, momentum), record, cosines(gram))
+    return Step(Walk(base, reusable, momentum), record, cosines(gram), weights.values)
+
+
+def solve_or_reuse(
+    gram: torch.Tensor, earlier: torch.Tensor | None, choice: Propagation, position: int, precision: torch.dtype
+) -> tuple[Weights, torch.Tensor]:
+    """The weights of a layer's games, and what the next layer may reuse of them.
+
+    A game reuses the weights of its own last agreement, by expert index, in a layer where `Propagation.solves_at` says
+    no. Expert indices of different layers do not correspond; the paper reuses them so. A game whose last solution was
+    no agreement is solved again in every layer until there is one. The games of a layer (gate, up and down) may differ
+    in this.
+
+    Without agreement a game takes what its disagreement point says. ``zero``: weights 0, so no step, except what
+    momentum carries. ``mean``: the fallback, the step of the plain mean, weights 1/N with the status `FALLBACK`.
+
+    Args:
+        gram: float64 ``[games, N, N]``.
+        earlier: float64 ``[games, N]``, the second result of the layer before; None at the first.
+
+    Returns:
+        The weights in force, and float64 ``[games, N]``: those of agreements, zeros where there is none.
+    """
+    assert choice.weighting is not None, "CAMEx has no games"
+    reusable = gram.new_zeros(gram.shape[:2]) if earlier is None else earlier.clone()
+    due = ~reusable.any(-1) | choice.solves_at(position)
+    status = ["reused"] * len(gram)
+    residual: list[float | None] = [None] * len(gram)
+    iterations: list[int | None] = [None] * len(gram)
+    if due.any():
+        found = WEIGHTINGS[choice.weighting](gram[due], choice.rules, precision)
+        reusable[due] = found.values
+        for place, index in enumerate(due.nonzero().flatten().tolist()):
+            status[index], residual[index] = found.status[place], found.residual[place]
+            iterations[index] = found.iterations[place]
+    values = reusable.clone()
+    if choice.rules.disagreement == "mean":
+        for index, word in enumerate(status):
+            if word == NO_AGREEMENT:
+                values[index], status[index] = 1 / values.shape[-1], FALLBACK
+    return Weights(values, tuple(status), tuple(residual), tuple(iterations)), reusable

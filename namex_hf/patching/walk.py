@@ -36,7 +36,7 @@ def rules_of(recipe: Recipe) -> Bargain:
 
 
 def propagation_of(recipe: Recipe) -> Propagation:
-    """How a recipe moves its base expert."""
+    """How a recipe moves its base expert. Before training M_i is the identity, whatever `Propagation.curved` says."""
     return Propagation(
         weighting=recipe.weights_by,
         rules=rules_of(recipe),
@@ -44,6 +44,7 @@ def propagation_of(recipe: Recipe) -> Propagation:
         every=None if recipe.method == "namex" else recipe.every,
         beta=recipe.complex_beta,
         device=recipe.device,
+        curved=recipe.method == "ep-camex" and recipe.curvature == "kronecker",
     )
 
 

@@ -9,15 +9,18 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
 from ..families import PROJECTIONS, original_family
 from ..merging.experts import Base, NotFiniteError
-from ..merging.propagation import Walk, propagate
+from ..merging.propagation import Propagation, Step, Walk, propagate
+from ..merging.weightings import FALLBACK
 from ..patching.threads import shared_out
 from ..patching.walk import propagation_of
 from ..recipe import Recipe
-from .gathered import base_of, experts_of, gathered, of_first_process, write_base
+from .gathered import base_of, curvature_of, experts_of, gathered, of_first_process, write_base
 from .live_blocks import LiveBlock
+from .live_step import curved_step
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,7 @@ class Settled:
 
 @torch.no_grad()
 def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
-    """Solve the games of all layers again, and let the base expert walk on through them (paper eq. 6 and 9).
+    """Solve the games of all layers again, and let the base expert walk on through them (paper eq. 3, 6 and 9).
 
     The walk begins with the first MoE layer's base as it was trained. Every later layer's base is overwritten with what
     the walk brings; what gradients had made of it is gone, and reported as its drift. What adapters add to experts
@@ -64,23 +67,36 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
         for position, index in enumerate(original_family(config).shape(config).layers):
             layer = model.model.layers[index]
             with gathered(layer):
-                experts, trained = experts_of(layer.mlp), base_of(layer.mlp)
+                trained = base_of(layer.mlp)
                 own = walk is None or not write
                 if walk is None or not write:
                     walk = Walk(trained)
                 device = str(trained["gate_proj"].device)
                 try:
-                    step = propagate(experts, walk, replace(choice, device=device), position)
+                    step = _pass_layer(layer.mlp, walk, replace(choice, device=device), position)
                 except NotFiniteError as error:
                     raise TrainingError(f"layer {index}, {error}: training has diverged") from error
             drift = None if own else distance(trained, walk.base)
             if not own:
                 write_base(layer.mlp, walk.base)
-            if write and isinstance(layer.mlp, LiveBlock) and step.walk is not None and step.walk.weights is not None:
-                layer.mlp.weights = of_first_process(step.walk.weights, device).cpu()
+            if write and isinstance(layer.mlp, LiveBlock) and step.weights is not None:
+                layer.mlp.weights = of_first_process(step.weights, device).cpu()
             settled.append(Settled(index, step.record, step.cosines, drift))
             walk = step.walk
     return settled
+
+
+def _pass_layer(block: Any, walk: Walk, choice: Propagation, position: int) -> Step:
+    """One layer passed, under `Propagation.curved` with M_i as it is now."""
+    experts, curvature = experts_of(block), curvature_of(block) if choice.curved else None
+    if curvature is None:
+        return propagate(experts, walk, choice, position)
+
+    @torch.no_grad()  # here too: each projection has a thread of its own
+    def step_of(name: str, base: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return curved_step(experts[name], base, weights, curvature[name])
+
+    return propagate(experts, walk, choice, position, step_of)
 
 
 def distance(found: Base, wanted: Base) -> float:
@@ -94,7 +110,7 @@ def summary(settled: list[Settled]) -> dict[str, float]:
     """The state of the bargain in a few numbers, for a log.
 
     The largest spread of a game's weights (standard deviation over mean) and the largest residual, over all games; the
-    mean drift over layers; and the share of games without agreement.
+    mean drift over layers; the share of games without agreement, and of games that fell back to the plain mean.
     """
     games = [game for layer in settled for game in layer.record]
     found: dict[str, list[float]] = {
@@ -105,8 +121,9 @@ def summary(settled: list[Settled]) -> dict[str, float]:
     values = {name: max(numbers) for name, numbers in found.items() if numbers}
     if drifts:
         values["bargain/drift"] = sum(drifts) / len(drifts)
-    refused = sum(game["status"] == "no_agreement" for game in games)
-    return values | {"bargain/no_agreement": refused / len(games)}
+    for word in (NO_AGREEMENT, FALLBACK):
+        values[f"bargain/{word}"] = sum(game["status"] == word for game in games) / len(games)
+    return values
 
 
 def is_live(model: Any) -> bool:

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..families import PROJECTIONS
 from ..models.soft import dense_weight
+from ..models.soft_kronecker import Factors
 
 
 @contextmanager
@@ -70,6 +71,14 @@ def base_of(block: Any) -> dict[str, torch.Tensor]:
     linears = {name: getattr(block.base_expert, name) for name in PROJECTIONS}
     like = next(block.base_expert.parameters())
     return {name: dense_weight(linear, like).detach().float().clone() for name, linear in linears.items()}
+
+
+def curvature_of(block: Any) -> dict[str, Factors] | None:
+    """The trainable M_i of a block's experts by projection, which hand gradients on; None: folded into the experts."""
+    if block.curvature is None:
+        return None
+    like = next(block.base_expert.parameters())
+    return dict(zip(PROJECTIONS, block.curvature(like), strict=True))
 
 
 @torch.no_grad()

@@ -7,7 +7,8 @@ alone, and what a later layer uses is
 
 worked out from layer l's experts as they are in this pass, so gradients of later layers reach these experts and the
 first base. The weights alpha are constants of the pass; `bargain.rebargain`, and so `bargain.BargainCallback` after
-every n-th optimiser step, solves for them again.
+every n-th optimiser step, solves for them again. Under ``method: ep-camex`` with ``curvature: kronecker`` the step is
+gamma/N sum_i M_i(E_i^l - E_m^l) (eq. 3), and gradients of later layers reach M_i, too.
 """
 
 from typing import Any

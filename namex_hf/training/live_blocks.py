@@ -19,7 +19,7 @@ from ..models.modeling_namex_qwen2_moe import (
     SoftQwen2MoeSparseMoeBlock,
 )
 from ..models.soft import base_matrices
-from .gathered import attached_experts_of
+from .gathered import attached_experts_of, curvature_of
 from .live_step import step_on
 
 
@@ -68,12 +68,13 @@ class LiveBlock(nn.Module):
         return Passing({name: widened(matrix) for name, matrix in base_matrices(self.base_expert, like).items()}, {})
 
     def taken_on(self, here: Passing) -> Passing | None:
-        """One step on (paper eq. 9 and 11)."""
+        """One step on (paper eq. 3, 9 and 11)."""
         if self.last:
             return None
         base = {name: widened(matrix) for name, matrix in here.base.items()}  # FSDP2's mixed precision narrows inputs
         momentum = {name: widened(buffer) for name, buffer in here.momentum.items()}
-        return Passing(*step_on(attached_experts_of(self), base, momentum, self.weights, self.choice))
+        curvature = curvature_of(self) if self.choice.curved else None
+        return Passing(*step_on(attached_experts_of(self), base, momentum, self.weights, self.choice, curvature))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

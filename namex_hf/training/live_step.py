@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.utils.checkpoint import checkpoint
 
 from ..bargaining import CHUNK_BYTES
 from ..families import PROJECTIONS
 from ..merging.experts import Base, games_of, weighted_step
 from ..merging.momentum import advance
 from ..merging.propagation import Propagation
+from ..models.soft_kronecker import Factors, curved
 
 LARGE = 64 * CHUNK_BYTES
 """Working buffer on accelerators, where a chunk costs launches and there is no cache to stay in."""
@@ -49,6 +51,31 @@ class WeightedStep(torch.autograd.Function):
         return to_experts, to_base, None
 
 
+def curved_step(experts: torch.Tensor, base: torch.Tensor, weights: torch.Tensor, factors: Factors) -> torch.Tensor:
+    """``sum_i w_i M_i(E_i - E_m)`` with constant weights (paper eq. 3, first line, where w_i = 1/N).
+
+    Differentiable in experts, base and factors.
+
+    Args:
+        experts: ``[N, rows, columns]``, in any floating dtype.
+        base: ``[rows, columns]``, in float32 or float64, in which it is computed.
+        weights: float64 ``[N]``, on the CPU, without gradient.
+        factors: of M_i, of every expert.
+
+    Memory: what `curved` says of one expert. Each is computed again in the backward pass, and nothing kept for it.
+    """
+    step = torch.zeros_like(base)
+    with torch.autocast(base.device.type, enabled=False):
+        for weight, expert, *own in zip(weights.tolist(), experts, *factors, strict=True):
+            step = step + weight * checkpoint(_curved, expert, base, *own, use_reentrant=False)
+    return step
+
+
+def _curved(expert: torch.Tensor, base: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
+    """Of one expert, its factors ``[rank, side, side]``."""
+    return curved((expert.to(base.dtype) - base)[None], Factors(*(factor[None] for factor in own)))[0]
+
+
 @torch.compiler.disable  # chunks and players are plain numbers: one break a layer in place of one at each of them
 def step_on(
     experts: Mapping[str, torch.Tensor],
@@ -56,8 +83,9 @@ def step_on(
     momentum: Mapping[str, torch.Tensor],
     weights: torch.Tensor,
     choice: Propagation,
+    curvature: Mapping[str, Factors] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """E_m' = E_m + gamma sum_i w_i (E_i - E_m), or by way of momentum buffers (paper eq. 9 and 11), with gradients.
+    """E_m' = E_m + gamma sum_i w_i M_i(E_i - E_m), or by way of momentum buffers (paper eq. 3, 9, 11), with gradients.
 
     The arithmetic of `merging.propagation.propagate`, without the games.
 
@@ -66,10 +94,14 @@ def step_on(
         base: E_m of this layer, in float32 or float64.
         momentum: buffers as the layer before left them; empty at the first MoE layer.
         weights: float64 ``[games, N]``, on the CPU; constants.
+        curvature: M_i by projection; None: the identity.
 
     Returns:
         The base of the next MoE layer, and its momentum buffers.
     """
     of_game = {name: weights[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game}
-    step = {name: WeightedStep.apply(experts[name], base[name], of_game[name]) for name in PROJECTIONS}
+    if curvature is None:
+        step = {name: WeightedStep.apply(experts[name], base[name], of_game[name]) for name in PROJECTIONS}
+    else:
+        step = {name: curved_step(experts[name], base[name], of_game[name], curvature[name]) for name in PROJECTIONS}
     return advance(base, step, momentum, choice.gamma, choice.beta)

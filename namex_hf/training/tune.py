@@ -235,7 +235,8 @@ class Run:
         return report
 
 
-LOGGED = ("step", "loss", "aux_loss", "bargain/spread", "bargain/residual", "bargain/drift", "bargain/no_agreement")
+BARGAIN = ("spread", "residual", "drift", "no_agreement", "uniform_fallback")
+LOGGED = ("step", "loss", "aux_loss", *(f"bargain/{name}" for name in BARGAIN))
 
 
 def check_sharding(trainer: NamexTrainer, adapter: Adapter | None) -> None:

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 from float64_reference import assert_rounded, base_experts
-from odd_checkpoints import PROJECTIONS, odd_checkpoint, read_tensors, rewrite_tensors
+from odd_checkpoints import PROJECTIONS, odd_checkpoint, read_tensors, rewrite_tensors, settled_files
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
@@ -28,6 +29,8 @@ ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
     ("qwen2_moe", torch.float32, {"num_hidden_layers": 5}, {"method": "namex", "base": "shared"}),
     ("deepseek", torch.float16, {"num_hidden_layers": 5}, {"method": "namex", "granularity": "expert"}),
     ("deepseek", torch.float32, {}, {"method": "namex", "base": "first"}),
+    ("deepseek", torch.float32, {"num_hidden_layers": 5}, {"method": "namex", "base": "mean"}),
+    ("qwen2_moe", torch.float32, {"num_hidden_layers": 6}, {"every": 3, "base": "mean", "disagreement": "mean"}),
     ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 6}, {"method": "ep-camex", "base": "first"}),
     ("deepseek", torch.float32, {}, {"method": "ep-camex", "base": "mean", "gamma": 1.5}),
     ("qwen2_moe", torch.bfloat16, {"num_hidden_layers": 9, "mlp_only_layers": [1, 4]}, {"gamma": 0.7}),
@@ -93,6 +96,45 @@ def test_no_agreement_carries_the_base_on(odd, tmp_path: Path) -> None:
     for name in PROJECTIONS:
         block = "model.layers.{}.mlp.base_expert.{}.weight"
         assert torch.equal(tensors[block.format(1, name)], tensors[block.format(2, name)])
+
+
+def statuses(report) -> list[set[str]]:
+    return [{game["status"] for game in layer["games"]} for layer in report.layers]
+
+
+@pytest.mark.parametrize(
+    ("point", "first", "weight"), [("zero", "no_agreement", 0), ("mean", "uniform_fallback", 1 / 7)]
+)
+def test_namex_around_the_mean_solves_in_the_second_layer(odd, tmp_path: Path, point, first, weight) -> None:
+    """The weights of a game without agreement are not reused; those of the first agreement are."""
+    source = odd("deepseek", torch.float32, num_hidden_layers=5)
+    report = patch_checkpoint(source, tmp_path / "out", Recipe(method="namex", base="mean", disagreement=point))
+    assert statuses(report) == [{first}, {"agreement"}, {"reused"}, {"reused"}]
+    layers = [[game["weights"] for game in layer["games"]] for layer in report.layers]
+    assert layers[0] == [pytest.approx([weight] * 7)] * 3
+    assert layers[1] == layers[2] == layers[3] != layers[0]
+
+
+@pytest.mark.parametrize("text", [False, True], ids=["weights", "text"])
+def test_a_run_that_is_continued_reuses_no_fallback(odd, words: Path, tmp_path: Path, text: bool) -> None:
+    """Stopped after a layer that fell back: the next one is solved, and the result is that of an undisturbed run."""
+    source = odd("deepseek", torch.float32, tokenizer=True)
+    fields = {"method": "namex", "base": "mean", "disagreement": "mean"}
+    if text:
+        fields |= {"merge": "soft", "align": "weights", "calibration_data": str(words), "calibration_tokens": 512}
+
+    def stop(said: str, done: int, total: int) -> None:
+        if said == "layer 1":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        patch_checkpoint(source, tmp_path / "out", Recipe(**fields), progress=stop)
+    (state,) = [path for name in ("walk", "stream") if (path := tmp_path / f"out/.namex/{name}.safetensors").exists()]
+    assert not load_file(state)["weights"].any()
+    report = patch_checkpoint(source, tmp_path / "out", Recipe(**fields))
+    assert statuses(report) == [{"uniform_fallback"}, {"agreement"}, {"reused"}]
+    patch_checkpoint(source, tmp_path / "undisturbed", Recipe(**fields))
+    assert settled_files(tmp_path / "out") == settled_files(tmp_path / "undisturbed")
 
 
 def test_report_tells_the_weights(odd, tmp_path: Path) -> None:

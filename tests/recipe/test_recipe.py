@@ -97,6 +97,7 @@ VALUES = [
     ("beta", "0.8,0.3,0.3,0.3", {"momentum": "quaternion"}),
     ("ccp_iterations", 2, {}),
     ("ccp_iterations", 60, {"solver": "ccp"}),
+    ("ccp_iterations", 2, {"solver": "ccp", "method": "namex"}),
     ("fit_steps", 50, FITTED),
     ("ridge", 0.1, {**GROUPED, "curvature": "diagonal"}),
     ("ridge", 0.1, {**GROUPED, "down": "refit"}),
@@ -120,6 +121,13 @@ def test_the_default_is_namex_full_in_residual_form():
     recipe = Recipe()
     assert (recipe.merge, recipe.method, recipe.routing) == ("residual", "namex-full", "linear")
     assert (recipe.disagreement, recipe.weights_by, recipe.base) == ("zero", "nash", "shared")
+
+
+def test_namex_spends_the_budget_of_the_procedure_in_its_one_layer():
+    """A stored recipe states the number, so an older one keeps its 2."""
+    found = {method: Recipe(method=method, solver="ccp").ccp_iterations for method in ("namex-full", "namex")}
+    assert found == {"namex-full": 2, "namex": 20}
+    assert Recipe().to_dict()["ccp_iterations"] == Recipe(method="namex").to_dict()["ccp_iterations"] == 2
 
 
 def test_beta_may_be_a_number_and_a_quaternion_becomes_complex(tmp_path: Path):

@@ -13,6 +13,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import TrainingError
 from namex_hf.training.bargain import BargainCallback, distance, rebargain, summary
 from namex_hf.training.choice import lora
+from namex_hf.training.fold import fold_curvature
 from namex_hf.training.gathered import base_of, experts_of
 
 RECIPES = {
@@ -97,6 +98,26 @@ def test_the_step_is_the_paper_s():
         tau = experts[part].double() - base[part].double()
         wanted = base[part].double() + (weights[:, None, None] * tau).sum(0)
         torch.testing.assert_close(after[part].double(), wanted, atol=1e-6, rtol=1e-5)
+
+
+def test_the_step_of_ep_camex_has_the_trained_curvature():
+    """E_m' = E_m + 1/N sum M_i(tau_i) (eq. 3), M_i in full matrices, whose order is that of the rows and columns."""
+    recipe = Recipe(merge="soft", method="ep-camex", curvature="kronecker", gamma=0.5)
+    model = shaken(patch_model(stock(), recipe), "curvature", 0.2)
+    experts, base, block = experts_of(layers_of(model)[0]), base_of(layers_of(model)[0]), layers_of(model)[0]
+    rebargain(model, recipe)
+    after = bases(model)[1]
+    for part in experts:
+        own = [factor.detach().double()[:, 0] for factor in getattr(block.curvature, part).parameters()]
+        tau = experts[part].double() - base[part].double()
+        moved = sum(
+            torch.kron(a1, a2) @ one @ torch.kron(b1, b2).T for one, a1, a2, b1, b2 in zip(tau, *own, strict=True)
+        )
+        wanted = base[part].double() + 0.5 / len(tau) * moved
+        torch.testing.assert_close(after[part].double(), wanted, atol=1e-6, rtol=1e-5)
+        assert (wanted - base[part] - 0.5 * tau.mean(0)).abs().max() > 1e-3
+    fold_curvature(model)  # then M_i(tau_i) are the domain vectors
+    assert max(layer.drift for layer in rebargain(model, Recipe.from_dict(model.config.namex))[1:]) < 1e-6
 
 
 def test_drift_is_what_gradients_made_of_a_base():

@@ -15,6 +15,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import TrainingError
 from namex_hf.models.configuration_deepseek import DeepseekConfig
 from namex_hf.training.bargain import BargainCallback, rebargain, summary
+from namex_hf.training.gathered import experts_of, write_base
 from namex_hf.training.live import go_live, mixtures, refresh, settle, write_bases
 
 SHARED = {
@@ -117,8 +118,22 @@ def times(left: tuple, right: tuple) -> tuple:
     )
 
 
-def unrolled(model: Any, gamma: float, beta: tuple) -> dict[str, torch.Tensor]:
-    """Bases of all later layers as functions of the parameters, by name: eq. 11 as written, mu a quaternion."""
+def bent(block: Any, part: str, number: int, tau: torch.Tensor) -> torch.Tensor:
+    """``M_i(tau_i)``, the sum of ``(A1 x A2) tau (B1 x B2)^T``, in full matrices."""
+    factors = getattr(block.curvature, part)
+    products = zip(
+        factors.left_outer[number],
+        factors.left_inner[number],
+        factors.right_outer[number],
+        factors.right_inner[number],
+        strict=True,
+    )
+    return sum(torch.kron(a1, a2) @ tau @ torch.kron(b1, b2).T for a1, a2, b1, b2 in products)
+
+
+def unrolled(model: Any, gamma: float, beta: tuple, curved: bool = False) -> dict[str, torch.Tensor]:
+    """Bases of all later layers as functions of the parameters, by name: eq. 11 as written, mu a quaternion; `curved`:
+    eq. 3 with its M_i."""
     numbers = [number for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")]
     found = {}
     for index, part in enumerate(PARTS):
@@ -130,8 +145,8 @@ def unrolled(model: Any, gamma: float, beta: tuple) -> dict[str, torch.Tensor]:
             both = block.experts.gate_up_proj
             experts = {"gate_proj": both[:, :width], "up_proj": both[:, width:], "down_proj": block.experts.down_proj}
             delta = sum(
-                float(weight) * (expert - base)
-                for weight, expert in zip(block.weights[index], experts[part], strict=True)
+                float(weight) * (bent(block, part, number, expert - base) if curved else expert - base)
+                for number, (weight, expert) in enumerate(zip(block.weights[index], experts[part], strict=True))
             )
             momentum = times(beta, momentum)
             momentum = (momentum[0] + delta, *momentum[1:])
@@ -159,6 +174,52 @@ def test_gradients_are_those_of_the_walk_unrolled(family, merge, momentum):
     for name, gradient in wanted.items():
         assert gradient.any()
         assert apart(found[name], gradient) < 1e-6, name
+
+
+CURVED = {"merge": "soft", "segment": 8, "curvature": "kronecker", "rank": 2}
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "momentum"),
+    [
+        ("qwen2_moe", "ep-camex", "none"),
+        ("deepseek", "ep-camex", "complex"),
+        ("qwen2_moe", "namex-full", "none"),
+        ("deepseek", "namex", "none"),
+    ],
+)
+def test_curvature_acts_in_the_propagation_of_ep_camex_alone(family, method, momentum):
+    """Logits and gradients of a plain loop over eq. 3, M_i in full matrices; NAMEx has no M_i there (eq. 7)."""
+    curved = method == "ep-camex"
+    live = go_live(patched(family, torch.float64, **CURVED, **MOMENTUM[momentum], method=method))
+    found, logits = gradients(live), logits_of(live)
+    live.zero_grad()
+    loop = [unrolled(live, 0.6, QUATERNIONS[momentum], curved=how) for how in (curved, not curved)]
+    stored = settle(copy.deepcopy(live))
+    leaves, given = dict(live.named_parameters()), (tokens(),)
+    same, other = (torch.func.functional_call(stored, {**leaves, **one}, given, {"use_cache": False}) for one in loop)
+    torch.testing.assert_close(logits, same.logits.detach(), rtol=1e-9, atol=1e-9)
+    assert apart(other.logits.detach(), logits) > 1e-3
+    stored.loss_function(same.logits, tokens(), vocab_size=41).backward()
+    wanted = {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    assert found.keys() == wanted.keys()
+    for name, gradient in wanted.items():
+        assert gradient.any()
+        assert apart(found[name], gradient) < 1e-6, name
+
+
+def test_curved_propagation_under_checkpointing_and_autocast():
+    """Nothing but the experts' arithmetic is in 16 bits, and what is computed again is the same."""
+    live = go_live(patched("qwen2_moe", **CURVED, method="ep-camex")).train()
+    wanted = gradients(live)
+    live.activation_checkpointing_enable()
+    found = gradients(live)
+    assert found.keys() == wanted.keys()
+    for name in wanted:
+        torch.testing.assert_close(found[name], wanted[name], rtol=1e-5, atol=1e-6)
+    stored = settle(copy.deepcopy(live))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(logits_of(live), logits_of(stored))
 
 
 def first_base_of(model: Any) -> list[str]:
@@ -357,6 +418,31 @@ def test_weights_are_those_of_the_bargain_at_every_nth_step(recipe):
     if recipe.get("method") == "namex":
         assert torch.equal(blocks[0].weights, blocks[2].weights)
     assert summary(wanted)["bargain/no_agreement"] == 0
+
+
+@pytest.mark.parametrize(
+    ("point", "weight", "status"), [("zero", 0, "no_agreement"), ("mean", 1 / 8, "uniform_fallback")]
+)
+def test_a_layer_without_agreement_is_passed_by_its_rule(point, weight, status):
+    """NAMEx around the mean of the first layer's experts: its weights are in force there and are not reused."""
+    model = patched("qwen2_moe", method="namex", disagreement=point)
+    first = mixtures(model)[0]
+    write_base(first, {name: matrices.mean(0) for name, matrices in experts_of(first).items()})
+    live = go_live(model)
+    blocks = mixtures(live)
+    assert torch.equal(blocks[0].weights, torch.full((3, 8), weight, dtype=torch.float64))
+    assert blocks[1].weights.std() > 0
+    assert torch.equal(blocks[2].weights, blocks[1].weights)
+    found = summary(refresh(live))
+    assert {name: found[name] for name in ("bargain/no_agreement", "bargain/uniform_fallback")} == {
+        "bargain/no_agreement": 0.0,
+        "bargain/uniform_fallback": 0.0,
+        f"bargain/{status}": pytest.approx(1 / len(blocks)),
+    }
+    bases = unrolled(live, 0.6, QUATERNIONS["none"])
+    write_bases(live)
+    for name, base in bases.items():
+        torch.testing.assert_close(live.get_parameter(name), base)
 
 
 def test_optimisers_see_one_base_and_leave_the_others_alone():

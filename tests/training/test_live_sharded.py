@@ -17,12 +17,14 @@ from namex_hf.training.live import go_live, refresh
 RECIPES = {
     "residual": ("tiny", Recipe(gamma=0.6, momentum="complex", beta="0.9,0.2618")),
     "soft": ("tiny-deepseek", Recipe(merge="soft", gamma=0.6, every=2)),
+    "curved": ("tiny-deepseek", Recipe(merge="soft", gamma=0.6, method="ep-camex", curvature="kronecker")),
 }
 JOBS = [
     {"model": "residual", "kind": "fsdp2", "checkpointing": False},
     {"model": "residual", "kind": "fsdp2", "checkpointing": True},
     {"model": "soft", "kind": "fsdp2", "checkpointing": True},
     {"model": "soft", "kind": "ddp", "checkpointing": False},
+    {"model": "curved", "kind": "fsdp2", "checkpointing": True},
 ]
 over_jobs = pytest.mark.parametrize("job", range(len(JOBS)), ids=["-".join(map(str, job.values())) for job in JOBS])
 

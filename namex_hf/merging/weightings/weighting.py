@@ -5,13 +5,16 @@ from typing import Protocol
 
 import torch
 
+FALLBACK = "uniform_fallback"
+"""Status of a game without agreement in which all players weigh alike for that reason."""
+
 
 @dataclass(frozen=True)
 class Weights:
     """Shares of the players of one layer's games, and what the weighting has to say for them."""
 
     values: torch.Tensor  # float64 [games, N]
-    status: tuple[str, ...]  # a game: 'agreement', 'no_agreement', or 'uniform'
+    status: tuple[str, ...]  # a game: 'agreement', 'no_agreement', `FALLBACK`, 'uniform', 'reused' ...
     residual: tuple[float | None, ...]  # relative, of the bargaining equation, where one was solved
     iterations: tuple[int | None, ...]
 
