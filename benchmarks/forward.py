@@ -62,6 +62,7 @@ def make_models(options: argparse.Namespace) -> dict[str, Any]:
     soft = {"merge": "soft", "segment": options.segment, "eta": 1.0}
     recipes = {
         "residual": {"merge": "residual"},
+        "soft, token": {"merge": "soft"},
         "soft, all": soft | {"routing_span": "all"},
         "soft, previous": soft | {"routing_span": "previous"},
         **{f"soft, all, rank {rank}": soft | {"curvature": "calibrated", "rank": rank} for rank in (1, 4)},

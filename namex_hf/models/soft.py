@@ -43,7 +43,7 @@ from .configuration_namex import SoftChoice, check_merge, routing_of, soft_choic
 from .routers import ChosenRouting
 from .soft_cache import LayerMemory, Merged, SoftCache, soft_cache
 from .soft_curvature import CalibratedCurvature, Directions, correction, reweighted
-from .soft_kronecker import Kronecker, KroneckerCurvature, deltas
+from .soft_kronecker import Kronecker, KroneckerCurvature, KroneckerProducts, bent, deltas
 from .soft_segments import History, Segments, plan_segments
 from .soft_token import TokenExperts
 
@@ -51,6 +51,10 @@ LARGEST = 1 << 30
 """Bytes of merged experts that may exist at once; beyond it they are made and used in slices of their neurons."""
 FEW = 3
 """Copying the experts in use out first pays where they are at most one in so many (measured: break-even at 2 to 3)."""
+
+
+PLAIN = (TokenExperts, KroneckerProducts, nn.Linear)
+"""Modules that hand out their parameters as they are; a wrapper's class is another."""
 
 
 def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
@@ -204,6 +208,9 @@ class SoftRouting(ChosenRouting):
     experts: nn.Module
     base_expert: Any
     curvature: CalibratedCurvature | KroneckerCurvature | None
+    bent: tuple[Any, Merged] | None
+    """What `_bent` last made, and of which parameters."""
+    training: bool
     has_base: bool
     eta: float
     unrouted: float
@@ -228,7 +235,7 @@ class SoftRouting(ChosenRouting):
         self.add_router(config)
         if self.has_base:
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
-        self.curvature = None
+        self.curvature = self.bent = None
         if choice.rank is not None:
             kind = KroneckerCurvature if choice.curvature == "kronecker" else CalibratedCurvature
             self.curvature = kind(self.number, config.hidden_size, config.moe_intermediate_size, choice.rank)
@@ -249,11 +256,41 @@ class SoftRouting(ChosenRouting):
         """
         value, index = self.route(flat, token_ids)
         if segments is None:
-            return self.experts(flat, self.eta * value, index, self.base(flat, base), self._curvature(flat))
+            made, bent = self.base(flat, base), None if base is not None else self._bent(flat)
+            curvature = None if bent is not None else self._curvature(flat)
+            return self.experts(flat, self.eta * value, index, made, curvature, bent)
         return self._by_segments(flat, value, index, segments, memory, base)
 
     def _curvature(self, like: torch.Tensor) -> Any:
         return None if self.curvature is None else self.curvature(like)
+
+    def _bent(self, like: torch.Tensor) -> Merged | None:
+        """What `bent` gives, made once in evaluation; None: it has to be made in this pass, or there is no curvature.
+
+        It is made again when a parameter was changed in place, and dropped by `train` and `eval`. Parameters that a
+        wrapper hands out (adapters, offloading) are not known here.
+
+        Memory: the layer's experts once more, until it is dropped.
+        """
+        if self.training or torch.is_grad_enabled() or torch.compiler.is_compiling() or self.curvature is None:
+            return None
+        parts = [self.experts, *self.curvature.children()]
+        parts += self.base_expert.children() if self.has_base else []
+        holders = [module for module in parts if next(module.parameters(recurse=False), None) is not None]
+        parameters = [parameter for module in parts for parameter in module.parameters()]
+        plain = all(type(module) in PLAIN for module in holders) and type(self.experts) is TokenExperts
+        if not plain or any(parameter.is_meta for parameter in parameters):
+            return None
+        key = [(parameter.data_ptr(), parameter._version) for parameter in parameters]
+        if self.bent is None or self.bent[0] != key:
+            experts: Any = self.experts
+            self.bent = key, bent(experts.gate_up_proj, experts.down_proj, self.base(like), self.curvature(like))
+        return self.bent[1]
+
+    def train(self, mode: bool = True) -> Any:
+        """As of `nn.Module`."""
+        self.bent = None
+        return super().train(mode)
 
     def _by_segments(
         self,
@@ -404,6 +441,7 @@ class SegmentedModel:
             history = History.empty(batch, given.device)
         # In training the cache is a by-product: merged experts would be held in it until the step ends.
         keep = cache is not None and not self.training
+        assert choice.segment is not None
         segments, history = plan_segments(history, real, position_ids, choice.segment, choice.span, keep, prefill)
         if cache is not None:
             cache.history = history

@@ -82,6 +82,7 @@ class TokenExperts(Qwen2MoeExperts):
         index: torch.Tensor,
         base: Merged | None,
         curvature: Kronecker | None = None,
+        experts: Merged | None = None,
     ) -> torch.Tensor:
         """``[tokens, hidden] -> [tokens, hidden]``.
 
@@ -90,12 +91,13 @@ class TokenExperts(Qwen2MoeExperts):
             index: the experts that they belong to, alike.
             base: gate and up matrix, fused, and down matrix of the base expert, if there is one.
             curvature: trainable, of gate, up and down; None: the identity.
+            experts: gate and up, fused, and down, to be used in the place of its own.
 
         Memory: the products of every pair, ``tokens * top_k`` rows of twice the width, then of the hidden size; under
         ``batched_mm`` the matrices of every pair too. Where top-k is all experts they go one by one: a sum of such
         rows, in training computed again for the gradient. With a curvature the layer's experts once more.
         """
-        gate_up, down = self.gate_up_proj, self.down_proj
+        gate_up, down = (self.gate_up_proj, self.down_proj) if experts is None else experts
         if curvature is not None:
             gate_up, down = bent(gate_up, down, base, curvature)
         wide = torch.promote_types(shares.dtype, torch.float32)

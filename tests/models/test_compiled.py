@@ -53,11 +53,11 @@ def layout(batch: int, length: int) -> Segments:
     return plan_segments(History.empty(batch, real.device), real, position, 4, "all", keep=False)[0]
 
 
-def inputs(length: int, dtype: torch.dtype, soft: bool) -> tuple:
+def inputs(length: int, dtype: torch.dtype, segments: bool) -> tuple:
     draw = torch.Generator().manual_seed(length)
     hidden = torch.randn(2, length, HIDDEN, generator=draw).to(dtype).requires_grad_()
     ids = torch.randint(VOCAB, (2, length), generator=draw)
-    return (hidden, ids, layout(2, length), None) if soft else (hidden, ids)
+    return (hidden, ids, layout(2, length), None) if segments else (hidden, ids)
 
 
 def answers(block, module, args, training: bool) -> list[torch.Tensor]:
@@ -106,6 +106,18 @@ def test_the_block_is_one_graph_in_bfloat16(namex_model):
     graphs = check_block(model.model.layers[-1].mlp, soft=False, training=True, dtype=torch.bfloat16)
     assert not counters["graph_break"]
     assert graphs <= 2
+
+
+@pytest.mark.parametrize("fields", [{}, {"curvature": "kronecker", "rank": 2}], ids=str)
+def test_the_block_by_token_is_one_graph(namex_model, fields):
+    """In bfloat16, as the grouped product is not compiled in float32; there the batched one is."""
+    for dtype, implementation in ((torch.bfloat16, "grouped_mm"), (torch.float32, "batched_mm")):
+        model = namex_model("qwen2_moe", dtype, merge="soft", **fields)
+        model.set_experts_implementation(implementation)
+        graphs = check_block(model.model.layers[-1].mlp, soft=False, training=True, dtype=dtype)
+        assert not counters["graph_break"]
+        assert graphs <= 2
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize(("implementation", "breaks"), [("grouped_mm", 0), ("batched_mm", 0), ("eager", 1)])

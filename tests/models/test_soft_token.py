@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache
 
-from namex_hf.models import soft_token
+from namex_hf.models import soft, soft_kronecker, soft_token
 from namex_hf.models.soft import SoftRouting
 from namex_hf.training.fold import fold_curvature
 
@@ -83,6 +83,35 @@ def test_it_equals_matrices_merged_for_each_token(namex_model, family, fields, g
             assert torch.allclose(value.sum(-1).double(), torch.ones(13, dtype=torch.float64), atol=1e-6)
         expected = merged_by_hand(block, x, value.double(), index, fields.get("eta", 1.0), has_base)
     assert (output - expected).abs().max() < 1e-9 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_in_evaluation_curvature_acts_once(namex_model, monkeypatch):
+    """Until a parameter changes, or the model is trained; under an adapter in every pass."""
+    model = namex_model("qwen2_moe", **TOKEN, curvature="kronecker")
+    block, calls = soft_blocks(model)[1], []
+    monkeypatch.setattr(soft, "bent", lambda *args: calls.append(args) or soft_kronecker.bent(*args))
+    first = block.routed(hidden(4, 32, torch.float32), None)
+    assert torch.equal(block.routed(hidden(4, 32, torch.float32), None), first)
+    assert len(calls) == 1
+    for name, parameter in block.named_parameters():
+        if not name.startswith(("gate.", "shared")):
+            parameter.mul_(1.5)
+            changed = block.routed(hidden(4, 32, torch.float32), None)
+            assert not torch.equal(changed, first), name
+            block.bent = None
+            assert torch.equal(block.routed(hidden(4, 32, torch.float32), None), changed), name
+    assert block.bent is not None
+    assert model.train().eval() is model
+    assert block.bent is None
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=[], target_parameters=["mlp.experts.down_proj"]))
+    calls.clear()
+    plain = adapted(ids(9)).logits
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    assert (adapted(ids(9)).logits - plain).abs().max() > 1e-2
+    assert not calls
 
 
 @over_families
