@@ -18,6 +18,7 @@ MERGES = [
     ("qwen2_moe", {"merge": "soft", "segment": 4, "method": "smear"}),
     ("deepseek", {"merge": "residual", "routing": "cosine"}),
     ("deepseek", {"merge": "soft", "segment": 4}),
+    ("qwen2_moe", {"merge": "soft"}),
 ]
 over_merges = pytest.mark.parametrize(("family", "fields"), MERGES, ids=str)
 GREEDY = {"do_sample": False, "max_new_tokens": 9, "eos_token_id": None, "pad_token_id": 0}

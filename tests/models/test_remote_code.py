@@ -109,6 +109,7 @@ def chosen_folders(namex_model, tmp_path_factory) -> dict[str, str]:
         "stable": {"routing": "stable", "method": "smoe"},
         "stable_soft": {"routing": "stable", **soft},
         "kronecker": {"curvature": "kronecker", "rank": 2, **soft},
+        "token": {"merge": "soft"},
     }
     made = {}
     for family in ("qwen2_moe", "deepseek"):

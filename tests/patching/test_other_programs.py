@@ -32,6 +32,7 @@ TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 RECIPES: dict[str, dict[str, Any]] = {
     "residual": {},
+    "token": {"merge": "soft"},
     "soft": {"merge": "soft", "segment": 3},
     "soft-on-text": {"merge": "soft", "segment": 3, "align": "activations", "calibration_tokens": 512},
     "smoe": {"method": "smoe"},

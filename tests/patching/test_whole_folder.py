@@ -90,6 +90,7 @@ def test_index_counts_every_byte(odd, tmp_path: Path) -> None:
         (torch.float32, True, {"method": "camex", "base": "first"}),
         (torch.bfloat16, False, {"method": "camex", "merge": "soft", "segment": 3}),
         (torch.float16, True, {"method": "smear", "merge": "soft", "segment": 3}),
+        (torch.bfloat16, True, {"merge": "soft", "renormalise": True, "eta": 0.5}),
     ],
 )
 def test_equal_to_the_live_model(odd, tmp_path: Path, family: str, dtype: torch.dtype, fuse: bool, recipe) -> None:

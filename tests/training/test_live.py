@@ -51,7 +51,11 @@ QUATERNIONS = {
     "complex": (0.9 * math.cos(0.2618), 0.9 * math.sin(0.2618), 0, 0),
     "quaternion": (0.8, 0.3, 0.3, 0.3),
 }
-MERGES: dict[str, dict[str, Any]] = {"residual": {}, "soft": {"merge": "soft", "segment": 8}}
+MERGES: dict[str, dict[str, Any]] = {
+    "residual": {},
+    "token": {"merge": "soft"},
+    "segment": {"merge": "soft", "segment": 8},
+}
 PARTS = ("gate_proj", "up_proj", "down_proj")
 over_forms = [
     pytest.mark.parametrize("family", CONFIGS),

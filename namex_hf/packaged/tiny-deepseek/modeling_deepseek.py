@@ -51,10 +51,10 @@ class DeepseekMoeBlock(nn.Module):
         _, scores, chosen = self.gate(flat)
         return self.experts(flat, chosen, scores)
 
-    def forward(self, hidden_states: torch.Tensor, *routing: Any) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, what `routed` takes besides."""
+    def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: what `routed` takes besides."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
-        output = self.routed(flat, *routing)
+        output = self.routed(flat, *routing, **base)
         if self.shared_experts is not None:
             output = output + self.shared_experts(flat)
         return output.view_as(hidden_states)
