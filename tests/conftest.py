@@ -21,10 +21,10 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(autouse=True)
 def environment() -> Iterator[None]:
-    """A test that leaves another object in the place of `os.environ` fails: rich and others keep reading the old one."""
+    """A test that replaces the object `os.environ` fails: rich and others keep reading the old one."""
     before = os.environ
     yield
-    after, os.environ = os.environ, before  # noqa: B003  (the object, not what is in it)
+    after, os.environ = os.environ, before
     assert after is before, "os.environ was replaced"
 
 
