@@ -1,7 +1,9 @@
 """Helpers of the tests (`odd_checkpoints`, `float64_reference`) can be imported by name from every folder here."""
 
+import gc
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,21 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 
 from odd_checkpoints import odd_checkpoint
+
+
+def pytest_collection_finish() -> None:
+    """Leave what the imports made out of every later garbage collection, which would go through all of it each time."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """A test that replaces the object `os.environ` fails: rich and others keep reading the old one."""
+    before = os.environ
+    yield
+    after, os.environ = os.environ, before
+    assert after is before, "os.environ was replaced"
 
 
 @pytest.fixture(scope="session")

@@ -58,7 +58,7 @@ def hold_folder(out: Path, claimed: Any, release: Any) -> None:
 def await_claim(out: Path, running: Callable[[], bool]) -> None:
     """Wait until a run has claimed its folder: imports and checks are over, the patching begins."""
     while running() and not (out / ".namex" / "run.json").exists():
-        time.sleep(0.0002)
+        time.sleep(0.002)
 
 
 def duration(source: Path, out: Path, recipe: Recipe, **options: Any) -> float:
@@ -86,7 +86,7 @@ def kill_at(process: BaseProcess, out: Path, delay: float) -> bool:
 def kill_after(process: BaseProcess, out: Path, files: int, lot: random.Random) -> bool:
     """SIGKILL shortly after so many files are whole; whether that was in the middle of the run."""
     while process.is_alive() and (not out.exists() or settled(out) < files):
-        time.sleep(0.0002)
+        time.sleep(0.002)
     time.sleep(lot.uniform(0, 0.004))
     return _kill(process, out)
 

@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers.optimization import Adafactor
 
 from .experts import PROJECTIONS
 from .router_fit import gate_values
@@ -149,6 +148,8 @@ class Descent:
     """An optimiser that steps inside the backward pass, so that one matrix has a gradient at a time."""
 
     def __init__(self, parameters: list[torch.Tensor], steps: int) -> None:
+        from transformers.optimization import Adafactor  # which imports peft: seconds that only a fit needs
+
         self.steps = steps
         self.each = {
             parameter: Adafactor([parameter], lr=RATE, beta1=0.9, scale_parameter=True, relative_step=False)

@@ -40,7 +40,10 @@ def test_they_are_plain_folders_of_the_hub(name: str, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_default_patch_from_beginning_to_end(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_default_patch_from_beginning_to_end(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(cli, "SCORED_TOKENS", 2048)  # four windows
     assert cli.patch([name, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert all(domain in said for domain in DOMAINS)

@@ -1,5 +1,6 @@
 """`finetune/sft_smoltalk.py` in processes of its own, forked from a server that has imported what it needs."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -51,6 +52,7 @@ def die_in_step(done: int) -> None:
 
 def work(arguments: list[str], log: Path, die_after: int | None = None) -> None:
     """Be the script."""
+    gc.freeze()  # what the server has imported is not searched for garbage again
     if die_after is not None:
         die_in_step(die_after)
     with log.open("w") as file:

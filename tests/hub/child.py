@@ -3,6 +3,7 @@
 The libraries read that environment when they are imported, so a test cannot change it in its own process.
 """
 
+import gc
 import json
 import os
 import sys
@@ -76,5 +77,6 @@ def answer(name: str, *arguments: str) -> dict[str, object]:
         return {"status": status, "out": out.read(), "err": err.read()}
 
 
+gc.freeze()  # what has been imported is not searched for garbage again
 for line in sys.stdin:
     print(json.dumps(answer(*json.loads(line))), flush=True)

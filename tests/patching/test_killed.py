@@ -2,7 +2,6 @@
 
 import random
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -10,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import kill_after, run, settled, start
+from killing import SERVER, kill_after, run, settled, start
 from odd_checkpoints import settled_files
 from transformers import AutoModelForCausalLM
 
-from namex_hf import Recipe, load_patched
+from namex_hf import Recipe, cli, load_patched
 from namex_hf.errors import CheckpointError
 
-COMMAND = "import sys; from namex_hf.cli import patch; sys.exit(patch())"
 TRIES = 5
 
 
@@ -69,24 +67,32 @@ def test_killed_again_and_again(long_checkpoint: Path, tmp_path: Path, recipe: R
     is_clean(out)
 
 
+def command(arguments: list[str]) -> None:
+    sys.exit(cli.patch(arguments))
+
+
 def test_killed_command(long_checkpoint: Path, tmp_path: Path) -> None:
     """``namex-patch`` itself: killed, run again, and run once more on what is complete."""
     out, lot = tmp_path / "killed", random.Random(7)
-    arguments = ["--merge", "grouped", "--experts", "3", "--shard-size", "200KB", "--quiet"]
-    command = [sys.executable, "-c", COMMAND, str(long_checkpoint), "--out", str(out), *arguments]
+    arguments = [str(long_checkpoint), "--out", str(out), "--merge", "grouped", "--experts", "3"]
+    arguments += ["--shard-size", "200KB", "--quiet"]
     run(long_checkpoint, tmp_path / "undisturbed", Recipe(merge="grouped", experts=3), shard_size="200KB")
     for _ in range(TRIES):
-        process, wanted = subprocess.Popen(command), lot.randrange(3, 12)
-        while process.poll() is None and settled(out) < wanted:
-            time.sleep(0.0002)
+        process, wanted = SERVER.Process(target=command, args=(arguments,)), lot.randrange(3, 12)
+        process.start()
+        while process.is_alive() and settled(out) < wanted:
+            time.sleep(0.002)
         process.kill()
-        assert process.wait() in (0, -9)
+        process.join()
+        assert process.exitcode in (0, -9)
         if not (out / "config.json").exists():
             break
         shutil.rmtree(out)
     is_no_model(out)
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    again = SERVER.Process(target=command, args=(arguments,))
+    again.start()
+    again.join()
+    assert again.exitcode == 0
     assert settled_files(out) == settled_files(tmp_path / "undisturbed")
     is_clean(out)
 
