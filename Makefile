@@ -26,10 +26,10 @@ demo: $(READY)  ## patch the packaged model, compare the methods, let it talk
 	$(BIN)/python examples/talk.py out/tiny
 
 test: $(READY)  ## the whole suite, no network and no accelerator needed
-	OMP_NUM_THREADS=1 $(BIN)/python $(SUITE)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python $(SUITE)
 
 test-newest: $(NEWEST_READY)  ## the whole suite with the newest versions that pyproject.toml allows, but for torch
-	OMP_NUM_THREADS=1 $(NEWEST)/bin/python $(SUITE)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python $(SUITE)
 
 lint: $(READY)
 	$(BIN)/ruff check .
