@@ -12,6 +12,7 @@ from namex_hf.harness.paired import difference
 from namex_hf.harness.paper import Paper
 from namex_hf.harness.report import Model, Score, ZeroShotReport, eval_results, markdown, sentence
 from namex_hf.models import DeepseekConfig
+from namex_hf.recipe import read_yaml
 
 from .conftest import ROOT
 
@@ -30,12 +31,31 @@ DEEPSEEK = {**DeepseekConfig().to_dict(), "model_type": "namex_deepseek", "num_h
         (QWEN, {"method": "namex-full", "disagreement": "mean"}, "arc_easy", "fine-tuned", 51.25, 51.12),
         (DEEPSEEK, {"method": "smoe", "routing": "stable"}, "gsm8k", "zero-shot", 17.5, 17.5),
         (DEEPSEEK, {"method": "namex-full"}, "mmlu", "fine-tuned", 45.47, 45.21),
+        (DEEPSEEK, {"solver": "ccp"}, "mmlu", "zero-shot", 44.92, 44.77),
+        (DEEPSEEK, {"merge": "soft", "routing": "stable", "seed": 3}, "mmlu", "zero-shot", 45.95, 45.8),
     ],
 )
 def test_the_papers_number(config, recipe, task, stage, value, original) -> None:
     found = Paper(TABLES, stage).score(config, recipe, task)
     assert found is not None
     assert (found.value, found.original) == (value, original)
+
+
+ROUTINGS = {"linear": "Linear", "cosine": "Cosine", "stable": "Stable-MoE"}
+
+
+def test_the_recipes_of_the_papers_rows_get_their_numbers() -> None:
+    """Each file of `patches` for DeepSeek that names Table 4, with the base of its rows; `soft` is eq. 9 itself."""
+    table = json.loads(TABLES.read_text())["tables"]["4"]["rows"]
+    found, files = [], sorted((ROOT / "patches" / "deepseek-moe-16b").glob("*.yaml"))
+    for file in files:
+        fields = {name: value for name, value in read_yaml(file).items() if name != "base"}
+        score = Paper(TABLES).score(DEEPSEEK, fields, "mmlu")
+        assert (score is not None) == ("Table 4" in file.read_text() or fields["merge"] == "soft"), file
+        if score is not None and fields["merge"] != "soft":
+            found.append((ROUTINGS[fields["routing"]], score.value, score.original))
+    originals = {row["router"]: row["values"][0] for row in table if row["model"] == "Deepseek-MoE"}
+    assert sorted(found) == sorted((row["router"], row["values"][0], originals[row["router"]]) for row in table)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +65,16 @@ def test_the_papers_number(config, recipe, task, stage, value, original) -> None
         (QWEN, {"method": "namex-full", "merge": "grouped"}, "mmlu"),
         (QWEN, {"method": "namex-full", "momentum": "complex"}, "mmlu"),
         (QWEN, {"method": "camex"}, "mmlu"),
+        (QWEN, {"method": "namex"}, "mmlu"),
+        (QWEN, {"every": 5}, "mmlu"),
+        (QWEN, {"scale": "lemma", "gamma": 3.0}, "mmlu"),
+        (QWEN, {"method": "ep-camex", "gamma": 2.0}, "mmlu"),
+        (QWEN, {"base": "first"}, "mmlu"),
+        (QWEN, {"granularity": "expert"}, "mmlu"),
+        (QWEN, {"solver": "ccp", "ccp_iterations": 20}, "mmlu"),
+        (QWEN, {"merge": "soft", "eta": 0.5}, "mmlu"),
+        (QWEN, {"merge": "soft", "curvature": "kronecker"}, "mmlu"),
+        (QWEN, {"a field of another release": 1}, "mmlu"),
         (QWEN, None, "hellaswag"),
         ({"model_type": "llama", "num_hidden_layers": 24, "hidden_size": 2048}, None, "mmlu"),
     ],
