@@ -17,7 +17,6 @@ import warnings
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +36,7 @@ try:
     from namex_hf.training.choice import EVERYTHING, check_kinds
     from namex_hf.training.libraries import check_libraries
     from namex_hf.training.plan import Adapter, Choice, measures_for
+    from namex_hf.training.rivals import left_out, rival
     from namex_hf.training.scores import MEASURES, difference, value, verdict
     from namex_hf.training.start import dtype_of, start_from
     from namex_hf.training.tune import scores_of, tune
@@ -96,7 +96,10 @@ class NamexArguments:
     lora_dropout: float = field(default=0.0, metadata={"help": "of the adapter; 0 with experts or router"})
     compare: list[str] = field(
         default_factory=list,
-        metadata={"help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}"},
+        metadata={
+            "help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}; the recipe is "
+            "the trained one's, its routing and temperature too, without the fields that the method does not have"
+        },
     )
     scores: list[str] | None = field(
         default=None,
@@ -174,8 +177,9 @@ def main(arguments: list[str]) -> None:
     out = Path(training.output_dir)
     runs = {start.recipe.method: (start, out)}
     for name in asked.compare:
-        rival = Recipe.from_dict(rival_fields(start.recipe, COMPARED[name]))
-        runs[name] = start_from(asked.model_name_or_path, asked.model_revision, rival), out / "compare" / name
+        other = rival(start.recipe, COMPARED[name])
+        runs[name] = start_from(asked.model_name_or_path, asked.model_revision, other), out / "compare" / name
+        console.print(rival_line(name, start.recipe, other), soft_wrap=True, markup=False)
     for name, (one, folder) in runs.items():
         console.rule(marked(f"{name}: {folder}"))
         tune(one, chats, training, choice, folder, console, asked.overwrite)
@@ -210,11 +214,12 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
     check_libraries(training)
 
 
-def rival_fields(recipe: Recipe, method: str) -> dict[str, Any]:
-    """The same choices under another method, as far as it has them."""
-    if method == "smoe":
-        return {"method": method}
-    return {name: found for name, found in recipe.to_dict().items() if name != "weighting"} | {"method": method}
+def rival_line(name: str, recipe: Recipe, other: Recipe) -> str:
+    """What a rival's recipe has in common with the trained one, and what it lacks."""
+    sharp = f", temperature {other.temperature}" if other.temperature else ""
+    gone = ", ".join(f"{field}: {value}" for field, value in left_out(recipe, other).items())
+    without = f"; without {gone}, which it does not have" if gone else ""
+    return f"{name}: method {other.method}, merge {other.merge}, routing {other.routing}{sharp}{without}"
 
 
 def set_length(training: TrainingArguments, context: int | None) -> None:

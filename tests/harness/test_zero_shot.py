@@ -160,7 +160,9 @@ def test_which_rows_are_compared_with_an_unmerged_one(tmp_path: Path) -> None:
     patch_checkpoint("tiny", tmp_path / "smoe", Recipe(method="smoe", **cosine))
     patch_checkpoint("tiny", tmp_path / "full", Recipe(**cosine))
     patch_checkpoint("tiny-deepseek", tmp_path / "deepseek", Recipe(**cosine))
-    patch_checkpoint("tiny", tmp_path / "sharp", Recipe(routing="cosine", temperature="entropy", calibration_tokens=512))
+    patch_checkpoint(
+        "tiny", tmp_path / "sharp", Recipe(routing="cosine", temperature="entropy", calibration_tokens=512)
+    )
     names = ["full", "deepseek", "sharp", "smoe"]
     rows = candidates([str(tmp_path / name) for name in names], [])
     assert {row.label: row.baseline for row in rows} == {"full": "smoe", "deepseek": None, "sharp": None, "smoe": None}
