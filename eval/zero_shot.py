@@ -58,8 +58,8 @@ def parser() -> Parser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Score models on lm-eval's tasks and on the packaged sets, compare each with the model it was\n"
         "made of on the same items, and put the paper's numbers beside.\n\n"
-        '"Zero-shot" has two readings: no worked examples in the prompt, or no tuning. Nothing is tuned here. How many\n'
-        "examples there are is yours to say, for each task: --tasks gsm8k:5,mmlu:0 (default: none).",
+        '"Zero-shot" has two readings: no worked examples in the prompt, or no tuning. Nothing is tuned here. The\n'
+        "number of examples is stated for each task: --tasks gsm8k:5,mmlu:0 (default: none).",
         epilog=EXAMPLES,
     )
     models = made.add_argument_group("models")

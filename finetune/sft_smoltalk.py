@@ -97,8 +97,8 @@ class NamexArguments:
     compare: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}; the recipe is "
-            "the trained one's, its routing and temperature too, without the fields that the method does not have"
+            "help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}; their recipe "
+            "is the trained one, its routing and temperature too, without the fields that their method does not have"
         },
     )
     scores: list[str] | None = field(

@@ -103,7 +103,7 @@ def notes(found: Comparison) -> list[str]:
         )
     if any(row.unmerged for row in found.rows):
         said.append(
-            f"{UNMERGED[0].upper()}{UNMERGED[1:]}: the row that has the same cosine or StableMoE router and `method: smoe`. "
+            f"{UNMERGED[0].upper()}{UNMERGED[1:]}: the row of the same cosine or StableMoE router with `method: smoe`. "
             "Against it only the merge counts, against the original the change of router too."
         )
     if any(row.seeds for row in found.rows):

@@ -27,10 +27,10 @@ ROWS = {
 ROW = ("method", "disagreement", "routing")
 """Fields in which published rows differ."""
 READINGS = ("merge", "solver")
-"""Fields that may have other values than the default's: ``residual`` or eq. 9 (``soft``), and the bargain solved exactly
-or by the paper's procedure of 2 iterations a layer."""
+"""Fields of which two values are published readings: ``residual`` or eq. 9 (``soft``); the bargain solved exactly or by
+the paper's procedure of 2 iterations a layer."""
 SILENT = ("temperature", "calibration_data", "calibration_tokens", "calibrate", "seed")
-"""Fields of which the paper says nothing: how the routers of a pretrained model are made. Every field that is in none of
+"""Fields of which the paper says nothing: how the routers of a pretrained model are made. A field that is in none of
 these three lists has the default's value in a published row."""
 
 

@@ -217,8 +217,8 @@ def markdown(report: ZeroShotReport) -> str:
         f"lm-eval {run['versions']['lm_eval']}, namex_hf {run['versions']['namex_hf']}, seed {run['seed']}, weights in "
         f"{run['dtype']} on {run['device']}{limit}. Shares in per cent, ± one standard error.",
         "",
-        'Shots are worked examples in the prompt, before each question. "Zero-shot" has two readings: no examples, or no '
-        'tuning. The paper sets its column of that name beside "fine-tuned", and gives no number of examples.',
+        'Shots are worked examples in the prompt, before each question. "Zero-shot" has two readings: no examples, or '
+        'no tuning. The paper sets its column of that name beside "fine-tuned", and gives no number of examples.',
         "",
         "A difference is to the model that a row was made of or, where a row routes by angle or by token id and this "
         "was scored, to the same router without merging. It is paired, item by item: ± its standard error, 95 % "

@@ -48,8 +48,8 @@ def _of_the_router(recipe: Mapping[str, Any]) -> str:
     if routing == "linear" or recipe.get("method") == "smoe":
         return ""
     return (
-        f" Before is the model with its own linear router, so the ratio is of the change to {plain(routing)} routing and "
-        "of the merge together."
+        f" Before is the model with its own linear router, so the ratio is of the change to {plain(routing)} routing "
+        "and of the merge together."
     )
 
 
