@@ -90,6 +90,14 @@ class NamexArguments:
             "the layers in every pass, and the first one trains"
         },
     )
+    stable_stage: int | None = field(
+        default=None,
+        metadata={
+            "help": "1: StableMoE's first stage, for a model with routing: stable. It routes linearly while a student "
+            "learns from token ids which experts the router chooses; at the end they are assigned to each id. Without "
+            "it the assignment stays as it is, which is the second stage"
+        },
+    )
     use_peft: bool = field(default=False, metadata={"help": "LoRA in the place of the parameters themselves"})
     lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "its factor, over the rank"})
@@ -97,8 +105,8 @@ class NamexArguments:
     compare: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}; their recipe "
-            "is the trained one, its routing and temperature too, without the fields that their method does not have"
+            "help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}; their "
+            "recipe is the trained one, with its routing and temperature, without fields that their method lacks"
         },
     )
     scores: list[str] | None = field(
@@ -172,7 +180,8 @@ def main(arguments: list[str]) -> None:
         options["attn_implementation"] = asked.attn_implementation
     measures = measures_for(start.checkpoint.size, asked.scores, SCORED_BYTES)
     live = asked.propagation == "live"
-    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live)
+    stage_one = asked.stable_stage == 1
+    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live, stage_one)
 
     out = Path(training.output_dir)
     runs = {start.recipe.method: (start, out)}
@@ -199,6 +208,8 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
         raise TrainingError("--bargain_every accepts numbers from 0, --lora_r from 1, --held_out from 2")
     if asked.propagation not in ("stored", "live"):
         raise TrainingError(f"--propagation {asked.propagation}: accepted: stored, live")
+    if asked.stable_stage is not None:
+        check_stage_one(asked, training)
     check_kinds(asked.train_kinds, asked.use_peft)
     for name, found, accepted in (
         ("compare", asked.compare, COMPARED),
@@ -212,6 +223,23 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
     if training.trust_remote_code:
         raise TrainingError("--trust_remote_code: no code of others is run; accepted: the families of namex_hf")
     check_libraries(training)
+
+
+def check_stage_one(asked: NamexArguments, training: TrainingArguments) -> None:
+    """Raises:
+    TrainingError: another stage than the first, or what that goes without.
+    """
+    if asked.stable_stage != 1:
+        raise TrainingError(f"--stable_stage {asked.stable_stage}: accepted: 1; the second stage goes without it")
+    for name, found, why in (
+        ("use_peft", asked.use_peft, "an adapter's checkpoints do not hold the student"),
+        ("propagation", asked.propagation == "live", "accepted: stored"),
+        ("label_smoothing_factor", training.label_smoothing_factor, "the loss is the model's own"),
+        ("loss_type", training.loss_type != "nll", "the loss is the model's own; accepted: nll"),
+        ("router_aux_loss_coef", training.router_aux_loss_coef, "StableMoE has a balance loss of its own; accepted: 0"),
+    ):
+        if found:
+            raise TrainingError(f"--{name} does not go with --stable_stage 1: {why}")
 
 
 def rival_line(name: str, recipe: Recipe, other: Recipe) -> str:

@@ -30,7 +30,7 @@ def check_kinds(kinds: Sequence[str], adapter: bool) -> tuple[str, ...]:
     Raises:
         TrainingError: an unknown kind, or one that an adapter cannot act on.
     """
-    accepted = (*FUSED, *LINEAR, *WHOLE) if adapter else tuple(KINDS)
+    accepted = (*FUSED, *LINEAR, *WHOLE) if adapter else tuple(kind for kind in KINDS if kind != "student")
     if not kinds:
         raise TrainingError(f"no kind of parameters is named; accepted: {EVERYTHING}, {', '.join(accepted)}")
     for kind in kinds:

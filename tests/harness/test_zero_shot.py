@@ -130,7 +130,7 @@ def test_a_result_of_a_result_is_compared_with_that(zero_shot: Command, tmp_path
 
 
 def test_another_router_is_compared_with_itself_unmerged(zero_shot: Command, tmp_path: Path) -> None:
-    """The difference of a cosine row is to cosine SMoE, by the answers to the same items; without it to the original."""
+    """The difference of a cosine row is to cosine SMoE, by the same items; without it to the original."""
     full = recipe(tmp_path, "full", routing="cosine")
     smoe = recipe(tmp_path, "smoe", routing="cosine", method="smoe")
     out = tmp_path / "out"
