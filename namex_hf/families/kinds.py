@@ -12,7 +12,6 @@ KINDS = {
     "attention": "projections of self-attention",
     "embeddings": "token embeddings and the language model's head",
     "norms": "all norms",
-    "student": "student of StableMoE, while its first stage trains",
 }
 """Kinds of parameters, in the order of tables, with what they are."""
 
@@ -26,7 +25,6 @@ PATTERNS = {
     "attention": r"\.self_attn\.",
     "embeddings": r"(^|\.)(embed_tokens|lm_head)\.",
     "norms": r"norm\.",
-    "student": r"(^|\.)stable_student\.",
 }
 
 
