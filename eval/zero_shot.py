@@ -36,8 +36,8 @@ EXAMPLES = """\
 examples:
   python eval/zero_shot.py
       the packaged model and three recipes on the packaged sets: offline, minutes on two cores
-  python eval/zero_shot.py --models Qwen/Qwen1.5-MoE-A2.7B out/qwen --tasks mmlu,gsm8k,arc_challenge,arc_easy
-      a model and a patched folder on lm-eval's own tasks
+  python eval/zero_shot.py --models Qwen/Qwen1.5-MoE-A2.7B out/qwen --tasks mmlu,gsm8k,gsm8k:5,arc_challenge,arc_easy
+      a model and a patched folder on lm-eval's own tasks, GSM8K without examples and with five
   python eval/zero_shot.py --models deepseek-ai/deepseek-moe-16b-base --tasks mmlu --recipe patches/deepseek-moe-16b/*
       rows of the paper's table: every recipe is applied below --output_path, then scored
   python eval/zero_shot.py --tasks gsm8k --data data --limit 200
@@ -57,7 +57,9 @@ def parser() -> Parser:
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="Score models on lm-eval's tasks and on the packaged sets, compare each with the model it was\n"
-        "made of on the same items, and put the paper's numbers beside.",
+        "made of on the same items, and put the paper's numbers beside.\n\n"
+        '"Zero-shot" has two readings: no worked examples in the prompt, or no tuning. Nothing is tuned here. The\n'
+        "number of examples is stated for each task: --tasks gsm8k:5,mmlu:0 (default: none).",
         epilog=EXAMPLES,
     )
     models = made.add_argument_group("models")
@@ -88,7 +90,8 @@ def parser() -> Parser:
         nargs="+",
         metavar="TASK",
         default=list(PACKAGED_TASKS),
-        help=f"lm-eval's tasks and groups, or {', '.join(PACKAGED_TASKS)} (default: these four); none: only --text",
+        help=f"lm-eval's tasks and groups, or {', '.join(PACKAGED_TASKS)} (default: these four); TASK:N with N worked "
+        "examples in the prompt, such as gsm8k:5 mmlu:0; none: only --text",
     )
     tasks.add_argument(
         "--text", nargs="+", type=Path, default=[], metavar="FILE", help="perplexity of text files as well"
@@ -105,7 +108,7 @@ def parser() -> Parser:
         type=_count(0),
         default=0,
         metavar="N",
-        help="worked examples before each question (default: 0)",
+        help="worked examples before each question of a task that states none with its name (default: 0)",
     )
     tasks.add_argument("--limit", type=_count(1), metavar="N", help="only the first N items of every task")
     how = made.add_argument_group("how")
@@ -139,7 +142,8 @@ def parser() -> Parser:
         "--stage",
         choices=("zero-shot", "fine-tuned"),
         default="zero-shot",
-        help="which of the paper's columns stands beside: before or after training on SmolTalk",
+        help="which of the paper's columns stands beside: without tuning (zero-shot, whatever the examples in the "
+        "prompt, of which the paper gives no number) or after training on SmolTalk",
     )
     how.add_argument("--quiet", action="store_true", help="no progress, no table")
     return made
@@ -282,7 +286,7 @@ def _print(report: Any, console: Console) -> None:
         # The rest is in report.md; here the model's label tells its recipe.
         kept = [place for place, title in enumerate(titles) if title not in (*CHOICES, "95 %")]
         for place in kept:
-            words = titles[place] in ("model", "metric")
+            words = titles[place] in ("model", "metric", "to")
             shown.add_column(
                 marked(titles[place]), justify="left" if words else "right", no_wrap=not words, overflow="fold"
             )

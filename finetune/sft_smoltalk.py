@@ -17,7 +17,6 @@ import warnings
 from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -37,6 +36,7 @@ try:
     from namex_hf.training.choice import EVERYTHING, check_kinds
     from namex_hf.training.libraries import check_libraries
     from namex_hf.training.plan import Adapter, Choice, measures_for
+    from namex_hf.training.rivals import left_out, rival
     from namex_hf.training.scores import MEASURES, difference, value, verdict
     from namex_hf.training.start import dtype_of, start_from
     from namex_hf.training.tune import scores_of, tune
@@ -90,13 +90,24 @@ class NamexArguments:
             "the layers in every pass, and the first one trains"
         },
     )
+    stable_stage: int | None = field(
+        default=None,
+        metadata={
+            "help": "1: StableMoE's first stage, for a model with routing: stable. It routes linearly while a student "
+            "learns from token ids which experts the router chooses; at the end they are assigned to each id. Without "
+            "it the assignment stays as it is, which is the second stage"
+        },
+    )
     use_peft: bool = field(default=False, metadata={"help": "LoRA in the place of the parameters themselves"})
     lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
     lora_alpha: int = field(default=32, metadata={"help": "its factor, over the rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "of the adapter; 0 with experts or router"})
     compare: list[str] = field(
         default_factory=list,
-        metadata={"help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}"},
+        metadata={
+            "help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}; their "
+            "recipe is the trained one, with its routing and temperature, without fields that their method lacks"
+        },
     )
     scores: list[str] | None = field(
         default=None,
@@ -169,13 +180,15 @@ def main(arguments: list[str]) -> None:
         options["attn_implementation"] = asked.attn_implementation
     measures = measures_for(start.checkpoint.size, asked.scores, SCORED_BYTES)
     live = asked.propagation == "live"
-    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live)
+    stage_one = asked.stable_stage == 1
+    choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live, stage_one)
 
     out = Path(training.output_dir)
     runs = {start.recipe.method: (start, out)}
     for name in asked.compare:
-        rival = Recipe.from_dict(rival_fields(start.recipe, COMPARED[name]))
-        runs[name] = start_from(asked.model_name_or_path, asked.model_revision, rival), out / "compare" / name
+        other = rival(start.recipe, COMPARED[name])
+        runs[name] = start_from(asked.model_name_or_path, asked.model_revision, other), out / "compare" / name
+        console.print(rival_line(name, start.recipe, other), soft_wrap=True, markup=False)
     for name, (one, folder) in runs.items():
         console.rule(marked(f"{name}: {folder}"))
         tune(one, chats, training, choice, folder, console, asked.overwrite)
@@ -195,6 +208,8 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
         raise TrainingError("--bargain_every accepts numbers from 0, --lora_r from 1, --held_out from 2")
     if asked.propagation not in ("stored", "live"):
         raise TrainingError(f"--propagation {asked.propagation}: accepted: stored, live")
+    if asked.stable_stage is not None:
+        check_stage_one(asked, training)
     check_kinds(asked.train_kinds, asked.use_peft)
     for name, found, accepted in (
         ("compare", asked.compare, COMPARED),
@@ -210,11 +225,29 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
     check_libraries(training)
 
 
-def rival_fields(recipe: Recipe, method: str) -> dict[str, Any]:
-    """The same choices under another method, as far as it has them."""
-    if method == "smoe":
-        return {"method": method}
-    return {name: found for name, found in recipe.to_dict().items() if name != "weighting"} | {"method": method}
+def check_stage_one(asked: NamexArguments, training: TrainingArguments) -> None:
+    """Raises:
+    TrainingError: another stage than the first, or what that goes without.
+    """
+    if asked.stable_stage != 1:
+        raise TrainingError(f"--stable_stage {asked.stable_stage}: accepted: 1; the second stage goes without it")
+    for name, found, why in (
+        ("use_peft", asked.use_peft, "an adapter's checkpoints do not hold the student"),
+        ("propagation", asked.propagation == "live", "accepted: stored"),
+        ("label_smoothing_factor", training.label_smoothing_factor, "the loss is the model's own"),
+        ("loss_type", training.loss_type != "nll", "the loss is the model's own; accepted: nll"),
+        ("router_aux_loss_coef", training.router_aux_loss_coef, "StableMoE has a balance loss of its own; accepted: 0"),
+    ):
+        if found:
+            raise TrainingError(f"--{name} does not go with --stable_stage 1: {why}")
+
+
+def rival_line(name: str, recipe: Recipe, other: Recipe) -> str:
+    """What a rival's recipe has in common with the trained one, and what it lacks."""
+    sharp = f", temperature {other.temperature}" if other.temperature else ""
+    gone = ", ".join(f"{field}: {value}" for field, value in left_out(recipe, other).items())
+    without = f"; without {gone}, which it does not have" if gone else ""
+    return f"{name}: method {other.method}, merge {other.merge}, routing {other.routing}{sharp}{without}"
 
 
 def set_length(training: TrainingArguments, context: int | None) -> None:

@@ -14,7 +14,15 @@ class NamexError(Exception):
 
 
 class RecipeError(NamexError):
-    """A field or value that a recipe cannot have, or choices that mean nothing together."""
+    """A field or value that a recipe cannot have, or choices that mean nothing together.
+
+    Args:
+        fields: of a recipe, which mean nothing together.
+    """
+
+    def __init__(self, message: object = "", fields: tuple[str, ...] = ()) -> None:
+        super().__init__(message)
+        self.fields = fields
 
 
 class FamilyError(NamexError):

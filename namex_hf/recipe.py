@@ -255,7 +255,8 @@ class Recipe:
             object.__setattr__(self, "temperature", "entropy" if self.calibrated else "norms")
         for rule in RULES:
             if rule.broken(self):
-                raise RecipeError(f"{rule.message}; found {', '.join(f'{n}={getattr(self, n)}' for n in rule.fields)}")
+                found = ", ".join(f"{name}={getattr(self, name)}" for name in rule.fields)
+                raise RecipeError(f"{rule.message}; found {found}", rule.fields)
         _ = self.complex_beta  # refuses what is none
 
     @classmethod

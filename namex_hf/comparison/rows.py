@@ -44,6 +44,11 @@ class Row:
     """How many it is the mean of; None of a single model."""
     spread: dict[str, float] | None = None
     """Of a mean: sample standard deviations over seeds of ``ratio``, ``exact`` and, by domain, the ratios."""
+    unmerged: "Row | None" = None
+    """The same model with the one of the same router and no merging in the original's place, where that was measured;
+    None of a linear router."""
+    unmerged_title: str | None = None
+    """Of that model's row."""
 
     @property
     def worst(self) -> tuple[str, float]:
@@ -124,7 +129,7 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
         rows: two or more.
         label, title: of the row.
     """
-    first = rows[0]
+    first, unmerged = rows[0], [row.unmerged for row in rows if row.unmerged]
     spread = {name: statistics.stdev(row.ratios[name] for row in rows) for name in first.ratios}
     exact, difference = (_mean([getattr(row, name) for row in rows]) for name in ("exact", "difference"))
     spread["ratio"] = statistics.stdev(row.ratio for row in rows)
@@ -144,6 +149,8 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
         costs={name: _mean([row.costs[name] for row in rows]) for name in COSTS},
         seeds=len(rows),
         spread=spread,
+        unmerged=mean_row(unmerged, label, title) if len(unmerged) == len(rows) else None,
+        unmerged_title=first.unmerged_title,
     )
 
 

@@ -17,6 +17,7 @@ from ..patching.plan import make_plan
 from ..patching.text import text_of
 from ..recipe import Recipe
 from ..report.report import versions
+from ..scoring.baseline import is_baseline
 from .grid import Cell, slug
 from .journal import CELLS, Journal
 from .measure import SHARD, Task, tokenizer_of
@@ -256,5 +257,18 @@ def assemble(plan: Plan, results: Mapping[str, dict[str, Any]], failed: Mapping[
         label = plan.same[cell.label]
         if label in results:
             recipe = plan.wanted[label].identity["recipe"]
-            pairs.append((cell, row_of(cell.label, results[label], original, cell, recipe)))
+            row = row_of(cell.label, results[label], original, cell, recipe)
+            if unmerged := _unmerged(recipe, plan, results):
+                beside = row_of(cell.label, results[label], results[plan.same[unmerged.label]], cell)
+                row = replace(row, unmerged=beside, unmerged_title=unmerged.line)
+            pairs.append((cell, row))
     return Comparison(plan, dict(results), dict(failed), rows + with_means(pairs))
+
+
+def _unmerged(recipe: Mapping[str, Any], plan: Plan, results: Mapping[str, Any]) -> Cell | None:
+    """The cell of the same router that merges nothing, if it was measured."""
+    for cell in plan.cells:
+        label = plan.same[cell.label]
+        if label in results and is_baseline(plan.wanted[label].identity["recipe"], recipe):
+            return cell
+    return None

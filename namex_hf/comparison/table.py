@@ -7,6 +7,7 @@ from .rows import Row, perplexities
 from .run import ORIGINAL, Comparison
 
 Table = tuple[list[str], list[list[str]]]
+UNMERGED = "same router, unmerged"
 
 
 def quality(found: Comparison) -> Table:
@@ -14,14 +15,23 @@ def quality(found: Comparison) -> Table:
     names, asked = list(found.plan.settings.texts), found.original["right"] is not None
     titles = ["recipe", "experts", "mean (95 %)", "worst"]
     titles += ["exact, %", "to the original (95 %)"] if asked else []
+    unmerged = any(row.unmerged for row in found.rows)
+    titles += [UNMERGED, "mean to it (95 %)", *(["exact to it (95 %)"] if asked else [])] if unmerged else []
     absolute = perplexities(found.original)
     rows = [["original, perplexity", "", f"{absolute['mean']:.2f}", *[""] * (len(titles) - 3)]]
     for row in found.rows:
         cells = [row.title, str(row.experts), _mean_ratio(row), _worst(row)]
-        rows.append([*cells, _exact(row), _difference(row)] if asked else cells)
+        cells += [_exact(row), _difference(row)] if asked else []
+        rows.append([*cells, *_to_unmerged(row, asked)] if unmerged else cells)
     by_domain = [[f"{absolute[name]:.2f}" for name in names]]
     by_domain += [[_ratio(row, name) for name in names] for row in found.rows]
     return [*titles, *names], [[*cells, *more] for cells, more in zip(rows, by_domain, strict=True)]
+
+
+def _to_unmerged(row: Row, asked: bool) -> list[str]:
+    if row.unmerged is None:
+        return [""] * (2 + asked)
+    return [row.unmerged_title or "", _mean_ratio(row.unmerged), *([_difference(row.unmerged)] if asked else [])]
 
 
 def costs(found: Comparison) -> Table:
@@ -90,6 +100,11 @@ def notes(found: Comparison) -> list[str]:
         said.append(
             f"Exact: of {settings.problems} held-out word problems answered by generation, and the difference to the "
             "original in points, paired problem by problem."
+        )
+    if any(row.unmerged for row in found.rows):
+        said.append(
+            f"{UNMERGED[0].upper()}{UNMERGED[1:]}: the row of the same cosine or StableMoE router with `method: smoe`. "
+            "Against it only the merge counts, against the original the change of router too."
         )
     if any(row.seeds for row in found.rows):
         said.append("Mean of n seeds: the mean over seeds of calibration text, ± the standard deviation over seeds.")

@@ -22,6 +22,7 @@ from ..files import REPORT, read_json
 from ..files import found as placed
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
+from ..scoring.baseline import is_baseline
 
 SHARD = "5GB"
 
@@ -37,7 +38,9 @@ class Candidate:
     plan: Plan | None = None
     """Of the patch that is made first."""
     original: str | None = None
-    """Label of the model it is compared with."""
+    """Label of the model it was made of."""
+    baseline: str | None = None
+    """Label of the model that it is compared with: the original, or the same router without merging."""
 
     @property
     def recipe(self) -> dict[str, Any] | None:
@@ -122,7 +125,8 @@ def candidates(
 ) -> list[Candidate]:
     """Every model as it is and, where there are recipes, each of them applied to it.
 
-    A patched folder is compared with the model it was made of, patched or not, if that is among them.
+    A patched folder is compared with the model it was made of, patched or not, if that is among them; where its router
+    is no linear one, with the model of the same router, made of the same one without merging, if that is among them.
 
     Raises:
         CheckpointError, FamilyError, RecipeError: as of `found`, `check_code`, `make_plan`.
@@ -141,25 +145,63 @@ def candidates(
             for path, recipe in given.items()
         ]
     models = [row for row in rows if row.plan is None]
-    return [row if row.original else replace(row, original=_made_of(row, models)) for row in rows]
+    rows = [row if row.original else replace(row, original=_made_of(row, models)) for row in rows]
+    return [replace(row, baseline=_unmerged(row, rows) or row.original) for row in rows]
 
 
-def _made_of(row: Candidate, models: list[Candidate]) -> str | None:
-    """Label of the model that a folder was made of, as its report says; by bytes where it has them."""
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made of, and how it was trained since."""
+
+    fingerprint: Any
+    files: Any
+    """As of `Identity.record`; None where a release before 0.2.0 made the model."""
+    training: tuple[Any, ...]
+    """Data and settings; Nones of a model that was not trained."""
+
+    def is_of(self, other: Checkpoint) -> bool:
+        """Whether the model was made of `other`; by bytes where they are on record."""
+        if other.fingerprint() != self.fingerprint:
+            return False
+        now = {"files": other.identity.record()}
+        return self.files is None or not differing({"files": self.files}, now, other.identity)
+
+    def is_same(self, other: "Origin") -> bool:
+        if (self.fingerprint, self.training) != (other.fingerprint, other.training):
+            return False
+        return None in (self.files, other.files) or not differing({"files": self.files}, {"files": other.files})
+
+
+def _origin(row: Candidate) -> Origin | None:
+    """Of a folder; None where it does not say."""
     path = placed(row.checkpoint.folder, REPORT)
     if not path.is_file():
         return None
     report = read_json(path)
     source, run = (value if isinstance(value := report.get(name), dict) else {} for name in ("source", "run"))
-    for other in models:
-        if other is row or other.checkpoint.fingerprint() != source.get("fingerprint"):
-            continue
-        if "files" not in run:  # of a release before 0.2.0
-            return other.label
-        known = {"files": run["files"]}
-        if not differing(known, {"files": other.identity["files"]}, other.checkpoint.identity):
+    return Origin(source.get("fingerprint"), run.get("files"), (run.get("data"), run.get("training")))
+
+
+def _made_of(row: Candidate, models: list[Candidate]) -> str | None:
+    """Label of the model that a folder was made of, as its report says."""
+    origin = _origin(row)
+    found = (other for other in models if other is not row and origin is not None and origin.is_of(other.checkpoint))
+    return next((other.label for other in found), None)
+
+
+def _unmerged(row: Candidate, rows: list[Candidate]) -> str | None:
+    """Label of the model that routes as `row` does, merges nothing, and was made of the same model."""
+    for other in rows:
+        if is_baseline(other.recipe, row.recipe) and _made_alike(row, other):
             return other.label
     return None
+
+
+def _made_alike(row: Candidate, other: Candidate) -> bool:
+    if row.plan is not None or other.plan is not None:  # recipes are applied to stock models alone, each row beside it
+        return row.plan is not None and row.original == other.original
+    origin, others = _origin(row), _origin(other)
+    return origin is not None and others is not None and origin.is_same(others)
 
 
 def _told_apart(paths: list[Path]) -> dict[Path, str]:

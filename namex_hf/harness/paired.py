@@ -19,7 +19,7 @@ NOISE = 0.05
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a model's score to the original's, in the score's own unit."""
+    """Of a model's score to that of the model it is compared with, in the score's own unit."""
 
     mean: float
     stderr: float
@@ -32,25 +32,25 @@ class Difference:
     """``mcnemar`` (exact, two-sided) or ``t`` (paired, two-sided)."""
     higher: int
     lower: int
-    """Items on which the model's score is above, and below, the original's."""
+    """Items on which the model's score is above, and below, the other's."""
 
     @property
     def is_noise(self) -> bool:
         return self.p >= NOISE
 
 
-def difference(model: Sequence[float], original: Sequence[float]) -> Difference:
+def difference(model: Sequence[float], baseline: Sequence[float]) -> Difference:
     """Compare item by item.
 
     Args:
-        model, original: scores of the same items in the same order, at least two.
+        model, baseline: scores of the same items in the same order, at least two.
 
     Raises:
         ValueError: other lengths, or fewer than two items.
     """
-    if len(model) != len(original) or len(model) < 2:
-        raise ValueError(f"{len(model)} and {len(original)} items; needed: the same, at least 2")
-    new, old = np.asarray(model, dtype=float), np.asarray(original, dtype=float)
+    if len(model) != len(baseline) or len(model) < 2:
+        raise ValueError(f"{len(model)} and {len(baseline)} items; needed: the same, at least 2")
+    new, old = np.asarray(model, dtype=float), np.asarray(baseline, dtype=float)
     change = new - old
     higher, lower = int((change > 0).sum()), int((change < 0).sum())
     least, most = mean_interval([change.tolist()]) if change.any() else (0.0, 0.0)

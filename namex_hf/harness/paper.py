@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import RecipeError
+from ..recipe import Recipe
 from .candidates import shape_of
 
 MODELS = {("qwen2_moe", 24, 2048): ("17", "Qwen1.5-MoE"), ("deepseek", 28, 2048): ("4", "Deepseek-MoE")}
@@ -15,6 +17,21 @@ BENCHMARKS = {"mmlu": "MMLU", "gsm8k": "GSM8K", "arc_challenge": "ARC", "arc_eas
 """The paper does not say which half of ARC it used."""
 ROUTINGS = {"linear": "Linear", "cosine": "Cosine", "stable": "Stable-MoE"}
 STAGES = {"zero-shot": "zs", "fine-tuned": "ft"}
+ROWS = {
+    ("smoe", "zero"): "",
+    ("ep-camex", "zero"): "EP-CAMEx",
+    ("namex-full", "zero"): "NAMEx-Full (0 disagreement point)",
+    ("namex-full", "mean"): "NAMEx-Full (mean disagreement point)",
+}
+"""Method and disagreement point -> the row's name."""
+ROW = ("method", "disagreement", "routing")
+"""Fields in which published rows differ."""
+READINGS = ("merge", "solver")
+"""Fields of which two values are published readings: ``residual`` or eq. 9 (``soft``); the bargain solved exactly or by
+the paper's procedure of 2 iterations a layer."""
+SILENT = ("temperature", "calibration_data", "calibration_tokens", "calibrate", "seed")
+"""Fields of which the paper says nothing: how the routers of a pretrained model are made. A field that is in none of
+these three lists has the default's value in a published row."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +70,11 @@ class Paper:
 
 def row_name(recipe: Mapping[str, Any] | None) -> str | None:
     """What a table calls a recipe: an empty name for the unpatched model, None where it has no such row."""
-    if recipe is None or recipe["method"] == "smoe":
+    if recipe is None:
         return ""
-    if recipe.get("merge") == "grouped" or recipe.get("momentum", "none") != "none":
+    try:
+        chosen = Recipe.from_dict(recipe)
+        published = Recipe(**{name: getattr(chosen, name) for name in (*ROW, *READINGS, *SILENT)})
+    except RecipeError:  # such as a grouped merge: no row has one
         return None
-    disagreement = recipe.get("disagreement", "zero")
-    return {
-        ("ep-camex", "zero"): "EP-CAMEx",
-        ("namex-full", "zero"): "NAMEx-Full (0 disagreement point)",
-        ("namex-full", "mean"): "NAMEx-Full (mean disagreement point)",
-    }.get((recipe["method"], disagreement))
+    return ROWS.get((chosen.method, chosen.disagreement)) if chosen == published else None

@@ -15,6 +15,7 @@ SHARES = ("acc", "acc_norm", "exact_match")
 LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
 FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml")
 """What a task's file names in place of a data set where it reads plain files."""
+TO_ORIGINAL = "to the original"
 CHOICES = ("merge", "routing", "method", "disagreement")
 """Columns that tell what was done to a model."""
 
@@ -30,6 +31,7 @@ class Model:
     """Of the checkpoint, from its configuration and headers."""
     recipe: dict[str, Any] | None
     original: str | None
+    """Label of the model it was made of."""
     dtype: str
 
     @property
@@ -55,13 +57,15 @@ class Score:
     value: float
     stderr: float | None
     items: int
-    num_fewshot: int
+    num_fewshot: int | None
+    """Worked examples in the prompt; None of a group whose tasks have different numbers."""
     higher_is_better: bool
     data: dict[str, Any]
     """Data set, its configuration and split, as the task's file names them."""
     file: str
     """Where it stands, relative to the report; the samples lie beside it."""
-    original: str | None = None
+    baseline: str | None = None
+    """Label of the model that it is compared with."""
     difference: Difference | None = None
     paper: PaperScore | None = None
 
@@ -100,18 +104,26 @@ def eval_results(report: ZeroShotReport, label: str) -> list[EvalResult]:
     """The entries of a model card's ``model-index`` for one model of the report (`ModelCardData(eval_results=...)`).
 
     The Hub takes results of equal data set, configuration and split for one entry, called like its first. Tasks that
-    share these, or that read plain files, go by their own names in place of the data set's.
+    share these, or that read plain files, go by their own names in place of the data set's; so does a task that was
+    scored with several numbers of examples, which its name then states.
     """
     scores = [score for score in report.scores if score.model == label]
+    counts: dict[str, set[str]] = {}
+    for score in scores:
+        counts.setdefault(score.task, set()).add(shots(score))
+
+    def name(score: Score) -> str:
+        return score.task if len(counts[score.task]) == 1 else f"{score.task}, {shots(score)} shots"
+
     tasks: dict[tuple[str, ...], set[str]] = {}
     for score in scores:
-        tasks.setdefault(_data_of(score), set()).add(score.task)
+        tasks.setdefault(_data_of(score), set()).add(name(score))
     alone = {data for data, of in tasks.items() if len(of) == 1 and data[0] not in FORMATS}
     return [
         EvalResult(
             task_type="text-generation",
-            dataset_type=score.data["dataset"] if _data_of(score) in alone else score.task,
-            dataset_name=score.task,
+            dataset_type=score.data["dataset"] if _data_of(score) in alone else name(score),
+            dataset_name=name(score),
             dataset_config=score.data["config"],
             dataset_split=score.data["split"],
             dataset_args={"num_few_shot": score.num_fewshot},
@@ -137,27 +149,35 @@ def shown(score: Score, value: float, form: str = "") -> str:
 
 def table(report: ZeroShotReport, task: str) -> tuple[list[str], list[list[str]]]:
     """Titles and rows of a task's table."""
-    titles = ["model", *CHOICES, "metric", "score", "to the original", "95 %", "p"]
-    rows = [[*_first(report, score), *_comparison(score)] for score in report.scores if score.task == task]
-    papers = [score.paper for score in report.scores if score.task == task]
-    if any(papers):
-        titles += ["paper", "paper, to its original"]
-        rows = [[*row, *_paper(paper)] for row, paper in zip(rows, papers, strict=True)]
+    scores = [score for score in report.scores if score.task == task]
+    others = any(score.difference and score.baseline != report.model(score.model).original for score in scores)
+    titles = ["model", *CHOICES, "shots", "metric", "score", *(["difference", "to"] if others else [TO_ORIGINAL])]
+    titles += ["95 %", "p"]
+    rows = [[*_first(report, score), *_comparison(score, others)] for score in scores]
+    if any(score.paper for score in scores):
+        titles += ["paper", "paper, to SMoE of the same routing"]
+        rows = [[*row, *_paper(score.paper)] for row, score in zip(rows, scores, strict=True)]
     return titles, rows
 
 
 def _first(report: ZeroShotReport, score: Score) -> list[str]:
     error = "" if score.stderr is None else f" ± {shown(score, score.stderr)}"
     metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
-    return [score.model, *report.model(score.model).choices, metric, shown(score, score.value) + error]
+    value = shown(score, score.value) + error
+    return [score.model, *report.model(score.model).choices, shots(score), metric, value]
 
 
-def _comparison(score: Score) -> list[str]:
+def shots(score: Score) -> str:
+    return "mixed" if score.num_fewshot is None else str(score.num_fewshot)
+
+
+def _comparison(score: Score, says_to_what: bool) -> list[str]:
+    to = [score.baseline or ""] if says_to_what else []
     if score.difference is None:
-        return ["", "", ""]
+        return ["", *("" for _ in to), "", ""]
     found = score.difference
     interval = f"{shown(score, found.low, '+')} to {shown(score, found.high, '+')}"
-    return [f"{shown(score, found.mean, '+')} ± {shown(score, found.stderr)}", interval, p_value(found.p)]
+    return [f"{shown(score, found.mean, '+')} ± {shown(score, found.stderr)}", *to, interval, p_value(found.p)]
 
 
 def _paper(paper: PaperScore | None) -> list[str]:
@@ -174,7 +194,8 @@ def sentence(score: Score) -> str | None:
     if found is None:
         return None
     unit = " points" if score.metric in SHARES else ""
-    what = f"{score.model}, {score.metric}: {shown(score, found.mean, '+')}{unit} to {score.original}"
+    examples = "" if score.num_fewshot == 0 else f", {shots(score)} shots"
+    what = f"{score.model}, {score.metric}{examples}: {shown(score, found.mean, '+')}{unit} to {score.baseline}"
     if found.higher == found.lower == 0:
         return f"{what}; the two score alike on each of {score.items} items."
     better, worse = (found.higher, found.lower) if score.higher_is_better else (found.lower, found.higher)
@@ -191,14 +212,18 @@ def markdown(report: ZeroShotReport) -> str:
     run = report.run
     limit = "" if run["limit"] is None else f", the first {run['limit']} items of every task only"
     lines = [
-        "# Zero-shot scores" if not run["num_fewshot"] else f"# Scores with {run['num_fewshot']} examples",
+        "# Scores",
         "",
         f"lm-eval {run['versions']['lm_eval']}, namex_hf {run['versions']['namex_hf']}, seed {run['seed']}, weights in "
         f"{run['dtype']} on {run['device']}{limit}. Shares in per cent, ± one standard error.",
         "",
-        "The difference to the original is paired, item by item: ± its standard error, 95 % bootstrap interval, p by "
-        "McNemar's exact test (right or wrong) or the paired t-test (other scores). Of comparisons without any "
-        "difference, one in twenty has p < 0.05.",
+        'Shots are worked examples in the prompt, before each question. "Zero-shot" has two readings: no examples, or '
+        'no tuning. The paper sets its column of that name beside "fine-tuned", and gives no number of examples.',
+        "",
+        "A difference is to the model that a row was made of or, where a row routes by angle or by token id and this "
+        "was scored, to the same router without merging. It is paired, item by item: ± its standard error, 95 % "
+        "bootstrap interval, p by McNemar's exact test (right or wrong) or the paired t-test (other scores). Of "
+        "comparisons without any difference, one in twenty has p < 0.05.",
     ]
     for task in dict.fromkeys(score.task for score in report.scores):
         titles, rows = table(report, task)

@@ -69,6 +69,7 @@ def identity(row: Candidate, task: Chosen, options: Options) -> dict[str, Any]:
     """What makes a model's score on a task this one and no other, plain."""
     return {
         **row.identity,
+        "num_fewshot": task.shots,
         "task": task.digest,
         "dtype": options.dtype,
         "batch_size": options.batch_size,
@@ -97,11 +98,11 @@ def run(rows: list[Candidate], tasks: list[Chosen], options: Options, paper: Pap
     known = {}
     for row in rows:
         for task in tasks:
-            folder = options.out / row.label / task.name
+            folder = options.out / row.label / task.label
             if options.overwrite and is_first():
                 _forget(folder)
-            known[row.label, task.name] = None if options.overwrite else _finished(folder, row, task, options)
-    wanted = {row.label: [task for task in tasks if known[row.label, task.name] is None] for row in rows}
+            known[row.label, task.label] = None if options.overwrite else _finished(folder, row, task, options)
+    wanted = {row.label: [task for task in tasks if known[row.label, task.label] is None] for row in rows}
     for row in rows:
         if wanted[row.label]:
             check_answers(row.checkpoint, wanted[row.label], options.limit, options.trust_remote_code)
@@ -128,10 +129,10 @@ def _scored(row: Candidate, tasks: list[Chosen], options: Options, tell: Tell) -
     row.checkpoint.identity.settle()  # what was read just now is read again from memory
     found = {}
     for task in tasks:
-        with tell(f"{row.label}, {task.name}") as model.progress:
-            folder = options.out / row.label / task.name
+        with tell(f"{row.label}, {task.label}") as model.progress:
+            folder = options.out / row.label / task.label
             known = identity(row, task, options)
-            found[row.label, task.name] = score(model, task, folder, known, options.limit, options.seed)
+            found[row.label, task.label] = score(model, task, folder, known, options.limit, options.seed)
     return found
 
 
@@ -204,14 +205,14 @@ def assemble(
 def _scores(
     row: Candidate, task: Chosen, known: dict[tuple[str, str], Any], options: Options, paper: Paper
 ) -> Iterable[Score]:
-    results = known[row.label, task.name]
+    results = known[row.label, task.label]
     for name in [task.name] if task.name in results["results"] else sorted(task.tasks):
         for metric, keep in metrics(results["results"][name]):
-            own = items(options.out / row.label / task.name, results, name, metric, keep)
+            own = items(options.out / row.label / task.label, results, name, metric, keep)
             before = None
-            if row.original is not None:
-                folder = options.out / row.original / task.name
-                before = items(folder, known[row.original, task.name], name, metric, keep)
+            if row.baseline is not None:
+                folder = options.out / row.baseline / task.label
+                before = items(folder, known[row.baseline, task.label], name, metric, keep)
             comparable = own is not None and before is not None and own.hashes == before.hashes and len(own.values) > 1
             yield Score(
                 row.label,
@@ -221,14 +222,20 @@ def _scores(
                 results["results"][name][f"{metric},{keep}"],
                 _stderr(results["results"][name].get(f"{metric}_stderr,{keep}"), own),
                 sum(results["n-samples"][one]["effective"] for one in members(results, name)),
-                results["n-shot"].get(name, 0),
+                _shots(results, name),
                 results["higher_is_better"].get(name, {}).get(metric, True) is not False,
                 task.data,
-                f"{row.label}/{task.name}/{RESULTS}",
-                row.original,
+                f"{row.label}/{task.label}/{RESULTS}",
+                row.baseline,
                 difference(own.values, before.values) if comparable and own and before else None,
                 paper.score(row.checkpoint.config, row.recipe, name),
             )
+
+
+def _shots(results: dict[str, Any], name: str) -> int | None:
+    """Worked examples of a task; of a group None where its tasks have different numbers."""
+    numbers = {results["n-shot"].get(task) or 0 for task in members(results, name)}
+    return numbers.pop() if len(numbers) == 1 else None
 
 
 def metrics(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ import logging
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,15 @@ class Chosen:
     """As `lm_eval.tasks.TaskManager.load` gives it."""
     digest: str
     """SHA-256 of prompts' makings and documents: other data under the same name is another task."""
+    shots: int = 0
+    """Worked examples in the prompt, but for tasks that take none."""
+    stated: bool = False
+    """Whether the number was asked for with the name, as in ``gsm8k:5``."""
+
+    @property
+    def label(self) -> str:
+        """Of its folder; tells it from the same task with another number of examples."""
+        return f"{self.name}-{self.shots}shot" if self.stated else self.name
 
     @property
     def tasks(self) -> dict[str, Any]:
@@ -62,31 +71,55 @@ def chosen(
     """Load tasks with their data.
 
     Args:
-        names: tasks, groups or tags of lm-eval, or of YAML files below `include`, which come first.
+        names: tasks, groups or tags of lm-eval, or of YAML files below `include`, which come first; each alone, or with
+            its number of worked examples, as in ``gsm8k:5``.
         texts: files whose perplexity is measured.
         data: a folder that holds copies of data sets under their Hub names (``openai/gsm8k/...``).
-        num_fewshot: worked examples before each question.
+        num_fewshot: worked examples before each question, where a name states none.
         seed: of their choice.
 
     Raises:
-        TaskError: a name that nobody knows, data that cannot be had, a file that is no text.
+        TaskError: a name that nobody knows, data that cannot be had, too few examples in them, a file that is no text.
     """
     if data is not None and not data.is_dir():
         raise TaskError(f"--data {data} is no folder; needed: one that holds data sets, such as {data}/openai/gsm8k")
+    asked = dict.fromkeys(_with_shots(name, num_fewshot) for name in names)
     own = _manager(include, official=False)
     manager = own
-    if any(name not in own.all_tasks for name in names):
+    if any(one.name not in own.all_tasks for one in asked):
         manager = _manager(include, official=True)
-    found = []
-    for name in dict.fromkeys(names):
-        if name not in manager.all_tasks:
-            near = difflib.get_close_matches(name, manager.all_tasks, 3)
-            raise TaskError(f"task {name} is not known{'; near it: ' + ', '.join(near) if near else ''}")
-        found.append((name, _loaded(manager, name, data, packaged=name in own.all_tasks)))
+    for one in asked:
+        if one.name not in manager.all_tasks:
+            near = difflib.get_close_matches(one.name, manager.all_tasks, 3)
+            raise TaskError(f"task {one.name} is not known{'; near it: ' + ', '.join(near) if near else ''}")
+    found = [(one, _loaded(manager, one.name, data, packaged=one.name in own.all_tasks)) for one in asked]
     for path in texts:
         spec = text_task(path)
-        found.append((spec["task"], manager.load([spec])))
-    return [_prepared(name, loaded, num_fewshot, seed) for name, loaded in found]
+        found.append((Asked(spec["task"], num_fewshot), manager.load([spec])))
+    return [_prepared(one, loaded, seed) for one, loaded in found]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A task's name, and how many worked examples there are to be."""
+
+    name: str
+    shots: int
+    stated: bool = field(default=False, compare=False)
+
+
+def _with_shots(text: str, default: int) -> Asked:
+    """``TASK`` or ``TASK:N``.
+
+    Raises:
+        TaskError: what follows the colon is no number.
+    """
+    name, colon, number = text.partition(":")
+    if not colon:
+        return Asked(name, default)
+    if not number.isdecimal() or len(number) > 9:
+        raise TaskError(f"task {text}: {number!r}; accepted: TASK, or TASK:N with N worked examples, such as {name}:5")
+    return Asked(name, int(number), stated=True)
 
 
 @functools.cache
@@ -95,28 +128,37 @@ def _manager(include: Path | None, official: bool) -> TaskManager:
     return TaskManager(include_path=str(include) if include else None, include_defaults=official)
 
 
-def _prepared(name: str, loaded: Mapping[str, Any], num_fewshot: int, seed: int) -> Chosen:
+def _prepared(asked: Asked, loaded: Mapping[str, Any], seed: int) -> Chosen:
     digest = hashlib.sha256()
+    taking = [name for name, task in sorted(loaded["tasks"].items()) if _give_examples(name, task, asked.shots)]
+    if asked.stated and asked.shots and not taking:
+        raise TaskError(f"task {asked.name}:{asked.shots} takes no examples; accepted: {asked.name}")
     for task_name, task in sorted(loaded["tasks"].items()):
-        if getattr(task, "UNSAFE_CODE", False):
-            raise TaskError(f"task {task_name} runs code that the model writes (unsafe_code); no such task is accepted")
-        if task.get_config("output_type") not in (
-            "multiple_choice",
-            "loglikelihood",
-            "loglikelihood_rolling",
-            "generate_until",
-        ):
-            raise TaskError(
-                f"task {task_name} asks for {task.get_config('output_type')}; a causal model gives no such thing"
-            )
-        # Text is scored as it stands; some tasks forbid examples by stating 0 themselves.
-        if task.get_config("num_fewshot") != 0 and task.OUTPUT_TYPE != "loglikelihood_rolling":
-            task.set_config(key="num_fewshot", value=num_fewshot)
         task.set_fewshot_seed(seed=seed)
         digest.update(json.dumps([task_name, _plain(task.dump_config())], sort_keys=True).encode())
         for document in task.eval_docs:
             digest.update(json.dumps(document, default=handle_non_serializable, sort_keys=True).encode())
-    return Chosen(name, dict(loaded), digest.hexdigest())
+    return Chosen(asked.name, dict(loaded), digest.hexdigest(), asked.shots if taking else 0, asked.stated)
+
+
+def _give_examples(name: str, task: Any, shots: int) -> bool:
+    """Have a task put worked examples before each question; whether it takes any.
+
+    Raises:
+        TaskError: it runs code, asks for what a causal model does not give, or has fewer examples.
+    """
+    if getattr(task, "UNSAFE_CODE", False):
+        raise TaskError(f"task {name} runs code that the model writes (unsafe_code); no such task is accepted")
+    kind = task.get_config("output_type")
+    if kind not in ("multiple_choice", "loglikelihood", "loglikelihood_rolling", "generate_until"):
+        raise TaskError(f"task {name} asks for {kind}; a causal model gives no such thing")
+    # Text is scored as it stands; some tasks forbid examples by stating 0 themselves.
+    if task.get_config("num_fewshot") == 0 or task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return False
+    task.set_config(key="num_fewshot", value=shots)
+    if shots and (there := sum(1 for _ in task.fewshot_docs())) < shots:
+        raise TaskError(f"task {name}: {shots} worked examples are asked for; its data have {there}")
+    return True
 
 
 def _plain(config: Any) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..files import REPORT, found, parse_json, read_json, read_text
-from ..harness.report import Model, Score, ZeroShotReport, eval_results, shown
+from ..harness.report import Model, Score, ZeroShotReport, eval_results, shots, shown
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section, table
 from ..report.report import Report
@@ -116,11 +116,14 @@ def with_scores(card: str, evaluation: ZeroShotReport, label: str, name: str) ->
 
 
 def score_lines(evaluation: ZeroShotReport, label: str) -> list[str]:
-    """A table of one model's scores, beside those of the model it was made of where that was scored too."""
+    """A table of one model's scores, with differences to the model it is compared with where that was scored too."""
     run, scores = evaluation.run, [score for score in evaluation.scores if score.model == label]
     limit = "" if run["limit"] is None else f", the first {run['limit']} items of each task only"
     compared = any(score.difference is not None for score in scores)
-    titles = ["task", "metric", "items", "score", *(["difference to the original"] if compared else [])]
+    original = evaluation.model(label).original
+    others = any(score.difference and score.baseline != original for score in scores)
+    titles = ["task", "metric", "items", "score"]
+    titles += [f"difference to {'the same router without merging' if others else 'the original'}"] if compared else []
     rows = [[*_score_cells(score), *([_difference(score)] if compared else [])] for score in scores]
     paired = "; differences are paired, item by item" if compared else ""
     return [
@@ -136,8 +139,8 @@ def score_lines(evaluation: ZeroShotReport, label: str) -> list[str]:
 def _score_cells(score: Score) -> list[str]:
     metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
     error = "" if score.stderr is None else f" ± {shown(score, score.stderr)}"
-    shots = f", {score.num_fewshot} examples" if score.num_fewshot else ""
-    return [plain(score.task) + shots, plain(metric), f"{score.items:,}", shown(score, score.value) + error]
+    told = "" if score.num_fewshot == 0 else f", {shots(score)} examples"
+    return [plain(score.task) + told, plain(metric), f"{score.items:,}", shown(score, score.value) + error]
 
 
 def _difference(score: Score) -> str:

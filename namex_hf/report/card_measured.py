@@ -1,6 +1,7 @@
 """What was measured, as a card shows it: perplexity before and after, and what fine-tuning did."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,21 @@ def perplexity_lines(report: Report) -> list[str]:
         "## Perplexity on held-out text",
         "",
         "On the beginnings of the texts that come with `namex_hf`; the mean is geometric."
+        + _of_the_router(report.run.get("recipe", {}))
         + (" ± one standard error, of the ratio's paired by windows." if _has_errors(report.perplexity) else ""),
         "",
         *table(["domain", "before", "after", "ratio"], rows),
     ]
+
+
+def _of_the_router(recipe: Mapping[str, Any]) -> str:
+    routing = recipe.get("routing", "linear")
+    if routing == "linear" or recipe.get("method") == "smoe":
+        return ""
+    return (
+        f" Before is the model with its own linear router, so the ratio is of the change to {plain(routing)} routing "
+        "and of the merge together."
+    )
 
 
 def _has_errors(perplexity: dict[str, dict[str, float]]) -> bool:

@@ -9,6 +9,8 @@ from ..errors import TrainingError
 from ..families.kinds import KINDS, kind_of
 
 EVERYTHING = "everything"
+STUDENT = "student"
+"""Parameters that a model has in StableMoE's first stage alone (`stable`), and that always train there."""
 FUSED = {
     "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     "router": ("mlp.gate.weight", "mlp.cosine_router.projection", "mlp.cosine_router.embeddings"),
@@ -50,13 +52,17 @@ def counts(model: Any) -> dict[str, tuple[int, int]]:
 
     Of what an adapter trains as a whole its copy counts, not the frozen original.
     """
-    found = dict.fromkeys(KINDS, (0, 0))
+    found = dict.fromkeys((*KINDS, STUDENT), (0, 0))
     for name, parameter in model.named_parameters():
         if ".original_module." not in name:
-            kind, size = kind_of(name), whole_size(parameter)
+            kind, size = _kind_of(name), whole_size(parameter)
             trains, has = found[kind]
             found[kind] = trains + size * parameter.requires_grad, has + size
     return {kind: numbers for kind, numbers in found.items() if numbers[1]}
+
+
+def _kind_of(name: str) -> str:
+    return STUDENT if "stable_student." in name else kind_of(name)
 
 
 def check_present(model: Any, kinds: Sequence[str]) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from ..errors import TrainingError
 from ..files import hash_file
 from .choice import check_present, lora
 from .start import Start
@@ -51,12 +52,14 @@ class Choice:
     """Of `from_pretrained`."""
     live: bool = False
     """Whether the base expert walks through the layers in the forward pass."""
+    stage_one: bool = False
+    """Whether this is StableMoE's first stage (`stable`)."""
 
     def stated(self) -> dict[str, Any]:
         adapter = None if self.adapter is None else vars(self.adapter)
         options = {name: str(option) for name, option in self.model_options.items()}
-        live = {"live": True} if self.live else {}
-        return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **live, **options}
+        more = {name: True for name in ("live", "stage_one") if getattr(self, name)}
+        return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **more, **options}
 
 
 def stated(arguments: SFTConfig, live: bool = False) -> dict[str, Any]:
@@ -91,8 +94,11 @@ def planned(start: Start, choice: Choice) -> Plan:
     """Settled before a tensor is read.
 
     Raises:
-        TrainingError: a kind that the model has none of, or that the adapter cannot be put on.
+        TrainingError: a kind that the model has none of, or that the adapter cannot be put on; StableMoE's first stage
+            of a model that has another router.
     """
+    if choice.stage_one and start.recipe.routing != "stable":
+        raise TrainingError(f"StableMoE's first stage trains routing 'stable'; found routing {start.recipe.routing!r}")
     outline = start.outline(choice.model_options.get("attn_implementation"))
     kinds = check_present(outline, choice.kinds)
     walks = bool(start.recipe.propagates and {"experts", "base"} & set(kinds))

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 from .listening import stable_routers
 from .student import Student
@@ -82,10 +83,10 @@ def freeze(model: Any) -> Student:
 class StageOne:
     """Mixin for `transformers.Trainer`: `begin`, with an optimiser for both.
 
-    What it adds is part of the model's loss, so it needs a trainer that minimises this: no label smoothing, no loss of
-    its own (TRL's `SFTTrainer` has one). What evaluation reports is the model's loss alone. Checkpoints hold the
-    student: a run is resumed with the model loaded from the checkpoint that it is resumed from. Under an adapter they
-    do not.
+    What it adds is part of the model's loss, which is minimised also where the trainer has a loss of its own, as TRL's
+    `SFTTrainer` has; there is no label smoothing. What evaluation reports is the model's loss alone. The student's two
+    losses are logged beside it, as ``stable/balance`` and ``stable/distillation``. Checkpoints hold the student: a run
+    is resumed with the model loaded from the checkpoint that it is resumed from. Under an adapter they do not.
 
     Args:
         student_learning_rate: of the student, which starts from nothing; `learning_rate` is the model's. Both follow
@@ -102,6 +103,15 @@ class StageOne:
         super().__init__(*args, **kwargs)
         self.student_learning_rate = student_learning_rate
         begin(self.model, **(student or {}))  # after the trainer has put an adapter around the model, if it does
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """The model's own, whatever the trainer's."""
+        return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs.update({f"stable/{name}": float(loss) for name, loss in student_of(self.model).losses.items()})
+        super().log(logs, *args, **kwargs)  # type: ignore[misc]
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         if self.optimizer is None:

@@ -16,6 +16,7 @@ from ..recipe import Recipe
 from ..scoring.labelled import IGNORED
 from .bargain import BargainCallback
 from .generation import carried_settings
+from .stable import StageOne
 
 STATE, SEAL = "trainer_state.json", "namex_seal.json"
 """In a checkpoint: its last file but one, and sizes and hashes of all its files, written after them."""
@@ -122,6 +123,14 @@ class NamexTrainer(SFTTrainer):
         if missing:
             raise TrainingError(f"the checkpoint lacks {missing[0]} and {len(missing) - 1} others; start anew")
         self.model.tie_weights()
+
+
+class StageOneTrainer(StageOne, NamexTrainer):
+    """`NamexTrainer` in StableMoE's first stage; the model's own balance loss is off, as StableMoE has another."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.aux_loss_enabled = self.model.config.output_router_logits = False
 
 
 def last_checkpoint(folder: Path) -> str | None:

@@ -25,10 +25,11 @@ from .choice import check_trains, table_of, train_only
 from .finish import layer_records, save_trained
 from .labels import Labelled, labelled, length_table
 from .live import go_live
-from .plan import Adapter, Choice, Plan, planned, stated
+from .plan import Choice, Plan, planned, stated
 from .scores import Items, measure, value
+from .stable import freeze
 from .start import Start
-from .trainer import LabelTokens, NamexTrainer, last_checkpoint
+from .trainer import LabelTokens, NamexTrainer, StageOneTrainer, last_checkpoint
 
 LIBRARIES = ("accelerate", "trl", "peft", "datasets")
 
@@ -104,7 +105,8 @@ class Run:
             self.recipe = Recipe.from_dict(text)  # with the name of the text that it was calibrated on
         if plan.adapter is None:
             train_only(model, plan.kinds)
-        self.trainer = NamexTrainer(
+        kind = StageOneTrainer if choice.stage_one else NamexTrainer
+        self.trainer = kind(
             model=model,
             args=arguments,
             train_dataset=chats.train,
@@ -115,7 +117,7 @@ class Run:
             bargain_every=plan.bargain_every,
             source=start.checkpoint.folder,
         )
-        check_sharding(self.trainer, choice.adapter)
+        check_sharding(self.trainer, choice)
         if plan.adapter is not None and "base" not in plan.kinds:
             for name, parameter in self.trainer.model.named_parameters():
                 if kind_of(name) == "base":  # carried along; PEFT would train it
@@ -142,6 +144,7 @@ class Run:
         self.trainer.train(resume_from_checkpoint=resume)
         best = self._best()
         self.trainer.model.eval()
+        student = freeze(self.trainer.model) if self.choice.stage_one else None
         seconds, settling = time.perf_counter() - started, time.perf_counter()
         settled: list[Settled] = []
         if self.recipe.has_base:
@@ -154,7 +157,7 @@ class Run:
             layer_records(settled, settling),
             {"seconds": round(seconds, 1)},
             versions(*LIBRARIES),
-            training=self._record(seconds, best),
+            training=self._record(seconds, best) | ({} if student is None else {"assigned": int(student.seen.sum())}),
         )
         return self._saved(report, settled, before)
 
@@ -236,13 +239,19 @@ class Run:
 
 
 BARGAIN = ("spread", "residual", "drift", "no_agreement", "uniform_fallback")
-LOGGED = ("step", "loss", "aux_loss", *(f"bargain/{name}" for name in BARGAIN))
+STAGE_ONE = ("balance", "distillation")
+LOGGED = (
+    *("step", "loss", "aux_loss"),
+    *(f"stable/{name}" for name in STAGE_ONE),
+    *(f"bargain/{name}" for name in BARGAIN),
+)
 
 
-def check_sharding(trainer: NamexTrainer, adapter: Adapter | None) -> None:
+def check_sharding(trainer: NamexTrainer, choice: Choice) -> None:
     """Raises:
-    TrainingError: FSDP of version 1, or none although it was asked for; an adapter on a sharded model.
+    TrainingError: FSDP of version 1, or none although it was asked for; an adapter or a student on a sharded model.
     """
+    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
         raise TrainingError(
             "FSDP was asked for, and accelerate shards nothing on CPUs; accepted: accelerators, or none"
@@ -251,8 +260,10 @@ def check_sharding(trainer: NamexTrainer, adapter: Adapter | None) -> None:
         raise TrainingError(
             "found FSDP of version 1, whose flat parameters hide the experts; accepted: fsdp_version: 2"
         )
-    if adapter is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):
+    if choice.adapter is not None and sharded:
         raise TrainingError("an adapter on a sharded model is not merged here; accepted: one device, or data parallel")
+    if choice.stage_one and sharded:
+        raise TrainingError("StableMoE's first stage was not tried on shards; accepted: one device, or data parallel")
 
 
 def scores_of(out: Path) -> dict[str, Items]:

@@ -11,6 +11,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.comparison.files import write
 from namex_hf.comparison.grid import grid, recipe_files
 from namex_hf.comparison.page import page
+from namex_hf.comparison.rows import row_of
 from namex_hf.comparison.run import FLOOR, ORIGINAL, Comparison, Plan, assemble, make_plan_of
 from namex_hf.comparison.settings import Settings
 from namex_hf.comparison.table import costs, markdown, notes, quality
@@ -54,6 +55,28 @@ def test_a_worst_domain_and_an_interval_are_those_of_the_row(tmp_path: Path):
     assert row.difference_interval is not None
     low, high = row.difference_interval
     assert told["to the original (95 %)"] == f"{100 * row.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def test_another_router_is_compared_with_itself_unmerged_too(tmp_path: Path):
+    """Beside the differences to the original, those to the same router without merging, which name its row."""
+    for name, text in (("full", ""), ("smoe", "method: smoe"), ("linear", "routing: linear")):
+        (tmp_path / f"{name}.yaml").write_text(f"routing: cosine\n{text}" if name != "linear" else text)
+    cells = grid(recipe_files([tmp_path / f"{name}.yaml" for name in ("full", "smoe", "linear")]), {})
+    plan = make_plan_of(resolve("tiny-deepseek"), SETTINGS, cells)
+    found = measured(plan)
+    titles, rows = quality(found)
+    shown = {row[0]: dict(zip(titles, row, strict=True)) for row in rows}
+    full, smoe = (found.results[name] for name in ("full", "smoe"))
+    row = row_of("full", full, smoe)
+    low, high = row.interval
+    assert shown["full"]["same router, unmerged"] == "smoe"
+    assert shown["full"]["mean to it (95 %)"] == f"{row.ratio:.3f} ({low:.3f} to {high:.3f})"
+    answered = 100 * (sum(full["right"]) - sum(smoe["right"])) / len(full["right"])
+    assert shown["full"]["exact to it (95 %)"].startswith(f"{answered:+.1f} (")
+    for other in ("original", "smoe", "linear"):
+        assert {shown[other][title] for title in titles if title.endswith(("unmerged", "to it (95 %)"))} == {""}
+    assert any(note.startswith("Same router, unmerged: ") for note in notes(found))
+    assert "unmerged" not in markdown(measured(planned(tmp_path)))
 
 
 def test_times_that_are_not_comparable_are_named(tmp_path: Path):

@@ -10,8 +10,9 @@ from transformers import Qwen2MoeConfig
 
 from namex_hf.harness.paired import difference
 from namex_hf.harness.paper import Paper
-from namex_hf.harness.report import Model, Score, ZeroShotReport, eval_results, markdown, sentence
+from namex_hf.harness.report import Model, Score, ZeroShotReport, eval_results, markdown, sentence, table
 from namex_hf.models import DeepseekConfig
+from namex_hf.recipe import read_yaml
 
 from .conftest import ROOT
 
@@ -30,12 +31,31 @@ DEEPSEEK = {**DeepseekConfig().to_dict(), "model_type": "namex_deepseek", "num_h
         (QWEN, {"method": "namex-full", "disagreement": "mean"}, "arc_easy", "fine-tuned", 51.25, 51.12),
         (DEEPSEEK, {"method": "smoe", "routing": "stable"}, "gsm8k", "zero-shot", 17.5, 17.5),
         (DEEPSEEK, {"method": "namex-full"}, "mmlu", "fine-tuned", 45.47, 45.21),
+        (DEEPSEEK, {"solver": "ccp"}, "mmlu", "zero-shot", 44.92, 44.77),
+        (DEEPSEEK, {"merge": "soft", "routing": "stable", "seed": 3}, "mmlu", "zero-shot", 45.95, 45.8),
     ],
 )
 def test_the_papers_number(config, recipe, task, stage, value, original) -> None:
     found = Paper(TABLES, stage).score(config, recipe, task)
     assert found is not None
     assert (found.value, found.original) == (value, original)
+
+
+ROUTINGS = {"linear": "Linear", "cosine": "Cosine", "stable": "Stable-MoE"}
+
+
+def test_the_recipes_of_the_papers_rows_get_their_numbers() -> None:
+    """Each file of `patches` for DeepSeek that names Table 4, with the base of its rows; `soft` is eq. 9 itself."""
+    table = json.loads(TABLES.read_text())["tables"]["4"]["rows"]
+    found, files = [], sorted((ROOT / "patches" / "deepseek-moe-16b").glob("*.yaml"))
+    for file in files:
+        fields = {name: value for name, value in read_yaml(file).items() if name != "base"}
+        score = Paper(TABLES).score(DEEPSEEK, fields, "mmlu")
+        assert (score is not None) == ("Table 4" in file.read_text() or fields["merge"] == "soft"), file
+        if score is not None and fields["merge"] != "soft":
+            found.append((ROUTINGS[fields["routing"]], score.value, score.original))
+    originals = {row["router"]: row["values"][0] for row in table if row["model"] == "Deepseek-MoE"}
+    assert sorted(found) == sorted((row["router"], row["values"][0], originals[row["router"]]) for row in table)
 
 
 @pytest.mark.parametrize(
@@ -45,6 +65,16 @@ def test_the_papers_number(config, recipe, task, stage, value, original) -> None
         (QWEN, {"method": "namex-full", "merge": "grouped"}, "mmlu"),
         (QWEN, {"method": "namex-full", "momentum": "complex"}, "mmlu"),
         (QWEN, {"method": "camex"}, "mmlu"),
+        (QWEN, {"method": "namex"}, "mmlu"),
+        (QWEN, {"every": 5}, "mmlu"),
+        (QWEN, {"scale": "lemma", "gamma": 3.0}, "mmlu"),
+        (QWEN, {"method": "ep-camex", "gamma": 2.0}, "mmlu"),
+        (QWEN, {"base": "first"}, "mmlu"),
+        (QWEN, {"granularity": "expert"}, "mmlu"),
+        (QWEN, {"solver": "ccp", "ccp_iterations": 20}, "mmlu"),
+        (QWEN, {"merge": "soft", "eta": 0.5}, "mmlu"),
+        (QWEN, {"merge": "soft", "curvature": "kronecker"}, "mmlu"),
+        (QWEN, {"a field of another release": 1}, "mmlu"),
         (QWEN, None, "hellaswag"),
         ({"model_type": "llama", "num_hidden_layers": 24, "hidden_size": 2048}, None, "mmlu"),
     ],
@@ -76,7 +106,7 @@ def test_a_difference_within_the_noise_is_called_so() -> None:
     made = report([1, 1, 0, 1] * 20, [1, 0, 1, 1] * 20)
     text = markdown(made)
     assert "b, acc: +0.00 points to a is within the noise: no difference is shown on 80 items" in text
-    assert "| b | residual | linear | namex-full | zero | acc | 75.00 ± 1.00 |" in text
+    assert "| b | residual | linear | namex-full | zero | 0 | acc | 75.00 ± 1.00 | +0.00 ±" in text
     assert "| 61.87 | +0.59 |" in text
     assert "Paper: Table 17 (zero-shot)" in text
     assert "`a/r.json`, `b/r.json`" in text
@@ -97,9 +127,38 @@ def test_the_report_survives_its_file() -> None:
     made = report([1, 0, 1], [0, 0, 1])
     assert ZeroShotReport.from_json(made.to_json()) == made
     assert json.loads(made.to_json())["scores"][1]["difference"]["test"] == "mcnemar"
-    with_examples = replace(made, run={**made.run, "num_fewshot": 5, "limit": 3})
-    assert markdown(with_examples).startswith("# Scores with 5 examples")
-    assert "the first 3 items of every task only" in markdown(with_examples)
+    assert "the first 3 items of every task only" in markdown(replace(made, run={**made.run, "limit": 3}))
+
+
+def test_rows_name_their_shots() -> None:
+    """One task without examples and with five, one table; a group of both kinds of task."""
+    made = report([1, 0, 1], [0, 0, 1])
+    five = [replace(score, num_fewshot=5) for score in made.scores]
+    both = replace(made, scores=[*made.scores, *five, replace(made.scores[0], num_fewshot=None)])
+    titles, rows = table(both, "mmlu")
+    place = titles.index("shots")
+    assert [(row[0], row[place]) for row in rows] == [("a", "0"), ("b", "0"), ("a", "5"), ("b", "5"), ("a", "mixed")]
+    assert "b, acc, 5 shots: +33.33 points to a" in markdown(both)
+    entries = eval_results(replace(both, scores=both.scores[:4]), "b")
+    assert [(one.dataset_name, one.dataset_args) for one in entries] == [
+        ("mmlu, 0 shots", {"num_few_shot": 0}),
+        ("mmlu, 5 shots", {"num_few_shot": 5}),
+    ]
+    card = ModelCardData(model_name="b", eval_results=entries)
+    assert len(card.to_dict()["model-index"][0]["results"]) == 2  # the Hub would make one entry of equal data
+
+
+def test_a_difference_says_to_what() -> None:
+    """A column of its own where one is not to the model that a row was made of."""
+    made = report([1, 0, 1], [0, 0, 1])
+    assert "to the original" in table(made, "mmlu")[0]
+    smoe = Model("smoe", "Qwen/a", "c0ffee", "f", {"method": "smoe", "merge": "residual"}, "a", "auto")
+    other = replace(made.scores[1], baseline="smoe")
+    titles, rows = table(replace(made, models=[*made.models, smoe], scores=[made.scores[0], other]), "mmlu")
+    assert "to the original" not in titles
+    places = titles.index("difference"), titles.index("to")
+    assert [[row[place] for place in places] for row in rows] == [["", ""], [f"{100 / 3:+.2f} ± {100 / 3:.2f}", "smoe"]]
+    assert {len(row) for row in rows} == {len(titles)}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,10 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from namex_hf.calibration.sources import PACKAGED as CALIBRATION
+from namex_hf.harness.errors import TaskError
 from namex_hf.harness.tasks import chosen
 from namex_hf.harness.text import pieces
 
@@ -53,3 +56,32 @@ def test_other_documents_are_another_task(tmp_path: Path) -> None:
     assert len(digests) == 2
     (zero,), (two,) = (chosen(["namex_word_problems"], include=TASKS, num_fewshot=n) for n in (0, 2))
     assert zero.digest != two.digest
+
+
+def test_shots_by_task() -> None:
+    """Each task has its own number; the default's tasks the common one; the same task may come twice."""
+    names = ["namex_word_problems:2", "namex_sums", "namex_word_problems:0", "namex_sums:1", "namex_text"]
+    found = chosen(names, include=TASKS, num_fewshot=1)
+    assert [(one.name, one.label, one.shots) for one in found] == [
+        ("namex_word_problems", "namex_word_problems-2shot", 2),
+        ("namex_sums", "namex_sums", 1),
+        ("namex_word_problems", "namex_word_problems-0shot", 0),
+        ("namex_text", "namex_text", 0),  # text is scored as it stands
+    ]
+    assert [task.config.num_fewshot for one in found for task in one.tasks.values()] == [2, 1, 0, 0]
+    assert len({one.digest for one in found}) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("namex_sums:five", r"task namex_sums:five: 'five'; accepted: TASK, or TASK:N .* such as namex_sums:5"),
+        ("namex_sums:-1", "'-1'; accepted: TASK, or TASK:N"),
+        ("namex_sums:", "''; accepted: TASK, or TASK:N"),
+        ("namex_text:5", "task namex_text:5 takes no examples; accepted: namex_text"),
+        ("namex_sums:5000", r"task namex_sums: 5000 worked examples are asked for; its data have \d+$"),
+    ],
+)
+def test_shots_that_a_task_cannot_have(name: str, message: str) -> None:
+    with pytest.raises(TaskError, match=message):
+        chosen([name], include=TASKS)

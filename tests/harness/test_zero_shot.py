@@ -13,6 +13,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.harness.candidates import candidates
 from namex_hf.harness.report import ZeroShotReport, eval_results
 from namex_hf.scoring.arithmetic import held_out_problems
+from tests.odd_checkpoints import forget_files
 
 from .conftest import ROOT, SCRIPT, Command, module_of, recipe, said, samples
 
@@ -128,6 +129,51 @@ def test_a_result_of_a_result_is_compared_with_that(zero_shot: Command, tmp_path
     assert all((score.difference is not None) == (score.model == "g8") for score in report.scores)
 
 
+def test_another_router_is_compared_with_itself_unmerged(zero_shot: Command, tmp_path: Path) -> None:
+    """The difference of a cosine row is to cosine SMoE, by the same items; without it to the original."""
+    full = recipe(tmp_path, "full", routing="cosine")
+    smoe = recipe(tmp_path, "smoe", routing="cosine", method="smoe")
+    out = tmp_path / "out"
+    asked = ("--models", "tiny", "--tasks", "namex_text", "--limit", "2", "--output_path", out)
+    answer = zero_shot(*asked, "--recipe", full, smoe)
+    assert answer.status == 0, answer.err
+    report = ZeroShotReport.from_json((out / "report.json").read_text())
+    scores = {s.model: s for s in report.scores if s.metric == "bits_per_byte"}
+    to = {"tiny": None, "tiny+full": "tiny+smoe", "tiny+smoe": "tiny"}
+    assert {name: one.baseline for name, one in scores.items()} == to
+    for name, baseline in to.items():
+        if baseline is not None:
+            apart = scores[name].value - scores[baseline].value
+            assert scores[name].difference.mean == pytest.approx(apart, abs=1e-9)
+    assert scores["tiny+full"].value - scores["tiny"].value != pytest.approx(scores["tiny+full"].difference.mean)
+    assert f"tiny+full, bits_per_byte: {scores['tiny+full'].difference.mean:+.4f} to tiny+smoe" in answer.out
+    alone = zero_shot(*asked, "--recipe", full)
+    assert alone.status == 0, alone.err
+    report = ZeroShotReport.from_json((out / "report.json").read_text())
+    assert {s.model: s.baseline for s in report.scores} == {"tiny": None, "tiny+full": "tiny"}
+
+
+def test_which_rows_are_compared_with_an_unmerged_one(tmp_path: Path) -> None:
+    """Folders and recipes together; the router must be the same one, and made of the same model."""
+    cosine = {"routing": "cosine", "temperature": "norms"}
+    patch_checkpoint("tiny", tmp_path / "smoe", Recipe(method="smoe", **cosine))
+    patch_checkpoint("tiny", tmp_path / "full", Recipe(**cosine))
+    patch_checkpoint("tiny-deepseek", tmp_path / "deepseek", Recipe(**cosine))
+    patch_checkpoint(
+        "tiny", tmp_path / "sharp", Recipe(routing="cosine", temperature="entropy", calibration_tokens=512)
+    )
+    names = ["full", "deepseek", "sharp", "smoe"]
+    rows = candidates([str(tmp_path / name) for name in names], [])
+    assert {row.label: row.baseline for row in rows} == {"full": "smoe", "deepseek": None, "sharp": None, "smoe": None}
+    trained = tmp_path / "full" / "namex" / "report.json"
+    found = json.loads(trained.read_text())
+    trained.write_text(json.dumps({**found, "run": {**found["run"], "training": {"kinds": ["experts"]}}}))
+    forget_files(tmp_path / "full")
+    rows = candidates([str(tmp_path / name) for name in names] + ["tiny"], [])
+    to = {row.label: row.baseline for row in rows}
+    assert to == {"full": "tiny", "deepseek": None, "sharp": "tiny", "smoe": "tiny", "tiny": None}
+
+
 def test_a_model_that_changed_in_place_is_scored_no_old_scores(zero_shot: Command, tmp_path: Path) -> None:
     source = Path(shutil.copytree(PACKAGED / "tiny", tmp_path / "source"))
     command = ("--models", source, "--tasks", "namex_definitions", "--limit", "4", "--output_path", tmp_path / "o")
@@ -207,3 +253,23 @@ def test_examples_come_before_the_question(zero_shot: Command, tmp_path: Path) -
     assert answer.status == 0, answer.err
     (sample,) = samples(tmp_path / "out" / "tiny", "namex_word_problems")
     assert sample["arguments"][0][0].count("Question:") == 3
+
+
+def test_a_task_without_examples_and_with_two(zero_shot: Command, tmp_path: Path) -> None:
+    """Side by side in one report; each answer in the folder of its own number."""
+    out = tmp_path / "out"
+    asked = ("--models", "tiny", "--limit", "1", "--output_path", out)
+    answer = zero_shot(*asked, "--tasks", "namex_sums,namex_sums:2")
+    assert answer.status == 0, answer.err
+    report = ZeroShotReport.from_json((out / "report.json").read_text())
+    assert [(s.task, s.num_fewshot, s.file) for s in report.scores] == [
+        ("namex_sums", 0, "tiny/namex_sums/results.json"),
+        ("namex_sums", 2, "tiny/namex_sums-2shot/results.json"),
+    ]
+    for folder, questions in (("namex_sums", 1), ("namex_sums-2shot", 3)):
+        lines = (out / "tiny" / folder / "samples_namex_sums.jsonl").read_text().splitlines()
+        arguments = json.loads(lines[0])["arguments"]
+        assert {one[0].count("Question:") for one in arguments} == {questions}
+    other = zero_shot(*asked, "--tasks", "namex_sums", "--num_fewshot", "1")
+    assert other.status == 2
+    assert "is of a run with another num_fewshot and task; use --overwrite" in other.err

@@ -171,16 +171,20 @@ def test_scores_that_no_card_can_show(folder: Path, tmp_path: Path, changes: dic
 def test_the_card_shows_the_scores(folder: Path):
     apart = difference([1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0])
     scores = [
-        score("out", original="tiny", difference=apart),
+        score("out", baseline="tiny", difference=apart),
         score("out", "a|b<i>", metric="bits", filter="strict", value=1.5, stderr=None, num_fewshot=5),
         score("tiny"),
     ]
-    found = evaluation(scored(folder), scores=scores)
+    found = evaluation(replace(scored(folder), original="tiny"), scores=scores)
     card = (folder / "README.md").read_text()
     text = with_scores(card, found, "out", "name")
     assert with_scores(text, found, "out", "name") == text
     assert text.index("## Scores") < text.index("## Recipe")
     assert f"| sums | acc | 300 | 75.00 ± 2.50 | +0.00 ± {100 * apart.stderr:.2f} |" in text
+    assert "| score | difference to the original |" in text
+    unmerged = replace(found, scores=[replace(scores[0], baseline="tiny+cosine-smoe"), *scores[1:]])
+    told = with_scores(card, unmerged, "out", "name")
+    assert "| score | difference to the same router without merging |" in told
     assert "| a&#124;b&#60;i&#62;, 5 examples | bits, strict | 300 | 1.5000 |  |" in text
     results = ModelCard(text).data.eval_results
     assert [(one.dataset_name, one.metric_value) for one in results] == [("sums", 0.75), ("a|b<i>", 1.5)]

@@ -201,6 +201,14 @@ def test_perplexity_comes_with_its_noise_where_it_is_known():
     assert "± one standard error" in text
 
 
+def test_a_ratio_over_another_router_says_what_it_holds():
+    """Only where both the router and the experts are others than before."""
+    known = {"prose": {"before": 10.0, "after": 11.0}}
+    for fields, told in (({"routing": "cosine"}, True), ({}, False), ({"routing": "cosine", "method": "smoe"}, False)):
+        text = card(report(recipe=Recipe(**fields).to_dict()).with_perplexity(known), {})
+        assert ("so the ratio is of the change to cosine routing and of the merge together" in text) == told
+
+
 def test_fine_tuning_is_told(tmp_path: Path):
     assert "Fine-tuning" not in card(report(), {})
     text = card(report("chats|x", training=TRAINED), {})
