@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 
 from namex_hf import Recipe, patch_model
 from namex_hf.bargaining import cosine
-from namex_hf.checkpoint.resolve import PACKAGED, local_folder, packaged_models
+from namex_hf.checkpoint.resolve import PACKAGED, packaged_models, resolve
 from namex_hf.families import PROJECTIONS
 from namex_hf.merging.experts import grams
 from namex_hf.merging.routers import load_entropy
@@ -125,7 +125,7 @@ def held_out_ids(tokenizer: Any, tokens: int) -> torch.Tensor:
 def of_packaged(name: str, tokens: int) -> Table:
     columns = ("", "layer", "largest load", "smallest", "imbalance", "entropy", "outputs", "domain vectors")
     made = table(f"{name}: load and interaction", *columns)
-    folder = local_folder(name)
+    folder = resolve(name).folder
     ids = held_out_ids(AutoTokenizer.from_pretrained(folder), tokens)
     for label, recipe in RECIPES.items():
         model = load(folder) if recipe is None else patch_model(load(folder), recipe)

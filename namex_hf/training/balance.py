@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 
 class LoadHook:
@@ -52,6 +51,6 @@ def imbalance(counts: torch.Tensor) -> float:
     return float(counts.max() / counts.double().mean()) - 1
 
 
-def load_hooks(model: nn.Module, rate: float = 0.0) -> list[LoadHook]:
+def load_hooks(model: Any, rate: float = 0.0) -> list[LoadHook]:
     """A `LoadHook` on every linear router of a model, by layer. Args: rate, as of `LoadHook`."""
     return [LoadHook(layer.mlp.gate, rate) for layer in model.model.layers if hasattr(layer.mlp, "gate")]
