@@ -172,7 +172,7 @@ def training_text(tokenizer: Any) -> dict[str, torch.Tensor]:
 
 def of_training(options: argparse.Namespace) -> Table:
     columns = ("start", "balancing", "loss", "perplexity", "imbalance", "on held-out text")
-    made = table("balancing", *columns, "outputs", "|cosine|", "experts")
+    made = table("balancing", *columns, "outputs", "|cosine|", "domain vectors")
     tiny = PACKAGED / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     given = tokenizer, training_text(tokenizer), options.tokens
