@@ -34,8 +34,9 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import MissingExtraError, TrainingError
 from namex_hf.files import read_json, read_text
 from namex_hf.program import Parser, ended
+from namex_hf.recipe import Recipe
 from namex_hf.scoring.perplexity import held_out_texts
-from namex_hf.training.scratch import ROWS, Schedule, run
+from namex_hf.training.scratch import CHOICES, ROWS, Schedule, run
 
 CORPORA = Path(__file__).resolve().parent.parent / "packaged"
 """Where the scripts are that read the packaged models' corpora."""
@@ -48,8 +49,15 @@ MEANING = {
     "balance": "factor of the balance loss",
     "bargain_every": "steps from one bargain to the next",
     "score_tokens": "scored of each text, from its beginning",
+    "balancing": "loss: the balance loss; bias: loss-free, a bias steers which experts are chosen (Wang et al. 2024)",
+    "bias_rate": "how far a bias moves a step, under --balancing bias",
+    "router": "softmax_topk: top-k of the softmax, not renormalised; topk_softmax: the paper's D.1",
+    "shared_expert": "gated: of the routed width, as in Qwen2-MoE; none: the paper's D.1",
+    "eta": "step of eq. 9; below 1 under --router topk_softmax, where 1 takes the base expert out",
 }
 """Of what all rows have in common."""
+ZERO = ("peak", "balance", "warm_up", "bias_rate")
+"""Of these 0 is accepted, too."""
 
 
 def main(arguments: list[str]) -> None:
@@ -61,7 +69,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--corpora", type=Path, help="the packaged models' sources, fetched into it where it has none")
     parser.add_argument("--texts", type=Path, help="a folder of .txt files to score on besides")
     for name, value in asdict(Schedule()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{MEANING[name]} (default: {value})")
+        choices, text = CHOICES.get(name), f"{MEANING[name]} (default: {value})"
+        parser.add_argument(f"--{name}", type=type(value), default=value, choices=choices, help=text)
     asked = vars(parser.parse_args(arguments))
     schedule = Schedule(**{name: asked[name] for name in asdict(Schedule())})
     check(asked, schedule)
@@ -93,15 +102,18 @@ def main(arguments: list[str]) -> None:
 
 def check(asked: dict[str, Any], schedule: Schedule) -> None:
     """Raises:
-    TrainingError: naming the argument, what was found and what is accepted.
+    TrainingError, RecipeError: naming the argument, what was found and what is accepted.
     """
     for name in asked["rows"]:
         if name not in ROWS:
             raise TrainingError(f"--rows {name}: accepted: {', '.join(ROWS)}")
     for name, value in asdict(schedule).items():
-        least = 2 if name in ("length", "score_tokens") else 0 if name in ("peak", "balance", "warm_up") else 1
+        if name in CHOICES or name == "eta":
+            continue
+        least = 2 if name in ("length", "score_tokens") else 0 if name in ZERO else 1
         if not value >= least:  # NaN, too
             raise TrainingError(f"--{name} {value}: accepted: from {least}")
+    Recipe(merge="soft", eta=schedule.eta)  # refuses what eta cannot be
     if asked["texts"] is not None and not list(asked["texts"].glob("*.txt")):
         raise TrainingError(f"--texts {asked['texts']}: no .txt file is there; accepted: a folder of them")
 
@@ -145,7 +157,10 @@ def known(path: Path, schedule: Schedule, trained_on: dict[str, int], scored: li
     if not path.is_file():
         return {}
     found = read_json(path)
-    if (found.get("schedule"), found.get("trained_on"), sorted(found.get("scores", ()))) != (
+    stored = found.get("schedule")
+    if isinstance(stored, dict):
+        stored = asdict(Schedule()) | stored  # a run of before a field was there had its default
+    if (stored, found.get("trained_on"), sorted(found.get("scores", ()))) != (
         asdict(schedule),
         trained_on,
         scored,
@@ -169,10 +184,11 @@ def file_name(row: str) -> str:
 def table_of(found: dict[tuple[str, int], dict[str, Any]], rows: list[str], texts: list[str]) -> Table:
     """Perplexity of each text, and the mean of their bits per byte: means and deviations over seeds.
 
-    Besides the mean over a run of how far the bases come from bargain to bargain, relative to their norm.
+    Besides the mean over a run of how far the bases come from bargain to bargain, relative to their norm, and over its
+    last tenth that of the imbalance, the largest load over an equal share less 1.
     """
     table = Table(box=box.MARKDOWN)
-    for column in ("", "parameters", *texts, "bits per byte", "drift of bases", "seconds"):
+    for column in ("", "parameters", *texts, "bits per byte", "drift of bases", "imbalance", "seconds"):
         table.add_column(column, justify="right" if column else "left")
     for row in rows:
         of_row = [one for (name, _), one in found.items() if name == row]
@@ -181,7 +197,9 @@ def table_of(found: dict[tuple[str, int], dict[str, Any]], rows: list[str], text
         seconds = statistics.mean(one["seconds"] for one in of_row)
         drifts = [statistics.mean(value for _, value in drift_of(one)) for one in of_row if one["bargain"]]
         drift = f"{statistics.mean(drifts):.4f}" if drifts else ""
-        table.add_row(row, f"{of_row[0]['parameters']:,}", *cells, spread(bits), drift, f"{seconds:.0f}")
+        loads = [statistics.mean(load[-max(1, len(load) // 10) :]) for one in of_row if (load := one.get("imbalance"))]
+        load = f"{statistics.mean(loads):.3f}" if loads else ""
+        table.add_row(row, f"{of_row[0]['parameters']:,}", *cells, spread(bits), drift, load, f"{seconds:.0f}")
     return table
 
 

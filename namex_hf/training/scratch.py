@@ -4,15 +4,17 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from ..patching.live import patch_model
 from ..recipe import Recipe
 from ..scoring.perplexity import window_losses
+from .balance import load_hooks
 from .bargain import rebargain, summary
 from .live import go_live
 
@@ -61,6 +63,11 @@ class Schedule:
     balance: float = 0.01  # factor of the balance loss, which is 1 when experts are used alike
     bargain_every: int = 10  # optimiser steps
     score_tokens: int = 1 << 30  # of each text, from its beginning
+    balancing: str = "loss"
+    bias_rate: float = 0.001  # of `balance.LoadHook`, where balancing is by bias
+    router: str = "softmax_topk"
+    shared_expert: str = "gated"
+    eta: float = 1.0  # step of eq. 9, in rows that have a base expert
 
     def learning_rate(self, step: int) -> float:
         """Linear up, a cosine down to nothing."""
@@ -69,11 +76,38 @@ class Schedule:
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warm_up) / max(1, self.steps - self.warm_up)))
 
 
-def new_model(row: Row, seed: int, vocabulary: int, context: int, experts: int = 16) -> Any:
+CHOICES = {
+    "balancing": ("loss", "bias"),
+    "router": ("softmax_topk", "topk_softmax"),
+    "shared_expert": ("gated", "none"),
+}
+"""Values of the schedule's fields that are words; the paper's appendix D.1 has the second router and no shared expert.
+
+``topk_softmax`` is the softmax of the top-k logits alone: the top-k values of the softmax, divided by their sum. With
+top-1 the value is 1 whatever the logits are, so the router learns from the balance loss alone; and with eta = 1 the
+values that sum to 1 take the base out of eq. 9, where a token has its own merged expert.
+"""
+DEFAULT = Schedule()
+
+
+class NoSharedExpert(nn.Module):
+    """In the place of a shared expert: adds nothing."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Zeros in the shape of ``[tokens, hidden]``."""
+        return torch.zeros_like(hidden_states)
+
+
+def new_model(
+    row: Row, seed: int, vocabulary: int, context: int, experts: int = 16, schedule: Schedule = DEFAULT
+) -> Any:
     """A random Qwen2-MoE, patched as the row has it, and live where its base walks.
 
     Embeddings, attention and experts are the same for all rows of a seed. The shared expert has the routed width, and
-    the first base begins as its copy (`base: shared`).
+    the first base begins as its copy (`base: shared`), also where the shared expert is then left out.
+
+    Args:
+        schedule: what says which router, whether a shared expert stays, and eta.
     """
     torch.manual_seed(seed)
     config = Qwen2MoeConfig(
@@ -95,7 +129,12 @@ def new_model(row: Row, seed: int, vocabulary: int, context: int, experts: int =
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if row.recipe.own_class:
-        patch_model(model, row.recipe)
+        patch_model(model, replace(row.recipe, eta=schedule.eta) if row.recipe.has_base else row.recipe)
+    for layer in model.model.layers:
+        layer.mlp.gate.norm_topk_prob = schedule.router == "topk_softmax"
+        if schedule.shared_expert == "none":
+            layer.mlp.shared_expert = NoSharedExpert()
+            layer.mlp.shared_expert_gate.requires_grad_(False)
     return go_live(model) if row.recipe.propagates else model
 
 
@@ -122,13 +161,16 @@ def train(model: Any, row: Row, batches: Batches, schedule: Schedule, advance: C
         advance: called after every step.
 
     Returns:
-        ``loss`` of every step, nats a token; ``bargain``, `bargain.summary` after every n-th step; ``seconds``.
+        ``loss`` of every step, nats a token; ``imbalance`` of every step, mean over layers; ``bargain``,
+        `bargain.summary` after every n-th step; ``seconds``.
     """
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     vectors = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=schedule.peak, betas=(0.9, 0.95))
-    losses, bargains, start = [], [], time.perf_counter()
+    by_bias = schedule.balancing == "bias"
+    hooks = load_hooks(model, schedule.bias_rate if by_bias else 0.0)
+    losses, loads, bargains, start = [], [], [], time.perf_counter()
     model.train()
     for step in range(schedule.steps):
         for group in optimizer.param_groups:
@@ -136,15 +178,17 @@ def train(model: Any, row: Row, batches: Batches, schedule: Schedule, advance: C
         ids = batches(step)
         output = model(input_ids=ids, output_router_logits=True, use_cache=False)
         loss = torch.nn.functional.cross_entropy(output.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        (loss + schedule.balance * balance_loss(output.router_logits, row.top_k)).backward()
+        balance = 0.0 if by_bias else schedule.balance * balance_loss(output.router_logits, row.top_k)
+        (loss + balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         losses.append(round(loss.item(), 5))
+        loads.append(round(sum(hook.step() for hook in hooks) / len(hooks), 5))
         if row.recipe.propagates and (step + 1) % schedule.bargain_every == 0:
             bargains.append({"step": step + 1, **summary(rebargain(model, row.recipe))})
         advance()
-    return {"loss": losses, "bargain": bargains, "seconds": round(time.perf_counter() - start, 2)}
+    return {"loss": losses, "imbalance": loads, "bargain": bargains, "seconds": round(time.perf_counter() - start, 2)}
 
 
 def score(model: Any, tokenizer: Any, ids: torch.Tensor, window: int) -> dict[str, float]:
@@ -188,7 +232,7 @@ def run(
         held_out: token ids ``[n]`` to score on, by name.
     """
     row = ROWS[name]
-    model = new_model(row, seed, len(tokenizer), schedule.length)
+    model = new_model(row, seed, len(tokenizer), schedule.length, schedule=schedule)
     found = train(model, row, mixed_batches(texts, schedule, seed), schedule, advance)
     return {
         "row": name,
