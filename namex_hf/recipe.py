@@ -72,7 +72,7 @@ class Recipe:
         "residual",
         ("residual", "soft", "grouped"),
         "where the merged expert acts. residual: top-k experts stay and the base expert takes the mass that top-k "
-        "leaves over; soft: one merged expert processes a causal segment (paper eq. 9); grouped: experts are clustered "
+        "leaves over; soft: the router merges experts into one, which takes their place (paper eq. 9); grouped: experts are clustered "
         "and each group becomes one, a smaller stock checkpoint",
     )
     method: str = _choice(
@@ -186,8 +186,8 @@ class Recipe:
     base: str = _value(
         "shared",
         str,
-        "base expert of the first MoE layer (camex: of every one): shared (mean slice of the shared expert), first, "
-        "mean, index:K",
+        "base expert of the first MoE layer (camex: of every one): shared (mean slice of the shared expert), first "
+        "(expert 0, as after upcycling one dense network), mean, index:K",
     )
     granularity: str = _choice(
         "matrix", ("matrix", "expert"), "a game for each of gate, up and down, or one for the whole expert"
