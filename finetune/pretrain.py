@@ -35,7 +35,7 @@ from namex_hf.errors import MissingExtraError, TrainingError
 from namex_hf.files import read_json, read_text
 from namex_hf.program import Parser, ended
 from namex_hf.scoring.perplexity import held_out_texts
-from namex_hf.training.scratch import ROWS, Schedule, run
+from namex_hf.training.scratch import ROUTERS, ROWS, Schedule, run
 
 CORPORA = Path(__file__).resolve().parent.parent / "packaged"
 """Where the scripts are that read the packaged models' corpora."""
@@ -48,8 +48,12 @@ MEANING = {
     "balance": "factor of the balance loss",
     "bargain_every": "steps from one bargain to the next",
     "score_tokens": "scored of each text, from its beginning",
+    "router": "softmax over all experts before top-k, or over top-k alone, as the paper's appendix D.1 has it",
+    "shared_expert": "whether a layer has one; the paper's D.1 names none",
+    "eta": "step of the merge around a base; at 1 the base cancels under topk_softmax",
 }
 """Of what all rows have in common."""
+CHOICES = {"router": ROUTERS, "shared_expert": ("yes", "no")}
 
 
 def main(arguments: list[str]) -> None:
@@ -61,7 +65,8 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--corpora", type=Path, help="the packaged models' sources, fetched into it where it has none")
     parser.add_argument("--texts", type=Path, help="a folder of .txt files to score on besides")
     for name, value in asdict(Schedule()).items():
-        parser.add_argument(f"--{name}", type=type(value), default=value, help=f"{MEANING[name]} (default: {value})")
+        help_ = f"{MEANING[name]} (default: {value})"
+        parser.add_argument(f"--{name}", type=type(value), default=value, choices=CHOICES.get(name), help=help_)
     asked = vars(parser.parse_args(arguments))
     schedule = Schedule(**{name: asked[name] for name in asdict(Schedule())})
     check(asked, schedule)
@@ -99,8 +104,8 @@ def check(asked: dict[str, Any], schedule: Schedule) -> None:
         if name not in ROWS:
             raise TrainingError(f"--rows {name}: accepted: {', '.join(ROWS)}")
     for name, value in asdict(schedule).items():
-        least = 2 if name in ("length", "score_tokens") else 0 if name in ("peak", "balance", "warm_up") else 1
-        if not value >= least:  # NaN, too
+        least = 2 if name in ("length", "score_tokens") else 0 if name in ("peak", "balance", "warm_up", "eta") else 1
+        if name not in CHOICES and not value >= least:  # NaN, too
             raise TrainingError(f"--{name} {value}: accepted: from {least}")
     if asked["texts"] is not None and not list(asked["texts"].glob("*.txt")):
         raise TrainingError(f"--texts {asked['texts']}: no .txt file is there; accepted: a folder of them")

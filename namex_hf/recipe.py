@@ -72,7 +72,7 @@ class Recipe:
         "residual",
         ("residual", "soft", "grouped"),
         "where the merged expert acts. residual: top-k experts stay and the base expert takes the mass that top-k "
-        "leaves over; soft: the router merges experts into one, which takes their place (paper eq. 9); grouped: experts are clustered "
+        "leaves over; soft: one merged expert processes a causal segment (paper eq. 9); grouped: experts are clustered "
         "and each group becomes one, a smaller stock checkpoint",
     )
     method: str = _choice(

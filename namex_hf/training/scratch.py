@@ -4,10 +4,11 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from ..patching.live import patch_model
@@ -26,6 +27,10 @@ class Row:
 
     recipe: Recipe
     top_k: int = 1
+
+
+ROUTERS = ("softmax_topk", "topk_softmax")
+"""Softmax over all experts, then top-k, as Qwen2-MoE has it; or top-k, then softmax over these, as the paper's D.1."""
 
 
 def _soft(method: str, momentum: bool = False) -> Row:
@@ -61,6 +66,9 @@ class Schedule:
     balance: float = 0.01  # factor of the balance loss, which is 1 when experts are used alike
     bargain_every: int = 10  # optimiser steps
     score_tokens: int = 1 << 30  # of each text, from its beginning
+    router: str = "softmax_topk"  # of `ROUTERS`
+    shared_expert: str = "yes"
+    eta: float = 1.0  # of rows with a base expert
 
     def learning_rate(self, step: int) -> float:
         """Linear up, a cosine down to nothing."""
@@ -69,11 +77,29 @@ class Schedule:
         return self.peak * 0.5 * (1 + math.cos(math.pi * (step - self.warm_up) / max(1, self.steps - self.warm_up)))
 
 
-def new_model(row: Row, seed: int, vocabulary: int, context: int, experts: int = 16) -> Any:
-    """A random Qwen2-MoE, patched as the row has it, and live where its base walks.
+class NoExpert(nn.Module):
+    """In the place of a shared expert: zeros."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(hidden_states)
+
+
+def new_model(
+    row: Row,
+    seed: int,
+    vocabulary: int,
+    context: int,
+    experts: int = 16,
+    router: str = "softmax_topk",
+    shared_expert: bool = True,
+) -> Any:
+    """A random Qwen2-MoE, patched as the row has it, and live where its base is propagated.
 
     Embeddings, attention and experts are the same for all rows of a seed. The shared expert has the routed width, and
-    the first base begins as its copy (`base: shared`).
+    the first base begins as its copy (`base: shared`), also where it is then taken out.
+
+    Args:
+        router: of `ROUTERS`. ``topk_softmax`` is the other with the values of top-k divided by their sum.
     """
     torch.manual_seed(seed)
     config = Qwen2MoeConfig(
@@ -96,6 +122,11 @@ def new_model(row: Row, seed: int, vocabulary: int, context: int, experts: int =
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if row.recipe.own_class:
         patch_model(model, row.recipe)
+    for layer in model.model.layers:
+        layer.mlp.gate.norm_topk_prob = router == "topk_softmax" or layer.mlp.gate.norm_topk_prob
+        if not shared_expert:
+            layer.mlp.shared_expert = NoExpert()
+            layer.mlp.shared_expert_gate.requires_grad_(False)
     return go_live(model) if row.recipe.propagates else model
 
 
@@ -188,7 +219,10 @@ def run(
         held_out: token ids ``[n]`` to score on, by name.
     """
     row = ROWS[name]
-    model = new_model(row, seed, len(tokenizer), schedule.length)
+    if row.recipe.has_base:
+        row = replace(row, recipe=replace(row.recipe, eta=schedule.eta))
+    form = {"router": schedule.router, "shared_expert": schedule.shared_expert == "yes"}
+    model = new_model(row, seed, len(tokenizer), schedule.length, **form)
     found = train(model, row, mixed_batches(texts, schedule, seed), schedule, advance)
     return {
         "row": name,

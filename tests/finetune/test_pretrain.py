@@ -100,6 +100,26 @@ def test_rows_begin_alike_and_are_live_where_a_base_walks():
             assert torch.equal(model.get_parameter(part), models["SMoE (Top-1)"].get_parameter(part))
 
 
+def test_the_form_of_appendix_d1():
+    """Softmax over the values of top-k alone, and routed experts alone: one block against its own parts."""
+    model = new_model(ROWS["SMoE (Top-2)"], 0, 64, 32, experts=4, router="topk_softmax", shared_expert=False)
+    stock = new_model(ROWS["SMoE (Top-2)"], 0, 64, 32, experts=4)
+    torch.manual_seed(1)
+    block, hidden = model.model.layers[1].mlp, torch.randn(6, 128)
+    logits, chosen = (hidden @ block.gate.weight.T).topk(2)
+    expected = 0
+    for rank in range(2):
+        gate, up = torch.einsum("th,trh->tr", hidden, block.experts.gate_up_proj[chosen[:, rank]]).chunk(2, dim=-1)
+        neurons = torch.nn.functional.silu(gate) * up
+        output = torch.einsum("tr,thr->th", neurons, block.experts.down_proj[chosen[:, rank]])
+        expected = expected + logits.softmax(-1)[:, rank, None] * output
+    torch.testing.assert_close(block(hidden[None])[0], expected)
+    count = [sum(p.numel() for p in each.parameters() if p.requires_grad) for each in (stock, model)]
+    assert count[0] - count[1] == 4 * (3 * 128 * 128 + 128)
+    live = new_model(ROWS["NAMEx-Full"], 0, 64, 32, experts=4, router="topk_softmax")
+    assert torch.equal(live.model.layers[1].mlp.gate(hidden)[1], torch.ones(6, 1))  # top-1
+
+
 @pytest.mark.parametrize("name", ["SMoE (Top-1)", "SMEAR", "CAMEx", "NAMEx-Full"])
 def test_a_row_learns(name):
     schedule = Schedule(steps=12, sequences=4, length=32, warm_up=2, bargain_every=5)
