@@ -221,8 +221,8 @@ def run(
     row = ROWS[name]
     if row.recipe.has_base:
         row = replace(row, recipe=replace(row.recipe, eta=schedule.eta))
-    form = {"router": schedule.router, "shared_expert": schedule.shared_expert == "yes"}
-    model = new_model(row, seed, len(tokenizer), schedule.length, **form)
+    size = len(tokenizer), schedule.length
+    model = new_model(row, seed, *size, router=schedule.router, shared_expert=schedule.shared_expert == "yes")
     found = train(model, row, mixed_batches(texts, schedule, seed), schedule, advance)
     return {
         "row": name,
