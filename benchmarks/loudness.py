@@ -1,47 +1,130 @@
-"""How large the routed output is on each kind of text: ``python benchmarks/loudness.py [MODEL]``.
+"""How large the outputs of routed experts and of the base expert are: ``python benchmarks/loudness.py [MODEL ...]``.
 
-Mean square of the routed experts' output to a token, by MoE layer and packaged held-out text, relative to the mean over
-the texts. A saliency that counts norms of answers keeps the experts of the loudest text.
+Two tables a model, by MoE layer, on the first tokens of each packaged held-out text:
+
+* mean square of the routed experts' output to a token, by text, relative to the mean over the texts. A saliency that
+  counts norms of outputs keeps the experts of the loudest text.
+* root mean square of the base expert's output over that of an expert's to a token of its own, for each `base`, under
+  NAMEx-Full, whose base comes from the layer before, and CAMEx, whose base is each layer's own; then what `residual`
+  with the default base adds, (1 - sum s) f_base(x), over the routed output of the original.
+
+All inputs are those of the original.
 """
 
 import argparse
+import copy
+from collections import defaultdict
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
 import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from torch import nn
 
-from namex_hf.checkpoint.resolve import resolve
+from namex_hf import Recipe, patch_model
+from namex_hf.checkpoint.resolve import packaged_models, resolve
 from namex_hf.comparison.measure import tokenizer_of
+from namex_hf.models.sparse import left_over_mass
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts
 
+BASES = "shared", "first", "mean"
+METHODS = "namex-full", "camex"
 
-def hear(seen: list[float], module: nn.Module, given: Any, output: torch.Tensor) -> None:
-    seen.append(float(output.square().sum(-1).mean()))
+
+def mixtures(model: Any) -> dict[int, Any]:
+    """Blocks with routed experts, by layer."""
+    return {number: layer.mlp for number, layer in enumerate(model.model.layers) if hasattr(layer.mlp, "experts")}
+
+
+def inputs_by_text(model: Any, tokenizer: Any, tokens: int) -> dict[str, dict[int, torch.Tensor]]:
+    """``[tokens, hidden]`` that every MoE layer receives, by text and layer, in windows of 512."""
+    received: dict[str, dict[int, list[torch.Tensor]]] = {}
+    for name, text in held_out_texts().items():
+        here = received[name] = defaultdict(list)
+
+        def note(layer: int, module: nn.Module, given: Any, into: Any = here) -> None:
+            into[layer].append(given[0].flatten(0, 1))
+
+        hooks = [block.register_forward_pre_hook(partial(note, n)) for n, block in mixtures(model).items()]
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+        for rows in ids[: tokens // 512 * 512].view(-1, 512).split(8):
+            model(rows)
+        for hook in hooks:
+            hook.remove()
+    return {name: {layer: torch.cat(all_) for layer, all_ in here.items()} for name, here in received.items()}
+
+
+def each_expert(block: Any, flat: torch.Tensor, chosen: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Expert by expert: its number and its outputs to the tokens that chose it, ``[tokens of it, hidden]``."""
+    for number in chosen.unique().tolist():
+        own = flat[(chosen == number).any(-1)]
+        gate, up = (own @ block.experts.gate_up_proj[number].T).chunk(2, dim=-1)
+        yield number, (block.experts.act_fn(gate) * up) @ block.experts.down_proj[number].T
+
+
+def root_mean_square(rows: torch.Tensor) -> float:
+    """Of the norms of ``[tokens, hidden]``."""
+    return float(rows.square().sum(-1).mean().sqrt())
+
+
+def by_text(blocks: dict[int, Any], inputs: dict[str, dict[int, torch.Tensor]], console: Console) -> None:
+    energy = {}
+    for name, here in inputs.items():
+        outputs = [routed(block, here[layer]) for layer, block in blocks.items()]
+        energy[name] = torch.tensor([root_mean_square(output) ** 2 for output in outputs])
+    mean = torch.stack(list(energy.values())).mean(0)
+    table = Table("text", *(f"layer {n}" for n in blocks), title="routed output, mean square", box=box.MARKDOWN)
+    for name, each in energy.items():
+        table.add_row(name, *(f"{value:.2f}" for value in (each / mean).tolist()))
+    console.print(table)
+
+
+def routed(block: Any, flat: torch.Tensor) -> torch.Tensor:
+    """Output of the top-k experts of an unpatched block, ``[tokens, hidden]``."""
+    _, scores, chosen = block.gate(flat)
+    return block.experts(flat, chosen, scores)
+
+
+def of_bases(original: Any, tokenizer: Any, inputs: dict[int, torch.Tensor], console: Console) -> None:
+    patched = {
+        (method, base): mixtures(patch_model(copy.deepcopy(original), Recipe(method=method, base=base), tokenizer))
+        for method in METHODS
+        for base in BASES
+    }
+    added = "residual adds, of the routed output"
+    columns = [f"{method}, {base}" for method, base in patched]
+    table = Table("layer", *columns, added, title="base expert's output over an expert's", box=box.MARKDOWN)
+    for layer, block in mixtures(original).items():
+        flat = inputs[layer]
+        _, scores, chosen = block.gate(flat)
+        expert = root_mean_square(torch.cat([rows for _, rows in each_expert(block, flat, chosen)]))
+        outputs = {key: blocks[layer].base_expert(flat) for key, blocks in patched.items()}
+        loudness = [root_mean_square(output) / expert for output in outputs.values()]
+        share = root_mean_square(left_over_mass(scores) * outputs[METHODS[0], BASES[0]])
+        share /= root_mean_square(routed(block, flat))
+        table.add_row(str(layer), *(f"{value:.4f}" for value in (*loudness, share)))
+    console.print(table)
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?", default="tiny", help="tiny, tiny-deepseek or a folder")
+    parser.add_argument("models", nargs="*", default=packaged_models(), metavar="MODEL", help="a name or a folder")
     parser.add_argument("--tokens", type=int, default=4096, help="of each text (default: %(default)s)")
     options = parser.parse_args()
-    folder = resolve(options.model).folder
-    model, tokenizer, texts = load(folder), tokenizer_of(folder), held_out_texts()
-    seen: list[float] = []
-    for layer in model.model.layers:
-        if hasattr(layer.mlp, "experts"):
-            layer.mlp.experts.register_forward_hook(partial(hear, seen))
-    energy = {}
-    for name, text in texts.items():
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-        model(ids[: options.tokens // 512 * 512].view(-1, 512))
-        energy[name] = torch.tensor(seen)
-        seen.clear()
-    mean = torch.stack(list(energy.values())).mean(0)
-    for name, found in energy.items():
-        print(f"{name:12}", *(f"{value:6.2f}" for value in (found / mean).tolist()))
+    console = Console(width=150)
+    for name in options.models:
+        folder = resolve(name).folder
+        model, tokenizer = load(folder), tokenizer_of(folder)
+        inputs = inputs_by_text(model, tokenizer, options.tokens)
+        console.print(f"{name}, {options.tokens} tokens of each text")
+        by_text(mixtures(model), inputs, console)
+        together = {layer: torch.cat([here[layer] for here in inputs.values()]) for layer in mixtures(model)}
+        of_bases(model, tokenizer, together, console)
 
 
 if __name__ == "__main__":

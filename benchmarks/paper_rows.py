@@ -1,9 +1,10 @@
 """What the recipes of the paper's Tables 4 and 10 do to the packaged models: ``python benchmarks/paper_rows.py``.
 
 Every file of ``patches/MODEL`` that keeps the sparse experts is applied to the packaged model of the same family: model
-x routing x method x disagreement. Perplexity of the packaged held-out text over the original's (geometric mean of the
-domains) and held-out word problems answered exactly, both with 95 % bootstrap intervals: of the ratio over windows of
-text, within each domain, and of the difference to the original over problems. Pairs are resampled together.
+x routing x method x disagreement. Perplexity of the packaged held-out text (geometric mean of the domains) and held-out
+word problems answered exactly. Ratio and difference are to the same routing without merging (`smoe`), those of such a
+row to the original; both with 95 % bootstrap intervals, over windows of text within each domain and over problems.
+Pairs are resampled together.
 """
 
 import argparse
@@ -47,20 +48,20 @@ def score(model: Any, tokenizer: Any, texts: Sequence[str], tokens: int, problem
 
 
 def row(before: Scores, after: Scores) -> tuple[str, str, str, str, str]:
-    """Perplexity, its ratio to the original's and interval, exact answers, their difference and interval."""
+    """Perplexity, its ratio to that of `before` and interval, exact answers, their difference and interval."""
     change = [
         [new - old for new, old in zip(*pair, strict=True)] for pair in zip(after.losses, before.losses, strict=True)
     ]
     low, high = map(math.exp, mean_interval(change))
-    moved = [float(new) - float(old) for new, old in zip(after.right, before.right, strict=True)]
-    least, most = (100 * bound for bound in mean_interval([moved]))
+    difference = [float(new) - float(old) for new, old in zip(after.right, before.right, strict=True)]
+    least, most = (100 * bound for bound in mean_interval([difference]))
     share = 100 * sum(after.right) / len(after.right)
     return (
         f"{math.exp(mean(after.losses)):.2f}",
         f"{math.exp(mean(change)):.3f}",
         f"{low:.3f} to {high:.3f}",
         f"{share:.1f} %",
-        f"{100 * sum(moved) / len(moved):+.1f} ({least:+.1f} to {most:+.1f})",
+        f"{100 * sum(difference) / len(difference):+.1f} ({least:+.1f} to {most:+.1f})",
     )
 
 
@@ -73,7 +74,6 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--tokens", type=int, default=8192, help="of every held-out text (default: 8192)")
     parser.add_argument("--problems", type=int, help="word problems (default: all)")
-    parser.add_argument("--base", help="base expert in the place of the files' own, where a recipe has one")
     arguments = parser.parse_args()
     texts, problems = list(held_out_texts().values()), held_out_problems()[: arguments.problems]
     console = Console(width=150)
@@ -81,22 +81,21 @@ def main() -> None:
         folder = local_folder(name)
         assert folder is not None
         original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-        before = score(original, tokenizer, texts, arguments.tokens, problems)
+        beside = {"original": score(original, tokenizer, texts, arguments.tokens, problems)}
         table = Table(
             title=f"{name}, {arguments.tokens} tokens of each text, {len(problems)} problems", box=box.MARKDOWN
         )
-        for column in ("routing", "method", "perplexity", "ratio", "95 %", "exact", "difference (95 %)"):
-            table.add_column(column, justify="left" if column in ("routing", "method") else "right")
+        for column in ("routing", "method", "beside", "perplexity", "ratio", "95 %", "exact", "difference (95 %)"):
+            table.add_column(column, justify="left" if column in ("routing", "method", "beside") else "right")
         for routing in ROUTINGS:
             for method in METHODS:
                 file = PATCHES / FAMILIES[name] / f"{'' if routing == 'linear' else routing + '-'}{method}.yaml"
-                recipe = Recipe.from_yaml(file)
-                if arguments.base and recipe.has_base:
-                    recipe = Recipe.from_yaml(file, base=arguments.base)
                 with console.status(f"{name}: {file.stem}"):
-                    model = patch_model(copy.deepcopy(original), recipe, tokenizer)
+                    model = patch_model(copy.deepcopy(original), Recipe.from_yaml(file), tokenizer)
                     after = score(model, tokenizer, texts, arguments.tokens, problems)
-                table.add_row(routing, method, *row(before, after))
+                other = "original" if method == "smoe" else f"{routing} smoe"
+                beside.setdefault(f"{routing} smoe", after)
+                table.add_row(routing, method, other, *row(beside[other], after))
         console.print(table)
 
 

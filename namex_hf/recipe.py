@@ -192,8 +192,8 @@ class Recipe:
     base: str = _value(
         "shared",
         str,
-        "base expert of the first MoE layer (camex: of every one): shared (mean slice of the shared expert), first, "
-        "mean, index:K",
+        "base expert of the first MoE layer (camex: of every one): shared (mean slice of the shared expert), first "
+        "(expert 0, as after upcycling one dense network), mean, index:K",
     )
     granularity: str = _choice(
         "matrix", ("matrix", "expert"), "a game for each of gate, up and down, or one for the whole expert"

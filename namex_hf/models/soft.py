@@ -1,6 +1,6 @@
 """``merge: soft``, shared by the families: the tokens of a causal segment go through one merged expert.
 
-NAMEx eq. 9, a segment at a time: ``E^ = E_m + eta sum_i s_i M_i (E_i - E_m)``, which with M_i = I is
+NAMEx eq. 9, a segment at a time (the paper has none): ``E^ = E_m + eta sum_i s_i M_i (E_i - E_m)``; with M_i = I it is
 ``(1 - eta sum_i s_i) E_m + eta sum_i s_i E_i`` (for other M_i see `soft_curvature`), where s is the mean of the
 router's top-k softmax values (zero for the experts that are not among them, not renormalised) over the unpadded tokens
 of the same document

@@ -1,8 +1,8 @@
 """Blocks in which the top-k experts stay, shared by the families: ``merge: residual``, and any that has no base expert.
 
-``residual`` is NAMEx eq. 9 to first order in the experts:
-``F(x) = sum_topk s_i f_i(x) + (1 - sum_topk s_i) f_base(x)``. Under ``method: smoe`` and ``merge: grouped`` there is no
-second term, and a class is needed for the routing alone.
+``residual`` is ``F(x) = sum_topk s_i f_i(x) + (1 - sum_topk s_i) f_base(x)``. It mixes outputs, where NAMEx eq. 9 mixes
+weights; the two agree to first order in ``E_i - E_m``, so only near the base, where pretrained experts are not. Under
+``method: smoe`` and ``merge: grouped`` there is no second term, and a class is needed for the routing alone.
 """
 
 from collections.abc import Mapping

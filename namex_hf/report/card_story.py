@@ -13,7 +13,7 @@ from .report import Report
 
 MERGES = {
     "residual": "top-k experts as they were, and a base expert for the mass that top-k leaves over",
-    "soft": "every token goes through a merged expert: its own, or that of its causal segment (`routing_span`)",
+    "soft": "the router merges experts into one, which takes their place",
     "grouped": "fewer experts: each is made of a group of the original's",
 }
 METHODS = {
@@ -128,8 +128,7 @@ def limit_lines(report: Report, licence: dict[str, Any], config: dict[str, Any])
         limits.append("A small loss in perplexity can hide a large one in exact answers: score it on your own task.")
     if recipe["merge"] == "soft":
         limits.append(
-            "A merged expert does not do what the token's experts do together; without training the model is far "
-            "behind the original."
+            "A merged expert does not replace a token's own experts; without training it is far behind the original."
         )
     if recipe["merge"] == "grouped":
         limits.append("Experts that went took what they alone knew along; arithmetic suffers first.")

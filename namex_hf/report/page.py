@@ -32,7 +32,7 @@ pre { white-space: pre-wrap; }
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 WORDS = {
     "residual": "the top-k experts stay as they are, and a base expert takes what top-k leaves over",
-    "soft": "every token goes through a merged expert: its own, or that of its causal segment (routing_span)",
+    "soft": "the router merges experts into one, which takes their place",
     "grouped": "each expert is made of a group of the original's",
 }
 

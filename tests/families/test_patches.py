@@ -190,7 +190,7 @@ def test_files_say_what_they_are(file: Path):
     assert stated == {name: value for name, value in recipe.to_dict().items() if name in stated}
     assert recipe.routing == (start if start in ("cosine", "stable") else "linear")
     assert recipe.temperature == ("entropy" if start == "cosine" else None)
-    assert stated.get("base") == ("first" if recipe.has_base else None)  # CAMEx's choice, whatever the default is
+    assert stated.get("base") == ("shared" if recipe.has_base else None)  # as the paper has it, whatever the default is
 
 
 @patches()

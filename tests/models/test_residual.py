@@ -45,7 +45,7 @@ def swiglu(tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor) -> torc
 
 
 def block_by_hand(family: str, tensors: dict[str, torch.Tensor], name: str, x: torch.Tensor, top_k: int):
-    """Eq. 9 to first order for one token, from the tensors as stored; ``[hidden] -> [hidden]``."""
+    """The sum over top-k and the base for one token, from the tensors as stored; ``[hidden] -> [hidden]``."""
     p = (tensors[f"{name}.gate.weight"].double() @ x).softmax(-1)
     chosen = sorted(range(len(p)), key=lambda i: -float(p[i]))[:top_k]
     y = sum(p[i] * swiglu(tensors, f"{name}.experts.{i}", x) for i in chosen)

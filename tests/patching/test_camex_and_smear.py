@@ -58,7 +58,7 @@ def top_k_values(router: np.ndarray, x: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def camex(experts: Matrices, base: Matrices, shares: list[np.ndarray], x: np.ndarray, merge: str) -> np.ndarray:
-    """The routed part of one document, token by token: eq. 2 with the mean of earlier segments, or its first order."""
+    """The routed part of one document, token by token: eq. 2 with the mean of earlier segments, or `residual`."""
     rows = []
     for token, s in enumerate(shares):
         if merge == "residual":
