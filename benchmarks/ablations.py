@@ -11,7 +11,7 @@ over the held-out texts) with one standard error of that paired difference, take
 the held-out word problems answered exactly, and in brackets how many were won and lost. The difference of two counts
 has a standard error of the root of won + lost. What lies within two standard errors was not measured to differ.
 
-`residual` and `soft` are the merges. `soft` without calibration answers no problem, so only its perplexity is taken.
+`residual` and `soft` by segment are the merges. `soft` without calibration answers no problem, so only its perplexity is taken.
 All of it takes seven minutes of one core, `--quick` two. The solver's table needs the extra `ccp`.
 """
 
@@ -108,14 +108,14 @@ class Bench:
             model = patched(**fields)(copy.deepcopy(self.original))
             losses = [[math.log(perplexity(model, ids, WINDOW)) for ids in text] for text in self.texts]
             right = None
-            if fields["merge"] == "residual":
+            if "merge" not in fields:
                 right = exact_answers(model, self.tokenizer, self.problems)
             self._known[key] = Scores(torch.tensor(losses, dtype=torch.float64), right)
         return self._known[key]
 
     def games(self, base: str) -> list[Tensor]:
         """Gram matrices, float64 [3, N, N] a MoE layer, of the walk that the exact solution takes."""
-        model = patched(merge="residual", base=base)(copy.deepcopy(self.original))
+        model = patched(base=base)(copy.deepcopy(self.original))
         found = []
         for layer in model.model.layers:
             if not hasattr(layer.mlp, "experts"):
@@ -181,11 +181,11 @@ def compared(
     table = _table(f"{bench.name}, {title}, base {base}", (*heads, *measured))
     for labels, fields, reference in rows:
         cells = list(labels)
-        for merge in ("residual", "soft"):
-            scores = bench.scores(**fields, merge=merge, base=base)
-            against = bench.scores(**reference, merge=merge, base=base)
+        for merge in ({}, {"merge": "soft", "routing_span": "all"}):
+            scores = bench.scores(**fields, **merge, base=base)
+            against = bench.scores(**reference, **merge, base=base)
             cells += [scores.perplexity, scores.change(against)]
-            if merge == "residual":
+            if not merge:
                 cells.append(scores.exact(against))
         table.add_row(*cells)
     return table

@@ -1,4 +1,4 @@
-"""Which form of curvature pays under ``merge: soft``: ``python benchmarks/curvature.py [--models tiny ...]``.
+"""Which form of curvature pays under ``merge: soft`` by segment: ``python benchmarks/curvature.py [--models tiny ...]``.
 
 Every row merges by segments (NAMEx eq. 9) around each layer's own mean (CAMEx), neurons aligned unless it says
 otherwise, with statistics of the same calibration text, taken before patching. ``full`` is the weighted least-squares
@@ -139,7 +139,7 @@ def main() -> None:
         folder = local_folder(name)
         assert folder is not None
         original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-        common: dict[str, Any] = {"merge": "soft", "method": "camex", "base": "mean"}
+        common: dict[str, Any] = {"merge": "soft", "routing_span": "all", "method": "camex", "base": "mean"}
         read: dict[str, Any] = {"calibration_tokens": arguments.calibration_tokens, "calibrate": "before"}
         curved = Recipe(**common, **read, curvature="calibrated")
         given = listen(original, text_for(curved, original.config.to_dict(), tokenizer).ids)
