@@ -91,6 +91,8 @@ MORE: dict[str, Change] = {
     "NAMEx-Full, soft, by segment of 16": patched(merge="soft", segment=16),
     "NAMEx-Full, soft, by the segment before": patched(merge="soft", routing_span="previous"),
     "NAMEx-Full, residual, base: first": patched(base="first"),
+    "NAMEx-Full, residual, first layer sparse": patched(first_layer="sparse"),
+    "NAMEx-Full, soft, first layer sparse": patched(merge="soft", first_layer="sparse"),
     "NAMEx-Full, base in the shared expert's place": shared_base(added=False),
     "NAMEx-Full, base added to the shared expert": shared_base(added=True),
     "CAMEx, residual": patched(method="camex"),

@@ -195,6 +195,12 @@ class Recipe:
         "base expert of the first MoE layer (camex: of every one): shared (mean slice of the shared expert), first "
         "(expert 0, as after upcycling one dense network), mean, index:K",
     )
+    first_layer: str = _choice(
+        "merged",
+        ("merged", "sparse"),
+        "the first MoE layer: merged around the first base expert like the others, or left a sparse block without one; "
+        "the base expert's propagation begins with its experts either way",
+    )
     granularity: str = _choice(
         "matrix", ("matrix", "expert"), "a game for each of gate, up and down, or one for the whole expert"
     )
@@ -296,8 +302,12 @@ class Recipe:
 
     @property
     def has_base(self) -> bool:
-        """Whether a base expert is stored in every MoE layer."""
+        """Whether a base expert is stored in every MoE layer, the first one aside where it stays sparse."""
         return self.merge != "grouped" and self.method not in ("smear", "smoe")
+
+    def stays_sparse(self, layer: int, layers: tuple[int, ...]) -> bool:
+        """Whether a layer keeps its sparse block. Args: layers, the MoE layers of the model."""
+        return self.first_layer == "sparse" and layer == layers[0]
 
     @property
     def propagates(self) -> bool:
@@ -542,6 +552,12 @@ RULES: tuple[Rule, ...] = (
         ("base",),
         lambda r: r.has_base,
         "is a choice of the base expert, which this recipe does not have",
+        ("merge", "method"),
+    ),
+    *_rules_for(
+        ("first_layer",),
+        lambda r: r.merge in ("residual", "soft") and r.method != "smoe",
+        "belongs to merge 'residual' or 'soft' and a method that merges",
         ("merge", "method"),
     ),
     *_rules_for(

@@ -26,9 +26,9 @@ ROWS = {
 """Method and disagreement point -> the row's name."""
 ROW = ("method", "disagreement", "routing")
 """Fields in which published rows differ."""
-READINGS = ("merge", "solver")
+READINGS = ("merge", "solver", "first_layer")
 """Fields of which two values are published readings: ``residual`` or eq. 9 (``soft``); the bargain solved exactly or by
-the paper's procedure of 2 iterations a layer."""
+the paper's procedure of 2 iterations a layer; the first MoE layer merged or sparse."""
 SILENT = ("temperature", "calibration_data", "calibration_tokens", "calibrate", "seed")
 """Fields of which the paper says nothing: how the routers of a pretrained model are made. A field that is in none of
 these three lists has the default's value in a published row."""

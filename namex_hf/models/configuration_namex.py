@@ -13,6 +13,8 @@ CURVATURES = {"identity": None, "calibrated": 4, "kronecker": 1}
 """Of ``merge: soft``, with the `rank` that each has by default."""
 ROUTINGS = ("linear", "cosine", "stable")
 METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe")
+FIRST_LAYERS = ("merged", "sparse")
+"""What the first MoE layer is."""
 
 
 class SoftChoice(NamedTuple):
@@ -57,6 +59,23 @@ def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
     )
 
 
+def stays_sparse(config: Any, layer: int) -> bool:
+    """Whether a decoder layer of a patched model is the first MoE layer, and the recipe leaves it sparse."""
+    if (config.namex or {}).get("first_layer") != "sparse":
+        return False
+    mixtures = (
+        index
+        for index in range(config.num_hidden_layers)
+        if index not in config.mlp_only_layers and (index + 1) % config.decoder_sparse_step == 0
+    )
+    return layer == next(mixtures, None)
+
+
+def soft_choice_at(config: Any, layer: int) -> SoftChoice | None:
+    """`soft_choice` of a decoder layer: None also where it stays sparse."""
+    return None if stays_sparse(config, layer) else soft_choice(config.namex)
+
+
 def routing_of(recipe: dict[str, Any] | None) -> str:
     """How tokens find experts: one of `ROUTINGS`."""
     return (recipe or {}).get("routing", "linear")
@@ -91,6 +110,8 @@ def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: in
         )
     if routing_of(recipe) not in ROUTINGS:
         raise ValueError(f"namex.routing is {routing_of(recipe)!r}; accepted: {', '.join(ROUTINGS)}")
+    if recipe.get("first_layer", FIRST_LAYERS[0]) not in FIRST_LAYERS:
+        raise ValueError(f"namex.first_layer is {recipe['first_layer']!r}; accepted: {', '.join(FIRST_LAYERS)}")
     if is_residual(recipe) and norm_topk_prob:
         raise ValueError(
             "norm_topk_prob is true: the top-k weights then sum to 1 and leave no mass for the base expert of "

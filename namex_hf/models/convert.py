@@ -8,7 +8,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 )
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
-from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig, check_merge, soft_choice
+from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig, check_merge, soft_choice_at
 from .modeling_deepseek import DeepseekForCausalLM, DeepseekMoeBlock
 from .modeling_namex_deepseek import (
     NamexDeepseekDecoderLayer,
@@ -67,7 +67,6 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
     renormalises = getattr(model.config, "renormalises", model.config.norm_topk_prob)
     check_merge(namex, renormalises, model.config.num_experts)
     config, causal_lm, inner, layer_class, block, sparse_block, soft_block = FORMS[type(model)]
-    soft = soft_choice(namex)
     model.config.__class__ = config  # one object, shared by all modules
     model.config.namex = namex
     model.__class__, model.model.__class__ = causal_lm, inner
@@ -80,12 +79,14 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
         layer.__class__ = layer_class
         mlp: Any = layer.mlp
         if type(layer.mlp) is block:
-            mlp.__class__ = soft_block if soft else sparse_block
-            if soft:
-                mlp.experts.__class__ = experts_class(soft)
-            weight, old = mlp.gate.weight, set(mlp.children())
-            mlp.add_parts(model.config)
-            give_layer_its_number(mlp, model.config, layer.self_attn.layer_idx)
+            index, weight, old = layer.self_attn.layer_idx, mlp.gate.weight, set(mlp.children())
+            if soft := soft_choice_at(model.config, index):
+                mlp.__class__, mlp.experts.__class__ = soft_block, experts_class(soft)
+                mlp.add_parts(model.config)
+            else:
+                mlp.__class__ = sparse_block
+                mlp.add_parts(model.config, index)
+            give_layer_its_number(mlp, model.config, index)
             for part in set(mlp.children()) - old:
                 part.to(device=weight.device, dtype=weight.dtype).train(layer.training)
             if mlp.routing == "cosine" and getattr(model.model, "_output_capturing_hooks_installed", False):

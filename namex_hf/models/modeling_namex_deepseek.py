@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
 from transformers.utils.output_capturing import OutputRecorder
 
-from .configuration_namex import NamexDeepseekConfig, soft_choice
+from .configuration_namex import NamexDeepseekConfig, soft_choice, soft_choice_at
 from .modeling_deepseek import (
     DeepseekDecoderLayer,
     DeepseekForCausalLM,
@@ -31,9 +31,9 @@ register_checkpoint_conversion_mapping("namex_deepseek", get_checkpoint_conversi
 class NamexDeepseekMoeBlock(SparseRouting, DeepseekMoeBlock):
     """Top-k experts, the base expert where there is one, and the shared experts as in the original."""
 
-    def __init__(self, config: NamexDeepseekConfig):
+    def __init__(self, config: NamexDeepseekConfig, layer_idx: int):
         super().__init__(config)
-        self.add_parts(config)
+        self.add_parts(config, layer_idx)
 
 
 class SoftDeepseekMoeBlock(SoftRouting, DeepseekMoeBlock):
@@ -47,17 +47,14 @@ class SoftDeepseekMoeBlock(SoftRouting, DeepseekMoeBlock):
         self.add_parts(config)
 
 
-def moe_block(config: NamexDeepseekConfig) -> nn.Module:
-    """The block that the recipe asks for."""
-    return SoftDeepseekMoeBlock(config) if soft_choice(config.namex) is not None else NamexDeepseekMoeBlock(config)
-
-
 class NamexDeepseekDecoderLayer(SegmentedLayer, DeepseekDecoderLayer):
-    moe_block_class = staticmethod(moe_block)
+    mlp: nn.Module
 
     def __init__(self, config: NamexDeepseekConfig, layer_idx: int):
         super().__init__(config, layer_idx)
-        if layer_idx not in config.mlp_only_layers:
+        if isinstance(self.mlp, DeepseekMoeBlock):
+            soft = soft_choice_at(config, layer_idx) is not None
+            self.mlp = SoftDeepseekMoeBlock(config) if soft else NamexDeepseekMoeBlock(config, layer_idx)
             give_layer_its_number(self.mlp, config, layer_idx)
 
 

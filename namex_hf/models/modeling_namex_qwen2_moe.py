@@ -25,7 +25,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from .arguments import Arguments
-from .configuration_namex import NamexQwen2MoeConfig, soft_choice
+from .configuration_namex import NamexQwen2MoeConfig, soft_choice, soft_choice_at
 from .patched_model import PatchedModel
 from .routers import CosineRouter
 from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftRouting, experts_class
@@ -50,9 +50,9 @@ class GatedSharedBlock(Qwen2MoeSparseMoeBlock):
 class NamexQwen2MoeSparseMoeBlock(SparseRouting, GatedSharedBlock):
     """Top-k experts, and the base expert where there is one."""
 
-    def __init__(self, config: NamexQwen2MoeConfig):
+    def __init__(self, config: NamexQwen2MoeConfig, layer_idx: int):
         super().__init__(config)
-        self.add_parts(config)
+        self.add_parts(config, layer_idx)
 
 
 class SoftQwen2MoeSparseMoeBlock(SoftRouting, GatedSharedBlock):
@@ -72,8 +72,8 @@ class NamexQwen2MoeDecoderLayer(SegmentedLayer, Qwen2MoeDecoderLayer):
     def __init__(self, config: NamexQwen2MoeConfig, layer_idx: int):
         super().__init__(config, layer_idx)
         if isinstance(self.mlp, Qwen2MoeSparseMoeBlock):
-            soft = soft_choice(config.namex) is not None
-            self.mlp = SoftQwen2MoeSparseMoeBlock(config) if soft else NamexQwen2MoeSparseMoeBlock(config)
+            soft = soft_choice_at(config, layer_idx) is not None
+            self.mlp = SoftQwen2MoeSparseMoeBlock(config) if soft else NamexQwen2MoeSparseMoeBlock(config, layer_idx)
             give_layer_its_number(self.mlp, config, layer_idx)
 
 

@@ -351,7 +351,7 @@ PREFILL = "reads_prompt"
 
 
 class SegmentedLayer:
-    """Mixin for a decoder layer: token ids, and the layout of the pass, reach a MoE block that asks for them."""
+    """Mixin for a decoder layer: token ids reach its MoE block, the layout of the pass one that merges by segments."""
 
     self_attn: Any
     mlp: Any
@@ -380,7 +380,7 @@ class SegmentedLayer:
         """What the block takes beside hidden states; nothing in a dense layer."""
         if not isinstance(self.mlp, ChosenRouting):
             return ()
-        if segments is None:
+        if segments is None or not isinstance(self.mlp, SoftRouting):
             return (token_ids,)
         return token_ids, segments, None if cache is None else cache.memory(self.self_attn.layer_idx)
 

@@ -2,7 +2,8 @@
 
 ``residual`` is ``F(x) = sum_topk s_i f_i(x) + (1 - sum_topk s_i) f_base(x)``. It mixes outputs, where NAMEx eq. 9 mixes
 weights; the two agree to first order in ``E_i - E_m``, so only near the base, where pretrained experts are not. Under
-``method: smoe`` and ``merge: grouped`` there is no second term, and a class is needed for the routing alone.
+``method: smoe`` and ``merge: grouped`` there is no second term, and a class is needed for the routing alone. Nor is
+there one in the first MoE layer under ``first_layer: sparse``, whatever the merge.
 """
 
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP, Qwen2MoeTopKRouter
 
-from .configuration_namex import check_merge, is_residual
+from .configuration_namex import check_merge, is_residual, stays_sparse
 from .routers import ChosenRouting
 
 
@@ -78,12 +79,12 @@ class SparseRouting(ChosenRouting):
     experts: nn.Module
     base_expert: Any
 
-    def add_parts(self, config) -> None:
-        """Give the block what it needs beyond the stock one."""
+    def add_parts(self, config, layer: int) -> None:
+        """Give the block what it needs beyond the stock one. Args: layer, the decoder layer that it is in."""
         # A field changed after the configuration was built has not passed its check.
         check_merge(config.namex, self.gate.norm_topk_prob)
         self.base_expert = None
-        if is_residual(config.namex):
+        if is_residual(config.namex) and not stays_sparse(config, layer):
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
         self.add_router(config)
 

@@ -54,6 +54,7 @@ def router_tensors(
     config: Config,
     text: Text | None = None,
     ids: torch.Tensor | None = None,
+    sparse: bool = False,
 ) -> dict[str, torch.Tensor]:
     """A router in the form that the recipe asks for, by the names of its parts in the block; none where it is linear.
 
@@ -63,6 +64,7 @@ def router_tensors(
         config: of the patched model.
         text: as the layer hears it; None: no text is read.
         ids: of its tokens, ``[sequences, length]``.
+        sparse: whether the layer keeps its sparse block.
 
     Memory: float32 ``[tokens, experts]`` a few times.
     """
@@ -79,7 +81,7 @@ def router_tensors(
     if recipe.routing == "stable":
         assert text is not None
         assert ids is not None
-        routing = route(text.inputs, router.to(text.inputs), assigned_top_k(recipe, config), renormalises=False)
+        routing = route(text.inputs, router.to(text.inputs), assigned_top_k(recipe, config, sparse), renormalises=False)
         ids = ids.to(routing.index.device)
         learnt = ~text.held_out.to(ids.device)
         tokens = learnt.repeat_interleave(ids.shape[1])
@@ -89,14 +91,14 @@ def router_tensors(
     return {}
 
 
-def assigned_top_k(recipe: Recipe, config: Config) -> int:
-    """How many experts ``routing: stable`` assigns to an id."""
-    return recipe.top_k or config["num_experts_per_tok"]
+def assigned_top_k(recipe: Recipe, config: Config, sparse: bool) -> int:
+    """How many experts ``routing: stable`` assigns to an id; in a layer that stays sparse the model's own number."""
+    return config["num_experts_per_tok"] if sparse or recipe.top_k is None else recipe.top_k
 
 
 def kronecker_tensors(recipe: Recipe, shape: MoeShape, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """The start of a trainable curvature, by the names of its parts in the block; none where the recipe has none."""
-    if recipe.curvature != "kronecker":
+    """The start of a trainable curvature, by the names of its parts in the block; none where the layer has none."""
+    if recipe.curvature != "kronecker" or recipe.stays_sparse(layer, shape.layers):
         return {}
     assert recipe.rank is not None
     curvature = KroneckerCurvature(shape.experts, shape.hidden, shape.width, recipe.rank)
@@ -104,10 +106,10 @@ def kronecker_tensors(recipe: Recipe, shape: MoeShape, layer: int, dtype: torch.
     return {f"curvature.{name}": tensor.to(dtype) for name, tensor in curvature.state_dict().items()}
 
 
-def router_bytes(recipe: Recipe, shape: MoeShape, kept: int, config: Config, dtype: torch.dtype) -> int:
+def router_bytes(recipe: Recipe, shape: MoeShape, kept: int, config: Config, dtype: torch.dtype, sparse: bool) -> int:
     """Bytes of a layer's `router_tensors`."""
     if recipe.routing == "stable":
-        return config["vocab_size"] * assigned_top_k(recipe, config) * torch.int32.itemsize
+        return config["vocab_size"] * assigned_top_k(recipe, config, sparse) * torch.int32.itemsize
     return sum(map(math.prod, cosine_shapes(recipe, kept, shape.hidden).values())) * dtype.itemsize
 
 

@@ -11,6 +11,7 @@ from ..families import PROJECTIONS, Config, Family
 from ..merging.calibrated import Text
 from ..merging.experts import Experts
 from ..models.configuration_namex import soft_choice
+from ..models.soft import SoftRouting
 from ..models.soft_segments import History, plan_segments
 from .added import by_block_name
 from .compared import compared
@@ -63,12 +64,12 @@ class Blocks:
         parts = zip(inputs.split(count * length), output.split(count * length), ids.split(count), strict=True)
         for some, answer, rows in parts:
             rows = rows.to(inputs.device)
-            answer.copy_(block.routed(some.to(block.gate.weight.dtype), rows, *self._layout(rows)))
+            answer.copy_(block.routed(some.to(block.gate.weight.dtype), rows, *self._layout(block, rows)))
         return output
 
-    def _layout(self, ids: torch.Tensor) -> tuple[Any, ...]:
+    def _layout(self, block: Any, ids: torch.Tensor) -> tuple[Any, ...]:
         """What a block that merges by segments takes besides."""
-        if self.choice is None or self.choice.segment is None:
+        if self.choice is None or self.choice.segment is None or not isinstance(block, SoftRouting):
             return ()
         real = torch.ones(ids.shape, dtype=torch.bool, device=ids.device)
         history = History.empty(len(ids), ids.device)

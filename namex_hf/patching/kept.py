@@ -76,7 +76,8 @@ def keep_layers(
         with source.named(layer):
             made, walk = _keep(source, recipe, heard, walk, partial(tell, layer))
         norm = source.read(source.family.router_norm(layer))
-        routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids)
+        sparse = recipe.stays_sparse(layer, source.shape.layers)
+        routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids, sparse)
         made = replace(made, tensors=made.tensors | routers)
         require_finite_result(layer, made.tensors, recipe)
         wanted = mixture.output(heard.text.inputs, heard.text.routing)
@@ -112,20 +113,22 @@ def _keep(
     usage, mass = text.routing.count(count).tolist(), text.routing.mass(count).tolist()
     record: dict[str, Any] = {"usage": usage, "mass": mass, "games": []}
     tensors: dict[str, torch.Tensor] = {}
+    sparse = recipe.stays_sparse(heard.layer, source.shape.layers)
     if recipe.has_base:
         if walk is None:
             walk = Walk(own_base(recipe.base, experts, partial(source.shared, heard.layer), source.shape.width))
         else:
             require_finite_result(heard.layer, stored_base(walk, dtype), recipe)
         position = source.shape.layers.index(heard.layer)
-        tensors |= stored_base(walk, dtype)
+        if not sparse:
+            tensors |= stored_base(walk, dtype)
         step = propagate(experts, walk, propagation_of(recipe), position)
         record["games"], alike, walk = step.record, step.cosines, step.walk
     else:
         nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
         alike = cosines(grams(experts, nothing, "expert", recipe.device))
     tensors |= kronecker_tensors(recipe, source.shape, heard.layer, dtype)
-    if recipe.curvature == "calibrated":
+    if recipe.curvature == "calibrated" and not sparse:
         assert recipe.rank is not None
         found = layer_curvature(experts, text.inputs, text.routing, activation, recipe.rank, recipe.ridge)
         tensors |= {f"curvature.{name}": tensor.to(dtype) for name, tensor in found.tensors().items()}

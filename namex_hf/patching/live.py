@@ -123,7 +123,8 @@ def _keep(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
                 walk = Walk(own_base(recipe.base, experts, partial(_shared, block, family), shape.width))
             else:
                 require_finite_result(layer, stored_base(walk, experts["gate_proj"].dtype), recipe)
-            added[layer] |= stored_base(walk, experts["gate_proj"].dtype)
+            if not recipe.stays_sparse(layer, shape.layers):
+                added[layer] |= stored_base(walk, experts["gate_proj"].dtype)
             walk = propagate(experts, walk, choice, position).walk
         require_finite_result(layer, added[layer], recipe)
     if recipe.own_class:

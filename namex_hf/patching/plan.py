@@ -115,10 +115,14 @@ class Plan:
 
     def added_bytes(self, layer: int) -> int:
         """Bytes that a layer has more than before: of its base expert, its curvature, and a router in another form."""
-        size = self.layer_bytes(layer) // self.shape.experts if self.recipe.has_base else 0
-        size += curvature_bytes(self.recipe, self.shape, self.expert_spans(layer)[0].dtype)
+        sparse = self.recipe.stays_sparse(layer, self.shape.layers)
         router = self.spans[self.family.router(layer)].dtype
-        return size + router_bytes(self.recipe, self.shape, self.kept, self.config(), router)
+        size = router_bytes(self.recipe, self.shape, self.kept, self.config(), router, sparse)
+        if self.recipe.has_base and not sparse:
+            size += self.layer_bytes(layer) // self.shape.experts
+        if not sparse:
+            size += curvature_bytes(self.recipe, self.shape, self.expert_spans(layer)[0].dtype)
+        return size
 
     @property
     def curvature_parameters(self) -> dict[str, int] | None:
@@ -127,7 +131,8 @@ class Plan:
             return None
         assert self.recipe.rank is not None
         each = kronecker_parameters(self.shape.hidden, self.shape.width, self.recipe.rank)
-        return {"an expert": each, "in all": each * self.shape.experts * len(self.shape.layers)}
+        merged = [layer for layer in self.shape.layers if not self.recipe.stays_sparse(layer, self.shape.layers)]
+        return {"an expert": each, "in all": each * self.shape.experts * len(merged)}
 
     @property
     def all_added_bytes(self) -> int:
@@ -297,6 +302,11 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
         raise RecipeError(
             f"recipe field 'operator' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of "
             f"the routed width {shape.width}: the other control is random"
+        )
+    if recipe.first_layer == "sparse" and len(shape.layers) < 2:
+        raise RecipeError(
+            "recipe field 'first_layer' is 'sparse'; this model has one MoE layer, and nothing would be merged: "
+            "accepted here: merged"
         )
     if recipe.merge == "residual" and recipe.has_base and shape.renormalises:
         raise RecipeError(

@@ -118,7 +118,8 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
                         walk = Walk(own_base(recipe.base, experts, shared, plan.shape.width))
                     else:
                         require_finite_result(layer, stored_base(walk, dtype), recipe)
-                    stored |= stored_base(walk, dtype)
+                    if not recipe.stays_sparse(layer, layers):
+                        stored |= stored_base(walk, dtype)
                     step = propagate(experts, walk, choice, place)
                 stored["cosines"], record["games"], walk = step.cosines, step.record, step.walk
             require_finite_result(layer, stored, recipe)

@@ -62,7 +62,8 @@ def _how(recipe: dict[str, Any]) -> str:
             "shared": "; a control, which begins at slices of the shared expert",
         }
         return how[made.operator] + FITS[made.fit]
-    return f"; {METHODS[recipe['method']]}"
+    first = "; the first MoE layer stays sparse" if recipe.get("first_layer") == "sparse" else ""
+    return f"; {METHODS[recipe['method']]}{first}"
 
 
 def _source(report: Report) -> str:

@@ -1,6 +1,7 @@
 """The report of a patched model that another training loop has saved: the recipe is in its configuration, no more."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,14 @@ import torch
 
 from ..checkpoint.bytes import Reader
 from ..checkpoint.folder import list_files
+from ..checkpoint.header import TensorSpan
 from ..checkpoint.layout import per_expert
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..families import PROJECTIONS, original_family
 from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, found, read_text, write_text
+from ..merging.base import own_base
 from ..merging.experts import NotFiniteError
 from ..merging.propagation import Walk, propagate
 from ..patching.walk import propagation_of
@@ -81,7 +84,11 @@ def _layers(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[dict[str, Any]
                 name: torch.stack([reader.read(spans[family.expert(layer, e, name)]) for e in range(shape.experts)])
                 for name in PROJECTIONS
             }
-            base = {name: reader.read(spans[family.added(layer, "base", name)]).float() for name in PROJECTIONS}
+            if recipe.stays_sparse(layer, shape.layers):
+                shared = partial(_shared, reader, {name: spans[family.shared(layer, name)] for name in PROJECTIONS})
+                base = own_base(recipe.base, experts, shared, shape.width)
+            else:
+                base = {name: reader.read(spans[family.added(layer, "base", name)]).float() for name in PROJECTIONS}
             try:
                 step = propagate(experts, Walk(base), choice, position)
             except NotFiniteError as error:
@@ -90,3 +97,7 @@ def _layers(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[dict[str, Any]
             cosines[f"layers.{layer}.cosines"] = step.cosines.contiguous()
             del experts, base, step  # before the next layer is read
     return layers, cosines
+
+
+def _shared(reader: Reader, spans: dict[str, TensorSpan]) -> dict[str, torch.Tensor]:
+    return {name: reader.read(span) for name, span in spans.items()}

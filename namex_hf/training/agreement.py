@@ -39,7 +39,7 @@ def agreement(
     for layer, (logits, linear, chosen, _) in enumerate(heard):
         pairs = {
             "seen": (linear[known], chosen[known]),
-            "unseen": None if own is None else (linear[~known], own[layer]),
+            "unseen": None if own is None else (linear[~known], own[layer][:, : linear.shape[1]]),
             "all": (linear, chosen),
         }
         compared = {

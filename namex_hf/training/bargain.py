@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ..merging.weightings import FALLBACK
 from ..patching.threads import shared_out
 from ..patching.walk import propagation_of
 from ..recipe import Recipe
-from .gathered import base_of, curvature_of, experts_of, gathered, of_first_process, write_base
+from .gathered import base_of, curvature_of, experts_of, gathered, of_first_process, own_base_of, write_base
 from .live_blocks import LiveBlock
 from .live_step import curved_step
 
@@ -40,11 +41,12 @@ class Settled:
 def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
     """Solve the games of all layers again, and let the base expert walk on through them (paper eq. 3, 6 and 9).
 
-    The walk begins with the first MoE layer's base as it was trained. Every later layer's base is overwritten with what
-    the walk brings; what gradients had made of it is gone, and reported as its drift. What adapters add to experts
-    counts. Under ``method: camex`` nothing walks, and no base changes. A live model (`live.go_live`), whose base walks
-    in every pass, goes on with the weights that are found here; its bases are written all the same, and their drift is
-    how far the walk has come since they were written last.
+    The walk begins with the first MoE layer's base as it was trained. Under ``first_layer: sparse`` it begins with the
+    one that the recipe's `base` makes of this layer's parameters as they are now, and none is written there. Every
+    later layer's base is overwritten with what the walk brings; what gradients had made of it is gone, and reported as
+    its drift. What adapters add to experts counts. Under ``method: camex`` nothing walks, and no base changes. A live
+    model (`live.go_live`), whose base walks in every pass, goes on with the weights that are found here; its bases are
+    written all the same, and their drift is how far the walk has come since they were written last.
 
     Args:
         model: a patched one of transformers, as the trainer has it: under an adapter, sharded (FSDP2, DeepSpeed
@@ -60,14 +62,16 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
     """
     model = getattr(model, "get_base_model", lambda: model)()
     config = model.config.to_dict()
-    choice = propagation_of(recipe)
+    choice, family = propagation_of(recipe), original_family(config)
+    shape = family.shape(config)
+    own_of = partial(own_base_of, choice=recipe.base, shared_name=family.shared_name, width=shape.width)
     settled: list[Settled] = []
     walk = None
     with shared_out():
-        for position, index in enumerate(original_family(config).shape(config).layers):
+        for position, index in enumerate(shape.layers):
             layer = model.model.layers[index]
             with gathered(layer):
-                trained = base_of(layer.mlp)
+                trained = own_of(layer.mlp) if recipe.stays_sparse(index, shape.layers) else base_of(layer.mlp)
                 own = walk is None or not write
                 if walk is None or not write:
                     walk = Walk(trained)

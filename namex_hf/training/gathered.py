@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..families import PROJECTIONS
+from ..merging.base import own_base
 from ..models.soft import dense_weight
 from ..models.soft_kronecker import Factors
 
@@ -68,14 +69,27 @@ def experts_of(block: Any) -> dict[str, torch.Tensor]:
 
 def base_of(block: Any) -> dict[str, torch.Tensor]:
     """A copy of the base expert of a block by projection, in float32."""
-    linears = {name: getattr(block.base_expert, name) for name in PROJECTIONS}
-    like = next(block.base_expert.parameters())
+    return matrices_of(block.base_expert)
+
+
+def own_base_of(block: Any, choice: str, shared_name: str, width: int) -> dict[str, torch.Tensor]:
+    """The base expert that a block's own parameters give (`merging.base.own_base`), which has none stored."""
+    experts = experts_of(block)
+    base = own_base(choice, experts, lambda: matrices_of(getattr(block, shared_name)), width)
+    return {name: matrix.to(experts[name].device) for name, matrix in base.items()}
+
+
+def matrices_of(mlp: Any) -> dict[str, torch.Tensor]:
+    """A copy of the matrices of a SwiGLU MLP by projection, in float32."""
+    linears = {name: getattr(mlp, name) for name in PROJECTIONS}
+    like = next(mlp.parameters())
     return {name: dense_weight(linear, like).detach().float().clone() for name, linear in linears.items()}
 
 
 def curvature_of(block: Any) -> dict[str, Factors] | None:
-    """The trainable M_i of a block's experts by projection, which hand gradients on; None: folded into the experts."""
-    if block.curvature is None:
+    """The trainable M_i of a block's experts by projection, which hand gradients on; None: folded into the experts, or
+    the block stays sparse."""
+    if getattr(block, "curvature", None) is None:
         return None
     like = next(block.base_expert.parameters())
     return dict(zip(PROJECTIONS, block.curvature(like), strict=True))

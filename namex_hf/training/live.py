@@ -39,7 +39,7 @@ def go_live(model: Any) -> Any:
 
     Args:
         model: a patched ``*ForCausalLM`` whose base walks: ``merge: residual`` or ``soft``, method ``namex-full``,
-            ``namex`` or ``ep-camex``.
+            ``namex`` or ``ep-camex``; not ``first_layer: sparse``, which has no first base to be trained.
 
     Memory: autograd keeps one base expert a MoE layer in the parameters' dtype; under gradient checkpointing what a
     layer is called with, one in float32 and as many again as momentum has buffers (one for a real beta, else two). In
@@ -48,12 +48,14 @@ def go_live(model: Any) -> Any:
     Raises:
         TrainingError: another model, one that is live or sharded already, or experts that are not finite.
     """
-    choice = propagation_of(recipe_of(model))
+    recipe = recipe_of(model)
+    check_first_base(recipe)
+    choice = propagation_of(recipe)
     blocks = mixtures(model)
     for layer in model.model.layers:
         if type(layer) not in LIVE:
             raise TrainingError(f"found a {type(layer).__name__}; accepted: a patched layer, not live, not yet sharded")
-    rebargain(model, recipe_of(model), write=False)  # what it refuses is refused before anything is changed
+    rebargain(model, recipe, write=False)  # what it refuses is refused before anything is changed
     for block in blocks:
         block.__class__ = LIVE[type(block)]
         block.choice, block.last = choice, block is blocks[-1]
@@ -62,7 +64,7 @@ def go_live(model: Any) -> Any:
             block.base_expert.requires_grad_(False)
     _swap_layers(model, LIVE)
     model.live_hook = model.register_state_dict_pre_hook(_before_state_dict)
-    rebargain(model, recipe_of(model))
+    rebargain(model, recipe)
     return model
 
 
@@ -132,6 +134,19 @@ def recipe_of(model: Any) -> Recipe:
             "accepted: residual or soft, namex-full, namex or ep-camex"
         )
     return recipe
+
+
+def check_first_base(recipe: Recipe) -> None:
+    """Refuse a recipe under which the first MoE layer has no base expert for a live walk to begin with.
+
+    Raises:
+        TrainingError: that is ``first_layer: sparse``.
+    """
+    if recipe.first_layer == "sparse":
+        raise TrainingError(
+            "recipe field 'first_layer' is 'sparse': a live base begins as a parameter of the first MoE layer; "
+            "accepted: merged"
+        )
 
 
 def mixtures(model: Any) -> list[Any]:

@@ -28,6 +28,7 @@ from ..patching.added import patched_config
 from ..patching.plan import check_fit
 from ..recipe import Recipe
 from .choice import WHOLE, check_kinds
+from .live import check_first_base
 
 STRATEGIES = ("one", "fsdp2", "zero3", "lora")
 SHARDED = ("fsdp2", "zero3")
@@ -272,6 +273,8 @@ def memory(model: Outline, plan: Plan) -> Memory:
     """
     if plan.propagation == "live" and not Recipe.from_dict(model.config.namex).propagates:
         raise TrainingError("propagation is 'live', and no base expert of this model walks; accepted: stored")
+    if plan.propagation == "live":
+        check_first_base(Recipe.from_dict(model.config.namex))
     activations, logits = _activations(model, plan), _logits(model, plan)
     if plan.strategy == "lora":
         return _adapted(model, plan, activations, logits)

@@ -11,6 +11,7 @@ from trl import SFTConfig
 from ..errors import TrainingError
 from ..files import hash_file
 from .choice import check_present, lora
+from .live import check_first_base
 from .start import Start
 
 SAVING = ("save_strategy", "save_steps")
@@ -95,7 +96,7 @@ def planned(start: Start, choice: Choice) -> Plan:
 
     Raises:
         TrainingError: a kind that the model has none of, or that the adapter cannot be put on; StableMoE's first stage
-            of a model that has another router.
+            of a model that has another router; a live base of a model whose first MoE layer has none.
     """
     if choice.stage_one and start.recipe.routing != "stable":
         raise TrainingError(f"StableMoE's first stage trains routing 'stable'; found routing {start.recipe.routing!r}")
@@ -103,6 +104,8 @@ def planned(start: Start, choice: Choice) -> Plan:
     kinds = check_present(outline, choice.kinds)
     walks = bool(start.recipe.propagates and {"experts", "base"} & set(kinds))
     every, live, adapter = choice.bargain_every if walks else 0, choice.live and walks, None
+    if live:
+        check_first_base(start.recipe)
     if choice.adapter is not None:
         kinds = tuple(kind for kind in kinds if kind not in ("embeddings", "norms"))
         adapter = lora(outline, kinds, **vars(choice.adapter), carry_base=bool(every) or live)

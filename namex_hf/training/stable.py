@@ -52,7 +52,7 @@ def begin(model: Any, width: int = 50, balance: float = 0.3, distillation: float
         student_of(model).leave()
     for router in routers:
         router.assignment.fill_(-1)
-    vocabulary, top_k = routers[0].assignment.shape
+    vocabulary, top_k = len(routers[0].assignment), max(router.assignment.shape[1] for router in routers)
     student = Student(len(routers), vocabulary, model.config.num_experts, top_k, width, balance, distillation)
     model.stable_student = student.to(routers[0].assignment.device)
     student.attend(model)
@@ -73,7 +73,7 @@ def freeze(model: Any) -> Student:
     ids = student.seen.nonzero().flatten()
     for router, experts in zip(stable_routers(model), student.choose(ids), strict=True):
         table = torch.full_like(router.assignment, -1)
-        table[ids.to(table.device)] = experts.to(table)
+        table[ids.to(table.device)] = experts[:, : table.shape[1]].to(table)
         router.assignment.copy_(table)
     student.leave()
     del model.stable_student

@@ -89,7 +89,7 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def choose(self, ids: torch.Tensor) -> torch.Tensor:
-        """The experts of token ids ``[n]``, by falling logit, ``[layers, n, top_k]``."""
+        """The experts of token ids ``[n]``, by falling logit, ``[layers, n, top_k]``, as many as the largest top-k."""
         found = [self(some).topk(self.top_k, dim=-1).indices for some in ids.split(AT_ONCE)]
         return torch.cat(found, dim=1) if found else ids.new_empty(len(self.experts), 0, self.top_k)
 
@@ -155,8 +155,9 @@ class Student(nn.Module):
             distributed.all_reduce(seen, distributed.ReduceOp.MAX)
             self.seen.copy_(seen)
         pairs = [(own, one.logits.to(place)[real]) for own, one in zip(self(ids), heard, strict=True)]
-        balance = [balance_loss(logits, self.top_k) for _, logits in pairs]
-        distillation = [distillation_loss(own, logits, self.top_k) for own, logits in pairs]
+        counts = [one.linear.shape[-1] for one in heard]  # of a layer that stays sparse another than of the others
+        balance = [balance_loss(logits, top_k) for (_, logits), top_k in zip(pairs, counts, strict=True)]
+        distillation = [distillation_loss(*pair, top_k) for pair, top_k in zip(pairs, counts, strict=True)]
         return {"balance": torch.stack(balance).mean(), "distillation": torch.stack(distillation).mean()}
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from namex_hf import patch_checkpoint
 from namex_hf.commands import report as command
 from namex_hf.recipe import Recipe
+from tests.cli.toy import save_toy
 from tests.odd_checkpoints import forget_files
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
@@ -51,6 +52,18 @@ def test_a_page_and_every_picture_twice(tiny: Path, tmp_path: Path, capsys: Said
     assert {path.name for path in (tmp_path / "deep" / "pictures").iterdir()} == FILES | USAGE
     assert contents(tiny) == before
     assert capsys.readouterr().out.strip() == str(tmp_path / "deep" / "pictures" / "report.html")
+
+
+@pytest.mark.parametrize("fields", [{}, {"merge": "soft", "method": "camex"}], ids=str)
+def test_a_sparse_first_layer_has_its_pictures_too(tmp_path: Path, capsys: Said, fields: dict[str, str]):
+    """Its games are played around the base that the walk begins with, which the folder does not store."""
+    patch_checkpoint(
+        save_toy(tmp_path / "toy", "deepseek", tokenizer=True), tmp_path / "out", Recipe(first_layer="sparse", **fields)
+    )
+    assert ran(tmp_path / "out", "--tokens", 0, "--quiet") == 0
+    assert capsys.readouterr() == ("", "")
+    drawn = {path.stem for path in (tmp_path / "out/namex/pictures").glob("*.png")}
+    assert drawn >= ({"1-similarity"} if fields else set(PICTURES))
 
 
 def test_the_folder_itself_takes_them_by_default_and_again(copied: Path, capsys: Said):

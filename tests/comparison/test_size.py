@@ -63,3 +63,18 @@ def test_a_patched_model(
     left_out = sum(w.numel() for name, w in model.named_parameters() if any(f"mlp.{part}." in name for part in apart))
     assert bool(left_out) == bool(apart)
     assert (found.experts, found.active) == (experts, counted(model, through) - left_out)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sparse_first_layer_is_passed_by_top_k(tmp_path: Path, family: str):
+    """One expert a token in all layers but the first, where it is three."""
+    folder = save_toy(tmp_path / "toy", family)
+    found = {}
+    for first in ("merged", "sparse"):
+        patch_checkpoint(folder, tmp_path / first, Recipe(merge="soft", segment=64, first_layer=first))
+        found[first] = size_of(resolve(tmp_path / first))
+    model = load(folder)
+    mixture = next(layer.mlp.experts for layer in model.model.layers if hasattr(layer.mlp, "experts"))
+    expert = sum(weight[0].numel() for weight in mixture.parameters())
+    assert found["sparse"].active == found["merged"].active + 2 * expert
+    assert found["sparse"].bytes == found["merged"].bytes - 2 * expert

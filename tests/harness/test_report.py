@@ -58,6 +58,12 @@ def test_the_recipes_of_the_papers_rows_get_their_numbers() -> None:
     assert sorted(found) == sorted((row["router"], row["values"][0], originals[row["router"]]) for row in table)
 
 
+def test_the_first_layer_has_two_published_readings() -> None:
+    merged, sparse = (Paper(TABLES).score(QWEN, {"first_layer": first}, "mmlu") for first in ("merged", "sparse"))
+    assert merged is not None
+    assert merged == sparse
+
+
 @pytest.mark.parametrize(
     ("config", "recipe", "task"),
     [

@@ -30,15 +30,18 @@ def saved(folder: Path, source: str, recipe: Recipe) -> tuple[Path, Any]:
     return folder / "saved", model
 
 
-@pytest.mark.parametrize("source", ["tiny", "tiny-deepseek"])
-def test_games_are_those_of_the_saved_tensors(tmp_path: Path, source: str):
-    folder, model = saved(tmp_path, source, Recipe())
+@pytest.mark.parametrize(
+    ("source", "recipe"),
+    [("tiny", Recipe()), ("tiny-deepseek", Recipe()), ("tiny", Recipe(first_layer="sparse", gamma=0.5))],
+)
+def test_games_are_those_of_the_saved_tensors(tmp_path: Path, source: str, recipe: Recipe):
+    folder, model = saved(tmp_path, source, recipe)
     found = open_patched(folder)
     stored = json.loads((folder / "namex/report.json").read_text())
     assert stored["source"] == dict.fromkeys(("name", "commit", "fingerprint", "bytes", "patched"))
-    assert stored["run"] == {"recipe": Recipe().to_dict(), "rebuilt": True}
+    assert stored["run"] == {"recipe": recipe.to_dict(), "rebuilt": True}
     assert stored["training"] is None
-    expected = rebargain(model, Recipe(), write=False)
+    expected = rebargain(model, recipe, write=False)
     assert [one.layer for one in expected] == [one["layer"] for one in stored["layers"]] == list(found.shape.layers)
     for one, record in zip(expected, stored["layers"], strict=True):
         assert record["drift"] is record["seconds"] is None

@@ -15,6 +15,9 @@ from namex_hf.training.bargain import BargainCallback, distance, rebargain, summ
 from namex_hf.training.choice import lora
 from namex_hf.training.fold import fold_curvature
 from namex_hf.training.gathered import base_of, experts_of
+from namex_hf.training.live import go_live
+from namex_hf.training.plan import Choice, planned
+from namex_hf.training.start import start_from
 
 RECIPES = {
     "residual": Recipe(),
@@ -154,6 +157,45 @@ def test_camex_keeps_every_base():
     assert "bargain/drift" not in summary(settled)
     for one, other in zip(before, bases(model), strict=True):
         assert all(torch.equal(one[part], other[part]) for part in one)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fields", [{}, {"merge": "soft", "method": "ep-camex", "curvature": "kronecker"}], ids=str)
+@pytest.mark.parametrize("base", ["shared", "mean"])
+def test_where_the_first_layer_is_sparse_the_walk_begins_with_its_parameters_as_they_are(name, fields, base):
+    """Bases are those of a fresh patch of the trained original; the first layer keeps its own tensors alone."""
+    recipe = Recipe(first_layer="sparse", gamma=0.5, base=base, **fields)
+
+    def trained(model):
+        return shaken(shaken(model), "mlp.shared_expert")
+
+    wanted, model = patch_model(trained(stock(name)), recipe), trained(patch_model(stock(name), recipe))
+    pairs = [
+        (one, other)
+        for one, other in zip(layers_of(model), layers_of(wanted), strict=True)
+        if one.base_expert is not None
+    ]
+    assert len(pairs) == len(layers_of(model)) - 1
+    assert distance(base_of(pairs[0][0]), base_of(pairs[0][1])) > 1e-3
+    first = {part: tensor.clone() for part, tensor in layers_of(model)[0].state_dict().items()}
+    settled = rebargain(model, recipe)
+    assert settled[0].drift is None
+    assert all(layer.drift > 0 for layer in settled[1:])
+    for one, other in pairs:
+        assert all(torch.equal(matrix, base_of(other)[part]) for part, matrix in base_of(one).items())
+    assert all(torch.equal(tensor, first[part]) for part, tensor in layers_of(model)[0].state_dict().items())
+    around = rebargain(model, recipe, write=False)
+    assert [layer.record[0]["weights"] for layer in around[:2]] == [layer.record[0]["weights"] for layer in settled[:2]]
+
+
+def test_a_live_base_needs_one_in_the_first_layer():
+    recipe = Recipe(first_layer="sparse")
+    says = "'first_layer' is 'sparse': a live base begins as a parameter of the first MoE layer; accepted: merged"
+    with pytest.raises(TrainingError, match=says):
+        go_live(patch_model(stock(), recipe))
+    choice = Choice(("experts",), None, 10, (), {}, live=True)
+    with pytest.raises(TrainingError, match=says):
+        planned(start_from("tiny", recipe=recipe), choice)
 
 
 def test_what_lora_adds_to_experts_counts():

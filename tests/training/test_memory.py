@@ -290,6 +290,11 @@ def test_refused_plans(fields, message):
         Plan(**fields)
 
 
+def test_a_live_base_is_refused_where_the_first_layer_has_none():
+    with pytest.raises(TrainingError, match="'first_layer' is 'sparse'"):
+        memory(outline(raw("tiny"), Recipe(first_layer="sparse")), Plan(propagation="live"))
+
+
 @pytest.fixture(scope="module")
 def script():
     """The script as a module; `finetune` is no package."""
