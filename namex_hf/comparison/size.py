@@ -54,7 +54,7 @@ def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
         apart |= {name for name in spans if name.startswith(parts)}
     dense = sum(prod(span.shape) for name, span in spans.items() if name not in apart and span.dtype.is_floating_point)
     one = sum(prod(shape.of(projection)) for projection in PROJECTIONS)
-    choices = dict.fromkeys(shape.layers, choice)
+    choices: dict[int, SoftChoice | None] = dict.fromkeys(shape.layers, choice)
     if recipe.get("first_layer") == "sparse":
         choices[shape.layers[0]] = None
     through = sum(_passed(choices[layer], shape.top_k, shape.experts_of(layer)) for layer in shape.layers) * one

@@ -57,9 +57,9 @@ def test_a_page_and_every_picture_twice(tiny: Path, tmp_path: Path, capsys: Said
 @pytest.mark.parametrize("fields", [{}, {"merge": "soft", "method": "camex"}], ids=str)
 def test_a_sparse_first_layer_has_its_pictures_too(tmp_path: Path, capsys: Said, fields: dict[str, str]):
     """Its games are played around the base that the walk begins with, which the folder does not store."""
-    patch_checkpoint(
-        save_toy(tmp_path / "toy", "deepseek", tokenizer=True), tmp_path / "out", Recipe(first_layer="sparse", **fields)
-    )
+    toy = save_toy(tmp_path / "toy", "deepseek", tokenizer=True)
+    patch_checkpoint(toy, tmp_path / "out", Recipe(first_layer="sparse", **fields))
+    capsys.readouterr()
     assert ran(tmp_path / "out", "--tokens", 0, "--quiet") == 0
     assert capsys.readouterr() == ("", "")
     drawn = {path.stem for path in (tmp_path / "out/namex/pictures").glob("*.png")}

@@ -287,6 +287,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'weighting' belongs": {"weighting": "uniform"},
     "'seed' belongs": {"seed": 1},
     "'base' is a choice of the base": {"base": "mean", **GROUPED},
+    "'first_layer' belongs": {"first_layer": "sparse", "method": "smoe"},
     "'gamma' is a choice of the propagated": {"gamma": 0.5, "method": "smoe"},
     "'every' belongs": {"every": 2, "method": "namex"},
     "'disagreement' is a choice of the Nash": {"disagreement": "mean", "method": "ep-camex"},

@@ -181,8 +181,7 @@ def test_where_the_first_layer_is_sparse_the_walk_begins_with_its_parameters_as_
     settled = rebargain(model, recipe)
     assert settled[0].drift is None
     assert all(layer.drift > 0 for layer in settled[1:])
-    for one, other in pairs:
-        assert all(torch.equal(matrix, base_of(other)[part]) for part, matrix in base_of(one).items())
+    assert all(distance(base_of(one), base_of(other)) <= (1e-6 if fields else 0) for one, other in pairs)
     assert all(torch.equal(tensor, first[part]) for part, tensor in layers_of(model)[0].state_dict().items())
     around = rebargain(model, recipe, write=False)
     assert [layer.record[0]["weights"] for layer in around[:2]] == [layer.record[0]["weights"] for layer in settled[:2]]

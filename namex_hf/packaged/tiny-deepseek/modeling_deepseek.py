@@ -61,8 +61,6 @@ class DeepseekMoeBlock(nn.Module):
 
 
 class DeepseekDecoderLayer(Qwen2MoeDecoderLayer):
-    moe_block_class = DeepseekMoeBlock
-
     def __init__(self, config: DeepseekConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
         self.self_attn = Qwen2MoeAttention(config, layer_idx)
@@ -71,7 +69,7 @@ class DeepseekDecoderLayer(Qwen2MoeDecoderLayer):
         if layer_idx in config.mlp_only_layers:
             self.mlp = Qwen2MoeMLP(config, intermediate_size=config.intermediate_size)
         else:
-            self.mlp = self.moe_block_class(config)
+            self.mlp = DeepseekMoeBlock(config)
         self.input_layernorm = Qwen2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen2MoeRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.hidden_size = config.hidden_size
