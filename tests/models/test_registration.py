@@ -72,6 +72,7 @@ def test_remote_code_lists_what_travels():
         "soft_curvature.py",
         "soft_kronecker.py",
         "soft_segments.py",
+        "soft_token.py",
         "sparse.py",
     ]
     assert names["namex_deepseek"] == [
@@ -87,6 +88,7 @@ def test_remote_code_lists_what_travels():
         "soft_curvature.py",
         "soft_kronecker.py",
         "soft_segments.py",
+        "soft_token.py",
         "sparse.py",
     ]
     for kind, (config, model, causal_lm) in CLASSES.items():
