@@ -11,8 +11,8 @@ over the held-out texts) with one standard error of that paired difference, take
 the held-out word problems answered exactly, and in brackets how many were won and lost. The difference of two counts
 has a standard error of the root of won + lost. What lies within two standard errors was not measured to differ.
 
-`residual` and `soft` by segment are the merges. `soft` without calibration answers no problem, so only its perplexity is taken.
-All of it takes seven minutes of one core, `--quick` two. The solver's table needs the extra `ccp`.
+`residual` and `soft` by segment are the merges. `soft` without calibration answers no problem, so only its perplexity
+is taken. All of it takes seven minutes of one core, `--quick` two. The solver's table needs the extra `ccp`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which form of curvature pays under ``merge: soft`` by segment: ``python benchmarks/curvature.py [--models tiny ...]``.
+"""Which form of curvature pays under ``soft`` by segment: ``python benchmarks/curvature.py [--models tiny ...]``.
 
 Every row merges by segments (NAMEx eq. 9) around each layer's own mean (CAMEx), neurons aligned unless it says
 otherwise, with statistics of the same calibration text, taken before patching. ``full`` is the weighted least-squares

@@ -104,7 +104,7 @@ class TokenExperts(Qwen2MoeExperts):
         shares = shares.to(wide)
         rest = None if base is None else 1 - shares.sum(-1, keepdim=True)
         every = index.shape[-1] == self.num_experts
-        implementation = self.config._experts_implementation
+        implementation = getattr(self.config, "_experts_implementation", None)
         batched = implementation == "batched_mm"
         pairs = None if every or batched else Pairs.of(index, self.num_experts)
         if every:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,8 @@ class NamexTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         bare = getattr(model, "get_base_model", lambda: model)()
         out = Path(self.args.output_dir if output_dir is None else output_dir)
-        with fused(model), carried_settings(bare, self.source, out):
+        writes = self.args.should_save  # all processes are here, and one of them writes
+        with fused(model), carried_settings(bare, self.source, out) if writes else nullcontext():
             super()._save(output_dir, state_dict)
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

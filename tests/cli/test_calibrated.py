@@ -18,7 +18,7 @@ from namex_hf.recipe import Recipe
 from tests.cli.toy import change_config, save_toy
 
 FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
-SOFT = ("--merge", "soft", "--method", "camex", "--base", "mean")
+SOFT = ("--merge", "soft", "--routing-span", "all", "--method", "camex", "--base", "mean")
 ALIGNED = (*SOFT, "--align", "activations", "--calibration-tokens", "4096")
 CURVED = (*SOFT, "--curvature", "calibrated", "--calibration-tokens", "4096")
 HINT = "merged without calibration text; --fit router"

@@ -143,7 +143,7 @@ def test_fields_have_an_effect(soft_model, family):
 def test_defaults(soft_model, family):
     model = soft_model(family)
     weights = model.state_dict()
-    model.config.namex = {"merge": "soft"}
+    model.config.namex = {"merge": "soft", "routing_span": "all"}
     for block in soft_blocks(model):
         block.add_parts(model.config)
     model.load_state_dict(weights)
@@ -489,7 +489,6 @@ def test_weights_that_are_off_the_device(soft_model, family, fields):
         ("eta", True),
         ("segment", 0),
         ("segment", 4.0),
-        ("segment", None),
         ("top_k", 0),
         ("top_k", 9),
         ("top_k", "3"),
