@@ -2,9 +2,10 @@
 
 Every row is one run of ``finetune/sft_smoltalk.py`` on the packaged chats with the settings of
 ``finetune/configs/tiny.yaml``: the merges ``residual``, ``soft`` by token (all layers, or the first one sparse) and
-``soft`` by segment, each with four methods, and the original (``smoe``). There are three seeds for NAMEx-Full, EP-CAMEx and the original, one for the
-others, and LoRA for NAMEx-Full and the original: 80 runs of minutes. Scores of a finished run are kept below ``--out``:
-the same command goes on where it was stopped, and ``--table`` prints what is there.
+``soft`` by segment, each with four methods, and the original (``smoe``). There are three seeds for NAMEx-Full,
+EP-CAMEx and the original, one for the others, and LoRA for NAMEx-Full and the original: 80 runs of minutes. Scores of a
+finished run are kept below ``--out``: the same command goes on where it was stopped, and ``--table`` prints what is
+there.
 
 Ratios and differences are to the original of the same seed, model and adapter, over the same items.
 """
