@@ -128,7 +128,7 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     flags += " --device cpu --momentum none --solver newton --ccp-iterations 2"
     flags += " --routing-span all --fit none --curvature identity --align none --down merge --metric euclidean"
     flags += " --power equal --calibration-data packaged --calibration-tokens 65536 --calibrate after --ridge 0.01"
-    flags += " --fit-steps 1000 --operator merge --renormalise false"
+    flags += " --fit-steps 1000 --operator merge --renormalise false --first-layer merged"
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
     walking += " --curvature calibrated --rank 2 --calibration-tokens 4096 --routing cosine --temperature norms"
     aiming = "--merge grouped --experts 4 --budget damage --down refit --target layer --calibration-tokens 4096 --quiet"
