@@ -1,4 +1,6 @@
-"""``merge: soft``, shared by the families: the tokens of a causal segment go through one merged expert.
+"""``merge: soft``, shared by the families: tokens go through one merged expert, here those of a causal segment.
+
+By token, where every token has its own, the experts are those of `soft_token`.
 
 NAMEx eq. 9, a segment at a time (the paper has none): ``E^ = E_m + eta sum_i s_i M_i (E_i - E_m)``; with M_i = I it is
 ``(1 - eta sum_i s_i) E_m + eta sum_i s_i E_i`` (for other M_i see `soft_curvature`), where s is the mean of the
@@ -256,9 +258,9 @@ class SoftRouting(ChosenRouting):
         """
         value, index = self.route(flat, token_ids)
         if segments is None:
-            made, bent = self.base(flat, base), None if base is not None else self._bent(flat)
-            curvature = None if bent is not None else self._curvature(flat)
-            return self.experts(flat, self.eta * value, index, made, curvature, bent)
+            made, experts = self.base(flat, base), None if base is not None else self._bent(flat)
+            curvature = None if experts is not None else self._curvature(flat)
+            return self.experts(flat, self.eta * value, index, made, curvature, experts)
         return self._by_segments(flat, value, index, segments, memory, base)
 
     def _curvature(self, like: torch.Tensor) -> Any:
