@@ -4,24 +4,24 @@ from collections.abc import Callable
 
 import torch
 
+from ..recipe import BaseExpert
 from .experts import PROJECTIONS, Base, Experts, weighted_step
 
 
-def own_base(choice: str, experts: Experts, shared: Callable[[], Base], width: int) -> dict[str, torch.Tensor]:
+def own_base(choice: BaseExpert, experts: Experts, shared: Callable[[], Base], width: int) -> dict[str, torch.Tensor]:
     """A layer's own base expert, in float32.
 
     Args:
-        choice: ``shared``, ``first``, ``mean`` or ``index:K``.
         experts: of the layer.
         shared: reads the layer's shared expert, where it is asked for.
         width: of a routed expert.
     """
-    if choice == "mean":
+    if choice.base == "mean":
         return mean_expert(experts)
-    if choice == "shared":
+    if choice.base == "shared":
         return mean_slice(shared(), width)
-    index = 0 if choice == "first" else int(choice.removeprefix("index:"))
-    return {name: experts[name][index].float() for name in PROJECTIONS}
+    assert choice.index is not None
+    return {name: experts[name][choice.index].float() for name in PROJECTIONS}
 
 
 def mean_expert(experts: Experts) -> dict[str, torch.Tensor]:

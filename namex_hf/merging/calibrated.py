@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from ..recipe import Grouped
+from ..recipe.choices import FitKind
 from .experts import PROJECTIONS, Experts, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from .layer_fit import BATCH, Problem, fit_layer
-from .members import Tuning, gather, merge_members
+from .members import gather, merge_members
 from .record import cosines
 from .refit import refit_downs
 from .router_fit import answers, fit_router, gate_values
@@ -23,20 +25,6 @@ FIT_TOKENS = 16384  # that the router's rows are fitted on
 SWEEPS = 2  # over the downs
 ROUNDS = 2  # of fitting rows and downs in turn
 TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where experts are zero
-
-
-@dataclass(frozen=True)
-class Choice:
-    """How a layer is made smaller, given text."""
-
-    count: int
-    tuning: Tuning
-    grouping: str = "damage"  # damage, outputs, router, weights, none
-    operator: str = "merge"  # merge, keep, random, shared
-    down: str = "refit"  # merge, refit
-    fit: str = "none"  # none, router, layer
-    fit_steps: int = 1000
-    seed: int = 0
 
 
 @dataclass(frozen=True)
@@ -88,12 +76,18 @@ class Shrinking:
 
     source: Mixture
     text: Text
-    choice: Choice
+    merge: Grouped
+    seed: int = 0
+    fits: bool = True  # False: merged and refitted alone, whatever the recipe's fit
     shared: Callable[[], Expert] = dict  # as `shared_answer` takes it; asked for by operator ``shared`` and `fit_all`
     advance: Callable[[str], None] = lambda what: None
     record: dict[str, Any] = field(default_factory=dict)
     refitted: dict[str, torch.Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
     moved: torch.Tensor | None = None  # float32 [tokens, hidden]: what its answer has become more than it was
+
+    @property
+    def fit(self) -> FitKind:
+        return self.merge.fit.kind if self.fits else "none"
 
     def run(self) -> tuple[Mixture, torch.Tensor]:
         """The layer with fewer experts, and its routed output to the text, with what the shared expert moved by.
@@ -102,7 +96,7 @@ class Shrinking:
             NotFiniteError: an expert holds NaN or infinity.
         """
         text, count = self.text, len(self.source.router)
-        if self.choice.count == count or text.wanted is None:
+        if self.merge.experts == count or text.wanted is None:
             self.wanted = self.source.output(text.inputs, text.routing)
         else:
             self.wanted = text.wanted
@@ -111,30 +105,30 @@ class Shrinking:
         self.gram = grams(self.source.experts, nothing, "expert", text.inputs.device)[0]
         self.cosines = cosines(self.gram[None])
         self.record |= {"usage": text.routing.count(count).tolist(), "mass": self.mass.tolist(), "games": []}
-        if self.choice.count == count:
+        if self.merge.experts == count:
             return self.source, self.wanted
         self.weight = self.balanced()
         self.groups = self.find_groups()
         self.record |= {"groups": [list(group) for group in self.groups], "errors": [], "fits": []}
-        if self.choice.operator == "keep":
+        if self.merge.operator == "keep":
             self.groups = tuple((max(group, key=lambda number: float(self.standing[number])),) for group in self.groups)
             self.record["kept"] = [group[0] for group in self.groups]
         self.made = self.begin()
         self.result = Mixture(
             self.made,
             self.average_rows(),
-            min(self.source.top_k, self.choice.count),
+            min(self.source.top_k, self.merge.experts),
             self.source.renormalises,
             self.source.activation,
         )
         output = self.note("merged", self.output())
-        for _ in range(ROUNDS if self.choice.fit != "none" and self.choice.down == "refit" else 1):
-            if self.choice.fit != "none" and self.choice.count > 1:  # one expert has all the mass whatever its row
+        for _ in range(ROUNDS if self.fit != "none" and self.merge.down == "refit" else 1):
+            if self.fit != "none" and self.merge.experts > 1:  # one expert has all the mass whatever its row
                 self.fit_rows()
                 output = self.note("router", self.output())
-            if self.choice.down == "refit":
+            if self.merge.down == "refit":
                 output = self.note("down", self.refit())
-        if self.choice.fit == "layer":
+        if self.fit == "layer":
             self.fit_all()
             output = self.note("layer", self.output())
         return self.result, output
@@ -144,7 +138,7 @@ class Shrinking:
         """What the text shows of the experts; saliencies where they are asked for."""
         source, text = self.source, self.text
         usage = text.routing.count(len(source.router)).double().cpu()
-        if self.choice.tuning.combination.weighting != "saliency":
+        if self.merge.weights_by != "saliency":
             return Seen(usage)
         saliency = torch.zeros_like(usage)
         for number in range(len(usage)):
@@ -189,24 +183,24 @@ class Shrinking:
 
     def find_groups(self) -> Groups:
         """Which experts become one."""
-        source, text, choice = self.source, self.text, self.choice
-        if choice.grouping == "none":
+        source, text, merge = self.source, self.text, self.merge
+        if merge.grouping == "none":
             best = sorted(range(len(source.router)), key=lambda number: -float(self.standing[number]))
-            return tuple((number,) for number in sorted(best[: choice.count]))
-        if choice.grouping == "weights":
-            return groups_by_weights(self.gram, choice.count)
+            return tuple((number,) for number in sorted(best[: merge.experts]))
+        if merge.grouping == "weights":
+            return groups_by_weights(self.gram, merge.experts)
         every = max(1, len(text.inputs) // OUTPUT_TOKENS)
         inputs = text.inputs[::every]
         gates = gate_values(inputs, source.router.to(inputs), source.top_k, source.renormalises)
-        if choice.grouping == "router":
-            return groups_by_router(gates, choice.count)
-        if choice.grouping == "outputs":
-            return groups_by_outputs(self.mean_answers(inputs), choice.count)
+        if merge.grouping == "router":
+            return groups_by_router(gates, merge.experts)
+        if merge.grouping == "outputs":
+            return groups_by_outputs(self.mean_answers(inputs), merge.experts)
         gates = gates * self.weight[::every, None]
         known = answers(
             inputs, inputs, len(source.router), lambda number: source.expert(number, inputs), source.activation
         )
-        return groups_by_damage(known.gram, gates, choice.count)
+        return groups_by_damage(known.gram, gates, merge.experts)
 
     def mean_answers(self, inputs: torch.Tensor) -> torch.Tensor:
         """Every expert's mean answer to tokens, used by it or not: float64 ``[N, hidden]``."""
@@ -220,16 +214,16 @@ class Shrinking:
 
     def begin(self) -> dict[str, torch.Tensor]:
         """The K experts before any fit, in the experts' dtype."""
-        source, choice = self.source, self.choice
-        if choice.operator == "random":
-            return random_experts(source.experts, choice.count, choice.seed)
-        if choice.operator == "shared":
-            return shared_experts(self.shared(), source.experts, choice.count)
-        return self.merge()
+        source, merge = self.source, self.merge
+        if merge.operator == "random":
+            return random_experts(source.experts, merge.experts, self.seed)
+        if merge.operator == "shared":
+            return shared_experts(self.shared(), source.experts, merge.experts)
+        return self.merged()
 
-    def merge(self) -> dict[str, torch.Tensor]:
+    def merged(self) -> dict[str, torch.Tensor]:
         """One expert a group, in the experts' dtype; a group of one is its expert, bit for bit."""
-        source, text, tuning = self.source, self.text, self.choice.tuning
+        source, text, merge = self.source, self.text, self.merge
         result = {name: torch.stack([source.experts[name][group[0]] for group in self.groups]) for name in PROJECTIONS}
         for place, group in enumerate(self.groups):
             if len(group) == 1:
@@ -238,8 +232,8 @@ class Shrinking:
             usage, saliency = self.seen.usage[list(ranked)], self.seen.saliency
             seen = Seen(usage, None if saliency is None else saliency[list(ranked)])
             heard = self.weighted(text.routing)
-            members = gather(source.experts, ranked, text.inputs, heard, source.activation, tuning.align, seen)
-            merged, games = merge_members(members, tuning)
+            members = gather(source.experts, ranked, text.inputs, heard, source.activation, merge.curvature.align, seen)
+            merged, games = merge_members(members, merge)
             for name in PROJECTIONS:
                 result[name][place] = merged[name]
             self.record["games"] += [{"members": list(ranked), **game} for game in games]
@@ -256,15 +250,15 @@ class Shrinking:
 
     def fit_rows(self) -> None:
         """Fit the router's rows, with the experts as they are."""
-        text, choice, result = self.text, self.choice, self.result
+        text, merge, result = self.text, self.merge, self.result
         every = max(1, -(-len(text.inputs) // FIT_TOKENS))
         inputs, weight = text.inputs[::every], self.weight[::every]
         held_out = text.held_out.repeat_interleave(len(text.inputs) // text.sequences)[::every]
         known = answers(
-            inputs, self.wanted[::every], choice.count, lambda k: result.expert(k, inputs), result.activation
+            inputs, self.wanted[::every], merge.experts, lambda k: result.expert(k, inputs), result.activation
         ).weighted(weight)
         fitted = fit_router(
-            inputs, known, result.router, result.top_k, result.renormalises, held_out, choice.fit_steps, choice.seed
+            inputs, known, result.router, result.top_k, result.renormalises, held_out, merge.fit.steps, self.seed
         )
         fit = {"of": "router", "before": fitted.before, "after": fitted.after, "steps": fitted.steps}
         self.record["fits"].append(fit)
@@ -272,7 +266,7 @@ class Shrinking:
 
     def fit_all(self) -> None:
         """Fit rows, experts and the shared expert together; the source's experts are let go of first."""
-        text, choice, result = self.text, self.choice, self.result
+        text, merge, result = self.text, self.merge, self.result
         self.source = self.source.without_experts()
         held_out = text.held_out.repeat_interleave(len(text.inputs) // text.sequences)
         self.refitted = {part: tensor.clone() for part, tensor in self.shared().items()}
@@ -288,9 +282,9 @@ class Shrinking:
         )
 
         def advance(step: int) -> None:
-            self.advance(f"fitted, step {step} of {choice.fit_steps}")
+            self.advance(f"fitted, step {step} of {merge.fit.steps}")
 
-        fitted = fit_layer(problem, self.made, result.router, self.refitted, choice.fit_steps, choice.seed, advance)
+        fitted = fit_layer(problem, self.made, result.router, self.refitted, merge.fit.steps, self.seed, advance)
         del problem
         self.moved = moved.add_(self.shared_output())
         self.record["fits"].append({"of": "layer", **asdict(fitted)})
@@ -315,11 +309,11 @@ class Shrinking:
         return refit_downs(
             inputs,
             result.route(inputs),
-            self.choice.count,
+            self.merge.experts,
             lambda k: result.expert(k, inputs),
             self.wanted,
             result.activation,
-            self.choice.tuning.ridge,
+            self.merge.curvature.ridge,
             SWEEPS,
             self.weight,
             keep,

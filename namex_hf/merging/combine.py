@@ -1,26 +1,18 @@
 """One expert out of a group, and one router row out of its rows."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from ..recipe import Grouped
 from .experts import PROJECTIONS, Base, Experts, each_projection, games_of, grams, weighted_sum
 from .grouping import Groups
 from .record import game_record
-from .weightings import FALLBACK, WEIGHTINGS, Bargain, Seen, Weights
+from .weightings import FALLBACK, WEIGHTINGS, Seen, Weights
 
 
-@dataclass(frozen=True)
-class Combination:
-    """How the members of a group become one."""
-
-    weighting: str = "nash"
-    rules: Bargain = field(default_factory=Bargain)
-    device: str = "cpu"
-
-
-def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def shares(gram: torch.Tensor, merge: Grouped, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """Weights of the members of one group, on the simplex, the base included.
 
     The game is played around the group's first member, which is its base: its own domain vector is zero, so it has no
@@ -32,8 +24,9 @@ def shares(gram: torch.Tensor, choice: Combination, precision: torch.dtype, seen
         gram: float64 ``[games, n, n]`` of the members' domain vectors around the first.
         seen: where calibration text tells.
     """
-    found = WEIGHTINGS[choice.weighting](gram, choice.rules, precision, seen)
-    if choice.weighting != "nash":
+    weighting = merge.weights_by or "uniform"
+    found = WEIGHTINGS[weighting](gram, merge.game, precision, seen)
+    if weighting != "nash":
         return found
     size = gram.shape[-1]
     values, status = found.values * (size - 1) / size, list(found.status)
@@ -53,24 +46,26 @@ class Group:
     record: list[dict[str, Any]]  # one a game; none for a group of one
 
 
-def play(experts: Experts, members: tuple[int, ...], choice: Combination) -> Group:
+def play(experts: Experts, members: tuple[int, ...], merge: Grouped, device: str) -> Group:
     """Settle the shares of one group's members. A group of one plays no game.
 
     Raises:
         NotFiniteError: a member holds NaN or infinity.
     """
-    games = games_of(choice.rules.granularity)
+    games = games_of(merge.game.granularity)
     if len(members) == 1:
         return Group(members, torch.ones(len(games), 1, dtype=torch.float64), [])
     inside = {name: [experts[name][member] for member in members] for name in PROJECTIONS}
     base: Base = {name: inside[name][0] for name in PROJECTIONS}
-    gram = grams(inside, base, choice.rules.granularity, choice.device)
-    weights = shares(gram, choice, inside["gate_proj"][0].dtype)
+    gram = grams(inside, base, merge.game.granularity, device)
+    weights = shares(gram, merge, inside["gate_proj"][0].dtype)
     record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
     return Group(members, weights.values, [{"members": list(members), **one} for one in record])
 
 
-def merged_expert(experts: Experts, group: Group, choice: Combination, factor: float = 1.0) -> dict[str, torch.Tensor]:
+def merged_expert(
+    experts: Experts, group: Group, merge: Grouped, device: str, factor: float = 1.0
+) -> dict[str, torch.Tensor]:
     """The one expert of a group, in the experts' dtype; a group of one is its expert, bit for bit.
 
     Args:
@@ -82,12 +77,12 @@ def merged_expert(experts: Experts, group: Group, choice: Combination, factor: f
         # A copy: the layer's own memory may be filled again while this one waits to be written.
         return {name: experts[name][group.members[0]].clone() for name in PROJECTIONS}
     of_game = {
-        name: group.shares[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game
+        name: group.shares[index] for index, game in enumerate(games_of(merge.game.granularity)) for name in game
     }
 
     def merged(name: str) -> torch.Tensor:
         inside = [experts[name][member] for member in group.members]
-        return weighted_sum(inside, of_game[name], factor if name == "down_proj" else 1.0, choice.device)
+        return weighted_sum(inside, of_game[name], factor if name == "down_proj" else 1.0, device)
 
     return each_projection(merged)
 

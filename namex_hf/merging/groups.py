@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from .combine import Combination, Group, average_rows, merged_expert, play
+from ..recipe import Grouped
+from .combine import Group, average_rows, merged_expert, play
 from .experts import PROJECTIONS, Experts, grams
 from .grouping import groups_by_weights
 from .mass import expected_mass
@@ -18,7 +19,8 @@ class MergedLayer:
 
     source: Experts
     groups: list[Group]
-    choice: Combination
+    merge: Grouped
+    device: str
     factor: float  # on ``down_proj`` of groups of more than one
     router: torch.Tensor  # [K, hidden]
     record: dict[str, Any]
@@ -26,20 +28,20 @@ class MergedLayer:
 
     def expert(self, index: int) -> dict[str, torch.Tensor]:
         """The ``index``-th of the K experts, by projection."""
-        return merged_expert(self.source, self.groups[index], self.choice, self.factor)
+        return merged_expert(self.source, self.groups[index], self.merge, self.device, self.factor)
 
 
 def merge_layer(
     experts: Experts,
     router: torch.Tensor,
     norm: torch.Tensor,
-    count: int,
+    merge: Grouped,
     top_k: int,
     renormalises: bool,
-    choice: Combination,
     seed: int,
+    device: str = "cpu",
 ) -> MergedLayer:
-    """Cluster a layer's experts into ``count`` groups and make each group one expert.
+    """Cluster a layer's experts into as many groups as the recipe has `experts`, and make each group one expert.
 
     Args:
         router: ``[N, hidden]``; its rows are averaged within the groups.
@@ -52,17 +54,18 @@ def merge_layer(
         NotFiniteError: an expert holds NaN or infinity.
     """
     nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
-    gram = grams(experts, nothing, "expert", choice.device)
+    gram = grams(experts, nothing, "expert", device)
+    count = merge.experts
     groups = groups_by_weights(gram[0], count)
     rows = average_rows(router, groups)
     factor = 1.0
     if not renormalises and count < len(router):
         before = expected_mass(router, norm, top_k, seed)
         factor = before / expected_mass(rows, norm, min(top_k, count), seed)
-    played = [play(experts, members, choice) for members in groups]
+    played = [play(experts, members, merge, device) for members in groups]
     record = {
         "groups": [list(members) for members in groups],
         "mass_factor": factor,
         "games": [game for group in played for game in group.record],
     }
-    return MergedLayer(experts, played, choice, factor, rows, record, cosines(gram))
+    return MergedLayer(experts, played, merge, device, factor, rows, record, cosines(gram))

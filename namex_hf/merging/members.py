@@ -6,25 +6,14 @@ from typing import Any
 import torch
 
 from ..bargaining import loss_bargaining
+from ..recipe import Grouped
 from .alignment import ALIGNMENT_TOKENS, order_by_activations, order_by_weights, permuted
-from .combine import Combination, shares
+from .combine import shares
 from .curvature import CurvedSum, curved_loss, second_moment
 from .experts import PROJECTIONS, Experts, games_of, grams, weighted_sum
 from .record import game_record, loss_record
 from .routing import Activation, Routing, neurons
 from .weightings import Seen
-
-
-@dataclass(frozen=True)
-class Tuning:
-    """How the members of a group become one, given text."""
-
-    combination: Combination
-    align: str = "activations"  # none, weights, activations
-    curvature: str = "calibrated"  # identity, diagonal, calibrated
-    metric: str = "euclidean"  # euclidean, calibrated
-    power: str = "equal"  # equal, usage, loss
-    ridge: float = 1e-2
 
 
 @dataclass(frozen=True)
@@ -84,18 +73,18 @@ def gather(
     return Members(numbers, matrices, inputs, routing, activation, seen)
 
 
-def merge_members(members: Members, tuning: Tuning) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+def merge_members(members: Members, merge: Grouped) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The one expert of a group, in the experts' dtype, and what is written down about its games.
 
     Memory: float64 sums of one matrix and one second moment; under ``metric: calibrated`` the moments that all members
     have for one matrix.
     """
-    weights, record = (by_losses if tuning.metric == "calibrated" else by_weights)(members, tuning)
-    if tuning.curvature == "identity":
+    weights, record = (by_losses if merge.game.metric == "calibrated" else by_weights)(members, merge)
+    if merge.curvature.kind == "identity":
         return {name: weighted_sum(members.matrices[name], weights[name]) for name in PROJECTIONS}, record
     merged: dict[str, torch.Tensor] = {}
     for names in (("gate_proj", "up_proj"), ("down_proj",)):  # gate and up see the same inputs
-        sums = {name: CurvedSum(tuning.curvature == "diagonal", tuning.ridge) for name in names}
+        sums = {name: CurvedSum(merge.curvature.kind == "diagonal", merge.curvature.ridge) for name in names}
         for place in range(len(members.numbers)):
             expert, moment = members.expert(place), members.moment(place, names[0])
             for name in names:
@@ -108,18 +97,18 @@ Weighed = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 """Weights ``[n]`` by projection that sum to 1, and the record of the games they come from."""
 
 
-def by_weights(members: Members, tuning: Tuning) -> Weighed:
+def by_weights(members: Members, merge: Grouped) -> Weighed:
     """The game over the members' weights as they are: Gram matrices of the domain vectors around the first."""
-    rules, matrices = tuning.combination.rules, members.matrices
+    granularity, matrices = merge.game.granularity, members.matrices
     first = {name: matrices[name][0] for name in PROJECTIONS}
-    gram = grams(matrices, first, rules.granularity, tuning.combination.device)
-    settled = shares(gram, tuning.combination, first["gate_proj"].dtype, members.seen)
-    games = games_of(rules.granularity)
+    gram = grams(matrices, first, granularity, members.inputs.device)
+    settled = shares(gram, merge, first["gate_proj"].dtype, members.seen)
+    games = games_of(granularity)
     record = [game_record(game, gram[index], settled, index) for index, game in enumerate(games)]
     return {name: settled.values[index] for index, game in enumerate(games) for name in game}, record
 
 
-def by_losses(members: Members, tuning: Tuning) -> Weighed:
+def by_losses(members: Members, merge: Grouped) -> Weighed:
     """The bargain over the errors that the members' own tokens would see, a game a matrix.
 
     Without agreement all weigh alike, recorded as such. With the zero point the first member is what everybody has
@@ -131,15 +120,15 @@ def by_losses(members: Members, tuning: Tuning) -> Weighed:
     for name in PROJECTIONS:
         matrices = [members.expert(place)[name] for place in range(count)]
         moments = [members.moment(place, name) for place in range(count)]
-        zero = tuning.combination.rules.disagreement == "zero"
+        zero = merge.game.disagreement == "zero"
         point = matrices[0] if zero else torch.stack(matrices).mean(0)
         power = torch.ones(count, dtype=torch.float64)
-        if tuning.power == "usage":
+        if merge.game.power == "usage":
             power = members.seen.usage
-        elif tuning.power == "loss":
+        elif merge.game.power == "loss":
             losses = [curved_loss(point, *pair) for pair in zip(matrices, moments, strict=True)]
             power = torch.tensor(losses, dtype=torch.float64)
-        found = loss_bargaining(matrices, moments, point, power, tuning.ridge)
+        found = loss_bargaining(matrices, moments, point, power, merge.curvature.ridge)
         share = torch.full((count,), 1 / count, dtype=torch.float64)
         if found.status == "agreement":
             share = found.weights.cpu() / found.weights.sum().cpu()

@@ -7,30 +7,14 @@ from typing import Any
 import torch
 
 from ..bargaining import NO_AGREEMENT
+from ..recipe import AroundBase
 from .experts import Base, Experts, each_projection, games_of, grams, weighted_step
 from .momentum import advance
 from .record import cosines, game_record, own_base_record
-from .weightings import FALLBACK, WEIGHTINGS, Bargain, Weights
+from .weightings import FALLBACK, WEIGHTINGS, Weights
 
 StepOf = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 """From a projection, its E_m and the weights ``[N]`` to ``sum_i w_i M_i(tau_i)``, of the base's shape and dtype."""
-
-
-@dataclass(frozen=True)
-class Propagation:
-    """How the base expert moves from a layer to the next."""
-
-    weighting: str | None = "nash"  # None: no step is made, the next layer has its own base (CAMEx)
-    rules: Bargain = field(default_factory=Bargain)
-    gamma: float = 1.0
-    every: int | None = 1  # solve at every n-th MoE layer; None: at the first alone
-    beta: complex = 0j  # of the momentum; 0 without
-    device: str = "cpu"
-    curved: bool = False  # M_i acts in the step once it is trained (paper eq. 3); NAMEx drops it there (eq. 7)
-
-    def solves_at(self, position: int) -> bool:
-        """Whether all games are solved at the ``position``-th MoE layer, or the weights of agreements reused."""
-        return position == 0 if self.every is None else position % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -52,7 +36,14 @@ class Step:
     weights: torch.Tensor | None  # float64 [games, N], with which the step is taken; None: there is no step
 
 
-def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int, step_of: StepOf | None = None) -> Step:
+def propagate(
+    experts: Experts,
+    walk: Walk,
+    merge: AroundBase,
+    position: int,
+    step_of: StepOf | None = None,
+    device: str | torch.device = "cpu",
+) -> Step:
     """E_m' = E_m + gamma * sum_i w_i (E_i - E_m), or by way of a momentum buffer (paper eq. 11).
 
     Each game is decided by itself, see `solve_or_reuse`. Without a weighting (CAMEx, paper eq. 2) cosines and norms are
@@ -69,30 +60,31 @@ def propagate(experts: Experts, walk: Walk, choice: Propagation, position: int, 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    gram = grams(experts, walk.base, choice.rules.granularity, choice.device)
-    games = games_of(choice.rules.granularity)
-    if choice.weighting is None:
+    gram = grams(experts, walk.base, merge.game.granularity, device)
+    games = games_of(merge.game.granularity)
+    if merge.weights_by is None:
         record = [own_base_record(game, gram[index]) for index, game in enumerate(games)]
         return Step(None, record, cosines(gram), None)
-    weights, reusable = solve_or_reuse(gram, walk.weights, choice, position, experts["gate_proj"][0].dtype)
+    weights, reusable = solve_or_reuse(gram, walk.weights, merge, position, experts["gate_proj"][0].dtype)
     of_game = {name: weights.values[index] for index, game in enumerate(games) for name in game}
 
     def step(name: str) -> torch.Tensor:
         if step_of is not None:
             return step_of(name, walk.base[name], of_game[name])
-        return weighted_step(experts[name], walk.base[name], of_game[name], choice.device)
+        return weighted_step(experts[name], walk.base[name], of_game[name], device)
 
-    base, momentum = advance(walk.base, each_projection(step), walk.momentum, choice.gamma, choice.beta)
+    going = merge.propagation
+    base, momentum = advance(walk.base, each_projection(step), walk.momentum, going.gamma, going.complex_beta)
     record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
     return Step(Walk(base, reusable, momentum), record, cosines(gram), weights.values)
 
 
 def solve_or_reuse(
-    gram: torch.Tensor, earlier: torch.Tensor | None, choice: Propagation, position: int, precision: torch.dtype
+    gram: torch.Tensor, earlier: torch.Tensor | None, merge: AroundBase, position: int, precision: torch.dtype
 ) -> tuple[Weights, torch.Tensor]:
     """The weights of a layer's games, and what the next layer may reuse of them.
 
-    A game reuses the weights of its own last agreement, by expert index, in a layer where `Propagation.solves_at` says
+    A game reuses the weights of its own last agreement, by expert index, in a layer where `AroundBase.solves_at` says
     no. Expert indices of different layers do not correspond; the paper reuses them so. A game whose last solution was
     no agreement is solved again in every layer until there is one. The games of a layer (gate, up and down) may differ
     in this.
@@ -107,20 +99,20 @@ def solve_or_reuse(
     Returns:
         The weights in force, and float64 ``[games, N]``: those of agreements, zeros where there is none.
     """
-    assert choice.weighting is not None, "CAMEx has no games"
+    assert merge.weights_by is not None, "CAMEx has no games"
     reusable = gram.new_zeros(gram.shape[:2]) if earlier is None else earlier.clone()
-    due = ~reusable.any(-1) | choice.solves_at(position)
+    due = ~reusable.any(-1) | merge.solves_at(position)
     status = ["reused"] * len(gram)
     residual: list[float | None] = [None] * len(gram)
     iterations: list[int | None] = [None] * len(gram)
     if due.any():
-        found = WEIGHTINGS[choice.weighting](gram[due], choice.rules, precision)
+        found = WEIGHTINGS[merge.weights_by](gram[due], merge.game, precision)
         reusable[due] = found.values
         for place, index in enumerate(due.nonzero().flatten().tolist()):
             status[index], residual[index] = found.status[place], found.residual[place]
             iterations[index] = found.iterations[place]
     values = reusable.clone()
-    if choice.rules.disagreement == "mean":
+    if merge.game.disagreement == "mean":
         for index, word in enumerate(status):
             if word == NO_AGREEMENT:
                 values[index], status[index] = 1 / values.shape[-1], FALLBACK

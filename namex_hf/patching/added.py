@@ -13,7 +13,8 @@ from ..merging.calibrated import Text
 from ..merging.routers import assignment, cosine_form, cosines, scale_by_entropy, scale_by_norms
 from ..merging.routing import Routing, route
 from ..models.soft_kronecker import KroneckerCurvature, kronecker_parameters
-from ..recipe import Recipe
+from ..recipe import Grouped, Recipe, Soft
+from ..recipe.parts import Curvature
 
 KINDS = ("base", "curvature", "cosine_router", "stable_router")
 """How names of added tensors begin, before the part that they are."""
@@ -27,10 +28,13 @@ def patched_config(
     Args:
         counts: of experts that each MoE layer keeps; None: all keep the recipe's number.
     """
-    result = {**both_forms(config), "namex": recipe.to_dict()}
+    result = {**both_forms(config), "namex": recipe.to_stored()}
     if family.is_to_untie(config):
         result["tie_word_embeddings"] = False
-    kept = recipe.experts if counts is None else max(counts)
+    merge = recipe.merge
+    kept = merge.experts if isinstance(merge, Grouped) else None
+    if counts is not None:
+        kept = max(counts)
     if kept is not None:
         result[family.experts_field] = kept
         result["num_experts_per_tok"] = min(shape.top_k, kept)
@@ -68,9 +72,9 @@ def router_tensors(
 
     Memory: float32 ``[tokens, experts]`` a few times.
     """
-    if recipe.routing == "cosine":
+    if recipe.routing.kind == "cosine":
         projection, embeddings = cosine_form(router)
-        if recipe.temperature == "norms":
+        if recipe.routing.temperature == "norms":
             scale = scale_by_norms(router, norm)
         else:
             assert text is not None
@@ -78,7 +82,7 @@ def router_tensors(
             scale = scale_by_entropy(logits, cosines(text.inputs, projection, embeddings))
         parts = {"projection": projection, "embeddings": embeddings, "scale": torch.tensor([scale])}
         return {f"cosine_router.{name}": tensor.to(router.dtype) for name, tensor in parts.items()}
-    if recipe.routing == "stable":
+    if recipe.routing.kind == "stable":
         assert text is not None
         assert ids is not None
         routing = route(text.inputs, router.to(text.inputs), assigned_top_k(recipe, config, sparse), renormalises=False)
@@ -93,29 +97,37 @@ def router_tensors(
 
 def assigned_top_k(recipe: Recipe, config: Config, sparse: bool) -> int:
     """How many experts ``routing: stable`` assigns to an id; in a layer that stays sparse the model's own number."""
-    return config["num_experts_per_tok"] if sparse or recipe.top_k is None else recipe.top_k
+    top_k = recipe.merge.top_k if isinstance(recipe.merge, Soft) else None
+    return config["num_experts_per_tok"] if sparse or top_k is None else top_k
+
+
+def ranked_curvature(recipe: Recipe) -> Curvature | None:
+    """The curvature that a layer's block holds under ``soft``, measured or to be trained; None where it holds none."""
+    merge = recipe.merge
+    return merge.curvature if isinstance(merge, Soft) and merge.curvature.rank is not None else None
 
 
 def kronecker_tensors(recipe: Recipe, shape: MoeShape, layer: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The start of a trainable curvature, by the names of its parts in the block; none where the layer has none."""
-    if recipe.curvature != "kronecker" or recipe.stays_sparse(layer, shape.layers):
+    curvature = ranked_curvature(recipe)
+    if curvature is None or curvature.kind != "kronecker" or recipe.merge.stays_sparse(layer, shape.layers):
         return {}
-    assert recipe.rank is not None
-    curvature = KroneckerCurvature(shape.experts, shape.hidden, shape.width, recipe.rank)
-    curvature.reset_parameters(torch.Generator().manual_seed((recipe.seed + layer) % (1 << 63)))
-    return {f"curvature.{name}": tensor.to(dtype) for name, tensor in curvature.state_dict().items()}
+    assert curvature.rank is not None
+    trained = KroneckerCurvature(shape.experts, shape.hidden, shape.width, curvature.rank)
+    trained.reset_parameters(torch.Generator().manual_seed((recipe.seed + layer) % (1 << 63)))
+    return {f"curvature.{name}": tensor.to(dtype) for name, tensor in trained.state_dict().items()}
 
 
 def router_bytes(recipe: Recipe, shape: MoeShape, kept: int, config: Config, dtype: torch.dtype, sparse: bool) -> int:
     """Bytes of a layer's `router_tensors`."""
-    if recipe.routing == "stable":
+    if recipe.routing.kind == "stable":
         return config["vocab_size"] * assigned_top_k(recipe, config, sparse) * torch.int32.itemsize
     return sum(map(math.prod, cosine_shapes(recipe, kept, shape.hidden).values())) * dtype.itemsize
 
 
 def cosine_shapes(recipe: Recipe, kept: int, hidden: int) -> dict[str, tuple[int, ...]]:
     """Shapes of a layer's `router_tensors` under routing ``cosine``."""
-    if recipe.routing != "cosine":
+    if recipe.routing.kind != "cosine":
         return {}
     rank = min(kept, hidden)
     shapes = {"projection": (rank, hidden), "embeddings": (kept, rank), "scale": (1,)}
@@ -124,11 +136,13 @@ def cosine_shapes(recipe: Recipe, kept: int, hidden: int) -> dict[str, tuple[int
 
 def curvature_bytes(recipe: Recipe, shape: MoeShape, dtype: torch.dtype) -> int:
     """Bytes of a layer's curvature under ``soft``, measured or to be trained."""
-    if recipe.rank is None:
+    curvature = ranked_curvature(recipe)
+    if curvature is None:
         return 0
-    if recipe.curvature == "kronecker":
-        return shape.experts * kronecker_parameters(shape.hidden, shape.width, recipe.rank) * dtype.itemsize
-    return shape.experts * (3 + recipe.rank * (shape.hidden + shape.width)) * dtype.itemsize
+    assert curvature.rank is not None
+    if curvature.kind == "kronecker":
+        return shape.experts * kronecker_parameters(shape.hidden, shape.width, curvature.rank) * dtype.itemsize
+    return shape.experts * (3 + curvature.rank * (shape.hidden + shape.width)) * dtype.itemsize
 
 
 def by_block_name(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

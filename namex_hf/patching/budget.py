@@ -9,10 +9,9 @@ from transformers.activations import ACT2FN
 from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText
 from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, between, least_damage, tried
-from ..merging.calibrated import Choice, Mixture, Shrinking, Text
+from ..merging.calibrated import Mixture, Shrinking, Text
 from ..merging.routing import Routing
-from ..recipe import Recipe
-from .grouped import choice_of
+from ..recipe import Grouped, Recipe
 from .on_text import Source, Tell, unpatched
 
 
@@ -34,8 +33,9 @@ def spend(source: Source, recipe: Recipe, text: CalibrationText, tell: Tell) -> 
         NotFiniteError: an expert holds NaN or infinity.
     """
     shape, device = source.shape, recipe.device
-    assert recipe.experts is not None
-    if recipe.experts == shape.experts:
+    merge = recipe.merge
+    assert isinstance(merge, Grouped)
+    if merge.experts == shape.experts:
         return [{"layer": layer, "experts": shape.experts} for layer in shape.layers]
     ids, held_out = shorter(text)
     decoder = Decoder(source.config, source.family, shape, source.read, device)
@@ -57,12 +57,12 @@ def spend(source: Source, recipe: Recipe, text: CalibrationText, tell: Tell) -> 
         wanted = mixture.output(inputs, routing)
         heard = Text(inputs, routing, len(held_out), held_out.to(device), wanted)
         with source.named(layer):
-            errors[layer], output = _tried(mixture, heard, choice_of(recipe, recipe.experts))
+            errors[layer], output = _tried(mixture, heard, merge, recipe.seed)
         damaged[layer] = (hidden + output.cpu().view_as(hidden))[held_out]
         hidden += wanted.cpu().view_as(hidden)
         tell(layer, "measured")
     before, *after = decoder.losses([hidden[held_out], *damaged.values()], ids[held_out])
-    return dealt_out(errors, [max(0.0, loss - before) for loss in after], recipe.experts, shape.experts)
+    return dealt_out(errors, [max(0.0, loss - before) for loss in after], merge.experts, shape.experts)
 
 
 def dealt_out(
@@ -101,13 +101,13 @@ def _mixture(source: Source, layer: int) -> Mixture:
     return Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
 
 
-def _tried(mixture: Mixture, text: Text, choice: Choice) -> tuple[dict[int, float], torch.Tensor]:
-    """The error of a layer's output by number of experts, and the output with the choice's own number."""
+def _tried(mixture: Mixture, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
+    """The error of a layer's output by number of experts, and the output with the recipe's own number."""
     found, kept = {}, text.inputs
-    for count in tried(len(mixture.router), choice.count):
-        shrinking = Shrinking(mixture, text, replace(choice, count=count, fit="none"))
+    for count in tried(len(mixture.router), merge.experts):
+        shrinking = Shrinking(mixture, text, replace(merge, experts=count), seed, fits=False)
         _, output = shrinking.run()
         found[count] = shrinking.record["errors"][-1]["error"]
-        if count == choice.count:
+        if count == merge.experts:
             kept = output
     return found, kept

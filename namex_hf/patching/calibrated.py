@@ -14,12 +14,12 @@ from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
 from ..families import PROJECTIONS, Config
 from ..merging.calibrated import Mixture, Shrinking
-from ..recipe import Recipe
+from ..recipe import Grouped, Recipe
 from .added import router_tensors
 from .blocks import Blocks, block_tensors
 from .budget import spend
 from .finite import check_finite, require_finite_result
-from .grouped import choice_of, write_packs
+from .grouped import write_packs
 from .on_text import Source, Tell, heard_layers, resumed, source_of, told
 from .plan import Plan
 from .state import State, Stream
@@ -58,13 +58,17 @@ def shrink_layers(
     Memory: what `heard_layers` says, one layer's experts again in the number that is left, and outputs, twice
     ``[tokens, hidden]`` in float32.
     """
-    blocks = Blocks(patched, source.family) if recipe.routing != "linear" else None
+    blocks = Blocks(patched, source.family) if recipe.routing.kind != "linear" else None
+    merge = recipe.merge
+    assert isinstance(merge, Grouped)
     for heard in heard_layers(source, recipe, text, stream, tell):
         layer = heard.layer
-        shared, count = partial(source.shared, layer), recipe.experts
         if counts is not None:
-            count = counts[source.shape.layers.index(layer)]
-        shrinking = Shrinking(heard.mixture, heard.text, choice_of(recipe, count), shared, partial(tell, layer))
+            merge = replace(merge, experts=counts[source.shape.layers.index(layer)])
+        shared = partial(source.shared, layer)
+        shrinking = Shrinking(
+            heard.mixture, heard.text, merge, recipe.seed, shared=shared, advance=partial(tell, layer)
+        )
         heard = heard.without_experts()
         with source.named(layer):
             smaller, output = shrinking.run()
@@ -80,7 +84,7 @@ def shrink_layers(
                 if shrinking.moved is not None:
                     output += shrinking.moved
                 shrinking.record |= blocks.compared(block, heard.text, text.ids)
-        hidden = heard.passed_on(output if recipe.calibrate == "after" else shrinking.wanted)
+        hidden = heard.passed_on(output if recipe.calibration.when == "after" else shrinking.wanted)
         record = {"layer": layer, **shrinking.record, "seconds": heard.seconds}
         stream = Stream(layer + 1, hidden, heard.original)
         yield Made(layer, smaller, shrinking.cosines, record, stream, routers, shrinking.refitted)

@@ -26,13 +26,14 @@ class Effort:
 
 def effort_of(plan: Plan) -> Effort | None:
     """None where no layer is fitted whole."""
-    recipe, shape = plan.recipe, plan.shape
-    if recipe.fit != "layer" or plan.kept == shape.experts:
+    shape = plan.shape
+    if not plan.fits_layers or plan.kept == shape.experts:
         return None
-    checked = min(CHECKED_TOKENS, recipe.calibration_tokens // 8) / CHECK_EVERY
-    products = recipe.fit_steps * ((FORWARD + BACKWARD) * BATCH + FORWARD * checked)
+    steps = plan.grouped.fit.steps
+    checked = min(CHECKED_TOKENS, plan.recipe.calibration.tokens // 8) / CHECK_EVERY
+    products = steps * ((FORWARD + BACKWARD) * BATCH + FORWARD * checked)
     neurons = shape.width * min(shape.top_k, plan.kept) + shape.shared_width  # of a token
-    return Effort(recipe.fit_steps, 2.0 * shape.hidden * neurons * products)
+    return Effort(steps, 2.0 * shape.hidden * neurons * products)
 
 
 def measured_speed(plan: Plan) -> float:

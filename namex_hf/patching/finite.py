@@ -8,7 +8,7 @@ from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan
 from ..errors import CheckpointError, RecipeError
 from ..families import PROJECTIONS
-from ..recipe import Recipe
+from ..recipe import AroundBase, Grouped, Recipe, Soft
 from .plan import Plan
 
 
@@ -26,9 +26,11 @@ def check_finite(plan: Plan, advance: Callable[[str, int], None]) -> None:
         for expert in range(plan.shape.experts)
         for projection in PROJECTIONS
     }
+    merge = plan.recipe.merge
+    merged = merge.has_base or plan.recipe.needs_text or isinstance(merge, Grouped)
     with Reader(plan.checkpoint.identity.digests) as reader:
         for name, span in plan.spans.items():
-            if name in experts and (plan.recipe.has_base or plan.recipe.calibrated or plan.recipe.merge == "grouped"):
+            if name in experts and merged:
                 continue
             if span.dtype.is_floating_point and span.dtype.itemsize > 1:
                 require_finite(name, span, reader.read(span))
@@ -57,7 +59,8 @@ def require_finite_result(layer: int, tensors: Mapping[str, torch.Tensor], recip
     """
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
-            found = ", ".join(f"{field}={getattr(recipe, field)}" for field in _steering(recipe))
+            values = recipe.to_dict()
+            found = ", ".join(f"{field}={values[field]}" for field in _steering(recipe))
             raise RecipeError(
                 f"layer {layer}: {name} of the result would hold NaN or infinite values in {tensor.dtype}; "
                 f"take another value of {found}"
@@ -66,11 +69,14 @@ def require_finite_result(layer: int, tensors: Mapping[str, torch.Tensor], recip
 
 def _steering(recipe: Recipe) -> list[str]:
     """The fields that decide how large the numbers of a result become."""
-    applies = {
-        "gamma": recipe.propagates,
-        "beta": recipe.propagates and recipe.momentum != "none",
-        "scale": recipe.weights_by == "nash" and recipe.scale == "lemma",
-        "ridge": recipe.curvature in ("calibrated", "diagonal") or recipe.down == "refit",
-        "fit_steps": recipe.fit != "none",
-    }
+    merge = recipe.merge
+    applies = {"gamma": merge.propagates}
+    if isinstance(merge, AroundBase):
+        applies["beta"] = merge.propagates and merge.propagation.momentum != "none"
+        applies["scale"] = merge.weights_by == "nash" and merge.game.scale == "lemma"
+    if isinstance(merge, (Soft, Grouped)):
+        applies["ridge"] = merge.curvature.measured
+    if isinstance(merge, Grouped):
+        applies["ridge"] |= merge.down == "refit"
+        applies["fit_steps"] = merge.fit.kind != "none"
     return [name for name, steers in applies.items() if steers] or ["method"]

@@ -14,32 +14,15 @@ from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item, write_shard
 from ..errors import FamilyError
 from ..families import PROJECTIONS
-from ..merging.calibrated import Choice
-from ..merging.combine import Combination
 from ..merging.groups import MergedLayer, merge_layer
-from ..merging.members import Tuning
-from ..recipe import Recipe
 from .added import cosine_shapes, router_tensors
 from .finite import check_finite, is_finite, require_finite_result
 from .layer import named, read_experts
 from .plan import LAYER, Plan, constant_items
 from .state import State
-from .walk import METADATA, Advance, rules_of, shard_names
+from .walk import METADATA, Advance, shard_names
 
 NUMBERS = re.compile(r"(\d+)")
-
-
-def combination_of(recipe: Recipe) -> Combination:
-    """How a recipe makes one expert of a group; operators ``random`` and ``shared`` weigh nobody."""
-    return Combination(recipe.weights_by or "uniform", rules_of(recipe), recipe.device)
-
-
-def choice_of(recipe: Recipe, count: int | None) -> Choice:
-    """How a recipe makes a layer smaller, given text, with so many experts left."""
-    align, curvature, grouping, down = recipe.align, recipe.curvature, recipe.grouping, recipe.down
-    assert count and align and curvature and grouping and down, "a grouped recipe states them all"  # noqa: PT018
-    tuning = Tuning(combination_of(recipe), align, curvature, recipe.metric, recipe.power, recipe.ridge)
-    return Choice(count, tuning, grouping, recipe.operator, down, recipe.fit, recipe.fit_steps, recipe.seed)
 
 
 @dataclass
@@ -107,11 +90,11 @@ class LayerMaker:
                 experts,
                 router,
                 norm,
-                plan.kept,
+                plan.grouped,
                 plan.shape.top_k,
                 plan.shape.renormalises,
-                combination_of(plan.recipe),
                 plan.recipe.seed,
+                plan.recipe.device,
             )
         self.routers = router_tensors(plan.recipe, merged.router, norm, plan.config())
         require_finite_result(layer, {"router": merged.router, **self.routers}, plan.recipe)

@@ -22,7 +22,7 @@ from ..merging.directions import layer_curvature
 from ..merging.experts import Experts, grams
 from ..merging.propagation import Walk, propagate
 from ..merging.record import cosines
-from ..recipe import Recipe
+from ..recipe import AroundBase, Recipe, Soft
 from .added import kronecker_tensors, router_tensors
 from .blocks import Blocks, block_tensors
 from .finite import check_finite, require_finite_result
@@ -34,7 +34,6 @@ from .walk import (
     carried_items,
     carry_over,
     packs_of_added,
-    propagation_of,
     shard_names,
     stored_base,
     write_added,
@@ -76,7 +75,7 @@ def keep_layers(
         with source.named(layer):
             made, walk = _keep(source, recipe, heard, walk, partial(tell, layer))
         norm = source.read(source.family.router_norm(layer))
-        sparse = recipe.stays_sparse(layer, source.shape.layers)
+        sparse = recipe.merge.stays_sparse(layer, source.shape.layers)
         routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids, sparse)
         made = replace(made, tensors=made.tensors | routers)
         require_finite_result(layer, made.tensors, recipe)
@@ -85,12 +84,12 @@ def keep_layers(
             output = blocks.output(block, heard.text.inputs, text.ids)
             routing = blocks.compared(block, heard.text, text.ids)
         error = float((output - wanted).square().sum() / wanted.square().sum().clamp(min=torch.finfo().tiny))
-        hidden = heard.passed_on(output if recipe.calibrate == "after" else wanted)
+        hidden = heard.passed_on(output if recipe.calibration.when == "after" else wanted)
         record = {
             "layer": layer,
             **made.record,
             **routing,
-            "errors": [{"stage": recipe.merge, "error": error}],
+            "errors": [{"stage": recipe.merge.kind, "error": error}],
             "seconds": heard.seconds,
         }
         yield replace(made, record=record, stream=Stream(layer + 1, hidden, walk=walk))
@@ -107,30 +106,33 @@ def _keep(
     """A layer without the record's end and the stream, and the base expert on its way to the next."""
     text, activation, experts = heard.text, heard.mixture.activation, dict(heard.mixture.experts)
     count, dtype = len(experts["gate_proj"]), experts["gate_proj"][0].dtype
-    orders = layer_orders(experts, recipe.align or "none", text.inputs, text.routing, activation)
+    merge = recipe.merge
+    curvature = merge.curvature if isinstance(merge, Soft) else None
+    align = curvature.align if curvature else "none"
+    orders = layer_orders(experts, align, text.inputs, text.routing, activation)
     reorder(experts, orders)
     tell("aligned")
     usage, mass = text.routing.count(count).tolist(), text.routing.mass(count).tolist()
     record: dict[str, Any] = {"usage": usage, "mass": mass, "games": []}
     tensors: dict[str, torch.Tensor] = {}
-    sparse = recipe.stays_sparse(heard.layer, source.shape.layers)
-    if recipe.has_base:
+    sparse = merge.stays_sparse(heard.layer, source.shape.layers)
+    if isinstance(merge, AroundBase) and merge.has_base:
         if walk is None:
-            walk = Walk(own_base(recipe.base, experts, partial(source.shared, heard.layer), source.shape.width))
+            walk = Walk(own_base(merge.base, experts, partial(source.shared, heard.layer), source.shape.width))
         else:
             require_finite_result(heard.layer, stored_base(walk, dtype), recipe)
         position = source.shape.layers.index(heard.layer)
         if not sparse:
             tensors |= stored_base(walk, dtype)
-        step = propagate(experts, walk, propagation_of(recipe), position)
+        step = propagate(experts, walk, merge, position, device=recipe.device)
         record["games"], alike, walk = step.record, step.cosines, step.walk
     else:
         nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
         alike = cosines(grams(experts, nothing, "expert", recipe.device))
     tensors |= kronecker_tensors(recipe, source.shape, heard.layer, dtype)
-    if recipe.curvature == "calibrated" and not sparse:
-        assert recipe.rank is not None
-        found = layer_curvature(experts, text.inputs, text.routing, activation, recipe.rank, recipe.ridge)
+    if curvature and curvature.kind == "calibrated" and not sparse:
+        assert curvature.rank is not None
+        found = layer_curvature(experts, text.inputs, text.routing, activation, curvature.rank, curvature.ridge)
         tensors |= {f"curvature.{name}": tensor.to(dtype) for name, tensor in found.tensors().items()}
         record["explained"] = [round(part.explained, 4) for part in (found.inputs, found.neurons)]
         tell("curvature")
@@ -152,7 +154,8 @@ def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict
     carried = len(plan.shards)
     names = shard_names(carried + len(packs))
     with Reader(plan.checkpoint.identity.digests) as reader:
-        in_order = plan.recipe.align in (None, "none")
+        merge = plan.recipe.merge
+        in_order = not isinstance(merge, Soft) or merge.curvature.align == "none"
         items_of = carried_items if in_order else partial(reordered_items, state, reader)
         carry_over(plan, folder, names[:carried], advance, Event(), state, items_of)
     write_added(plan, folder, state, packs, names[carried:])

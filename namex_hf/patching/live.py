@@ -17,18 +17,17 @@ from ..merging.base import own_base
 from ..merging.groups import merge_layer
 from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
-from ..recipe import Recipe
+from ..recipe import AroundBase, Grouped, Recipe
 from .added import block_name, by_decoder_layer, kronecker_tensors, patched_config, router_tensors
 from .budget import spend
 from .calibrated import shrink_layers
 from .finite import require_finite_result
-from .grouped import combination_of
 from .kept import keep_layers, reorder
 from .on_text import Source
 from .plan import check_fit
 from .text import text_for
 from .threads import shared_out
-from .walk import propagation_of, stored_base
+from .walk import stored_base
 
 
 @torch.no_grad()
@@ -58,17 +57,17 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     if not hasattr(model, "model") or not hasattr(model, "lm_head"):
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
     fit_for_others(model, family)
-    if not recipe.calibrated:
+    if not recipe.needs_text:
         with shared_out():
-            (_group if recipe.merge == "grouped" else _keep)(model, family, shape, recipe)
-        model.config.namex = recipe.to_dict()
+            (_group if isinstance(recipe.merge, Grouped) else _keep)(model, family, shape, recipe)
+        model.config.namex = recipe.to_stored()
         return model
     if calibration is None:
         raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
     text = text_for(recipe, config, calibration)
     recipe = replace(recipe, calibration_data=text.name)
-    (_group_on_text if recipe.merge == "grouped" else _keep_on_text)(model, family, shape, recipe, text)
-    model.config.namex = recipe.to_dict()
+    (_group_on_text if isinstance(recipe.merge, Grouped) else _keep_on_text)(model, family, shape, recipe, text)
+    model.config.namex = recipe.to_stored()
     return model
 
 
@@ -112,30 +111,31 @@ def _shared(block: Any, family: Family) -> dict[str, torch.Tensor]:
 def _keep(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
     """Recipes that keep the experts, without text."""
     patched = patched_config(model.config.to_dict(), family, shape, recipe)
-    choice, added, walk = propagation_of(recipe), {}, None
+    merge, added, walk = recipe.merge, {}, None
     for position, layer in enumerate(shape.layers):
         block = _block(model, layer)
         experts = _experts(block, shape.width)
         added[layer] = kronecker_tensors(recipe, shape, layer, experts["gate_proj"].dtype)
         added[layer] |= router_tensors(recipe, block.gate.weight.detach().cpu(), _norm(model, layer), patched)
-        if recipe.has_base:
+        if isinstance(merge, AroundBase) and merge.has_base:
             if walk is None:
-                walk = Walk(own_base(recipe.base, experts, partial(_shared, block, family), shape.width))
+                walk = Walk(own_base(merge.base, experts, partial(_shared, block, family), shape.width))
             else:
                 require_finite_result(layer, stored_base(walk, experts["gate_proj"].dtype), recipe)
-            if not recipe.stays_sparse(layer, shape.layers):
+            if not merge.stays_sparse(layer, shape.layers):
                 added[layer] |= stored_base(walk, experts["gate_proj"].dtype)
-            walk = propagate(experts, walk, choice, position).walk
+            walk = propagate(experts, walk, merge, position, device=recipe.device).walk
         require_finite_result(layer, added[layer], recipe)
     if recipe.own_class:
-        patch_classes(model, recipe.to_dict())
+        patch_classes(model, recipe.to_stored())
         for layer, tensors in added.items():
             _fill(_block(model, layer), tensors)
 
 
 def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
     """Merge without text."""
-    assert recipe.experts is not None
+    merge = recipe.merge
+    assert isinstance(merge, Grouped)
     patched, added = patched_config(model.config.to_dict(), family, shape, recipe), {}
     for layer in shape.layers:
         block = _block(model, layer)
@@ -143,13 +143,13 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
             _experts(block, shape.width),
             block.gate.weight.detach().cpu(),
             _norm(model, layer),
-            recipe.experts,
+            merge,
             shape.top_k,
             shape.renormalises,
-            combination_of(recipe),
             recipe.seed,
+            recipe.device,
         )
-        experts = [merged.expert(index) for index in range(recipe.experts)]
+        experts = [merged.expert(index) for index in range(merge.experts)]
         for index, one in enumerate(experts):
             require_finite_result(layer, {f"expert {index} {name}": one[name] for name in PROJECTIONS}, recipe)
         _replace(block, {name: torch.stack([one[name] for one in experts]) for name in PROJECTIONS}, merged.router)
@@ -162,7 +162,7 @@ def _group_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, 
     patched, added = patched_config(model.config.to_dict(), family, shape, recipe), {}
     source = _source(model, family, shape, lambda layer: _experts(_block(model, layer), shape.width))
     counts = None
-    if recipe.budget == "damage":
+    if isinstance(recipe.merge, Grouped) and recipe.merge.budget == "damage":
         counts = tuple(layer["experts"] for layer in spend(source, recipe, text, lambda layer, stage: None))
     for made in shrink_layers(source, patched, recipe, text, None, lambda layer, stage: None, counts):
         _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
@@ -179,14 +179,14 @@ def _finish_grouped(
     do."""
     counts = [len(_block(model, layer).gate.weight) for layer in shape.layers]
     count = max(counts)
-    if recipe.budget == "damage":
+    if isinstance(recipe.merge, Grouped) and recipe.merge.budget == "damage":
         depth = len(model.model.layers)
         model.config.layer_experts = by_decoder_layer(tuple(counts), shape.layers, depth)
     setattr(model.config, family.experts_field, count)
     model.config.num_experts_per_tok = model.num_experts_per_tok = min(shape.top_k, count)
     model.num_experts = count
     if recipe.own_class:
-        patch_classes(model, recipe.to_dict())
+        patch_classes(model, recipe.to_stored())
         for layer, tensors in added.items():
             _fill(_block(model, layer), tensors)
 
@@ -201,7 +201,7 @@ def _keep_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, t
     source, made = _source(model, family, shape, experts), {}
     for one in keep_layers(source, patched, recipe, text, None, lambda layer, stage: None):
         made[one.layer] = one.orders, one.tensors
-    patch_classes(model, recipe.to_dict())
+    patch_classes(model, recipe.to_stored())
     for layer, (orders, tensors) in made.items():
         fused, width = _block(model, layer).experts, shape.width
         gate, up, down = fused.gate_up_proj[:, :width], fused.gate_up_proj[:, width:], fused.down_proj

@@ -16,10 +16,11 @@ from ..families import Config, Family, MoeShape
 from ..merging.calibrated import Mixture, Text
 from ..merging.experts import Base
 from ..merging.routing import Routing
-from ..recipe import Recipe
+from ..recipe import Grouped, Recipe
 from .layer import named, read_experts
 from .plan import Plan
 from .state import State, Stream
+from .text import measures
 from .walk import Advance
 
 Tell = Callable[[int, str], None]
@@ -82,7 +83,7 @@ def heard_layers(
     decoder = Decoder(source.config, source.family, shape, source.read, device)
     hidden = decoder.embed(text.ids).cpu() if stream is None else stream.hidden
     original = None
-    if recipe.target == "model":
+    if isinstance(recipe.merge, Grouped) and recipe.merge.target == "model":
         original = hidden.clone() if stream is None else stream.original
     activation = ACT2FN[source.config.get("hidden_act", "silu")]
     for layer in range(0 if stream is None else stream.layer, max(shape.layers) + 1):
@@ -104,8 +105,7 @@ def heard_layers(
             original = unpatched(mixture, aim, device)
             wanted = (original - hidden).view_as(tapped.inputs).to(device)
             del aim
-        measures = recipe.merge == "grouped" or recipe.routing == "stable"
-        held_out = text.held_out if measures else torch.zeros(len(text.ids), dtype=torch.bool)
+        held_out = text.held_out if measures(recipe) else torch.zeros(len(text.ids), dtype=torch.bool)
         shown = Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device), wanted)
         handed_over = [Heard(layer, tapped, mixture, shown, original, start)]
         del tapped, routing, mixture, wanted, shown  # what whoever takes it lets go of is gone

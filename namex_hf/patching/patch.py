@@ -23,7 +23,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, found, write_text
 from ..models import remote_code
-from ..recipe import Recipe
+from ..recipe import AroundBase, Grouped, Propagation, Recipe
 from ..report.card import card
 from ..report.report import Report
 from .calibrated import patch_calibrated, with_counts
@@ -95,13 +95,13 @@ def run_plan(
         earlier = set(state.shards())
         try:
             advance = _counting(plan, progress)
-            if plan.recipe.budget == "damage":
+            if plan.spends_budget:
                 plan = with_counts(plan, state, advance)
-            if plan.recipe.calibrated:
-                patch = patch_calibrated if plan.recipe.merge == "grouped" else patch_kept
+            if plan.recipe.needs_text:
+                patch = patch_calibrated if isinstance(plan.recipe.merge, Grouped) else patch_kept
                 weight_map = patch(plan, out, state, advance)
             else:
-                patch = patch_grouped if plan.recipe.merge == "grouped" else patch_walking
+                patch = patch_grouped if isinstance(plan.recipe.merge, Grouped) else patch_walking
                 with shared_out():
                     weight_map = patch(plan, out, state, advance)
             plan.checkpoint.identity.settle()
@@ -136,10 +136,10 @@ def _settled(plan: Plan, state: State, out: Path, earlier: set[str]) -> dict[str
 def space_needed(plan: Plan) -> int:
     """Bytes on disk at the fullest moment of a run: the result, each layer's base, the state, and a margin."""
     state = 2 * plan.all_added_bytes
-    if plan.recipe.calibrated:  # the stream twice while one replaces the other, and so that of the original
-        streams = 4 if plan.recipe.target == "model" else 2
-        state += 4 * streams * plan.recipe.calibration_tokens * plan.shape.hidden
-        if plan.recipe.merge == "grouped":  # all new layers
+    if plan.recipe.needs_text:  # the stream twice while one replaces the other, and so that of the original
+        streams = 4 if plan.aims_at_model else 2
+        state += 4 * streams * plan.recipe.calibration.tokens * plan.shape.hidden
+        if isinstance(plan.recipe.merge, Grouped):  # all new layers
             routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
             state += routed * plan.kept // plan.shape.experts + plan.shared_bytes
     return plan.bytes_out + state + MARGIN
@@ -157,7 +157,7 @@ def _keep_apart(checkpoint: Checkpoint, out: Path) -> None:
 
 def _counting(plan: Plan, progress: Progress | None) -> Callable[[str, int], None]:
     # Looked at or merged once; where shards are carried over as they are, copied as well.
-    total = plan.checkpoint.size * (1 if plan.recipe.merge == "grouped" else 2)
+    total = plan.checkpoint.size * (1 if isinstance(plan.recipe.merge, Grouped) else 2)
     done, lock = 0, threading.Lock()
 
     def advance(what: str, size: int) -> None:
@@ -183,12 +183,13 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
     }
     if plan.left_out:
         totals["left_out"] = plan.left_out
-    if plan.recipe.curvature == "kronecker":
+    if plan.curvature_parameters:
         totals["curvature_parameters"] = plan.curvature_parameters
-    if plan.recipe.budget == "damage":
+    if plan.spends_budget:
         totals["budget"] = state.load_budget()
-    if plan.recipe.momentum != "none":
-        totals |= _stability(plan, state.records())
+    merge = plan.recipe.merge
+    if isinstance(merge, AroundBase) and merge.propagation.momentum != "none":
+        totals |= _stability(merge.propagation, state.records())
     source = {
         "name": plan.checkpoint.name,
         "commit": plan.checkpoint.commit,
@@ -198,10 +199,10 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
     return Report(plan.run, source, plan.family.model_type, state.records(), totals)
 
 
-def _stability(plan: Plan, layers: list[dict[str, Any]]) -> dict[str, float]:
+def _stability(propagation: Propagation, layers: list[dict[str, Any]]) -> dict[str, float]:
     """How the walk's distance to its fixed point changes in a layer in the long run, and over this model's layers."""
     sums = [sum(game["weights"]) for layer in layers for game in layer["games"]]
-    radius = spectral_radius(plan.recipe.complex_beta, plan.recipe.gamma, sum(sums) / len(sums))
+    radius = spectral_radius(propagation.complex_beta, propagation.gamma, sum(sums) / len(sums))
     return {"spectral_radius": radius, "spectral_radius_over_layers": radius ** len(layers)}
 
 
@@ -214,7 +215,7 @@ def _write_companions(plan: Plan, out: Path, state: State, report: Report, weigh
     statistics = state.statistics()
     if statistics:
         write_tensors(out / STATISTICS, statistics, METADATA)
-    write_text(out / RECIPE, plan.recipe.to_yaml())
+    write_text(out / RECIPE, yaml.safe_dump(plan.recipe.to_stored(), sort_keys=False))
     write_text(out / CARD, card(report, config, out, plan.checkpoint.folder))
 
 
@@ -233,7 +234,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "free": shutil.disk_usage(place).free,
         "peak_bytes": plan.peak_bytes,
         "carried": _carried(plan.checkpoint),
-        "calibration_tokens": plan.recipe.calibration_tokens if plan.recipe.calibrated else None,
+        "calibration_tokens": plan.recipe.calibration.tokens if plan.recipe.needs_text else None,
         "curvature_parameters": plan.curvature_parameters,
         "fit": effort_of(plan),
     }

@@ -23,8 +23,9 @@ from ..merging.router_fit import CHUNK_BYTES
 from ..models import remote_code
 from ..models.soft import LARGEST
 from ..models.soft_kronecker import kronecker_parameters
-from ..recipe import Recipe
-from .added import curvature_bytes, patched_config, router_bytes
+from ..recipe import AroundBase, Grouped, Recipe, Residual, Soft
+from ..recipe.choices import FitKind
+from .added import curvature_bytes, patched_config, ranked_curvature, router_bytes
 from .text import check_text, text_of
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -78,14 +79,35 @@ class Plan:
         return left_out(self.checkpoint, self.spans)
 
     @property
+    def grouped(self) -> Grouped:
+        """The merge of a recipe that groups experts."""
+        assert isinstance(self.recipe.merge, Grouped)
+        return self.recipe.merge
+
+    @property
+    def fits(self) -> FitKind:
+        """What is fitted."""
+        return self.grouped.fit.kind if isinstance(self.recipe.merge, Grouped) else "none"
+
+    @property
+    def aims_at_model(self) -> bool:
+        """Whether layers aim at the original model's hidden states."""
+        return isinstance(self.recipe.merge, Grouped) and self.grouped.target == "model"
+
+    @property
+    def spends_budget(self) -> bool:
+        """Whether layers keep different numbers of experts."""
+        return isinstance(self.recipe.merge, Grouped) and self.grouped.budget == "damage"
+
+    @property
     def kept(self) -> int:
         """Routed experts of a layer of the result; the mean where layers differ."""
-        return self.shape.experts if self.recipe.experts is None else self.recipe.experts
+        return self.grouped.experts if isinstance(self.recipe.merge, Grouped) else self.shape.experts
 
     @property
     def most(self) -> int:
         """As `kept`, of the layer that keeps most, or could."""
-        if self.recipe.budget == "equal":
+        if not self.spends_budget:
             return self.kept
         return max(self.counts) if self.counts else self.shape.experts
 
@@ -107,7 +129,7 @@ class Plan:
     @property
     def shared_bytes(self) -> int:
         """Bytes of all layers' shared experts, where they are fitted along; else 0."""
-        if self.recipe.fit != "layer":
+        if self.fits != "layer":
             return 0
         return sum(
             self.spans[name].size for layer in self.shape.layers for name in self.family.shared_parts(layer).values()
@@ -115,10 +137,10 @@ class Plan:
 
     def added_bytes(self, layer: int) -> int:
         """Bytes that a layer has more than before: of its base expert, its curvature, and a router in another form."""
-        sparse = self.recipe.stays_sparse(layer, self.shape.layers)
+        sparse = self.recipe.merge.stays_sparse(layer, self.shape.layers)
         router = self.spans[self.family.router(layer)].dtype
         size = router_bytes(self.recipe, self.shape, self.kept, self.config(), router, sparse)
-        if self.recipe.has_base and not sparse:
+        if self.recipe.merge.has_base and not sparse:
             size += self.layer_bytes(layer) // self.shape.experts
         if not sparse:
             size += curvature_bytes(self.recipe, self.shape, self.expert_spans(layer)[0].dtype)
@@ -127,11 +149,12 @@ class Plan:
     @property
     def curvature_parameters(self) -> dict[str, int] | None:
         """Trainable numbers of an expert's curvature, and of all; None where none is trained."""
-        if self.recipe.curvature != "kronecker":
+        curvature = ranked_curvature(self.recipe)
+        if curvature is None or curvature.kind != "kronecker":
             return None
-        assert self.recipe.rank is not None
-        each = kronecker_parameters(self.shape.hidden, self.shape.width, self.recipe.rank)
-        merged = [layer for layer in self.shape.layers if not self.recipe.stays_sparse(layer, self.shape.layers)]
+        assert curvature.rank is not None
+        each = kronecker_parameters(self.shape.hidden, self.shape.width, curvature.rank)
+        merged = [layer for layer in self.shape.layers if not self.recipe.merge.stays_sparse(layer, self.shape.layers)]
         return {"an expert": each, "in all": each * self.shape.experts * len(merged)}
 
     @property
@@ -178,21 +201,21 @@ class Plan:
         the smaller layer and its largest group (``soft``: the layer again, and a batch's merged experts of segments),
         what the experts answer to the text or a fit of the layer holds, sums in float64, a decoder layer without its
         experts."""
-        if not self.recipe.calibrated:
+        if not self.recipe.needs_text:
             return 0
         hidden, width, kept = self.shape.hidden, self.shape.width, self.most
         layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
         merged = 0
-        if self.recipe.segment is not None:
-            merged = min(2 * LARGEST, 2 * -(-BATCH_TOKENS // self.recipe.segment) * layer // self.shape.experts)
-        tokens = self.recipe.calibration_tokens
-        answered = min(tokens, FIT_TOKENS) * kept * (kept + 1) * 4 + CHUNK_BYTES if self.recipe.fit != "none" else 0
+        if isinstance(merge := self.recipe.merge, Soft) and merge.segment is not None:
+            merged = min(2 * LARGEST, 2 * -(-BATCH_TOKENS // merge.segment) * layer // self.shape.experts)
+        tokens = self.recipe.calibration.tokens
+        answered = min(tokens, FIT_TOKENS) * kept * (kept + 1) * 4 + CHUNK_BYTES if self.fits != "none" else 0
         sums = 8 * (3 * hidden * hidden + 6 * hidden * width)
         around = 4 * hidden * (4 * hidden + 3 * self.shape.shared_width)
         again = layer * kept // self.shape.experts + layer // 2 + merged
-        streams = 6 if self.recipe.target == "model" else 4
+        streams = 6 if self.aims_at_model else 4
         found = again + max(answered, self.fit_bytes) + sums + around
-        if self.recipe.budget == "damage":  # while it is measured, a shorter text passes through for every layer
+        if self.spends_budget:  # while it is measured, a shorter text passes through for every layer
             found += 4 * len(self.shape.layers) * LOSS_TOKENS * hidden
         return streams * tokens * hidden * 4 + found
 
@@ -201,13 +224,13 @@ class Plan:
         """Of `calibration_bytes`, what a fit of a whole layer holds: the smaller layer and the shared expert twice in
         float32, the gradient of one matrix, a batch through top-k and shared experts, and answers of the shared one,
         twice the text as hidden states."""
-        if self.recipe.fit != "layer":
+        if self.fits != "layer":
             return 0
         hidden, width, shared = self.shape.hidden, self.shape.width, self.shape.shared_width
         active = min(self.shape.top_k, self.most)
         batch = BATCH * (active * (4 * width + 3 * hidden) + 4 * shared + 3 * hidden)
         matrices = 2 * 3 * hidden * (self.most * width + shared) + hidden * max(width, shared)
-        return 4 * (matrices + batch + 2 * self.recipe.calibration_tokens * hidden)
+        return 4 * (matrices + batch + 2 * self.recipe.calibration.tokens * hidden)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
@@ -249,17 +272,18 @@ def make_plan(
     if export_as is not None and (family.as_qwen2_moe is None or export_as != "qwen2_moe"):
         able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.as_qwen2_moe))
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
-    if export_as is not None and (recipe.merge != "grouped" or recipe.own_class):
+    if export_as is not None and (not isinstance(recipe.merge, Grouped) or recipe.own_class):
+        found = recipe.to_dict()
         raise RecipeError(
             "--export-as writes a stock checkpoint, with as many experts in every layer: it needs merge 'grouped', "
-            f"routing 'linear' and budget 'equal'; found merge={recipe.merge}, routing={recipe.routing}, "
-            f"budget={recipe.budget}"
+            f"routing 'linear' and budget 'equal'; found merge={found['merge']}, "
+            f"routing={found['routing']}, budget={found['budget']}"
         )
     if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
         raise FamilyError(f"--export-as {export_as}: config.json: {reason}")
     spans = per_expert(checkpoint, family, shape)
     plan = Plan(checkpoint, family, shape, recipe, spans, _bytes(shard_size), export_as)
-    if not recipe.calibrated:
+    if not recipe.needs_text:
         return plan
     if not reads_text:
         if checkpoint.commit is None:  # of a model on the Hub only headers are here
@@ -281,34 +305,49 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
         raise RecipeError(
             f"recipe field 'device' is {recipe.device!r}; accepted: a torch device that this machine has, such as cpu"
         ) from error
-    if recipe.experts is not None and recipe.experts > shape.experts:
-        raise RecipeError(f"recipe field 'experts' is {recipe.experts}; this model has {shape.experts} a layer")
-    if recipe.top_k is not None and recipe.top_k > shape.experts:
-        raise RecipeError(f"recipe field 'top_k' is {recipe.top_k}; this model has {shape.experts} experts a layer")
-    if recipe.rank is not None and recipe.rank >= min(shape.hidden, shape.width):
-        raise RecipeError(
-            f"recipe field 'rank' is {recipe.rank}; accepted here: from 1 below {min(shape.hidden, shape.width)}"
-        )
-    if recipe.base_index is not None and recipe.base_index >= shape.experts:
-        raise RecipeError(
-            f"recipe field 'base' is {recipe.base!r}; accepted here: index:0 to index:{shape.experts - 1}"
-        )
-    if recipe.has_base and recipe.base == "shared" and shape.shared_width % shape.width:
-        raise RecipeError(
-            f"recipe field 'base' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of the "
-            f"routed width {shape.width}: choose another base, first, mean or index:K"
-        )
-    if recipe.operator == "shared" and shape.shared_width % shape.width:
+    if isinstance(recipe.merge, Grouped):
+        _check_grouped(recipe.merge, shape)
+    if isinstance(recipe.merge, Soft):
+        _check_soft(recipe.merge, shape)
+    if isinstance(recipe.merge, AroundBase):
+        _check_base(recipe.merge, shape)
+
+
+def _check_grouped(merge: Grouped, shape: MoeShape) -> None:
+    if merge.experts > shape.experts:
+        raise RecipeError(f"recipe field 'experts' is {merge.experts}; this model has {shape.experts} a layer")
+    if merge.operator == "shared" and shape.shared_width % shape.width:
         raise RecipeError(
             f"recipe field 'operator' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of "
             f"the routed width {shape.width}: the other control is random"
         )
-    if recipe.first_layer == "sparse" and len(shape.layers) < 2:
+
+
+def _check_soft(merge: Soft, shape: MoeShape) -> None:
+    if merge.top_k is not None and merge.top_k > shape.experts:
+        raise RecipeError(f"recipe field 'top_k' is {merge.top_k}; this model has {shape.experts} experts a layer")
+    rank, least = merge.curvature.rank, min(shape.hidden, shape.width)
+    if rank is not None and rank >= least:
+        raise RecipeError(f"recipe field 'rank' is {rank}; accepted here: from 1 below {least}")
+
+
+def _check_base(merge: AroundBase, shape: MoeShape) -> None:
+    base = merge.base
+    if base.index is not None and base.index >= shape.experts:
+        raise RecipeError(
+            f"recipe field 'base' is {base.base!r}; accepted here: index:0 to index:{shape.experts - 1}"
+        )
+    if merge.has_base and base.base == "shared" and shape.shared_width % shape.width:
+        raise RecipeError(
+            f"recipe field 'base' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of the "
+            f"routed width {shape.width}: choose another base, first, mean or index:K"
+        )
+    if merge.first_layer == "sparse" and len(shape.layers) < 2:
         raise RecipeError(
             "recipe field 'first_layer' is 'sparse'; this model has one MoE layer, and nothing would be merged: "
             "accepted here: merged"
         )
-    if recipe.merge == "residual" and recipe.has_base and shape.renormalises:
+    if isinstance(merge, Residual) and shape.renormalises:
         raise RecipeError(
             "merge 'residual' gives the base expert the mass that top-k leaves over; this model has norm_topk_prob = "
             "true and leaves none"

@@ -10,10 +10,15 @@ from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.source import Checkpoint
 from ..errors import CalibrationError
 from ..families import Config
-from ..recipe import Recipe
+from ..recipe import Grouped, Recipe
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
 ACCEPTED = "this recipe reads calibration text; accepted: a checkpoint with its tokenizer, or a recipe without text"
+
+
+def measures(recipe: Recipe) -> bool:
+    """Whether some of the text is held out, to choose or to measure on."""
+    return isinstance(recipe.merge, Grouped) or recipe.routing.kind == "stable"
 
 
 def check_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
@@ -22,7 +27,7 @@ def check_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
     Raises:
         CalibrationError: there is none.
     """
-    check_source(recipe.calibration_data)
+    check_source(recipe.calibration.data)
     if not has_tokenizer(checkpoint.folder):  # transformers may make an empty one up
         raise CalibrationError(f"{checkpoint.name} has no tokenizer, and {ACCEPTED}")
 
@@ -50,8 +55,9 @@ def text_for(recipe: Recipe, config: Config, tokenizer: Any) -> CalibrationText:
         CalibrationError: the text cannot be had, or is too short for some of it to be held back.
     """
     longest = config.get("max_position_embeddings")
-    length = min(LENGTH, longest if isinstance(longest, int) else LENGTH, recipe.calibration_tokens)
-    text = calibration_text(recipe.calibration_data, tokenizer, recipe.calibration_tokens, length, recipe.seed)
-    if recipe.merge == "grouped" or recipe.routing == "stable":
+    tokens = recipe.calibration.tokens
+    length = min(LENGTH, longest if isinstance(longest, int) else LENGTH, tokens)
+    text = calibration_text(recipe.calibration.data, tokenizer, tokens, length, recipe.seed)
+    if measures(recipe):
         _ = text.held_out  # complains now, not when a fit asks for it
     return text

@@ -15,9 +15,8 @@ from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
 from ..families import PROJECTIONS
 from ..merging.base import own_base
-from ..merging.propagation import Propagation, Walk, propagate
-from ..merging.weightings import Bargain
-from ..recipe import Recipe
+from ..merging.propagation import Walk, propagate
+from ..recipe import AroundBase
 from .added import KINDS, kronecker_tensors, router_tensors
 from .finite import check_finite, require_finite_result
 from .layer import named, read_experts, read_shared
@@ -26,26 +25,6 @@ from .state import State
 
 Advance = Callable[[str, int], None]
 METADATA = {"format": "pt"}
-
-
-def rules_of(recipe: Recipe) -> Bargain:
-    """The rules of a recipe's games."""
-    return Bargain(
-        recipe.disagreement, recipe.scale, recipe.granularity, recipe.solver, recipe.ccp_iterations, recipe.power
-    )
-
-
-def propagation_of(recipe: Recipe) -> Propagation:
-    """How a recipe moves its base expert. Before training M_i is the identity, whatever `Propagation.curved` says."""
-    return Propagation(
-        weighting=recipe.weights_by,
-        rules=rules_of(recipe),
-        gamma=recipe.gamma,
-        every=None if recipe.method == "namex" else recipe.every,
-        beta=recipe.complex_beta,
-        device=recipe.device,
-        curved=recipe.method == "ep-camex" and recipe.curvature == "kronecker",
-    )
 
 
 def carried_items(plan: Plan, shard: Path) -> list[Item]:
@@ -96,7 +75,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
         CheckpointError: an expert holds NaN or infinity.
     """
     recipe, layers, config = plan.recipe, plan.shape.layers, plan.config()
-    choice = propagation_of(recipe)
+    merge = recipe.merge
     position, walk = state.load_walk()
     experts = None
     with Reader(plan.checkpoint.identity.digests) as reader:
@@ -108,19 +87,19 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
             router, norm = (reader.read(plan.spans[n(layer)]) for n in (plan.family.router, plan.family.router_norm))
             stored = kronecker_tensors(recipe, plan.shape, layer, dtype) | router_tensors(recipe, router, norm, config)
             record: dict[str, Any] = {"layer": layer, "games": []}
-            if recipe.has_base:
+            if isinstance(merge, AroundBase) and merge.has_base:
                 experts = read_experts(plan, reader, layer, experts)
                 if place + 1 < len(layers):
                     reader.expect(plan.expert_spans(layers[place + 1]))
                 with named(plan, layer):
                     if walk is None:
                         shared = partial(read_shared, plan, reader, layer)
-                        walk = Walk(own_base(recipe.base, experts, shared, plan.shape.width))
+                        walk = Walk(own_base(merge.base, experts, shared, plan.shape.width))
                     else:
                         require_finite_result(layer, stored_base(walk, dtype), recipe)
-                    if not recipe.stays_sparse(layer, layers):
+                    if not merge.stays_sparse(layer, layers):
                         stored |= stored_base(walk, dtype)
-                    step = propagate(experts, walk, choice, place)
+                    step = propagate(experts, walk, merge, place, device=recipe.device)
                 stored["cosines"], record["games"], walk = step.cosines, step.record, step.walk
             require_finite_result(layer, stored, recipe)
             record |= {"seconds": round(time.perf_counter() - start, 4), "bytes": plan.layer_bytes(layer)}

@@ -1,6 +1,6 @@
 """The recipe: values, refusals, the validity table, YAML."""
 
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from namex_hf.errors import NamexError, RecipeError
 from namex_hf.models.configuration_namex import soft_choice
-from namex_hf.recipe import RULES, Recipe, read_yaml
+from namex_hf.recipe import FIELDS as SPECS
+from namex_hf.recipe import Recipe, read_yaml, refusals
 
 GROUPED = {"merge": "grouped", "experts": 4}
 SOFT = {"merge": "soft"}
@@ -23,8 +24,8 @@ CURVED = {**SOFT, "curvature": "calibrated"}
 KRONECKER = {**SOFT, "curvature": "kronecker"}
 COSINE = {"routing": "cosine"}
 STABLE = {"routing": "stable"}
-SPECS = {spec.name: spec for spec in fields(Recipe)}
-CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.metadata.get("choices", ())]
+RULES = refusals()
+CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.choices]
 # What a value needs around it to mean something.
 AROUND: dict[str, dict[str, Any]] = {
     "grouped": {"experts": 4},
@@ -117,15 +118,22 @@ VALUES = [
 ]
 
 
+def field_of(recipe: Recipe, name: str) -> Any:
+    """A field by its flat name."""
+    return recipe.device if name == "device" else recipe.to_dict()[name]
+
+
 def test_the_default_is_namex_full_in_residual_form():
-    recipe = Recipe()
-    assert (recipe.merge, recipe.method, recipe.routing) == ("residual", "namex-full", "linear")
-    assert (recipe.disagreement, recipe.weights_by, recipe.base) == ("zero", "nash", "shared")
+    recipe, flat = Recipe(), Recipe().to_dict()
+    assert (flat["merge"], flat["method"], flat["routing"]) == ("residual", "namex-full", "linear")
+    assert (flat["disagreement"], recipe.merge.weights_by, flat["base"]) == ("zero", "nash", "shared")
 
 
 def test_namex_spends_the_budget_of_the_procedure_in_its_one_layer():
     """A stored recipe states the number, so an older one keeps its 2."""
-    found = {method: Recipe(method=method, solver="ccp").ccp_iterations for method in ("namex-full", "namex")}
+    found = {
+        method: field_of(Recipe(method=method, solver="ccp"), "ccp_iterations") for method in ("namex-full", "namex")
+    }
     assert found == {"namex-full": 2, "namex": 20}
     assert Recipe().to_dict()["ccp_iterations"] == Recipe(method="namex").to_dict()["ccp_iterations"] == 2
 
@@ -133,9 +141,9 @@ def test_namex_spends_the_budget_of_the_procedure_in_its_one_layer():
 def test_beta_may_be_a_number_and_a_quaternion_becomes_complex(tmp_path: Path):
     (tmp_path / "recipe.yaml").write_text("momentum: complex\nbeta: 0.5\n")
     assert Recipe.from_yaml(tmp_path / "recipe.yaml") == Recipe(momentum="complex", beta="0.5")
-    assert Recipe(momentum="complex", beta="0.5").complex_beta == 0.5
-    assert Recipe(momentum="quaternion").complex_beta == pytest.approx(0.8 + 0.27**0.5 * 1j)
-    assert Recipe().complex_beta == 0
+    assert Recipe(momentum="complex", beta="0.5").merge.propagation.complex_beta == 0.5
+    assert Recipe(momentum="quaternion").merge.propagation.complex_beta == pytest.approx(0.8 + 0.27**0.5 * 1j)
+    assert Recipe().merge.propagation.complex_beta == 0
 
 
 @pytest.mark.parametrize(
@@ -153,7 +161,7 @@ def test_beta_may_be_a_number_and_a_quaternion_becomes_complex(tmp_path: Path):
 def test_spans_by_default(fields: dict[str, Any], span: str, segment: int | None):
     """A patched configuration reads a recipe without defaults alike."""
     recipe = Recipe(merge="soft", **fields)
-    assert (recipe.routing_span, recipe.segment) == (span, segment)
+    assert (field_of(recipe, "routing_span"), field_of(recipe, "segment")) == (span, segment)
     choice = soft_choice({"merge": "soft", **fields})
     assert choice is not None
     assert choice == soft_choice(recipe.to_dict())
@@ -173,12 +181,12 @@ def test_a_recipe_cannot_be_changed():
 @pytest.mark.parametrize(("name", "choice"), CHOICES)
 def test_every_choice_is_accepted(name: str, choice: str):
     around = AROUND_FIELD.get((name, choice), AROUND.get(choice, GROUPED if name in OF_GROUPED else {}))
-    assert getattr(Recipe.from_dict({**around, name: choice}), name) == choice
+    assert field_of(Recipe.from_dict({**around, name: choice}), name) == choice
 
 
 @pytest.mark.parametrize(("name", "value", "around"), VALUES)
 def test_every_plain_field_accepts(name: str, value: Any, around: dict[str, Any]):
-    assert getattr(Recipe.from_dict({**around, name: value}), name) == value
+    assert field_of(Recipe.from_dict({**around, name: value}), name) == value
 
 
 def test_no_field_is_left_out_here():
@@ -192,7 +200,7 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
         Recipe.from_dict({name: value})
     assert f"'{name}'" in str(error.value)
     assert repr(value) in str(error.value)
-    for choice in SPECS[name].metadata["choices"]:
+    for choice in SPECS[name].choices:
         assert choice in str(error.value)
 
 
@@ -340,7 +348,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "power 'loss' is": {"power": "loss", **FITTED},
 }
 # A field with one value cannot differ from its default; the table has its line for the values to come.
-UNBREAKABLE = [f"'{name}' " for name, spec in SPECS.items() if len(spec.metadata.get("choices", "12")) == 1]
+UNBREAKABLE = [f"'{name}' " for name, spec in SPECS.items() if len(spec.choices or "12") == 1]
 
 
 @pytest.mark.parametrize(("start", "values"), BROKEN.items())
@@ -386,7 +394,7 @@ OF_TEXT: dict[str, Any] = {
 
 @pytest.mark.parametrize("name", OF_TEXT)
 def test_soft_takes_the_fields_of_a_text_only_with_one(name: str):
-    assert getattr(Recipe.from_dict({**CURVED, name: OF_TEXT[name]}), name) == OF_TEXT[name]
+    assert field_of(Recipe.from_dict({**CURVED, name: OF_TEXT[name]}), name) == OF_TEXT[name]
     for plain in (SOFT, {**SOFT, "curvature": "identity", "align": "none"}):
         with pytest.raises(RecipeError, match=rf"^'{name}' belongs to"):
             Recipe.from_dict({**plain, name: OF_TEXT[name]})
@@ -395,7 +403,7 @@ def test_soft_takes_the_fields_of_a_text_only_with_one(name: str):
         with pytest.raises(RecipeError, match=rf"^'{name}' belongs to"):
             Recipe.from_dict(aligned)
     else:
-        assert getattr(Recipe.from_dict(aligned), name) == OF_TEXT[name]
+        assert field_of(Recipe.from_dict(aligned), name) == OF_TEXT[name]
 
 
 @pytest.mark.parametrize(
@@ -454,7 +462,7 @@ def test_what_a_calibrated_soft_does_not_go_with(values: dict[str, Any], says: s
 )
 def test_class_base_and_walk(values: dict[str, Any], expected: tuple[bool, ...]):
     recipe = Recipe.from_dict(values)
-    assert (recipe.own_class, recipe.has_base, recipe.propagates) == expected
+    assert (recipe.own_class, recipe.merge.has_base, recipe.merge.propagates) == expected
 
 
 @pytest.mark.parametrize(
@@ -543,8 +551,9 @@ def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, An
 )
 def test_what_is_implied_and_which_recipes_read_text(values: dict[str, Any], calibrated: bool, implied: tuple):
     recipe = Recipe.from_dict(values)
-    assert (recipe.grouping, recipe.curvature, recipe.align, recipe.down, recipe.rank) == implied
-    assert recipe.calibrated == calibrated
+    names = ("grouping", "curvature", "align", "down", "rank")
+    assert tuple(field_of(recipe, name) for name in names) == implied
+    assert recipe.needs_text == calibrated
 
 
 @pytest.mark.parametrize(
@@ -573,7 +582,7 @@ def test_what_is_implied_and_which_recipes_read_text(values: dict[str, Any], cal
 )
 def test_what_a_fit_aims_at_where_nothing_is_said(values: dict[str, Any], fitted: bool, target: str | None):
     recipe = Recipe.from_dict(values)
-    assert (recipe.fitted, recipe.target) == (fitted, target)
+    assert (getattr(recipe.merge, "fitted", False), field_of(recipe, "target")) == (fitted, target)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
@@ -594,7 +603,7 @@ def test_what_a_fit_aims_at_where_nothing_is_said(values: dict[str, Any], fitted
     ids=str,
 )
 def test_the_weighting_in_force(values: dict[str, Any], weights_by: str | None):
-    assert Recipe.from_dict(values).weights_by == weights_by
+    assert Recipe.from_dict(values).merge.weights_by == weights_by
 
 
 # Choices of `grouped` on text that lean on each other; None: not stated.
@@ -630,7 +639,7 @@ def means_something(row: dict[str, Any]) -> bool:
 
 def test_every_combination_on_text_is_refused_or_means_what_it_says():
     """And what is made of it is the same however often it is stored and read."""
-    assert all(set(choices) - {None} <= set(SPECS[name].metadata["choices"]) for name, choices in CALIBRATED.items())
+    assert all(set(choices) - {None} <= set(SPECS[name].choices) for name, choices in CALIBRATED.items())
     found = {True: 0, False: 0}
     for values in product(*CALIBRATED.values()):
         row = dict(zip(CALIBRATED, values, strict=True))
@@ -642,7 +651,7 @@ def test_every_combination_on_text_is_refused_or_means_what_it_says():
         assert (recipe is not None) == means_something(row), stated
         found[recipe is not None] += 1
         if recipe is not None:
-            assert all(getattr(recipe, name) == value for name, value in stated.items())
+            assert all(field_of(recipe, name) == value for name, value in stated.items())
             assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert min(found.values()) > 500
 
@@ -670,10 +679,10 @@ def test_every_combination_on_text_is_refused_or_means_what_it_says():
 def test_how_sharp_a_cosine_router_is_where_nothing_is_said(values: dict[str, Any], temperature: str | None):
     """As text says, where it is read anyway; what is implied makes no recipe read text that would not."""
     recipe = Recipe.from_dict(values)
-    assert recipe.temperature == temperature
+    assert field_of(recipe, "temperature") == temperature
     linear = {name: value for name, value in values.items() if name not in COSINE}
     if "temperature" not in values and values.get("routing") != "stable":
-        assert recipe.calibrated == Recipe.from_dict(linear).calibrated
+        assert recipe.needs_text == Recipe.from_dict(linear).needs_text
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
@@ -687,7 +696,7 @@ OF_ANY_TEXT: dict[str, Any] = {
 def test_routing_takes_the_fields_of_a_text_only_with_one(name: str, method: str):
     field = {name: OF_ANY_TEXT[name], "method": method}
     for reads in (STABLE, {**COSINE, "temperature": "entropy"}):
-        assert getattr(Recipe.from_dict({**reads, **field}), name) == OF_ANY_TEXT[name]
+        assert field_of(Recipe.from_dict({**reads, **field}), name) == OF_ANY_TEXT[name]
     for reads_none in ({}, COSINE, {**COSINE, "temperature": "norms"}):
         with pytest.raises(RecipeError, match=rf"^'{name}' belongs to"):
             Recipe.from_dict({**reads_none, **field})
@@ -696,7 +705,7 @@ def test_routing_takes_the_fields_of_a_text_only_with_one(name: str, method: str
 @pytest.mark.parametrize("temperature", ["norms", "entropy"])
 @pytest.mark.parametrize("around", [{}, SOFT, GROUPED, FITTED, CURVED, {"method": "smoe"}], ids=str)
 def test_a_temperature_is_one_of_a_cosine_router(temperature: str, around: dict[str, Any]):
-    assert Recipe.from_dict({**around, **COSINE, "temperature": temperature}).temperature == temperature
+    assert Recipe.from_dict({**around, **COSINE, "temperature": temperature}).routing.temperature == temperature
     for routing in ("linear", "stable"):
         with pytest.raises(RecipeError, match=r"^'temperature' belongs to routing 'cosine'; found routing=" + routing):
             Recipe.from_dict({**around, "routing": routing, "temperature": temperature})
@@ -763,8 +772,8 @@ ANYTHING = st.one_of(
 SENSIBLE = st.fixed_dictionaries(
     {},
     optional={
-        name: st.sampled_from(spec.metadata["choices"])
-        if "choices" in spec.metadata
+        name: st.sampled_from(spec.choices)
+        if spec.choices
         else {
             "experts": st.integers(0, 70),
             "base": st.sampled_from(("shared", "first", "mean", "index:7")),
@@ -796,16 +805,16 @@ def test_any_values_build_or_are_refused_as_a_recipe(values: dict[str, Any]):
     except NamexError as error:
         assert type(error) is RecipeError  # noqa: PT017  (any other exception fails by itself)
         return
-    assert not any(rule.broken(recipe) for rule in RULES)
+    assert not any(rule.broken(part) for part in (recipe, *recipe.parts) for rule in part.rules)
     assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == Recipe.from_dict({**values, "device": "cpu"})
-    assert recipe.weights_by in ("nash", "uniform", "usage", "saliency", None)
+    assert recipe.merge.weights_by in ("nash", "uniform", "usage", "saliency", None)
 
 
 def test_the_docs_print_the_fields_and_the_validity_table():
     page = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text("utf-8")
     for name, spec in SPECS.items():
         assert f"| `{name}` |" in page
-        for choice in spec.metadata.get("choices", ()):
+        for choice in spec.choices:
             assert f"`{choice}`" in page
     for rule in RULES:
         assert f"| {rule.message} |" in page
@@ -886,7 +895,7 @@ FITTED = {"merge": "grouped", "experts": 4, "fit": "router"}
     ],
 )
 def test_counts_have_bounds(name: str, most: int, others: dict):
-    assert getattr(Recipe(**{**others, name: most}), name) == most
+    assert field_of(Recipe(**{**others, name: most}), name) == most
     for beyond in (most + 1, 2**78, 0, -(2**78)):
         with pytest.raises(RecipeError, match=f"'{name}' is {beyond}; accepted: a whole number from 1 to {most}"):
             Recipe(**{**others, name: beyond})
@@ -894,7 +903,7 @@ def test_counts_have_bounds(name: str, most: int, others: dict):
 
 @pytest.mark.parametrize(("name", "others"), [("gamma", {}), ("eta", {"merge": "soft"}), ("ridge", {**FITTED})])
 def test_factors_have_bounds(name: str, others: dict):
-    assert getattr(Recipe(**{**others, name: 1e6}), name) == 1e6
+    assert field_of(Recipe(**{**others, name: 1e6}), name) == 1e6
     for beyond in (1.1e6, 1e300, 2**78, 0, -1):
         with pytest.raises(RecipeError, match=f"'{name}' is .*; accepted: a number above 0, up to 1e"):
             Recipe(**{**others, name: beyond})

@@ -3,10 +3,12 @@
 import torch
 
 from ...bargaining import ccp_bargaining, nash_bargaining
-from .weighting import Bargain, Seen, Weights
+from ...recipe import Game, GroupGame
+from ...recipe.parts import CCP_ITERATIONS
+from .weighting import Seen, Weights
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def weighting(gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """Solve K a = 1/a (zero disagreement point) or K a = 1/a + d (mean), one game a leading index.
 
     The mean point gives every player what the step of the plain mean gives it, d = K 1/N, in units where the mean of
@@ -23,14 +25,14 @@ def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: 
     unit = gram.diagonal(dim1=-2, dim2=-1).mean(-1).sqrt()
     unit = torch.where(unit > 0, unit, torch.ones_like(unit))[:, None]
     scaled = gram / unit[..., None] ** 2
-    if rules.solver == "ccp":
-        solution = ccp_bargaining(scaled, rules.ccp_iterations, precision)
+    if game.solver == "ccp":
+        solution = ccp_bargaining(scaled, game.ccp_iterations or CCP_ITERATIONS, precision)
     else:
-        point = scaled.mean(-1) if rules.disagreement == "mean" else None
-        power = _power(rules, seen, gram)
+        point = scaled.mean(-1) if game.disagreement == "mean" else None
+        power = _power(game, seen, gram)
         solution = nash_bargaining(scaled, disagreement=point, power=power, precision=precision)
     values = solution.weights / unit
-    if rules.scale == "simplex":
+    if game.scale == "simplex":
         total = values.sum(-1, keepdim=True)
         values = torch.where(total > 0, values / total, values)
     return Weights(
@@ -41,7 +43,7 @@ def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: 
     )
 
 
-def _power(rules: Bargain, seen: Seen | None, gram: torch.Tensor) -> torch.Tensor | None:
-    if rules.power == "equal" or seen is None or not seen.usage.any():
+def _power(game: Game, seen: Seen | None, gram: torch.Tensor) -> torch.Tensor | None:
+    if not isinstance(game, GroupGame) or game.power == "equal" or seen is None or not seen.usage.any():
         return None
     return (seen.usage / seen.usage.mean()).to(gram)

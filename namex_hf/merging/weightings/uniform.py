@@ -2,10 +2,11 @@
 
 import torch
 
-from .weighting import Bargain, Seen, Weights
+from ...recipe import Game
+from .weighting import Seen, Weights
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def weighting(gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """1/N for each of the N experts, one that is the base itself included."""
     games, count = gram.shape[:2]
     values = torch.full((games, count), 1 / count, dtype=torch.float64)

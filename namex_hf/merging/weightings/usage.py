@@ -2,10 +2,11 @@
 
 import torch
 
-from .weighting import Bargain, Seen, Weights, by_share
+from ...recipe import Game
+from .weighting import Seen, Weights, by_share
 
 
-def weighting(gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def weighting(gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen | None = None) -> Weights:
     """Shares of the tokens that the players receive; uniform where nobody receives any.
 
     Raises:

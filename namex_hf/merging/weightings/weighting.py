@@ -5,6 +5,8 @@ from typing import Protocol
 
 import torch
 
+from ...recipe import Game
+
 FALLBACK = "uniform_fallback"
 """Status of a game without agreement in which all players weigh alike for that reason."""
 
@@ -27,22 +29,10 @@ class Seen:
     saliency: torch.Tensor | None = None  # float64 [N], mean over them of gate value times norm of the answer
 
 
-@dataclass(frozen=True)
-class Bargain:
-    """The rules of a game."""
-
-    disagreement: str = "zero"
-    scale: str = "simplex"
-    granularity: str = "matrix"
-    solver: str = "newton"
-    ccp_iterations: int = 2
-    power: str = "equal"  # bargaining power of a player: equal, or usage
-
-
 class Weighting(Protocol):
     """A function of the Gram matrices, and of what text shows of the players where there is any."""
 
-    def __call__(self, gram: torch.Tensor, rules: Bargain, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+    def __call__(self, gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen | None = None) -> Weights:
         """Weigh the players.
 
         Args:

@@ -1,0 +1,28 @@
+"""The recipe: every choice that makes a patched model."""
+
+from .choices import WEIGHTINGS
+from .merges import AroundBase, Grouped, Merge, Nothing, Residual, Soft
+from .parts import BaseExpert, Calibration, Curvature, Fit, Game, GroupGame, Propagation, Routing
+from .recipe import FIELDS, Recipe, read_yaml, refusals
+
+__all__ = [
+    "FIELDS",
+    "WEIGHTINGS",
+    "AroundBase",
+    "BaseExpert",
+    "Calibration",
+    "Curvature",
+    "Fit",
+    "Game",
+    "GroupGame",
+    "Grouped",
+    "Merge",
+    "Nothing",
+    "Propagation",
+    "Recipe",
+    "Residual",
+    "Routing",
+    "Soft",
+    "read_yaml",
+    "refusals",
+]
