@@ -147,9 +147,9 @@ def patch(out: Path, root: Path, recipes: Path, workers: int, only: str) -> bool
 
 
 def _patched(run: Run, out: Path, root: Path) -> bool:
-    experiment = root / "experiments" / "loss_game" / "patch.py"
+    experiment = root / "experiments" / "loss_game" / "run.py"
     if run.losses and experiment.exists():
-        command = [str(experiment)]
+        command = [str(experiment), "patch"]
     else:
         scripts = tomllib.loads((root / "pyproject.toml").read_text())["project"]["scripts"]
         command = ["-c", ENTRY.format(*scripts["namex-patch"].split(":"))]
