@@ -9,8 +9,8 @@ The options are those of the two commands.
 import sys
 
 from game import register
-
 from namex_hf.cli import patch
+
 from namex_hf.commands.compare import main as compare
 
 COMMANDS = {"patch": patch, "compare": compare}
