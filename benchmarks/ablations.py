@@ -38,6 +38,7 @@ from namex_hf import Recipe
 from namex_hf.bargaining import NashSolution, ccp_bargaining, domain_gram, nash_bargaining, spectral_radius
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
 from namex_hf.errors import MissingExtraError
+from namex_hf.recipe import AroundBase
 from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexity
@@ -203,7 +204,9 @@ def momentum_table(bench: Bench, base: str) -> Table:
     for method, name in METHODS.items():
         for label, momentum in MOMENTA.items():
             fields: Fields = {"method": method, **momentum}
-            radius = spectral_radius(Recipe.from_dict(fields).complex_beta, gamma=1.0)
+            merge = Recipe.from_dict(fields).merge
+            assert isinstance(merge, AroundBase)
+            radius = spectral_radius(merge.propagation.complex_beta, gamma=1.0)
             labels = (name, label, f"{radius:.3f}", f"{radius**bench.layers:.3f}")
             rows.append((labels, fields, {"method": method}))
     return compared(bench, base, "momentum", ("method", "beta", "rho(R)", "rho^L"), rows)

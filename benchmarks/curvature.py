@@ -151,7 +151,7 @@ def main() -> None:
             )
             model = patch_model(copy.deepcopy(original), recipe, tokenizer)
             if change is not None:
-                form(model, given, change, curved.ridge)
+                form(model, given, change, curved.to_dict()["ridge"])
             after = perplexities(model, tokenizer, texts, arguments.tokens)
             ratios = (f"{after[domain] / before[domain]:.2f}" for domain in before)
             print(f"| {row} | {cost:,} | {' | '.join(ratios)} |", flush=True)

@@ -23,7 +23,8 @@ from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from namex_hf import Recipe, patch_model
 from namex_hf.merging.experts import grams
-from namex_hf.merging.weightings import WEIGHTINGS, Bargain
+from namex_hf.merging.weightings import WEIGHTINGS
+from namex_hf.recipe import Game
 from namex_hf.training.bargain import rebargain
 from namex_hf.training.gathered import base_of, experts_of
 from namex_hf.training.live import go_live, mixtures, settle
@@ -72,7 +73,7 @@ class Bench:
             if form == "live":
                 go_live(self.model)
             self.clock(form, "step", self.step)
-            self.clock(form, "solving", lambda: WEIGHTINGS["nash"](self.gram, Bargain(), torch.float32))
+            self.clock(form, "solving", lambda: WEIGHTINGS["nash"](self.gram, Game(), torch.float32))
             for name, recipe in RECIPES.items():
                 self.clock(form, name, partial(rebargain, self.model, recipe))
         settle(self.model)

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from namex_hf.checkpoint.layout import left_out_line
+from namex_hf.commands.common import ended
 from namex_hf.errors import MissingExtraError, TrainingError
 from namex_hf.printable import marked
-from namex_hf.program import ended
 from namex_hf.recipe import Recipe
 
 try:
@@ -165,8 +165,9 @@ def main(arguments: list[str]) -> None:
         console.print(line, soft_wrap=True, markup=False)
     if asked.compare and start.patched:
         raise TrainingError(f"--compare begins with a stock checkpoint; {start.checkpoint.name} is patched already")
-    if start.recipe.method in [COMPARED[name] for name in asked.compare]:
-        raise TrainingError(f"--compare {' '.join(asked.compare)}: the recipe's method is {start.recipe.method} itself")
+    method = start.recipe.merge.method
+    if method in [COMPARED[name] for name in asked.compare]:
+        raise TrainingError(f"--compare {' '.join(asked.compare)}: the recipe's method is {method} itself")
     set_length(training, start.context)
     if training.chat_template_path is None:
         check_template(start.tokenizer(), start.checkpoint.name)
@@ -184,7 +185,7 @@ def main(arguments: list[str]) -> None:
     choice = Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live, stage_one)
 
     out = Path(training.output_dir)
-    runs = {start.recipe.method: (start, out)}
+    runs = {str(method): (start, out)}
     for name in asked.compare:
         other = rival(start.recipe, COMPARED[name])
         runs[name] = start_from(asked.model_name_or_path, asked.model_revision, other), out / "compare" / name
@@ -244,10 +245,11 @@ def check_stage_one(asked: NamexArguments, training: TrainingArguments) -> None:
 
 def rival_line(name: str, recipe: Recipe, other: Recipe) -> str:
     """What a rival's recipe has in common with the trained one, and what it lacks."""
-    sharp = f", temperature {other.temperature}" if other.temperature else ""
+    merge, routing = other.merge, other.routing
+    sharp = f", temperature {routing.temperature}" if routing.temperature else ""
     gone = ", ".join(f"{field}: {value}" for field, value in left_out(recipe, other).items())
     without = f"; without {gone}, which it does not have" if gone else ""
-    return f"{name}: method {other.method}, merge {other.merge}, routing {other.routing}{sharp}{without}"
+    return f"{name}: method {merge.method}, merge {merge.kind}, routing {routing.kind}{sharp}{without}"
 
 
 def set_length(training: TrainingArguments, context: int | None) -> None:

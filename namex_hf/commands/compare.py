@@ -5,7 +5,6 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
@@ -16,7 +15,6 @@ from rich.table import Table
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.resolve import resolve
-from ..cli import _MODEL_HELP, Parser, _run
 from ..comparison.files import PAGE, write
 from ..comparison.grid import field_options, grid, recipe_files
 from ..comparison.run import BEGINS, KNOWN, Comparison, Event, How, compare, make_plan_of
@@ -25,7 +23,8 @@ from ..comparison.table import Table as Titled
 from ..comparison.table import costs, notes, quality
 from ..errors import CheckpointError, RecipeError
 from ..printable import marked, printable
-from ..recipe import Recipe
+from ..recipe import FIELDS
+from .common import MODEL_HELP, Parser, run
 
 FAILED = 1
 """Exit status where a cell failed and the others stand."""
@@ -35,7 +34,7 @@ GAP = 2  # between the columns of a table on a screen
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``namex-compare``."""
-    return _run(_parser(), arguments, _compare)
+    return run(_parser(), arguments, _compare)
 
 
 def _parser() -> Parser:
@@ -50,7 +49,7 @@ def _parser() -> Parser:
         "  namex-compare tiny --merge grouped --experts 12 8 4 --fit none router --out out/compared\n"
         "  namex-compare tiny --recipes recipes/ --experts 8 --seed 0 1 2 --out out/seeds",
     )
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="tables, page, and a file a cell")
     parser.add_argument(
         "--recipes",
@@ -92,13 +91,12 @@ def _parser() -> Parser:
     recipe = parser.add_argument_group(
         "recipe", "every field of a recipe, with one value or more; they go over what the files say"
     )
-    for spec in fields(Recipe):
-        choices = spec.metadata.get("choices")
+    for spec in FIELDS.values():
         recipe.add_argument(
             f"--{spec.name.replace('_', '-')}",
             nargs=1 if spec.name == "device" else "+",
-            metavar="|".join(choices) if choices else spec.metadata["kind"].__name__.upper(),
-            help=spec.metadata["help"].replace("%", "%%"),
+            metavar="|".join(spec.choices) or spec.kind.__name__.upper(),
+            help=spec.help.replace("%", "%%"),
         )
     return parser
 

@@ -3,12 +3,13 @@
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import RecipeError
-from ..recipe import Recipe, read_yaml
+from ..recipe import FIELDS, Recipe, read_yaml
+from ..recipe.part import Leaf
 
 SUFFIXES = (".yaml", ".yml")
 DEFAULT = "default"
@@ -90,19 +91,18 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def converted(spec: Field, texts: Sequence[str]) -> list[Any]:
+def converted(spec: Leaf, texts: Sequence[str]) -> list[Any]:
     """Values of a recipe's field as the command line gives them.
 
     Raises:
         RecipeError: one of another kind.
     """
-    kind = spec.metadata.get("kind", str)
     values = []
     for text in texts:
         try:
-            values.append(kind(text))
+            values.append(spec.kind(text))
         except ValueError as error:
-            raise RecipeError(f"recipe field '{spec.name}' is {text!r}; accepted: {kind.__name__}") from error
+            raise RecipeError(f"recipe field '{spec.name}' is {text!r}; accepted: {spec.kind.__name__}") from error
     return list(dict.fromkeys(values))
 
 
@@ -142,5 +142,5 @@ def field_options(namespace: Mapping[str, Any]) -> dict[str, list[Any]]:
     Raises:
         RecipeError: as of `converted`.
     """
-    specs = [spec for spec in fields(Recipe) if namespace.get(spec.name) is not None]
+    specs = [spec for spec in FIELDS.values() if namespace.get(spec.name) is not None]
     return {spec.name: converted(spec, namespace[spec.name]) for spec in specs}

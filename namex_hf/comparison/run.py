@@ -14,7 +14,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..patching.patch import _keep_apart as keep_apart
 from ..patching.plan import make_plan
-from ..patching.text import text_of
+from ..patching.text import measures, text_of
 from ..recipe import Recipe
 from ..report.report import versions
 from ..scoring.baseline import is_baseline
@@ -149,14 +149,14 @@ def _slugs_apart(cells: Sequence[Cell]) -> None:
 
 def _identity(recipe: Recipe, checkpoint: Checkpoint, heard: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
     """What determines a cell besides the run; texts that were read before are not read again."""
-    if not recipe.calibrated:
+    if not recipe.needs_text:
         return {"recipe": recipe.to_dict()}
-    source = recipe.calibration_data, recipe.calibration_tokens, recipe.seed, recipe.merge, recipe.routing
+    source = recipe.calibration, recipe.seed, measures(recipe)
     if source not in heard:
         text = text_of(recipe, checkpoint)
         heard[source] = {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}
     told = heard[source]
-    return {"recipe": replace(recipe, calibration_data=told["name"]).to_dict(), "calibration": told}
+    return {"recipe": recipe.with_text(told["name"]).to_dict(), "calibration": told}
 
 
 def compare(plan: Plan, out: Path, how: How, listener: Listener) -> Comparison:

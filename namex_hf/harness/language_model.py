@@ -50,7 +50,7 @@ class NamexLM(HFLM):
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         choice = soft_choice(getattr(self.config, "namex", None))
         self.routes_by_prompt = choice is not None and choice.span == "prompt"
-        self.automatic = self.batch_size_per_gpu == "auto"
+        self.automatic = str(self.batch_size_per_gpu) == "auto"
         self.journal: Journal | None = None
         self.progress = progress or (lambda kind, more, total: None)
 

@@ -73,8 +73,9 @@ def row_name(recipe: Mapping[str, Any] | None) -> str | None:
     if recipe is None:
         return ""
     try:
-        chosen = Recipe.from_dict(recipe)
-        published = Recipe(**{name: getattr(chosen, name) for name in (*ROW, *READINGS, *SILENT)})
+        chosen = Recipe.from_stored(recipe)
+        values = chosen.to_dict()
+        published = Recipe(**{name: values[name] for name in (*ROW, *READINGS, *SILENT)})
     except RecipeError:  # such as a grouped merge: no row has one
         return None
-    return ROWS.get((chosen.method, chosen.disagreement)) if chosen == published else None
+    return ROWS.get((values["method"], values["disagreement"])) if chosen == published else None

@@ -1,17 +1,17 @@
 """One group of experts on the text that it was seen with: aligned, weighed, and made one under its curvature."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..bargaining import loss_bargaining
 from ..recipe import Grouped
 from .alignment import ALIGNMENT_TOKENS, order_by_activations, order_by_weights, permuted
 from .combine import shares
-from .curvature import CurvedSum, curved_loss, second_moment
+from .curvature import CurvedSum, second_moment
 from .experts import PROJECTIONS, Experts, games_of, grams, weighted_sum
-from .record import game_record, loss_record
+from .record import game_record
 from .routing import Activation, Routing, neurons
 from .weightings import Seen
 
@@ -76,10 +76,9 @@ def gather(
 def merge_members(members: Members, merge: Grouped) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The one expert of a group, in the experts' dtype, and what is written down about its games.
 
-    Memory: float64 sums of one matrix and one second moment; under ``metric: calibrated`` the moments that all members
-    have for one matrix.
+    Memory: float64 sums of one matrix and one second moment.
     """
-    weights, record = (by_losses if merge.game.metric == "calibrated" else by_weights)(members, merge)
+    weights, record = GAMES[merge.game.metric](members, merge)
     if merge.curvature.kind == "identity":
         return {name: weighted_sum(members.matrices[name], weights[name]) for name in PROJECTIONS}, record
     merged: dict[str, torch.Tensor] = {}
@@ -108,33 +107,6 @@ def by_weights(members: Members, merge: Grouped) -> Weighed:
     return {name: settled.values[index] for index, game in enumerate(games) for name in game}, record
 
 
-def by_losses(members: Members, merge: Grouped) -> Weighed:
-    """The bargain over the errors that the members' own tokens would see, a game a matrix.
-
-    Without agreement all weigh alike, recorded as such. With the zero point the first member is what everybody has
-    without agreement; it can gain nothing, so it has no stake, and keeps the weight that it has in a plain mean (as in
-    `combine.shares`).
-    """
-    count = len(members.numbers)
-    weights, record = {}, []
-    for name in PROJECTIONS:
-        matrices = [members.expert(place)[name] for place in range(count)]
-        moments = [members.moment(place, name) for place in range(count)]
-        zero = merge.game.disagreement == "zero"
-        point = matrices[0] if zero else torch.stack(matrices).mean(0)
-        power = torch.ones(count, dtype=torch.float64)
-        if merge.game.power == "usage":
-            power = members.seen.usage
-        elif merge.game.power == "loss":
-            losses = [curved_loss(point, *pair) for pair in zip(matrices, moments, strict=True)]
-            power = torch.tensor(losses, dtype=torch.float64)
-        found = loss_bargaining(matrices, moments, point, power, merge.curvature.ridge)
-        share = torch.full((count,), 1 / count, dtype=torch.float64)
-        if found.status == "agreement":
-            share = found.weights.cpu() / found.weights.sum().cpu()
-            if zero:
-                share = share * (count - 1) / count
-                share[0] += 1 / count
-        weights[name] = share
-        record.append(loss_record(name, found, share))
-    return weights, record
+Settle = Callable[[Members, Grouped], Weighed]
+GAMES: dict[str, Settle] = {"euclidean": by_weights}
+"""How the shares of a group's members are settled, by the recipe's ``metric``. An experiment adds its own here."""

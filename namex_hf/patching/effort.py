@@ -27,7 +27,7 @@ class Effort:
 def effort_of(plan: Plan) -> Effort | None:
     """None where no layer is fitted whole."""
     shape = plan.shape
-    if not plan.fits_layers or plan.kept == shape.experts:
+    if plan.fits != "layer" or plan.kept == shape.experts:
         return None
     steps = plan.grouped.fit.steps
     checked = min(CHECKED_TOKENS, plan.recipe.calibration.tokens // 8) / CHECK_EVERY

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -65,7 +64,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     if calibration is None:
         raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
     text = text_for(recipe, config, calibration)
-    recipe = replace(recipe, calibration_data=text.name)
+    recipe = recipe.with_text(text.name)
     (_group_on_text if isinstance(recipe.merge, Grouped) else _keep_on_text)(model, family, shape, recipe, text)
     model.config.namex = recipe.to_stored()
     return model

@@ -215,7 +215,7 @@ def _write_companions(plan: Plan, out: Path, state: State, report: Report, weigh
     statistics = state.statistics()
     if statistics:
         write_tensors(out / STATISTICS, statistics, METADATA)
-    write_text(out / RECIPE, yaml.safe_dump(plan.recipe.to_stored(), sort_keys=False))
+    write_text(out / RECIPE, plan.recipe.to_yaml(stored=True))
     write_text(out / CARD, card(report, config, out, plan.checkpoint.folder))
 
 

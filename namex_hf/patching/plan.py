@@ -19,6 +19,7 @@ from ..families import EMBEDDING, FAMILIES, HEAD, PROJECTIONS, Family, MoeShape,
 from ..merging.budget import LOSS_TOKENS
 from ..merging.calibrated import FIT_TOKENS
 from ..merging.layer_fit import BATCH
+from ..merging.members import GAMES
 from ..merging.router_fit import CHUNK_BYTES
 from ..models import remote_code
 from ..models.soft import LARGEST
@@ -290,7 +291,7 @@ def make_plan(
             check_text(recipe, checkpoint)
         return plan
     text = text_of(recipe, checkpoint)
-    return replace(plan, text=text, recipe=replace(recipe, calibration_data=text.name))
+    return replace(plan, text=text, recipe=recipe.with_text(text.name))
 
 
 def check_fit(recipe: Recipe, shape: MoeShape) -> None:
@@ -299,6 +300,7 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
     Raises:
         RecipeError: naming the field, its value, and what this model, or this machine, allows.
     """
+    check_game(recipe)
     try:
         torch.ones((), device=recipe.device).item()
     except (RuntimeError, AssertionError) as error:  # torch's answers to a device it has not
@@ -334,9 +336,7 @@ def _check_soft(merge: Soft, shape: MoeShape) -> None:
 def _check_base(merge: AroundBase, shape: MoeShape) -> None:
     base = merge.base
     if base.index is not None and base.index >= shape.experts:
-        raise RecipeError(
-            f"recipe field 'base' is {base.base!r}; accepted here: index:0 to index:{shape.experts - 1}"
-        )
+        raise RecipeError(f"recipe field 'base' is {base.base!r}; accepted here: index:0 to index:{shape.experts - 1}")
     if merge.has_base and base.base == "shared" and shape.shared_width % shape.width:
         raise RecipeError(
             f"recipe field 'base' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of the "
@@ -351,6 +351,19 @@ def _check_base(merge: AroundBase, shape: MoeShape) -> None:
         raise RecipeError(
             "merge 'residual' gives the base expert the mass that top-k leaves over; this model has norm_topk_prob = "
             "true and leaves none"
+        )
+
+
+def check_game(recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: the recipe's game is an experiment's, which has not registered it.
+    """
+    metric = recipe.to_dict()["metric"]
+    if metric not in GAMES:
+        raise RecipeError(
+            f"recipe field 'metric' is {metric!r}, the game over losses, which is an experiment: in a checkout "
+            "of the sources use 'python experiments/loss_game/run.py patch' (or compare) with the same arguments; "
+            f"accepted here: {', '.join(GAMES)}"
         )
 
 

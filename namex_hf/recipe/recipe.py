@@ -106,8 +106,13 @@ class Recipe(Part):
         """`to_dict` as a run stores it, with its version."""
         return {"recipe_version": VERSION, **self.to_dict()}
 
-    def to_yaml(self) -> str:
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+    def to_yaml(self, stored: bool = False) -> str:
+        """`to_dict` or, stored, `to_stored` as YAML."""
+        return yaml.safe_dump(self.to_stored() if stored else self.to_dict(), sort_keys=False)
+
+    def with_text(self, name: str) -> "Recipe":
+        """The same with the name of the calibration text that was read."""
+        return replace(self, calibration=replace(self.calibration, data=name))
 
     @property
     def own_class(self) -> bool:

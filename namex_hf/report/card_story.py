@@ -7,7 +7,7 @@ from urllib.parse import quote
 
 from ..checkpoint.companions import has_tokenizer
 from ..files import PICTURES, REPORT, found
-from ..recipe import Recipe
+from ..recipe import Grouped, Recipe
 from .card_text import plain
 from .report import Report
 
@@ -54,14 +54,15 @@ def _how(recipe: dict[str, Any]) -> str:
     if recipe["method"] == "smoe":
         return ""
     if recipe["merge"] == "grouped":
-        made = Recipe.from_dict(recipe)
+        made = Recipe.from_stored(recipe).merge
+        assert isinstance(made, Grouped)
         how = {
             "merge": f", weighted by `{made.weights_by}`",
             "keep": f"; of each the expert stays that is heaviest by `{made.weights_by}`, the others are pruned",
             "random": "; a control, which begins at random experts",
             "shared": "; a control, which begins at slices of the shared expert",
         }
-        return how[made.operator] + FITS[made.fit]
+        return how[made.operator] + FITS[made.fit.kind]
     first = "; the first MoE layer stays sparse" if recipe.get("first_layer") == "sparse" else ""
     return f"; {METHODS[recipe['method']]}{first}"
 

@@ -95,7 +95,7 @@ def open_patched(path: Path) -> PatchedFolder:
     checkpoint = open_checkpoint(path)
     family = original_family(config)
     shape = family.shape(config)
-    recipe = Recipe.from_dict(config["namex"])
+    recipe = Recipe.from_stored(config["namex"])
     tensors = _statistics(found(path, STATISTICS))
     cosines = {layer: t for (layer, what), t in tensors.items() if what == "cosines"}
     usage = {layer: t for (layer, what), t in tensors.items() if what == "usage"}

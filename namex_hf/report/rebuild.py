@@ -19,8 +19,7 @@ from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, fou
 from ..merging.base import own_base
 from ..merging.experts import NotFiniteError
 from ..merging.propagation import Walk, propagate
-from ..patching.walk import propagation_of
-from ..recipe import Recipe
+from ..recipe import AroundBase, Recipe
 from .card import card
 from .report import Report
 
@@ -48,8 +47,11 @@ def rebuild(path: Path) -> Report:
         OSError: it cannot be written to.
     """
     checkpoint = open_checkpoint(path)
-    recipe = Recipe.from_dict(checkpoint.config["namex"])
-    layers, cosines = _layers(checkpoint, recipe) if recipe.has_base else ([], {})
+    recipe = Recipe.from_stored(checkpoint.config["namex"])
+    layers: list[dict[str, Any]] = []
+    cosines: dict[str, torch.Tensor] = {}
+    if isinstance(recipe.merge, AroundBase) and recipe.merge.has_base:
+        layers, cosines = _layers(checkpoint, recipe.merge)
     report = Report(
         run={"recipe": recipe.to_dict(), "rebuilt": True},
         source=UNKNOWN,
@@ -61,7 +63,7 @@ def rebuild(path: Path) -> Report:
         write_index(path, dict.fromkeys(checkpoint.spans, SINGLE), checkpoint.size)
     if cosines:
         write_tensors(path / STATISTICS, cosines, {"format": "pt"})
-    write_text(path / RECIPE, recipe.to_yaml())
+    write_text(path / RECIPE, recipe.to_yaml(stored=True))
     if not (path / CARD).exists():
         write_text(path / CARD, card(report, checkpoint.config, path))
     own = {CONFIG, INDEX, RECIPE, STATISTICS, *(shard.name for shard in checkpoint.shards)}
@@ -72,10 +74,10 @@ def rebuild(path: Path) -> Report:
 
 
 @torch.no_grad()
-def _layers(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
+def _layers(checkpoint: Checkpoint, merge: AroundBase) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Records of the MoE layers as a report has them, and what `STATISTICS` holds."""
     family = original_family(checkpoint.config)
-    shape, choice = family.shape(checkpoint.config), propagation_of(recipe)
+    shape = family.shape(checkpoint.config)
     spans = per_expert(checkpoint, family, shape)
     layers, cosines = [], {}
     with Reader() as reader:
@@ -84,13 +86,13 @@ def _layers(checkpoint: Checkpoint, recipe: Recipe) -> tuple[list[dict[str, Any]
                 name: torch.stack([reader.read(spans[family.expert(layer, e, name)]) for e in range(shape.experts)])
                 for name in PROJECTIONS
             }
-            if recipe.stays_sparse(layer, shape.layers):
+            if merge.stays_sparse(layer, shape.layers):
                 shared = partial(_shared, reader, {name: spans[family.shared(layer, name)] for name in PROJECTIONS})
-                base = own_base(recipe.base, experts, shared, shape.width)
+                base = own_base(merge.base, experts, shared, shape.width)
             else:
                 base = {name: reader.read(spans[family.added(layer, "base", name)]).float() for name in PROJECTIONS}
             try:
-                step = propagate(experts, Walk(base), choice, position)
+                step = propagate(experts, Walk(base), merge, position)
             except NotFiniteError as error:
                 raise CheckpointError(f"{checkpoint.name}: layer {layer}, {error}") from error
             layers.append({"layer": layer, "games": step.record, "drift": None, "seconds": None})

@@ -7,24 +7,25 @@ import torch
 
 from ..checkpoint.bytes import Reader
 from ..merging.base import own_base
-from ..merging.propagation import Propagation, Walk, propagate
-from ..momentum import DEFAULTS, Momentum
-from ..recipe import Recipe
+from ..merging.propagation import Walk, propagate
+from ..recipe import AroundBase, Propagation, Residual
 from .folder import PatchedFolder
 
 
-def methods(recipe: Recipe) -> dict[str, Propagation]:
-    """The paper's ways to move the base expert, at the recipe's gamma; with its own momentum where that is another."""
-    nash = Propagation(gamma=recipe.gamma)
+def methods(going: Propagation) -> dict[str, Residual]:
+    """The paper's ways to move the base expert, at a recipe's gamma; with its own momentum where that is another."""
+    plain = Propagation(gamma=going.gamma)
     found = {
-        "NAMEx-Full": nash,
-        "NAMEx": replace(nash, every=None),
-        "EP-CAMEx": replace(nash, weighting="uniform"),
-        "NAMEx-Full, momentum 0.9": replace(nash, beta=Momentum("complex", DEFAULTS["complex"]).complex_beta),
-        "NAMEx-Full, quaternion": replace(nash, beta=Momentum("quaternion", DEFAULTS["quaternion"]).complex_beta),
+        "NAMEx-Full": Residual(propagation=plain),
+        "NAMEx": Residual(method="namex", propagation=plain),
+        "EP-CAMEx": Residual(method="ep-camex", propagation=plain),
+        "NAMEx-Full, momentum 0.9": Residual(propagation=replace(plain, momentum="complex")),
+        "NAMEx-Full, quaternion": Residual(propagation=replace(plain, momentum="quaternion")),
     }
-    if recipe.momentum != "none" and recipe.complex_beta not in [one.beta for one in found.values()]:
-        found[f"NAMEx-Full, momentum {recipe.beta}"] = replace(nash, beta=recipe.complex_beta)
+    known = [one.propagation.complex_beta for one in found.values()]
+    if going.momentum != "none" and going.complex_beta not in known:
+        own = replace(plain, momentum=going.momentum, beta=going.beta)
+        found[f"NAMEx-Full, momentum {going.beta}"] = Residual(propagation=own)
     return found
 
 
@@ -37,8 +38,8 @@ def distances(folder: PatchedFolder) -> dict[str, list[float]]:
 
     Memory: one layer's experts in their own dtype, and of each method the base in float32 with its momentum.
     """
-    layers, recipe = folder.shape.layers, folder.recipe
-    if not recipe.has_base or len(layers) < 2:
+    layers, merge = folder.shape.layers, folder.recipe.merge
+    if not (isinstance(merge, AroundBase) and merge.has_base) or len(layers) < 2:
         return {}
     walks: dict[str, Walk] = {}
     found: dict[str, list[float]] = {}
@@ -46,8 +47,8 @@ def distances(folder: PatchedFolder) -> dict[str, list[float]]:
         for position, layer in enumerate(layers[:-1]):
             experts = folder.experts(reader, layer)
             if position == 0:
-                base = own_base(recipe.base, experts, lambda: folder.shared(reader, layers[0]), folder.shape.width)
-            for name, choice in methods(recipe).items():
+                base = own_base(merge.base, experts, lambda: folder.shared(reader, layers[0]), folder.shape.width)
+            for name, choice in methods(merge.propagation).items():
                 before = walks.get(name) or Walk(base)
                 after = propagate(experts, before, choice, position).walk
                 assert after is not None, "every method here moves its base"

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,10 @@ from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
 from ..families import PROJECTIONS, original_family
 from ..merging.experts import Base, NotFiniteError
-from ..merging.propagation import Propagation, Step, Walk, propagate
+from ..merging.propagation import Step, Walk, propagate
 from ..merging.weightings import FALLBACK
 from ..patching.threads import shared_out
-from ..patching.walk import propagation_of
-from ..recipe import Recipe
+from ..recipe import AroundBase, Recipe
 from .gathered import base_of, curvature_of, experts_of, gathered, of_first_process, own_base_of, write_base
 from .live_blocks import LiveBlock
 from .live_step import curved_step
@@ -62,22 +61,23 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
     """
     model = getattr(model, "get_base_model", lambda: model)()
     config = model.config.to_dict()
-    choice, family = propagation_of(recipe), original_family(config)
+    merge, family = recipe.merge, original_family(config)
+    assert isinstance(merge, AroundBase)
     shape = family.shape(config)
-    own_of = partial(own_base_of, choice=recipe.base, shared_name=family.shared_name, width=shape.width)
+    own_of = partial(own_base_of, choice=merge.base, shared_name=family.shared_name, width=shape.width)
     settled: list[Settled] = []
     walk = None
     with shared_out():
         for position, index in enumerate(shape.layers):
             layer = model.model.layers[index]
             with gathered(layer):
-                trained = own_of(layer.mlp) if recipe.stays_sparse(index, shape.layers) else base_of(layer.mlp)
+                trained = own_of(layer.mlp) if merge.stays_sparse(index, shape.layers) else base_of(layer.mlp)
                 own = walk is None or not write
                 if walk is None or not write:
                     walk = Walk(trained)
                 device = str(trained["gate_proj"].device)
                 try:
-                    step = _pass_layer(layer.mlp, walk, replace(choice, device=device), position)
+                    step = _pass_layer(layer.mlp, walk, merge, position, device)
                 except NotFiniteError as error:
                     raise TrainingError(f"layer {index}, {error}: training has diverged") from error
             drift = None if own else distance(trained, walk.base)
@@ -90,17 +90,17 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
     return settled
 
 
-def _pass_layer(block: Any, walk: Walk, choice: Propagation, position: int) -> Step:
-    """One layer passed, under `Propagation.curved` with M_i as it is now."""
-    experts, curvature = experts_of(block), curvature_of(block) if choice.curved else None
+def _pass_layer(block: Any, walk: Walk, merge: AroundBase, position: int, device: str) -> Step:
+    """One layer passed, under `AroundBase.curved_step` with M_i as it is now."""
+    experts, curvature = experts_of(block), curvature_of(block) if merge.curved_step else None
     if curvature is None:
-        return propagate(experts, walk, choice, position)
+        return propagate(experts, walk, merge, position, device=device)
 
     @torch.no_grad()  # here too: each projection has a thread of its own
     def step_of(name: str, base: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return curved_step(experts[name], base, weights, curvature[name])
 
-    return propagate(experts, walk, choice, position, step_of)
+    return propagate(experts, walk, merge, position, step_of, device)
 
 
 def distance(found: Base, wanted: Base) -> float:

@@ -23,15 +23,16 @@ def picture(drifts: Mapping[str, Sequence[Drift]], every: int) -> Picture | None
         return None
     first = next(iter(drifts))
     unit = _over_seeds(drifts[first], None)[0]
-    colours = {method: COLOURS[index] for index, method in enumerate({ROWS[name].recipe.method: 0 for name in drifts})}
+    methods = dict.fromkeys(ROWS[name].recipe.merge.method for name in drifts)
+    colours = dict(zip(methods, COLOURS, strict=False))
     with rc_context(STYLE):
         drawn = figure(3.6)
         left, right = drawn.subplots(1, 2)
         for axes, divisor in ((left, None), (right, unit)):
             for name, runs in drifts.items():
-                recipe, (mean, spread) = ROWS[name].recipe, _over_seeds(runs, divisor)
-                steps, look = [step for step, _ in runs[0]], {"color": colours[recipe.method]}
-                axes.plot(steps, mean, linestyle=DASHES[recipe.momentum != "none"], label=name, **look)
+                recipe, (mean, spread) = ROWS[name].recipe.to_dict(), _over_seeds(runs, divisor)
+                steps, look = [step for step, _ in runs[0]], {"color": colours[recipe["method"]]}
+                axes.plot(steps, mean, linestyle=DASHES[recipe["momentum"] != "none"], label=name, **look)
                 low = [value - more for value, more in zip(mean, spread, strict=True)]
                 high = [value + more for value, more in zip(mean, spread, strict=True)]
                 axes.fill_between(steps, low, high, alpha=0.15, linewidth=0, **look)

@@ -79,7 +79,7 @@ def save_trained(
     if settled:
         cosines = {f"layers.{one.layer}.cosines": one.cosines.contiguous() for one in settled}
         write_tensors(out / STATISTICS, cosines, METADATA)
-    write_text(out / RECIPE, Recipe.from_dict(report.run["recipe"]).to_yaml())
+    write_text(out / RECIPE, Recipe.from_stored(report.run["recipe"]).to_yaml(stored=True))
     write_text(out / CARD, card(report, config, out, carried))
     text = json.dumps(config, indent=2) + "\n"
     write_text(out / REPORT, replace(report, files=list_files(out, text, {})).to_json())

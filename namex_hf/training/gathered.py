@@ -13,6 +13,7 @@ from ..families import PROJECTIONS
 from ..merging.base import own_base
 from ..models.soft import dense_weight
 from ..models.soft_kronecker import Factors
+from ..recipe import BaseExpert
 
 
 @contextmanager
@@ -72,7 +73,7 @@ def base_of(block: Any) -> dict[str, torch.Tensor]:
     return matrices_of(block.base_expert)
 
 
-def own_base_of(block: Any, choice: str, shared_name: str, width: int) -> dict[str, torch.Tensor]:
+def own_base_of(block: Any, choice: BaseExpert, shared_name: str, width: int) -> dict[str, torch.Tensor]:
     """The base expert that a block's own parameters give (`merging.base.own_base`), which has none stored."""
     experts = experts_of(block)
     base = own_base(choice, experts, lambda: matrices_of(getattr(block, shared_name)), width)

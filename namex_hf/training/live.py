@@ -17,8 +17,7 @@ import torch
 
 from ..errors import TrainingError
 from ..families import original_family
-from ..patching.walk import propagation_of
-from ..recipe import Recipe
+from ..recipe import AroundBase, Recipe
 from .bargain import Settled, rebargain
 from .gathered import gathered, write_base
 from .live_blocks import LIVE, LiveBlock, Passing
@@ -49,8 +48,7 @@ def go_live(model: Any) -> Any:
         TrainingError: another model, one that is live or sharded already, or experts that are not finite.
     """
     recipe = recipe_of(model)
-    check_first_base(recipe)
-    choice = propagation_of(recipe)
+    merge = check_first_base(recipe)
     blocks = mixtures(model)
     for layer in model.model.layers:
         if type(layer) not in LIVE:
@@ -58,7 +56,7 @@ def go_live(model: Any) -> Any:
     rebargain(model, recipe, write=False)  # what it refuses is refused before anything is changed
     for block in blocks:
         block.__class__ = LIVE[type(block)]
-        block.choice, block.last = choice, block is blocks[-1]
+        block.merge, block.last = merge, block is blocks[-1]
         block.trained = [parameter.requires_grad for parameter in block.base_expert.parameters()]
         if block is not blocks[0]:
             block.base_expert.requires_grad_(False)
@@ -114,7 +112,7 @@ def settle(model: Any) -> Any:
         block.__class__ = STORED[type(block)]
         for parameter, trains in zip(block.base_expert.parameters(), block.trained, strict=True):
             parameter.requires_grad_(trains)
-        del block.choice, block.last, block.weights, block.trained
+        del block.merge, block.last, block.weights, block.trained
     return model
 
 
@@ -127,26 +125,29 @@ def recipe_of(model: Any) -> Recipe:
     found = getattr(model.config, "namex", None)
     if not isinstance(found, dict):
         raise TrainingError(f"{type(model).__name__} is not patched; accepted: a model whose base expert walks")
-    recipe = Recipe.from_dict(found)
-    if not recipe.propagates:
+    recipe = Recipe.from_stored(found)
+    merge = recipe.merge
+    if not merge.propagates:
         raise TrainingError(
-            f"no base expert walks through the layers under merge '{recipe.merge}', method '{recipe.method}'; "
+            f"no base expert walks through the layers under merge '{merge.kind}', method '{merge.method}'; "
             "accepted: residual or soft, namex-full, namex or ep-camex"
         )
     return recipe
 
 
-def check_first_base(recipe: Recipe) -> None:
-    """Refuse a recipe under which the first MoE layer has no base expert for a live walk to begin with.
+def check_first_base(recipe: Recipe) -> AroundBase:
+    """The merge of a recipe, refused where the first MoE layer has no base expert for a live walk to begin with.
 
     Raises:
         TrainingError: that is ``first_layer: sparse``.
     """
-    if recipe.first_layer == "sparse":
+    assert isinstance(recipe.merge, AroundBase)
+    if recipe.merge.first_layer == "sparse":
         raise TrainingError(
             "recipe field 'first_layer' is 'sparse': a live base begins as a parameter of the first MoE layer; "
             "accepted: merged"
         )
+    return recipe.merge
 
 
 def mixtures(model: Any) -> list[Any]:

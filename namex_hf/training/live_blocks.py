@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..errors import TrainingError
-from ..merging.propagation import Propagation
 from ..models.arguments import cache_in
 from ..models.modeling_namex_deepseek import NamexDeepseekDecoderLayer, NamexDeepseekMoeBlock, SoftDeepseekMoeBlock
 from ..models.modeling_namex_qwen2_moe import (
@@ -19,6 +18,7 @@ from ..models.modeling_namex_qwen2_moe import (
     SoftQwen2MoeSparseMoeBlock,
 )
 from ..models.soft import base_matrices
+from ..recipe import AroundBase
 from .gathered import attached_experts_of, curvature_of
 from .live_step import step_on
 
@@ -44,7 +44,7 @@ class LiveBlock(nn.Module):
 
     experts: Any
     base_expert: Any
-    choice: Propagation
+    merge: AroundBase
     """How the base moves."""
     last: bool
     """Whether no MoE layer follows, to which a base would go."""
@@ -73,8 +73,8 @@ class LiveBlock(nn.Module):
             return None
         base = {name: widened(matrix) for name, matrix in here.base.items()}  # FSDP2's mixed precision narrows inputs
         momentum = {name: widened(buffer) for name, buffer in here.momentum.items()}
-        curvature = curvature_of(self) if self.choice.curved else None
-        return Passing(*step_on(attached_experts_of(self), base, momentum, self.weights, self.choice, curvature))
+        curvature = curvature_of(self) if self.merge.curved_step else None
+        return Passing(*step_on(attached_experts_of(self), base, momentum, self.weights, self.merge, curvature))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:

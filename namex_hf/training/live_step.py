@@ -11,8 +11,8 @@ from ..bargaining import CHUNK_BYTES
 from ..families import PROJECTIONS
 from ..merging.experts import Base, games_of, weighted_step
 from ..merging.momentum import advance
-from ..merging.propagation import Propagation
 from ..models.soft_kronecker import Factors, curved
+from ..recipe import AroundBase
 
 LARGE = 64 * CHUNK_BYTES
 """Working buffer on accelerators, where a chunk costs launches and there is no cache to stay in."""
@@ -82,7 +82,7 @@ def step_on(
     base: Base,
     momentum: Mapping[str, torch.Tensor],
     weights: torch.Tensor,
-    choice: Propagation,
+    merge: AroundBase,
     curvature: Mapping[str, Factors] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """E_m' = E_m + gamma sum_i w_i M_i(E_i - E_m), or by way of momentum buffers (paper eq. 3, 9, 11), with gradients.
@@ -99,9 +99,9 @@ def step_on(
     Returns:
         The base of the next MoE layer, and its momentum buffers.
     """
-    of_game = {name: weights[index] for index, game in enumerate(games_of(choice.rules.granularity)) for name in game}
+    of_game = {name: weights[index] for index, game in enumerate(games_of(merge.game.granularity)) for name in game}
     if curvature is None:
         step = {name: WeightedStep.apply(experts[name], base[name], of_game[name]) for name in PROJECTIONS}
     else:
         step = {name: curved_step(experts[name], base[name], of_game[name], curvature[name]) for name in PROJECTIONS}
-    return advance(base, step, momentum, choice.gamma, choice.beta)
+    return advance(base, step, momentum, merge.propagation.gamma, merge.propagation.complex_beta)

@@ -271,10 +271,10 @@ def memory(model: Outline, plan: Plan) -> Memory:
     Raises:
         TrainingError: an adapter on kinds that the model does not have, or a live base in one in which none walks.
     """
-    if plan.propagation == "live" and not Recipe.from_dict(model.config.namex).propagates:
+    if plan.propagation == "live" and not Recipe.from_stored(model.config.namex).merge.propagates:
         raise TrainingError("propagation is 'live', and no base expert of this model walks; accepted: stored")
     if plan.propagation == "live":
-        check_first_base(Recipe.from_dict(model.config.namex))
+        check_first_base(Recipe.from_stored(model.config.namex))
     activations, logits = _activations(model, plan), _logits(model, plan)
     if plan.strategy == "lora":
         return _adapted(model, plan, activations, logits)
@@ -350,7 +350,8 @@ def _walking(model: Outline, plan: Plan) -> int:
     and in the backward pass one matrix of all of a layer's experts."""
     layers, matrices = model.base_layers(), [part for part in model.parts if part.kind == "experts"]
     base = sum(part.size for part in model.parts if part.kind == "base" and part.layer == layers[0])
-    buffers = len(momentum_parts(Recipe.from_dict(model.config.namex).complex_beta))
+    merge = check_first_base(Recipe.from_stored(model.config.namex))
+    buffers = len(momentum_parts(merge.propagation.complex_beta))
     kept = 4 * base * (1 + buffers) if plan.checkpointing else COMPUTE * base
     largest = max(part.size // 2 if "gate_up" in part.name else part.size for part in matrices)
     return (len(layers) - 1) * kept + plan.bytes.weight * largest

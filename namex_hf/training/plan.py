@@ -98,11 +98,13 @@ def planned(start: Start, choice: Choice) -> Plan:
         TrainingError: a kind that the model has none of, or that the adapter cannot be put on; StableMoE's first stage
             of a model that has another router; a live base of a model whose first MoE layer has none.
     """
-    if choice.stage_one and start.recipe.routing != "stable":
-        raise TrainingError(f"StableMoE's first stage trains routing 'stable'; found routing {start.recipe.routing!r}")
+    if choice.stage_one and start.recipe.routing.kind != "stable":
+        raise TrainingError(
+            f"StableMoE's first stage trains routing 'stable'; found routing {start.recipe.routing.kind!r}"
+        )
     outline = start.outline(choice.model_options.get("attn_implementation"))
     kinds = check_present(outline, choice.kinds)
-    walks = bool(start.recipe.propagates and {"experts", "base"} & set(kinds))
+    walks = bool(start.recipe.merge.propagates and {"experts", "base"} & set(kinds))
     every, live, adapter = choice.bargain_every if walks else 0, choice.live and walks, None
     if live:
         check_first_base(start.recipe)

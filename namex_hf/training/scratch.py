@@ -4,7 +4,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -129,13 +129,16 @@ def new_model(
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if row.recipe.own_class:
-        patch_model(model, replace(row.recipe, eta=schedule.eta) if row.recipe.has_base else row.recipe)
+        recipe = row.recipe
+        if recipe.merge.has_base:
+            recipe = Recipe(**{**recipe.to_dict(), "eta": schedule.eta})
+        patch_model(model, recipe)
     for layer in model.model.layers:
         layer.mlp.gate.norm_topk_prob = schedule.router == "topk_softmax"
         if schedule.shared_expert == "none":
             layer.mlp.shared_expert = NoSharedExpert()
             layer.mlp.shared_expert_gate.requires_grad_(False)
-    return go_live(model) if row.recipe.propagates else model
+    return go_live(model) if row.recipe.merge.propagates else model
 
 
 def balance_loss(router_logits: tuple[torch.Tensor, ...], top_k: int) -> torch.Tensor:
@@ -185,7 +188,7 @@ def train(model: Any, row: Row, batches: Batches, schedule: Schedule, advance: C
         optimizer.zero_grad()
         losses.append(round(loss.item(), 5))
         loads.append(round(sum(hook.step() for hook in hooks) / len(hooks), 5))
-        if row.recipe.propagates and (step + 1) % schedule.bargain_every == 0:
+        if row.recipe.merge.propagates and (step + 1) % schedule.bargain_every == 0:
             bargains.append({"step": step + 1, **summary(rebargain(model, row.recipe))})
         advance()
     return {"loss": losses, "imbalance": loads, "bargain": bargains, "seconds": round(time.perf_counter() - start, 2)}

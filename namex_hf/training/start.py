@@ -109,7 +109,7 @@ class Start:
         finally:
             if shown:
                 logging.enable_progress_bar()
-        patch_model(model, self.recipe, tokenizer if self.recipe.calibrated else None)
+        patch_model(model, self.recipe, tokenizer if self.recipe.needs_text else None)
         model.name_or_path = model.config._name_or_path = self.checkpoint.name
         return model
 
@@ -144,7 +144,7 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
     if patched := isinstance(found, dict):
         if recipe is not None:
             raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
-        family, recipe = original_family(checkpoint.config), Recipe.from_dict(dict(found))
+        family, recipe = original_family(checkpoint.config), Recipe.from_stored(found)
     else:
         family, recipe = family_of(checkpoint.config), recipe or Recipe()
     shape = family.shape(checkpoint.config)

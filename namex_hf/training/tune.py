@@ -102,7 +102,7 @@ class Run:
         self.as_found = {name: getattr(model.config, name) for name in ("use_cache", "output_router_logits")}
         self.recipe = start.recipe
         if (text := getattr(model.config, "namex", None)) is not None:
-            self.recipe = Recipe.from_dict(text)  # with the name of the text that it was calibrated on
+            self.recipe = Recipe.from_stored(text)  # with the name of the text that it was calibrated on
         if plan.adapter is None:
             train_only(model, plan.kinds)
         kind = StageOneTrainer if choice.stage_one else NamexTrainer
@@ -130,9 +130,10 @@ class Run:
             console.print(f"no bargain in training: {self._why_no_bargain()}", soft_wrap=True)
 
     def _why_no_bargain(self) -> str:
-        if not self.recipe.has_base:
+        if not self.recipe.merge.has_base:
             return "the model has no base expert"
-        return f"method {self.recipe.method}" if not self.recipe.propagates else "neither experts nor base train"
+        merge = self.recipe.merge
+        return f"method {merge.method}" if not merge.propagates else "neither experts nor base train"
 
     def finish(self) -> Report:
         """Score, train, score again, save."""
@@ -147,7 +148,7 @@ class Run:
         student = freeze(self.trainer.model) if self.choice.stage_one else None
         seconds, settling = time.perf_counter() - started, time.perf_counter()
         settled: list[Settled] = []
-        if self.recipe.has_base:
+        if self.recipe.merge.has_base:
             settled = rebargain(self.trainer.model, self.recipe, write=self.trainer.bargain is not None)
         settling = time.perf_counter() - settling
         report = Report(

@@ -23,21 +23,20 @@ from small_mixtures import (
 from torch.nn.functional import silu
 
 from namex_hf.merging import calibrated
-from namex_hf.merging.calibrated import Choice, Mixture, Shrinking, Text
-from namex_hf.merging.combine import Combination
+from namex_hf.merging.calibrated import Mixture, Shrinking, Text
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from namex_hf.merging.layer_fit import Problem
-from namex_hf.merging.members import Tuning
 from namex_hf.merging.strangers import random_experts as strangers
 from namex_hf.merging.strangers import shared_experts
+from namex_hf.recipe import Recipe
 
 EXPERTS, TOP_K, SEQUENCES, LENGTH = 6, 2, 4, 40
 GROUPINGS = ("damage", "outputs", "router", "weights")
 FITTED = {"down": "refit", "fit": "router", "fit_steps": 50}
 PLAIN = {"down": "merge", "fit": "none"}
 WHOLE = {"down": "refit", "fit": "layer", "fit_steps": 25}
-SALIENT = Tuning(Combination("saliency"))
+SALIENT = {"weighting": "saliency"}
 
 
 def mixture(seed: int = 0, dtype: torch.dtype = torch.float32, renormalises: bool = False) -> Mixture:
@@ -53,8 +52,16 @@ def text(of: Mixture, loud: float, length: int) -> Text:
 
 
 def shrinking(count: int, of: Mixture | None = None, loud: float = 1.0, length: int = LENGTH, **choices) -> Shrinking:
-    of, tuning = of or mixture(), choices.pop("tuning", Tuning(Combination()))
-    return Shrinking(of, text(of, loud, length), Choice(count, tuning, **choices))
+    """A control is made without its fit where ``fit`` is none."""
+    of, seed = of or mixture(), choices.pop("seed", 0)
+    operator = choices.get("operator", "merge")
+    fields = {"curvature": "calibrated", "align": "activations"} if operator == "merge" else {}
+    fields |= {"grouping": "damage", "down": "refit", **choices}
+    fits = fields.get("fit") != "none"
+    if operator in ("random", "shared") and not fits:
+        fields["fit"] = "router"
+    merge = Recipe(merge="grouped", experts=count, **fields).merge
+    return Shrinking(of, text(of, loud, length), merge, seed, fits)
 
 
 def shared() -> dict[str, torch.Tensor]:
@@ -335,7 +342,7 @@ def assert_kept(result: Mixture, of: Mixture, numbers: list[int]) -> None:
     assert all(torch.equal(result.experts[name], of.experts[name][numbers]) for name in PROJECTIONS)
 
 
-BY = {"usage": Tuning(Combination("usage")), "saliency": SALIENT}
+BY = {"usage": {"weighting": "usage"}, "saliency": SALIENT}
 
 
 @pytest.mark.parametrize("by", BY)
@@ -344,7 +351,7 @@ def test_the_weightiest_of_the_layer_are_kept(by: str, dtype: torch.dtype) -> No
     """Bit for bit and in their order, rows and all; by usage others than by saliency."""
     kept = {}
     for seed in range(4):
-        run = shrinking(3, mixture(seed, dtype), operator="keep", grouping="none", tuning=BY[by], **PLAIN)
+        run = shrinking(3, mixture(seed, dtype), operator="keep", grouping="none", **BY[by], **PLAIN)
         result, _ = run.run()
         numbers = sorted(np.argsort(-seen64(run, by), kind="stable")[:3].tolist())
         assert_kept(result, run.source, numbers)
@@ -358,7 +365,7 @@ def test_the_weightiest_of_the_layer_are_kept(by: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("by", BY)
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_the_weightiest_of_each_group_is_kept(by: str, grouping: str) -> None:
-    run = shrinking(3, operator="keep", grouping=grouping, tuning=BY[by], **PLAIN)
+    run = shrinking(3, operator="keep", grouping=grouping, **BY[by], **PLAIN)
     merged = shrinking(3, grouping=grouping, **PLAIN)
     result, _ = run.run()
     merged.run()
@@ -383,7 +390,7 @@ def test_experts_of_equal_standing_are_kept_in_order() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_saliency_is_written_down_and_weighs(dtype: torch.dtype) -> None:
     """Mean of gate value times norm of the answer, where it is asked for: the shares of a group's members."""
-    run, other = shrinking(2, mixture(0, dtype), loud=5.0, tuning=SALIENT, **PLAIN), shrinking(2, **PLAIN)
+    run, other = shrinking(2, mixture(0, dtype), loud=5.0, **SALIENT, **PLAIN), shrinking(2, **PLAIN)
     run.run()
     other.run()
     saliency = seen64(run, "saliency")
@@ -398,7 +405,7 @@ def test_saliency_is_written_down_and_weighs(dtype: torch.dtype) -> None:
 
 def test_shares_by_usage_are_of_the_tokens() -> None:
     """Not of the gate values, by which members are ranked."""
-    run = shrinking(2, loud=5.0, tuning=BY["usage"], **PLAIN)
+    run = shrinking(2, loud=5.0, **BY["usage"], **PLAIN)
     run.run()
     usage = seen64(run, "usage")
     for game in run.record["games"]:
@@ -480,7 +487,7 @@ def test_weights(loud: float) -> None:
 
 def test_one_expert_is_refitted_for_all_sequences_alike() -> None:
     """Its down is least squares with these weights, on outputs of which one sequence has nearly all the energy."""
-    run = shrinking(1, loud=20.0, down="refit", tuning=Tuning(Combination(), ridge=1e-9))
+    run = shrinking(1, loud=20.0, down="refit", ridge=1e-9)
     result, output = run.run()
     inputs = run.text.inputs
     unit = {**result.experts, "down_proj": torch.eye(HIDDEN, result.experts["down_proj"].shape[2])[None]}

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from namex_hf.merging.experts import PROJECTIONS
-from namex_hf.merging.propagation import Propagation, Step, Walk, propagate
-from namex_hf.merging.weightings import Bargain
+from namex_hf.merging.propagation import Step, Walk, propagate
+from namex_hf.recipe import Recipe
 
 E1, E2, E3 = torch.eye(3).view(3, 1, 3)
 OPPOSED = (E1, -E1, E2)
@@ -22,7 +22,7 @@ def at_right_angles(*lengths: float) -> tuple[torch.Tensor, ...]:
 
 def pass_layer(walk: Walk, position: int, taus: dict[str, tuple[torch.Tensor, ...]], **choice: Any) -> Step:
     experts = {name: torch.stack([walk.base[name] + tau for tau in taus[name]]) for name in PROJECTIONS}
-    return propagate(experts, walk, Propagation(**choice), position)
+    return propagate(experts, walk, Recipe(**choice).merge, position)
 
 
 def alike(tau: tuple[torch.Tensor, ...]) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -39,8 +39,8 @@ def statuses(step: Step) -> list[str]:
 )
 def test_two_opposed_experts(granularity: str, point: str, share: float, status: str) -> None:
     """Zero point: no step. The mean: the plain mean's step, from which the third expert gains."""
-    rules = Bargain(disagreement=point, granularity=granularity, scale="lemma")  # the scale changes no fallback
-    step = pass_layer(Walk(BASE), 0, alike(OPPOSED), rules=rules, gamma=0.6)
+    rules = {"disagreement": point, "granularity": granularity, "scale": "lemma"}  # the scale changes no fallback
+    step = pass_layer(Walk(BASE), 0, alike(OPPOSED), **rules, gamma=0.6)
     assert set(statuses(step)) == {status}
     for game in step.record:
         assert game["weights"] == pytest.approx([share] * 3)
@@ -55,10 +55,10 @@ def test_two_opposed_experts(granularity: str, point: str, share: float, status:
 )
 def test_each_game_is_decided_by_itself(point: str, share: float, status: str) -> None:
     """NAMEx: gate has no agreement before the third layer, and is solved until then; up and down reuse the first's."""
-    choice: dict[str, Any] = {"rules": Bargain(), "every": None}
+    choice: dict[str, Any] = {"method": "namex"}
     first = {**alike(at_right_angles(1, 2, 4)), "gate_proj": OPPOSED}
     if point == "mean":  # at the mean point only games whose players are alike have round weights
-        choice["rules"] = Bargain(disagreement="mean")
+        choice["disagreement"] = "mean"
         first |= alike(at_right_angles(2, 2, 2)) | {"gate_proj": OPPOSED}
     wanted = [4 / 7, 2 / 7, 1 / 7] if point == "zero" else [1 / 3] * 3
 
@@ -86,10 +86,10 @@ def test_each_game_is_decided_by_itself(point: str, share: float, status: str) -
 @pytest.mark.parametrize(("point", "status"), [("zero", "no_agreement"), ("mean", "uniform_fallback")])
 def test_an_older_agreement_is_not_reused_after_a_game_without(point: str, status: str) -> None:
     """``every: 2``: the third layer has no agreement, so the fourth is solved and does not go back to the first's."""
-    rules, walk, found = Bargain(disagreement=point), Walk(BASE), []
+    walk, found = Walk(BASE), []
     layers = [at_right_angles(1, 2, 4), at_right_angles(1, 1, 1), OPPOSED, at_right_angles(2, 2, 2)]
     for position, tau in enumerate(layers):
-        step = pass_layer(walk, position, alike(tau), rules=rules, every=2)
+        step = pass_layer(walk, position, alike(tau), disagreement=point, every=2)
         walk = step.walk
         found.append(statuses(step))
     assert found == [["agreement"] * 3, ["reused"] * 3, [status] * 3, ["agreement"] * 3]
@@ -98,8 +98,8 @@ def test_an_older_agreement_is_not_reused_after_a_game_without(point: str, statu
 
 def test_momentum_goes_on_without_agreement() -> None:
     """mu = 0.5 mu: half of the first step again, where the second layer adds nothing."""
-    first = pass_layer(Walk(BASE), 0, alike(at_right_angles(1, 1, 1)), beta=0.5)
-    second = pass_layer(first.walk, 1, alike(OPPOSED), beta=0.5)
+    first = pass_layer(Walk(BASE), 0, alike(at_right_angles(1, 1, 1)), momentum="complex", beta="0.5")
+    second = pass_layer(first.walk, 1, alike(OPPOSED), momentum="complex", beta="0.5")
     assert statuses(second) == ["no_agreement"] * 3
     for name in PROJECTIONS:
         torch.testing.assert_close(second.walk.base[name], BASE[name] + 1.5 * (E1 + E2 + E3) / 3)

@@ -8,12 +8,12 @@ from float64_reference import double, games, merged_group, nash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from namex_hf.merging.combine import Combination, average_rows, merged_expert, play
+from namex_hf.merging.combine import average_rows, merged_expert, play
 from namex_hf.merging.experts import PROJECTIONS, NotFiniteError, games_of, grams, weighted_step
 from namex_hf.merging.grouping import groups_by_weights
 from namex_hf.merging.mass import expected_mass
-from namex_hf.merging.propagation import Propagation, Walk, propagate
-from namex_hf.merging.weightings import Bargain
+from namex_hf.merging.propagation import Walk, propagate
+from namex_hf.recipe import Game, Grouped, GroupGame, Propagation, Residual
 
 WIDTH, HIDDEN = 5, 6
 GRANULARITIES = ("matrix", "expert")
@@ -37,21 +37,21 @@ def a_base(seed: int) -> dict[str, torch.Tensor]:
     return first(layer(1, seed + 1000))
 
 
-CHOICES = st.builds(
-    Propagation,
-    weighting=st.sampled_from(["nash", "uniform"]),
-    rules=st.builds(
-        Bargain,
-        disagreement=st.sampled_from(["zero", "mean"]),
-        granularity=st.sampled_from(GRANULARITIES),
-        scale=st.sampled_from(["simplex", "lemma"]),
-    ),
-    gamma=st.floats(0.1, 2),
+GAMES = st.builds(
+    Game,
+    disagreement=st.sampled_from(["zero", "mean"]),
+    granularity=st.sampled_from(GRANULARITIES),
+    scale=st.sampled_from(["simplex", "lemma"]),
+)
+GOING = st.builds(Propagation, gamma=st.floats(0.1, 2))
+CHOICES = st.one_of(
+    st.builds(Residual, game=GAMES, propagation=GOING),
+    st.builds(Residual, method=st.just("ep-camex"), propagation=GOING),
 )
 
 
 @given(CHOICES, st.integers(2, 9), st.integers(0, 99), st.floats(1e-3, 1e3), st.booleans())
-def test_scale_of_all_leaves_the_shares(choice: Propagation, count: int, seed: int, scale: float, own: bool) -> None:
+def test_scale_of_all_leaves_the_shares(choice: Residual, count: int, seed: int, scale: float, own: bool) -> None:
     """Experts and base times c: the same simplex weights; raw weights divided by c; the next base times c.
 
     (The raw solution is dimensional, so with scale 'lemma' the step itself stays as it is.)
@@ -60,7 +60,7 @@ def test_scale_of_all_leaves_the_shares(choice: Propagation, count: int, seed: i
     base = first(experts) if own else a_base(seed)
     larger = ({n: scale * t for n, t in experts.items()}, {n: scale * t for n, t in base.items()})
     one, other = propagate(experts, Walk(base), choice, 0), propagate(larger[0], Walk(larger[1]), choice, 0)
-    raw = choice.rules.scale == "lemma" and choice.weighting == "nash"
+    raw = choice.game.scale == "lemma" and choice.weights_by == "nash"
     torch.testing.assert_close(other.walk.weights * (scale if raw else 1), one.walk.weights, rtol=1e-4, atol=1e-6)
     for name in PROJECTIONS:
         step, larger_step = one.walk.base[name] - base[name], other.walk.base[name] - larger[1][name]
@@ -68,7 +68,7 @@ def test_scale_of_all_leaves_the_shares(choice: Propagation, count: int, seed: i
 
 
 @given(CHOICES, st.integers(2, 9), st.integers(0, 99), st.randoms(use_true_random=False))
-def test_order_of_experts(choice: Propagation, count: int, seed: int, lot) -> None:
+def test_order_of_experts(choice: Residual, count: int, seed: int, lot) -> None:
     """Experts in another order: weights in that order, the same step of the base, the same cosines."""
     experts, base, order = layer(count, seed), a_base(seed), list(range(count))
     lot.shuffle(order)
@@ -85,7 +85,7 @@ def test_weights_are_the_bargain(count: int, seed: int, granularity: str, point:
     """Against the reference's solution of K a = 1/a + d, and each weight where it belongs."""
     experts, base = layer(count, seed), a_base(seed)
     found = propagate(
-        experts, Walk(base), Propagation(rules=Bargain(granularity=granularity, disagreement=point, scale="lemma")), 0
+        experts, Walk(base), Residual(game=Game(granularity=granularity, disagreement=point, scale="lemma")), 0
     )
     for index, names in enumerate(games({"granularity": granularity})):
         tau = np.concatenate([double(experts[n] - base[n]).reshape(count, -1) for n in names], axis=1)
@@ -174,9 +174,10 @@ def test_merged_group(count: int, seed: int, weighting: str, point: str, granula
     """A group within a layer against the reference; shares are on the simplex, the first member's is 1/n."""
     experts = layer(count, seed)
     members = sorted(data.draw(st.sets(st.integers(0, count - 1), min_size=2)))
-    choice = Combination(weighting, Bargain(point, granularity=granularity))
-    group = play(experts, tuple(members), choice)
-    merged, records = merged_expert(experts, group, choice), group.record
+    game = {"disagreement": point, "granularity": granularity} if weighting == "nash" else {}
+    choice = Grouped(experts=1, weighting=weighting, game=GroupGame(**game))
+    group = play(experts, tuple(members), choice, "cpu")
+    merged, records = merged_expert(experts, group, choice, "cpu"), group.record
     recipe = {"weighting": weighting, "disagreement": point, "granularity": granularity}
     wanted = merged_group({name: double(tensor) for name, tensor in experts.items()}, members, recipe)
     for name in PROJECTIONS:
@@ -191,8 +192,9 @@ def test_merged_group(count: int, seed: int, weighting: str, point: str, granula
 def test_a_group_of_one(dtype: torch.dtype) -> None:
     """It is its expert, bit for bit, and plays no game."""
     experts = layer(4, 0, dtype)
-    group = play(experts, (2,), Combination())
-    merged = merged_expert(experts, group, Combination(), factor=0.5)
+    choice = Grouped(experts=1)
+    group = play(experts, (2,), choice, "cpu")
+    merged = merged_expert(experts, group, choice, "cpu", factor=0.5)
     assert group.record == []
     for name in PROJECTIONS:  # of its own: the layer's memory is filled again while it waits to be written
         assert merged[name].untyped_storage().data_ptr() != experts[name].untyped_storage().data_ptr()
@@ -204,9 +206,9 @@ def test_members_that_pull_apart_fall_back() -> None:
     experts = {name: tensor.clone() for name, tensor in layer(3, 5).items()}
     for name in PROJECTIONS:
         experts[name][2] = 2 * experts[name][0] - experts[name][1]
-    choice = Combination(rules=Bargain(granularity="expert"))
-    group = play(experts, (0, 1, 2), choice)
-    merged = merged_expert(experts, group, choice)
+    choice = Grouped(experts=1, game=GroupGame(granularity="expert"))
+    group = play(experts, (0, 1, 2), choice, "cpu")
+    merged = merged_expert(experts, group, choice, "cpu")
     assert group.record[0]["status"] == "uniform_fallback"
     assert group.record[0]["weights"] == pytest.approx([1 / 3] * 3)
     for name in PROJECTIONS:
@@ -218,7 +220,7 @@ def test_not_finite_is_named(count: int, seed: int, name: str, value: str) -> No
     """The expert and projection with NaN or infinity in it, not one that it has spoilt."""
     experts, expert = layer(count, seed), seed % count
     experts[name].view(count, -1)[expert, -1] = float(value)
-    for choice in (Propagation(), Propagation(weighting="uniform"), Propagation(rules=Bargain(granularity="expert"))):
+    for choice in (Residual(), Residual(method="ep-camex"), Residual(game=Game(granularity="expert"))):
         with pytest.raises(NotFiniteError) as caught:
             propagate(experts, Walk(a_base(seed)), choice, 0)
         assert (caught.value.expert, caught.value.projection) == (expert, name)
@@ -231,12 +233,12 @@ def test_reused_weights_move_by_index() -> None:
     """Weights of an earlier layer are taken as they are, by expert index, and recorded as reused."""
     experts, base = layer(4, 1), a_base(1)
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 3, dtype=torch.float64)
-    step = propagate(experts, Walk(base, weights), Propagation(every=2, gamma=0.5), 3)
+    step = propagate(experts, Walk(base, weights), Residual(propagation=Propagation(every=2, gamma=0.5)), 3)
     assert {game["status"] for game in step.record} == {"reused"}
     for name in PROJECTIONS:
         wanted = base[name] + 0.5 * (weights[0, :, None, None] * (experts[name] - base[name])).sum(0)
         torch.testing.assert_close(step.walk.base[name], wanted.float())
-    solved = propagate(experts, Walk(base, weights), Propagation(every=2), 2)
+    solved = propagate(experts, Walk(base, weights), Residual(propagation=Propagation(every=2)), 2)
     assert {game["status"] for game in solved.record} == {"agreement"}
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from namex_hf.merging.momentum import advance, buffer_names
-from namex_hf.momentum import Momentum, parse_momentum
+from namex_hf.recipe.momentum import Momentum, parse_momentum
 
 SHAPES = {"gate_proj": (3, 4), "up_proj": (3, 4), "down_proj": (4, 3)}
 LAYERS = 8

@@ -5,9 +5,9 @@ import pytest
 import torch
 from small_mixtures import draws
 
-from namex_hf.merging.combine import Combination, shares
-from namex_hf.merging.weightings import WEIGHTINGS, Bargain, Seen, Weights
-from namex_hf.recipe import Recipe
+from namex_hf.merging.combine import shares
+from namex_hf.merging.weightings import WEIGHTINGS, Seen, Weights
+from namex_hf.recipe import FIELDS, Grouped, GroupGame
 
 PLAYERS = 5
 TAU = torch.randn(3, PLAYERS, 12, generator=draws(0), dtype=torch.float64)
@@ -17,11 +17,11 @@ SALIENCY = torch.tensor([0.3, 0.0, 2.5, 0.1, 0.6], dtype=torch.float64)
 
 
 def weigh(weighting: str, seen: Seen | None, **rules) -> Weights:
-    return WEIGHTINGS[weighting](GRAM, Bargain(**rules), torch.float32, seen)
+    return WEIGHTINGS[weighting](GRAM, GroupGame(**rules), torch.float32, seen)
 
 
 def test_every_weighting_of_the_recipe_is_here() -> None:
-    assert set(WEIGHTINGS) == set(Recipe.__dataclass_fields__["weighting"].metadata["choices"])
+    assert set(WEIGHTINGS) == set(FIELDS["weighting"].choices)
 
 
 @pytest.mark.parametrize(("weighting", "amount"), [("usage", USAGE), ("saliency", SALIENCY)])
@@ -64,5 +64,5 @@ def test_in_a_group_the_first_has_its_share_too() -> None:
     """Only a bargain, in which the first is the base and has no stake, gives it 1/n."""
     seen = Seen(USAGE, SALIENCY)
     for weighting, wanted in (("usage", 4 / 16), ("saliency", 0.3 / 3.5), ("uniform", 1 / PLAYERS)):
-        found = shares(GRAM, Combination(weighting), torch.float32, seen)
+        found = shares(GRAM, Grouped(experts=1, weighting=weighting), torch.float32, seen)
         np.testing.assert_allclose(found.values[:, 0].numpy(), wanted)

@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from namex_hf.merging.experts import PROJECTIONS
-from namex_hf.merging.propagation import Propagation
-from namex_hf.merging.weightings import Bargain
+from namex_hf.recipe import Recipe
 from namex_hf.training.live_step import WeightedStep, step_on
 
 SHAPES = {"gate_proj": (3, 4), "up_proj": (3, 4), "down_proj": (4, 3)}
@@ -17,11 +16,12 @@ def drawn(*shape: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("granularity", ["matrix", "expert"])
-@pytest.mark.parametrize("beta", [0, 0.9, 0.8 + 0.3j], ids=["none", "real", "complex"])
+@pytest.mark.parametrize("beta", [None, "0.9", "0.854,0.359"], ids=["none", "real", "complex"])
 def test_gradients_of_a_walk_are_finite_differences(beta, granularity):
     """Through three layers, so that momentum acts; gamma is not 1, where the first base would get nothing."""
     torch.manual_seed(0)
-    choice = Propagation(gamma=0.7, beta=complex(beta), rules=Bargain(granularity=granularity))
+    momentum = "complex" if beta else "none"
+    choice = Recipe(gamma=0.7, momentum=momentum, beta=beta, granularity=granularity).merge
     games = 1 if granularity == "expert" else 3
     weights = [torch.rand(games, COUNT, dtype=torch.float64) for _ in range(LAYERS)]
     first = [drawn(*SHAPES[name]) for name in PROJECTIONS]

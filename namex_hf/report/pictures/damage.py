@@ -42,6 +42,6 @@ def picture(material: Material) -> Picture | None:
         "How far a layer's routed output on calibration text is from the one wanted: 0 is the same output, 1 as far off"
         " as no output at all. Lower is better; lines of later stages lie below earlier ones where the stage helped."
     )
-    if material.folder.recipe.target == "model":
+    if material.folder.recipe.to_dict()["target"] == "model":
         line += " Wanted is what leads back to the original's hidden states, errors of the layers below made up for."
     return Picture("6-damage", "What each layer lost", line, drawn)

@@ -6,6 +6,7 @@ import torch
 from scipy.cluster.hierarchy import dendrogram, linkage
 from scipy.spatial.distance import squareform
 
+from ...recipe import Grouped
 from .picture import COLOURS, INK, Material, Picture, figure
 
 ONE_A_ROW = 24  # experts from which on a panel needs the whole width
@@ -19,7 +20,8 @@ def picture(material: Material) -> Picture | None:
         for record in folder.report.layers
         if "groups" in record and record["layer"] in folder.cosines
     }
-    if folder.recipe.operator in ("random", "shared"):
+    merge = folder.recipe.merge
+    if not isinstance(merge, Grouped) or merge.is_control:
         return None  # none of the experts had a part in what came out
     trees = {layer: tree for layer, tree in trees.items() if len(tree[0]) > 1}
     if not trees:
@@ -38,8 +40,8 @@ def picture(material: Material) -> Picture | None:
     line = (
         "The tree joins experts whose weights are alike, the more alike the lower (average linkage). Below it the"
         " number of each expert and, for groups of two or more, the letter of its group; a dot is an expert that stays"
-        f" as it was. Groups were found by '{folder.recipe.grouping}', so they need not follow the tree."
-        + (" A cross is an expert that is gone." if folder.recipe.operator == "keep" else "")
+        f" as it was. Groups were found by '{merge.grouping}', so they need not follow the tree."
+        + (" A cross is an expert that is gone." if merge.operator == "keep" else "")
     )
     return Picture("6-groups", "Which experts became one", line, drawn)
 

@@ -15,7 +15,7 @@ def picture(material: Material) -> Picture | None:
     by_weights = {layer: whole(material, layer) for layer in sorted(material.folder.cosines)}
     answers = material.answers
     by_outputs = {layer: one.cosines.numpy() for layer, one in answers.layers.items()} if answers else {}
-    of_bases = material.folder.recipe.has_base
+    of_bases = material.folder.recipe.merge.has_base
     found = {
         f"by weights: domain vectors E_i - E_m{'' if of_bases else ' around zero'}": by_weights,
         "by outputs on text": by_outputs,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from ...bargaining.stability import largest_stable_step, spectral_radius
+from ...recipe import AroundBase
 from ..folder import PatchedFolder
 from .picture import INK, Material, Picture, figure, plain
 
@@ -24,15 +25,16 @@ POINTS = 121  # along each axis
 
 def picture(material: Material) -> Picture | None:
     """For the recipe's gamma; none where no base expert walks."""
-    recipe, layers = material.folder.recipe, len(material.folder.shape.layers)
-    if not recipe.propagates:
+    merge, layers = material.folder.recipe.merge, len(material.folder.shape.layers)
+    if not isinstance(merge, AroundBase) or not merge.propagates:
         return None
-    total, beta = total_weight(material.folder), recipe.complex_beta
-    real, imaginary, radii = radii_over_beta(recipe.gamma, total)
-    radius = round(spectral_radius(beta, recipe.gamma, total), 12)  # 0, not what rounding left of it
+    gamma, beta = merge.propagation.gamma, merge.propagation.complex_beta
+    total = total_weight(material.folder)
+    real, imaginary, radii = radii_over_beta(gamma, total)
+    radius = round(spectral_radius(beta, gamma, total), 12)  # 0, not what rounding left of it
     drawn = figure(4.4)
     left, right = drawn.subplots(1, 2, width_ratios=[1, 1.35])
-    _over_gamma(left, beta, recipe.gamma, total)
+    _over_gamma(left, beta, gamma, total)
     shades = right.contourf(real, imaginary, radii, levels=LEVELS, colors=SHADES)
     right.contour(real, imaginary, radii, levels=[1.0], colors=[INK], linewidths=1.6)
     circle = np.exp(1j * np.linspace(0, 2 * np.pi, 200))
@@ -47,7 +49,7 @@ def picture(material: Material) -> Picture | None:
     plain(right)
     drawn.colorbar(shades, ax=right, label="spectral radius a layer", pad=0.02, shrink=0.85)
     line = (
-        f"Right, shaded: the momenta with which the walk settles at gamma {recipe.gamma:g}, the darker the sooner;"
+        f"Right, shaded: the momenta with which the walk settles at gamma {gamma:g}, the darker the sooner;"
         f" outside the thick line it grows. This recipe (star) has {radius:.3f} a layer, {radius**layers:.3g} over its"
         f" {layers} MoE layers. Left: the same with this recipe's beta and other steps; it settles for gamma below"
         f" {largest_stable_step(beta, total):.3g}. This is of the matrix of eq. 19 by its eigenvalues."

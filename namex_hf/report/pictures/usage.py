@@ -17,7 +17,7 @@ def picture(material: Material) -> Picture | None:
     answers = material.answers
     after = {layer: one.usage.double() for layer, one in answers.layers.items()} if answers else {}
     grouped = any("groups" in record for record in material.folder.report.layers)
-    rerouted = material.folder.recipe.routing != "linear"
+    rerouted = material.folder.recipe.routing.kind != "linear"
     if rerouted or not grouped:  # the linear router, which is what was asked, is the original's
         before, after = before or after, {}
     elif before and answers and answers.sha256 != material.folder.report.run.get("calibration", {}).get("sha256"):
@@ -85,6 +85,6 @@ def _entropies(
     if measured:
         found = {
             "linear router": {layer: one["load_entropy_linear"] for layer, one in measured.items()},
-            f"{folder.recipe.routing} router": {layer: one["load_entropy"] for layer, one in measured.items()},
+            f"{folder.recipe.routing.kind} router": {layer: one["load_entropy"] for layer, one in measured.items()},
         }
     return found

@@ -15,7 +15,7 @@ def picture(material: Material) -> Picture | None:
     """Of the layer asked for, or of the one where the two steps differ most; none where three do not agree."""
     found = {}
     for layer in material.folder.shape.layers:
-        grams = material.folder.domain_grams(layer) if material.folder.recipe.has_base else None
+        grams = material.folder.domain_grams(layer) if material.folder.recipe.merge.has_base else None
         if grams is not None and material.layer in (None, layer) and (three := three_most_apart(grams.sum(0))):
             found[layer] = three
     if not found:

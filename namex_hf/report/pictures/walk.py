@@ -23,10 +23,11 @@ def picture(material: Material) -> Picture | None:
     line = ""
     for place, part in zip(drawn.subplots(1, len(parts), squeeze=False)[0], parts, strict=True):
         if part == "distances":
+            values = folder.recipe.to_dict()
             _distances(place, folder, material.distances)
             line += (
                 "How far the base expert moves between a MoE layer and the next, if each method walks over this"
-                f" folder's experts from the base '{folder.recipe.base}' with gamma {folder.recipe.gamma:g}: falling"
+                f" folder's experts from the base '{values['base']}' with gamma {values['gamma']:g}: falling"
                 " lines settle, rising ones do not; lines on each other are the same walk. "
             )
         else:
