@@ -9,9 +9,9 @@ The options are those of the two commands.
 import sys
 
 from game import register
-from namex_hf.cli import patch
 
 from namex_hf.commands.compare import main as compare
+from namex_hf.commands.patch import main as patch
 
 COMMANDS = {"patch": patch, "compare": compare}
 
