@@ -19,10 +19,7 @@ from namex_hf.printable import marked
 from namex_hf.program import ended
 
 try:
-    from namex_hf.checkpoint.resolve import local_folder, packaged_models, peek
-    from namex_hf.files import read_json
-    from namex_hf.recipe import Recipe
-    from namex_hf.training.memory import (
+    from device_memory import (
         MARGIN,
         PRECISIONS,
         PROPAGATIONS,
@@ -35,6 +32,10 @@ try:
         memory_table,
         outline,
     )
+
+    from namex_hf.checkpoint.resolve import local_folder, packaged_models, peek
+    from namex_hf.files import read_json
+    from namex_hf.recipe import Recipe
 except ImportError as missing:
     print(f"memory.py: error: {MissingExtraError('fine-tuning', 'train')} ({missing})", file=sys.stderr)
     sys.exit(2)
