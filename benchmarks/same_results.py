@@ -99,7 +99,7 @@ def _calls(file: Path, values: dict[str, Any]) -> list[tuple[str, tuple[str, ...
     if named:
         return [(model, experts) for model in models]
     layer = (MODELS[0], (*experts, "--fit", "layer", *SHORT, *STEPS))
-    if values.get("operator") in ("random", "shared"):  # which are controls of a fit
+    if values.get("operator") in ("random", "shared") or "target" in values:  # which mean nothing without a fit
         return [layer]
     return [layer, (MODELS[1], (*experts, *SHORT))]
 
