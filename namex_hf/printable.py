@@ -2,8 +2,6 @@
 
 import unicodedata
 
-from rich.markup import escape
-
 from .scrub import scrubbed
 
 LONGEST = 1000
@@ -30,6 +28,8 @@ def printable(text: object, longest: int = LONGEST) -> str:
 
 def marked(text: object, longest: int = LONGEST) -> str:
     """`printable`, for what rich prints: square brackets stay what they are."""
+    from rich.markup import escape  # rich is not imported where nothing is printed by it
+
     return escape(printable(text, longest))
 
 

@@ -8,13 +8,13 @@ runs the program itself.
 
 import argparse
 import errno
-import multiprocessing
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -24,8 +24,8 @@ from ..printable import printable
 from ..resources import packaged_models
 
 PROGRAMS = re.compile(
-    r".*/(?:namex-(?:patch|inspect|push|report|compare)|finetune/(?:sft_smoltalk|pretrain|memory)\.py"
-    r"|eval/(?:zero_shot|make_local_gsm8k)\.py)"
+    r".*/(?:namex(?:-(?:patch|inspect|push|report|compare))?|namex_hf/__main__\.py"
+    r"|finetune/(?:sft_smoltalk|pretrain|memory)\.py|eval/(?:zero_shot|make_local_gsm8k)\.py)"
 )
 MEMORY = re.compile(
     r"can(?:not|'t) allocate memory|not enough memory|out of memory|failed to map segment|std::bad_alloc", re.IGNORECASE
@@ -135,13 +135,33 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 def _begin() -> None:
     """Answer Ctrl-C and too little memory while the libraries are imported, which takes seconds."""
-    path = str(Path(sys.argv[0]).absolute()) if sys.argv else ""
-    ours = PROGRAMS.fullmatch(path) is not None and multiprocessing.parent_process() is None
-    if not ours or threading.current_thread() is not threading.main_thread():
+    if not _ours():
         return
     sys.excepthook = _unexpected
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+
+
+def _ours() -> bool:
+    """Whether this is the main thread of one of our programs."""
+    path = str(Path(sys.argv[0]).absolute()) if sys.argv else ""
+    process = sys.modules.get("multiprocessing.process")  # which every child of a program has imported
+    child = process is not None and process.parent_process() is not None
+    main = threading.current_thread() is threading.main_thread()
+    return PROGRAMS.fullmatch(path) is not None and not child and main
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Within `ended`: while a command imports its libraries, Ctrl-C ends the program at once."""
+    if not _ours() or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, _leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _begin()
