@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from ..checkpoint.source import Checkpoint
     from ..patching.plan import Plan
 
-COMMON_OPTIONS = ()
-COMMON_FIELDS = ()
+COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe")
+COMMON_FIELDS = ("merge", "method", "experts", "fit", "calibration_data", "routing", "disagreement", "device")
+"""What ``--help`` shows; ``--help-all`` shows the rest too."""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "namex-patch") -> int:
@@ -38,6 +39,8 @@ def parser_of(prog: str) -> Parser:
             "Qwen/Qwen1.5-MoE-A2.7B --out out/qwen --recipe qwen1.5-moe-a2.7b/namex-full",
             "tiny-deepseek --out out/half --merge grouped --experts 8 --fit router --dry-run",
         ),
+        usage="MODEL --out DIR [options]",
+        brief=COMMON_OPTIONS,
     )
     parser.epilog = f"{parser.epilog}\n\nwhat is refused:\n" + "\n".join(f"  {rule.message}" for rule in RULES)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
@@ -56,6 +59,7 @@ def parser_of(prog: str) -> Parser:
         "--recipe", metavar="FILE|NAME", help="a YAML file, or a name of 'namex recipes'; fields below go before it"
     )
     add_recipe_options(parser, COMMON_FIELDS)
+    parser.brief.clear()
     return parser
 
 
