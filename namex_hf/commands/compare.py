@@ -13,6 +13,8 @@ from ..resources import recipe_path
 from .common import MODEL_HELP, Parser, command_parser, loading, run
 from .recipe_options import add_recipe_options
 
+COMMON_OPTIONS = ("model", "out", "recipes", "texts", "tokens", "problems", "json", "quiet")
+"""What ``--help`` shows; ``--help-all`` shows the rest too."""
 FAILED = 1
 """Exit status where a cell failed and the others stand."""
 
@@ -33,6 +35,8 @@ def parser_of(prog: str) -> Parser:
             "tiny --merge grouped --experts 12 8 4 --fit none router --out out/compared",
             "tiny --recipes recipes/ --experts 8 --seed 0 1 2 --out out/seeds",
         ),
+        usage="MODEL --out DIR [options]",
+        brief=COMMON_OPTIONS,
     )
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="tables, page, and a file a cell")
@@ -73,7 +77,7 @@ def parser_of(prog: str) -> Parser:
     parser.add_argument("--overwrite", action="store_true", help="begin anew, also in a folder of another run of ours")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
     parser.add_argument("--json", action="store_true", help="print comparison.json, no tables")
-    add_recipe_options(parser, (), several=True)
+    add_recipe_options(parser, several=True)
     return parser
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from ..files import REPORT, found, read_json
 from ..printable import marked
-from ..recipe import RULES
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
 from .recipe_options import add_recipe_options, recipe_of
 
@@ -20,7 +19,6 @@ if TYPE_CHECKING:
     from ..patching.plan import Plan
 
 COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe")
-COMMON_FIELDS = ("merge", "method", "experts", "fit", "calibration_data", "routing", "disagreement", "device")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 
 
@@ -42,7 +40,6 @@ def parser_of(prog: str) -> Parser:
         usage="MODEL --out DIR [options]",
         brief=COMMON_OPTIONS,
     )
-    parser.epilog = f"{parser.epilog}\n\nwhat is refused:\n" + "\n".join(f"  {rule.message}" for rule in RULES)
     parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="folder of the result")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id; the report pins the commit")
@@ -58,8 +55,7 @@ def parser_of(prog: str) -> Parser:
     parser.add_argument(
         "--recipe", metavar="FILE|NAME", help="a YAML file, or a name of 'namex recipes'; fields below go before it"
     )
-    add_recipe_options(parser, COMMON_FIELDS)
-    parser.brief.clear()
+    add_recipe_options(parser)
     return parser
 
 

@@ -1,7 +1,7 @@
 """The fields of a recipe as options of a command."""
 
 import argparse
-from collections.abc import Collection
+import re
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -11,6 +11,8 @@ from ..resources import recipe_path
 from .common import Parser
 
 FLAGS = {"false": False, "true": True}
+COMMON = ("merge", "method", "experts", "fit", "calibration_data", "routing", "disagreement", "device")
+"""Fields that ``--help`` shows, each by the first sentence of its help; ``--help-all`` shows every one."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +50,21 @@ def recipe_fields() -> list[RecipeField]:
     ]
 
 
-def add_recipe_options(parser: Parser, common: Collection[str], several: bool = False) -> None:
+def add_recipe_options(parser: Parser, several: bool = False) -> None:
     """One option a field.
 
     Args:
-        common: fields that ``--help`` shows, each by the first sentence of its help; ``--help-all`` shows every one.
         several: every option takes one value or more, and says no default.
     """
     groups = (parser.add_argument_group("recipe"), parser.add_argument_group("more fields of the recipe"))
     for field in recipe_fields():
         nargs = None if not several else 1 if field.name == "device" else "+"
         default = "" if several else field.default_text
-        groups[bool(common) and field.name not in common].add_argument(
+        groups[field.name not in COMMON].add_argument(
             f"--{field.name.replace('_', '-')}", nargs=nargs, metavar=field.metavar, help=field.help + default
         )
-        if field.name in common:
-            parser.brief[field.name] = field.help.partition(". ")[0] + default
+        if field.name in COMMON:
+            parser.brief[field.name] = re.split("[.;] ", field.help)[0] + default
 
 
 def recipe_of(options: argparse.Namespace) -> Recipe:
