@@ -21,7 +21,8 @@ def packaged_recipes() -> dict[str, Path]:
     """
     inside = HERE / "patches"
     folder = inside if inside.is_dir() else HERE.parent / "patches"
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def recipe_path(text: str, option: str = "--recipe") -> Path:
