@@ -14,8 +14,9 @@ from pathlib import Path
 
 def collected(root: Path) -> list[str]:
     """Identifiers of all tests, as pytest collects them in ``root``."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    options = ["--collect-only", "-q", "-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
     environment = {**os.environ, "PYTHONPATH": str(root.resolve())}
+    command = [sys.executable, "-m", "pytest", *options]
     done = subprocess.run(command, cwd=root, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return sorted(line for line in done.stdout.splitlines() if line.startswith("tests/") and "::" in line)
 
