@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,16 +79,21 @@ class Picture:
 
     def svg(self, ink: str = INK, ground: str | None = None) -> bytes:
         """As vectors, on a transparent ground unless one is given."""
-        return self._saved("svg", ground, metadata={"Date": None}).replace(INK.encode(), ink.encode())
+        drawn = self._vectors if ground is None else self._saved("svg", ground, metadata={"Date": None})
+        return drawn.replace(INK.encode(), ink.encode())
+
+    @cached_property
+    def _vectors(self) -> bytes:
+        return self._saved("svg", "none", metadata={"Date": None})
 
     def png(self) -> bytes:
         """As dots, on white."""
         return self._saved("png", "white", dpi=DOTS)
 
-    def _saved(self, form: str, ground: str | None, **more: Any) -> bytes:
+    def _saved(self, form: str, ground: str, **more: Any) -> bytes:
         file = io.BytesIO()
         with rc_context(STYLE):
-            self.figure.savefig(file, format=form, facecolor=ground or "none", **more)
+            self.figure.savefig(file, format=form, facecolor=ground, **more)
         return file.getvalue()
 
 
