@@ -9,10 +9,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from namex_hf.cli import Parser
+from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import MissingExtraError, NamexError
 from namex_hf.files import bounded_lines, open_regular, parse_json
-from namex_hf.program import ended
 
 SPLITS = ("train", "test")
 CARD = """\

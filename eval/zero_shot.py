@@ -14,7 +14,7 @@ from typing import Any
 
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's own bars, a dozen a task; tqdm reads it when it is imported
 
-import namex_hf.program  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
+import namex_hf.commands.common  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
 
 # isort: split
 import torch
@@ -22,11 +22,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from namex_hf.cli import Parser
+from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import MissingExtraError, NamexError
 from namex_hf.files import write_text
 from namex_hf.printable import marked, printable
-from namex_hf.program import ended
 
 HERE = Path(__file__).resolve().parent
 PACKAGED_TASKS = ("namex_definitions", "namex_sums", "namex_word_problems", "namex_text")

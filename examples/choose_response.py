@@ -38,8 +38,8 @@ from namex_hf import nash_bargaining, patch_checkpoint
 from namex_hf.bargaining import AGREEMENT
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.checkpoint.tokenizer import open_tokenizer
+from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import NamexError
-from namex_hf.program import Parser, ended
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.generation import without_balance_loss
 

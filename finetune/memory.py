@@ -13,15 +13,15 @@ from typing import Any
 
 from rich.console import Console
 
-from namex_hf.cli import Parser
+from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import CheckpointError, MissingExtraError
 from namex_hf.printable import marked
-from namex_hf.program import ended
 
 try:
-    from namex_hf.checkpoint.resolve import local_folder, packaged_models, peek
+    from namex_hf.checkpoint.resolve import local_folder, peek
     from namex_hf.files import read_json
     from namex_hf.recipe import Recipe
+    from namex_hf.resources import packaged_models
     from namex_hf.training.memory import (
         MARGIN,
         PRECISIONS,

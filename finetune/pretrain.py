@@ -20,7 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import namex_hf.program  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
+import namex_hf.commands.common  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
 
 # isort: split
 import torch
@@ -30,11 +30,11 @@ from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoTokenizer
 
-from namex_hf.checkpoint.resolve import PACKAGED
+from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import MissingExtraError, TrainingError
 from namex_hf.files import read_json, read_text
-from namex_hf.program import Parser, ended
 from namex_hf.recipe import Recipe
+from namex_hf.resources import PACKAGED
 from namex_hf.scoring.perplexity import held_out_texts
 from namex_hf.training.scratch import CHOICES, ROWS, Schedule, run
 

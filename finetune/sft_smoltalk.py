@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from namex_hf.checkpoint.layout import left_out_line
+from namex_hf.commands.common import ended
 from namex_hf.errors import MissingExtraError, TrainingError
 from namex_hf.printable import marked
-from namex_hf.program import ended
 from namex_hf.recipe import Recipe
 
 try:

@@ -4,7 +4,7 @@ Importing registers the patched model types (and DeepSeek-MoE v1) with transform
 models are left as they are.
 """
 
-from . import program  # noqa: F401  (the first: Ctrl-C is answered while the others take their seconds)
+from .commands import common  # noqa: F401  (the first: Ctrl-C is answered while the others take their seconds)
 
 # isort: split
 from .bargaining import NashSolution, nash_bargaining

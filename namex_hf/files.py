@@ -20,6 +20,8 @@ from .errors import CheckpointError, NamexError
 
 CONFIG, CARD, SINGLE, INDEX = "config.json", "README.md", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
+SMALL_BYTES = 256 << 20
+"""A model up to this size is scored, and drawn, without being asked."""
 OURS = "namex"
 """The folder of all that this package adds."""
 RECIPE, REPORT, SCORES = f"{OURS}/recipe.yaml", f"{OURS}/report.json", f"{OURS}/scores.json"
@@ -270,3 +272,12 @@ def check_name(path: Path, raises: Kind) -> None:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENAMETOOLONG):
             raise raises(f"{path}: {error.strerror}; accepted: another name") from error
+
+
+def size_text(count: int) -> str:
+    """Bytes for a reader, such as ``1.25 GB``."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000  # type: ignore[assignment]
+    raise AssertionError

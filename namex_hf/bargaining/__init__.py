@@ -2,7 +2,6 @@
 
 from .ccp import ccp_bargaining
 from .gram import CHUNK_BYTES, cosine, domain_gram, gram_of
-from .losses import LossSolution, loss_bargaining
 from .nash import AGREEMENT, NO_AGREEMENT, NashSolution, nash_bargaining
 from .stability import spectral_radius
 
@@ -10,13 +9,11 @@ __all__ = [
     "AGREEMENT",
     "CHUNK_BYTES",
     "NO_AGREEMENT",
-    "LossSolution",
     "NashSolution",
     "ccp_bargaining",
     "cosine",
     "domain_gram",
     "gram_of",
-    "loss_bargaining",
     "nash_bargaining",
     "spectral_radius",
 ]

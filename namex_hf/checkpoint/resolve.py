@@ -34,12 +34,12 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import CheckpointError, NamexError
 from ..families import family_of
 from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE, read_json
+from ..resources import PACKAGED, packaged_models
 from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
 from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
 from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, without_weights
 
-PACKAGED = Path(__file__).parent.parent / "packaged"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OURS = {name for new in (RECIPE, REPORT, SCORES) for name in (new, BEFORE_0_2[new])}
 """Small files of a patched model that are fetched with it."""
@@ -49,11 +49,6 @@ ANSWERS = {  # a subclass before its base
     RevisionNotFoundError: "has no revision {revision}",
     RemoteEntryNotFoundError: f"has no {CONFIG}",
 }
-
-
-def packaged_models() -> list[str]:
-    """Names of the models inside this package."""
-    return sorted(path.parent.name for path in PACKAGED.glob("*/config.json"))
 
 
 Check = Callable[[dict[str, Any]], object]

@@ -1,1 +1,1 @@
-"""Commands that stand beside `namex-patch`, a file each."""
+"""The commands, a file each; `common` is what they share."""

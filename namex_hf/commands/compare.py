@@ -16,7 +16,6 @@ from rich.table import Table
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.resolve import resolve
-from ..cli import _MODEL_HELP, Parser, _run
 from ..comparison.files import PAGE, write
 from ..comparison.grid import field_options, grid, recipe_files
 from ..comparison.run import BEGINS, KNOWN, Comparison, Event, How, compare, make_plan_of
@@ -26,6 +25,7 @@ from ..comparison.table import costs, notes, quality
 from ..errors import CheckpointError, RecipeError
 from ..printable import marked, printable
 from ..recipe import Recipe
+from .common import MODEL_HELP, Parser, run
 
 FAILED = 1
 """Exit status where a cell failed and the others stand."""
@@ -35,7 +35,7 @@ GAP = 2  # between the columns of a table on a screen
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``namex-compare``."""
-    return _run(_parser(), arguments, _compare)
+    return run(_parser(), arguments, _compare)
 
 
 def _parser() -> Parser:
@@ -50,7 +50,7 @@ def _parser() -> Parser:
         "  namex-compare tiny --merge grouped --experts 12 8 4 --fit none router --out out/compared\n"
         "  namex-compare tiny --recipes recipes/ --experts 8 --seed 0 1 2 --out out/seeds",
     )
-    parser.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    parser.add_argument("model", metavar="MODEL", help=MODEL_HELP)
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="tables, page, and a file a cell")
     parser.add_argument(
         "--recipes",

@@ -5,22 +5,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
-from rich.table import Table
 
-from ..cli import Parser, _run, _size
-from ..hub.checks import Checked, check_folder, check_metadata
+from ..hub.checks import check_folder, check_metadata
 from ..hub.client import check_repo
-from ..hub.files import CARD, Selection, select, summarised
-from ..hub.push import Target, push
+from ..hub.files import CARD, select
+from ..hub.publish import send, show
+from ..hub.push import Target
 from ..hub.scores import read_evaluation, row_of, with_scores
-from ..printable import marked, printable
+from .common import Parser, run
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of ``namex-push``."""
-    return _run(_parser(), arguments, _push)
+    return run(_parser(), arguments, _push)
 
 
 def _parser() -> Parser:
@@ -75,46 +73,6 @@ def _push(options: argparse.Namespace) -> int:
         return 0
     send(selection, card, target, options.quiet)
     return 0
-
-
-def publish(folder: Path, target: Target, quiet: bool) -> None:
-    """Check a folder and push it, for ``namex-patch --push-to-hub``.
-
-    Raises:
-        PublishError, CheckpointError: as of `check_folder` and `push`.
-    """
-    checked = check_folder(folder)
-    selection = select(checked.checkpoint, tensors=checked.left_out)
-    if not quiet:
-        show(Console(stderr=True), checked, selection, target)
-    send(selection, checked.card, target, quiet)
-
-
-def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
-    """Push, and print the address."""
-    if quiet or not sys.stderr.isatty():
-        disable_progress_bars()
-    found = push(selection, card, target)
-    print(printable(f"{found.address} ({'private' if found.private else 'public'}, commit {found.commit})"))
-
-
-def show(console: Console, checked: Checked, selection: Selection, target: Target) -> None:
-    """Every file with its size, what stays and why, what was checked."""
-    console.print(f"to {marked(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
-    table = Table()
-    table.add_column("goes up")
-    table.add_column("bytes", justify="right")
-    for file in selection.files:
-        table.add_row(marked(file.name), f"{file.size:,}")
-    table.add_section()
-    table.add_row(f"{len(selection.files)} files", f"{_size(selection.size)}")
-    console.print(table)
-    for name, reason in summarised(selection.left_out).items():
-        console.print(f"stays: {marked(name)}: {marked(reason)}", soft_wrap=True)
-    for note in checked.notes:
-        console.print(f"note: {marked(note)}", soft_wrap=True)
-    ran = "it runs" if checked.ran else "every tensor's name and shape fits its class"
-    console.print(f"checked: whole, its code is there, {ran}, metadata of the card", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -40,15 +40,6 @@ def with_ridge(moment: torch.Tensor, ridge: float) -> torch.Tensor:
     return moment + (added if moment.ndim == 1 else added * torch.eye(len(moment)).to(moment))
 
 
-def curved_loss(matrix: torch.Tensor, expert: torch.Tensor, moment: torch.Tensor) -> float:
-    """``tr((W - E_i) C_i (W - E_i)^T)``: the squared error on an expert's tokens where W answers in its place.
-
-    Never negative, as a moment that was rounded may have it.
-    """
-    difference = (matrix - expert).double()
-    return max(0.0, float(((difference @ moment.double()) * difference).sum()))
-
-
 @dataclass
 class CurvedSum:
     """``(sum_i w_i E_i C_i)(sum_i w_i C_i)^-1``, summed up one expert at a time.

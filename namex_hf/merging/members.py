@@ -1,16 +1,16 @@
 """One group of experts on the text that it was seen with: aligned, weighed, and made one under its curvature."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from ..bargaining import loss_bargaining
 from .alignment import ALIGNMENT_TOKENS, order_by_activations, order_by_weights, permuted
 from .combine import Combination, shares
-from .curvature import CurvedSum, curved_loss, second_moment
+from .curvature import CurvedSum, second_moment
 from .experts import PROJECTIONS, Experts, games_of, grams, weighted_sum
-from .record import game_record, loss_record
+from .record import game_record
 from .routing import Activation, Routing, neurons
 from .weightings import Seen
 
@@ -22,8 +22,8 @@ class Tuning:
     combination: Combination
     align: str = "activations"  # none, weights, activations
     curvature: str = "calibrated"  # identity, diagonal, calibrated
-    metric: str = "euclidean"  # euclidean, calibrated
-    power: str = "equal"  # equal, usage, loss
+    metric: str = "euclidean"  # one of `GAMES`
+    power: str = "equal"  # equal, usage; loss under ``metric: calibrated``
     ridge: float = 1e-2
 
 
@@ -87,10 +87,9 @@ def gather(
 def merge_members(members: Members, tuning: Tuning) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
     """The one expert of a group, in the experts' dtype, and what is written down about its games.
 
-    Memory: float64 sums of one matrix and one second moment; under ``metric: calibrated`` the moments that all members
-    have for one matrix.
+    Memory: float64 sums of one matrix and one second moment.
     """
-    weights, record = (by_losses if tuning.metric == "calibrated" else by_weights)(members, tuning)
+    weights, record = GAMES[tuning.metric](members, tuning)
     if tuning.curvature == "identity":
         return {name: weighted_sum(members.matrices[name], weights[name]) for name in PROJECTIONS}, record
     merged: dict[str, torch.Tensor] = {}
@@ -119,33 +118,6 @@ def by_weights(members: Members, tuning: Tuning) -> Weighed:
     return {name: settled.values[index] for index, game in enumerate(games) for name in game}, record
 
 
-def by_losses(members: Members, tuning: Tuning) -> Weighed:
-    """The bargain over the errors that the members' own tokens would see, a game a matrix.
-
-    Without agreement all weigh alike, recorded as such. With the zero point the first member is what everybody has
-    without agreement; it can gain nothing, so it has no stake, and keeps the weight that it has in a plain mean (as in
-    `combine.shares`).
-    """
-    count = len(members.numbers)
-    weights, record = {}, []
-    for name in PROJECTIONS:
-        matrices = [members.expert(place)[name] for place in range(count)]
-        moments = [members.moment(place, name) for place in range(count)]
-        zero = tuning.combination.rules.disagreement == "zero"
-        point = matrices[0] if zero else torch.stack(matrices).mean(0)
-        power = torch.ones(count, dtype=torch.float64)
-        if tuning.power == "usage":
-            power = members.seen.usage
-        elif tuning.power == "loss":
-            losses = [curved_loss(point, *pair) for pair in zip(matrices, moments, strict=True)]
-            power = torch.tensor(losses, dtype=torch.float64)
-        found = loss_bargaining(matrices, moments, point, power, tuning.ridge)
-        share = torch.full((count,), 1 / count, dtype=torch.float64)
-        if found.status == "agreement":
-            share = found.weights.cpu() / found.weights.sum().cpu()
-            if zero:
-                share = share * (count - 1) / count
-                share[0] += 1 / count
-        weights[name] = share
-        record.append(loss_record(name, found, share))
-    return weights, record
+Game = Callable[[Members, Tuning], Weighed]
+GAMES: dict[str, Game] = {"euclidean": by_weights}
+"""How the shares of a group's members are settled, by the recipe's ``metric``. An experiment adds its own here."""

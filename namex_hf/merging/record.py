@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..bargaining import LossSolution, cosine
+from ..bargaining import cosine
 from .weightings import Weights
 
 
@@ -43,25 +43,6 @@ def own_base_record(game: tuple[str, ...], gram: torch.Tensor) -> dict[str, Any]
         "norms": gram.diagonal().sqrt().tolist(),
         "step_norm": None,
         "cosine_to_mean": None,
-    }
-
-
-def loss_record(name: str, found: LossSolution, weights: torch.Tensor) -> dict[str, Any]:
-    """`game_record` of a bargain over losses. Norms and steps are losses there: of every player, at the disagreement
-    point and at the solution.
-
-    Args:
-        weights: float64 ``[n]``, as they were used.
-    """
-    return {
-        "projections": [name],
-        "weights": weights.tolist(),
-        "status": found.status,
-        "residual": found.residual,
-        "newton_steps": found.iterations,
-        "spread": float(weights.std(correction=0) / weights.mean()),
-        "losses_before": found.losses_before.tolist(),
-        "losses_after": found.losses_after.tolist(),
     }
 
 

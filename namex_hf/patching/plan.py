@@ -19,6 +19,7 @@ from ..families import EMBEDDING, FAMILIES, HEAD, PROJECTIONS, Family, MoeShape,
 from ..merging.budget import LOSS_TOKENS
 from ..merging.calibrated import FIT_TOKENS
 from ..merging.layer_fit import BATCH
+from ..merging.members import GAMES
 from ..merging.router_fit import CHUNK_BYTES
 from ..models import remote_code
 from ..models.soft import LARGEST
@@ -275,6 +276,7 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
     Raises:
         RecipeError: naming the field, its value, and what this model, or this machine, allows.
     """
+    check_game(recipe)
     try:
         torch.ones((), device=recipe.device).item()
     except (RuntimeError, AssertionError) as error:  # torch's answers to a device it has not
@@ -312,6 +314,18 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> None:
         raise RecipeError(
             "merge 'residual' gives the base expert the mass that top-k leaves over; this model has norm_topk_prob = "
             "true and leaves none"
+        )
+
+
+def check_game(recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: the recipe's game is an experiment's, which has not registered it.
+    """
+    if recipe.metric not in GAMES:
+        raise RecipeError(
+            f"recipe field 'metric' is {recipe.metric!r}, the game over losses, which is an experiment: in a checkout "
+            "of the sources use 'python experiments/loss_game/run.py patch' (or compare) with the same arguments; "
+            f"accepted here: {', '.join(GAMES)}"
         )
 
 

@@ -9,7 +9,7 @@ from odd_checkpoints import all_files
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.commands.push import main as push
-from namex_hf.commands.report import report as draw
+from namex_hf.commands.report import main as draw
 from namex_hf.errors import CheckpointError
 from namex_hf.harness.candidates import found
 from namex_hf.training.start import start_from

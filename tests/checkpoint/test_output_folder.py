@@ -115,7 +115,7 @@ def test_bad_input_is_no_reason_to_touch_a_folder(source: Path, tmp_path: Path) 
     assert all_files(tmp_path / "out") == before
 
 
-COMMAND = "import sys; from namex_hf.cli import patch; sys.exit(patch())"
+COMMAND = "import sys; from namex_hf.commands.patch import main; sys.exit(main())"
 
 
 def test_two_runs_on_one_folder(source: Path, tmp_path: Path) -> None:

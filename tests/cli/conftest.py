@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from namex_hf import cli
+from namex_hf.commands import patch, patch_screen
 from tests.cli.toy import save_toy
 
 Refused = Callable[..., str]
@@ -33,7 +33,7 @@ def copied(toys: dict[str, Path], tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every checkpoint is too large for pictures at the end of its run, which take seconds; `test_pictures` draws."""
-    monkeypatch.setattr(cli, "DRAWN_BYTES", 0)
+    monkeypatch.setattr(patch_screen, "DRAWN_BYTES", 0)
 
 
 @pytest.fixture
@@ -43,7 +43,7 @@ def refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Refused:
     def run(model: object, *flags: object, out: Path | None = None) -> str:
         before = set(tmp_path.rglob("*"))
         try:
-            status = cli.patch([str(model), "--out", str(out or tmp_path / "out"), *map(str, flags)])
+            status = patch.main([str(model), "--out", str(out or tmp_path / "out"), *map(str, flags)])
         except SystemExit as ended:  # argparse's own complaints
             status = ended.code
         said = capsys.readouterr()

@@ -9,12 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from namex_hf import cli
 from namex_hf.checkpoint.bytes import Reader
-from namex_hf.checkpoint.resolve import PACKAGED, resolve
+from namex_hf.checkpoint.resolve import resolve
+from namex_hf.commands import patch, patch_screen
 from namex_hf.patching import text as patching_text
 from namex_hf.patching.plan import make_plan
 from namex_hf.recipe import Recipe
+from namex_hf.resources import PACKAGED
 from tests.cli.toy import change_config, save_toy
 
 FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
@@ -41,7 +42,7 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(*arguments: object) -> int:
-    return cli.patch([str(argument) for argument in arguments])
+    return patch.main([str(argument) for argument in arguments])
 
 
 def flat(text: str) -> str:
@@ -52,8 +53,8 @@ def test_what_it_tells(
     speaking: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """The errors of the layers' outputs in table and card, and what the text cost; then that the folder is complete."""
-    monkeypatch.setattr(cli, "FORECAST_SECONDS", 0.001)
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 128)
+    monkeypatch.setattr(patch_screen, "FORECAST_SECONDS", 0.001)
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 128)
     monkeypatch.setenv("COLUMNS", "200")
     command = (speaking, "--out", tmp_path / "out", *FIT, "--calibration-data", prose)
     assert ran(*command) == 0
@@ -78,7 +79,7 @@ def test_what_it_tells(
 
 def test_soft_on_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """On a packaged model: the error of every layer is told, and what the text says brings the perplexity down."""
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 512)
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 512)
     monkeypatch.setenv("COLUMNS", "200")
     means = []
     for flags in (SOFT, ALIGNED, CURVED):
@@ -142,14 +143,14 @@ def test_the_bar_names_layer_and_stage(
     speaking: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
     """As a terminal shows it, drawn at every step."""
-    update = cli.Progress.update
+    update = patch_screen.Progress.update
 
-    def drawn(self: cli.Progress, *arguments: object, **fields: object) -> None:
+    def drawn(self: patch_screen.Progress, *arguments: object, **fields: object) -> None:
         update(self, *arguments, **fields)  # type: ignore[arg-type]
         self.refresh()
 
-    monkeypatch.setattr(cli.Progress, "update", drawn)
-    monkeypatch.setattr(cli, "SCORED_BYTES", 0)
+    monkeypatch.setattr(patch_screen.Progress, "update", drawn)
+    monkeypatch.setattr(patch_screen, "SCORED_BYTES", 0)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     assert ran(speaking, "--out", tmp_path / "out", *FIT) == 0
@@ -255,7 +256,7 @@ def test_what_a_fit_of_layers_takes_is_said_beforehand(
     when: tuple[str, ...],
 ):
     monkeypatch.setenv("COLUMNS", "400")
-    monkeypatch.setattr(cli, "SCORED_BYTES", 0)
+    monkeypatch.setattr(patch_screen, "SCORED_BYTES", 0)
     flags = (*FIT, "--calibration-data", prose, "--fit-steps", "3", *when)
     assert ran(speaking, "--out", tmp_path / "router", *flags) == 0
     assert "layers fitted" not in "".join(capsys.readouterr())

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from namex_hf import cli
+from namex_hf.commands import inspect, patch
 from tests.cli.toy import change_config, save_toy
 
 
 def inspected(capsys: pytest.CaptureFixture[str], model: object) -> dict[str, str]:
     """The table, by its left column."""
-    assert cli.inspect([str(model)]) == 0
+    assert inspect.main([str(model)]) == 0
     said = capsys.readouterr()
     assert said.err == ""
     facts, last = {}, ""
@@ -45,9 +45,9 @@ def test_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy: Path):
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
 def test_patched(toys: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], family: str):
     residual, grouped = tmp_path / "residual", tmp_path / "grouped"
-    assert cli.patch([str(toys[family]), "--out", str(residual), "--quiet", "--gamma", "0.5"]) == 0
+    assert patch.main([str(toys[family]), "--out", str(residual), "--quiet", "--gamma", "0.5"]) == 0
     flags = ["--merge", "grouped", "--experts", "4", "--quiet"]
-    assert cli.patch([str(toys[family]), "--out", str(grouped), *flags]) == 0
+    assert patch.main([str(toys[family]), "--out", str(grouped), *flags]) == 0
     facts = inspected(capsys, residual)
     assert (facts["family"], facts["patched"]) == (family, "residual, namex-full, linear")
     assert "gamma=0.5" in facts["recipe"]
@@ -74,7 +74,7 @@ def test_somebody_elses_field_of_our_name(copied: Path, capsys: pytest.CaptureFi
 )
 def test_refused(copied: Path, capsys: pytest.CaptureFixture[str], changes: dict, says: str):
     change_config(copied, **changes)
-    assert cli.inspect([str(copied)]) == 2
+    assert inspect.main([str(copied)]) == 2
     said = capsys.readouterr()
     assert said.out == ""
     assert said.err.startswith("namex-inspect: error: ")
@@ -83,7 +83,7 @@ def test_refused(copied: Path, capsys: pytest.CaptureFixture[str], changes: dict
 
 
 def test_nothing_and_a_revision_of_nothing(toy: Path, capsys: pytest.CaptureFixture[str]):
-    assert cli.inspect(["nothing-of-that-name"]) == 2
+    assert inspect.main(["nothing-of-that-name"]) == 2
     assert "accepted: a folder" in capsys.readouterr().err
-    assert cli.inspect([str(toy), "--revision", "main"]) == 2
+    assert inspect.main([str(toy), "--revision", "main"]) == 2
     assert "belongs to a Hub id" in capsys.readouterr().err

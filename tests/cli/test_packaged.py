@@ -8,8 +8,9 @@ import torch
 from transformers import AutoTokenizer
 
 import namex_hf
-from namex_hf import cli, load_patched
-from namex_hf.checkpoint.resolve import packaged_models
+from namex_hf import load_patched
+from namex_hf.commands import inspect, patch, patch_screen
+from namex_hf.resources import packaged_models
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts
 
@@ -33,7 +34,7 @@ def test_they_are_plain_folders_of_the_hub(name: str, capsys: pytest.CaptureFixt
     assert sum(path.stat().st_size for path in folder.iterdir()) < 16 << 20
     assert bool(list(folder.glob("*.py"))) == (family == "deepseek")
     assert "/" not in (folder / "tokenizer_config.json").read_text().replace("<|", "").replace("</", "")
-    assert cli.inspect([name]) == 0
+    assert inspect.main([name]) == 0
     said = capsys.readouterr().out
     assert family in said
     assert f"of which {layers} are MoE" in said
@@ -43,8 +44,8 @@ def test_they_are_plain_folders_of_the_hub(name: str, capsys: pytest.CaptureFixt
 def test_the_default_patch_from_beginning_to_end(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 2048)  # four windows
-    assert cli.patch([name, "--out", str(tmp_path / "out")]) == 0
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 2048)  # four windows
+    assert patch.main([name, "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
     assert all(domain in said for domain in DOMAINS)
     report = json.loads((tmp_path / "out" / "namex/report.json").read_text())
@@ -63,7 +64,7 @@ def test_the_default_patch_from_beginning_to_end(
 
 def test_half_of_a_deepseek_opens_as_stock_qwen(tmp_path: Path):
     flags = ["--merge", "grouped", "--experts", "8", "--export-as", "qwen2_moe", "--quiet"]
-    assert cli.patch(["tiny-deepseek", "--out", str(tmp_path / "half"), *flags]) == 0
+    assert patch.main(["tiny-deepseek", "--out", str(tmp_path / "half"), *flags]) == 0
     model = load(tmp_path / "half")
     assert type(model).__module__.startswith("transformers.models.qwen2_moe")
     assert model(input_ids=torch.arange(20)[None]).logits.isfinite().all()
@@ -75,16 +76,16 @@ def test_a_bare_name_is_the_packaged_model_and_a_path_is_the_folder(
     """So the result may have the model's own name, and the command can be given again."""
     monkeypatch.chdir(tmp_path)
     command = ["tiny", "--out", "tiny", "--method", "ep-camex"]
-    assert cli.patch([*command, "--quiet"]) == 0
-    assert cli.patch(command) == 0
+    assert patch.main([*command, "--quiet"]) == 0
+    assert patch.main(command) == 0
     assert "is complete" in capsys.readouterr().err
-    assert cli.patch(["./tiny", "--out", "other"]) == 2
+    assert patch.main(["./tiny", "--out", "other"]) == 2
     assert "patched already" in capsys.readouterr().err
 
 
 def test_help_names_them(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
-        cli.patch(["--help"])
+        patch.main(["--help"])
     assert "tiny,tiny-deepseek" in "".join(capsys.readouterr().out.split())
 
 
@@ -92,8 +93,8 @@ def test_cosine_routing_without_text_is_compared_on_held_out_text(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 700)  # a window and a part of one
-    assert cli.patch(["tiny-deepseek", "--out", str(tmp_path / "out"), "--method", "smoe", "--routing", "cosine"]) == 0
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 700)  # a window and a part of one
+    assert patch.main(["tiny-deepseek", "--out", str(tmp_path / "out"), "--method", "smoe", "--routing", "cosine"]) == 0
     assert "agreement with linear" in capsys.readouterr().out
     report, model = json.loads((tmp_path / "out" / "namex/report.json").read_text()), load(tmp_path / "out")
     tokenizer, wanted, found = AutoTokenizer.from_pretrained(tmp_path / "out"), [], []
@@ -114,12 +115,12 @@ def test_trainable_curvature_is_announced(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 64)
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 64)
     command = ["tiny", "--out", str(tmp_path / "out"), "--merge", "soft", "--curvature", "kronecker"]
     counts = "1,452 parameters an expert, 116,160 parameters in all"
-    assert cli.patch([*command, "--dry-run"]) == 0
+    assert patch.main([*command, "--dry-run"]) == 0
     assert counts in capsys.readouterr().out
-    assert cli.patch(command) == 0
+    assert patch.main(command) == 0
     assert counts in capsys.readouterr().out
     stored = load(tmp_path / "out").model.layers[0].mlp.curvature.state_dict()
     assert sum(tensor.numel() for tensor in stored.values()) == 1452 * 16

@@ -12,9 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from namex_hf import cli
-from namex_hf.checkpoint.resolve import PACKAGED
+from namex_hf.commands import patch, patch_screen
 from namex_hf.recipe import RULES, Recipe
+from namex_hf.resources import PACKAGED
 from tests.cli.toy import change_config, save_toy, toy_tokenizer
 from tests.odd_checkpoints import all_files
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def ran(*arguments: object) -> int:
-    return cli.patch([str(argument) for argument in arguments])
+    return patch.main([str(argument) for argument in arguments])
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -39,7 +39,7 @@ def test_installed_commands_are_these():
 
 def test_help_mentions_every_field_choice_and_refusal(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
-        cli.patch(["--help"])
+        patch.main(["--help"])
     text = capsys.readouterr().out
     assert ended.value.code == 0
     for spec in fields(Recipe):
@@ -82,7 +82,7 @@ def test_a_broken_tokenizer_costs_the_perplexity_only(copied: Path, tmp_path: Pa
 def test_perplexity_before_and_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 128)
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 128)
     model = save_toy(tmp_path / "model", tokenizer=True)
     assert ran(model, "--out", tmp_path / "out") == 0
     said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex/report.json").read_text())
@@ -169,7 +169,7 @@ def test_deepseek_as_stock_qwen(toys: dict[str, Path], tmp_path: Path):
 def test_stable_routing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """On a packaged model, with nothing more than is said: a table of its vocabulary in every layer, perplexities, and
     the same command again finds the folder complete."""
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 256)
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 256)
     command = ("tiny", "--out", tmp_path / "out", "--routing", "stable", "--calibration-tokens", "4096")
     assert ran(*command) == 0
     said, report = capsys.readouterr(), json.loads((tmp_path / "out" / "namex/report.json").read_text())

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from killing import SERVER
 
-from namex_hf import cli, load_patched
+from namex_hf import load_patched
+from namex_hf.commands import patch, patch_screen
 from namex_hf.commands import report as command
 from tests.cli.toy import SIZES, save_toy
 
@@ -20,8 +21,8 @@ Said = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def drawn(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     """Small checkpoints are drawn again."""
-    monkeypatch.setattr(cli, "DRAWN_BYTES", cli.SCORED_BYTES)
-    monkeypatch.setattr(cli, "SCORED_TOKENS", 128)
+    monkeypatch.setattr(patch_screen, "DRAWN_BYTES", patch_screen.SCORED_BYTES)
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 128)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def speaking(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ran(*arguments: object) -> int:
-    return cli.patch([str(argument) for argument in arguments])
+    return patch.main([str(argument) for argument in arguments])
 
 
 def files(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -68,7 +69,7 @@ def test_a_quiet_run_draws_none(speaking: Path, tmp_path: Path):
 def test_those_of_a_large_checkpoint_are_a_step_of_their_own(
     speaking: Path, tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(cli, "DRAWN_BYTES", 1 << 10)
+    monkeypatch.setattr(patch_screen, "DRAWN_BYTES", 1 << 10)
     assert ran(speaking, "--out", tmp_path / "out") == 0
     assert f"pictures: namex-report {tmp_path}/out\n" in capsys.readouterr().err
     assert not (tmp_path / "out" / "namex/pictures").exists()
@@ -116,7 +117,7 @@ def test_an_error_that_nobody_foresaw_costs_the_pictures_only(
 def test_killed_while_drawing(toy: Path, tmp_path: Path, capsys: Said):
     """The model is whole, its card links nothing that is not there, and ``namex-report`` draws what is missing."""
     out = tmp_path / "out"
-    process = SERVER.Process(target=cli.patch, args=([str(toy), "--out", str(out)],))
+    process = SERVER.Process(target=patch.main, args=([str(toy), "--out", str(out)],))
     process.start()
     while process.is_alive() and not list(out.glob("namex/pictures/*")):
         time.sleep(0.0005)
@@ -129,6 +130,6 @@ def test_killed_while_drawing(toy: Path, tmp_path: Path, capsys: Said):
     assert "namex/pictures/" not in (out / "README.md").read_text()
     assert ran(toy, "--out", out) == 0
     assert "is complete" in capsys.readouterr().err
-    assert command.report([str(out), "--quiet"]) == 0
+    assert command.main([str(out), "--quiet"]) == 0
     assert (out / "namex/pictures" / "report.html").is_file()
     assert not list(out.rglob("*.part"))

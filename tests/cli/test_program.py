@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -13,10 +14,10 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from namex_hf import cli
+from namex_hf.commands import inspect, patch
+from namex_hf.commands.common import INTERRUPTED, ended
 from namex_hf.errors import CheckpointError
 from namex_hf.printable import marked
-from namex_hf.program import INTERRUPTED, ended
 
 ROOT = Path(__file__).parents[2]
 FOREIGN = "a\x1b[31m\x07\u202e\x9b\r\nb"
@@ -34,7 +35,7 @@ SHOWN = r"a\x1b[31m\x07\u202e\x9b b"
 )
 def test_arguments(arguments: tuple[str, ...], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.patch(["tiny", *arguments])
+        patch.main(["tiny", *arguments])
     said = capsys.readouterr()
     assert stopped.value.code == 2
     assert said.out == ""
@@ -109,9 +110,9 @@ def test_a_dry_run_shows_foreign_names_escaped(
 ) -> None:
     folder = copied.rename(copied.parent / "m[bold]\x1b[31m\u202e")
     (folder / "LICENSE-\x1b]0;x[v1]").write_text("text")
-    assert cli.patch([str(folder), "--out", str(tmp_path / "o[v1]\x1b"), "--dry-run"]) == 0
-    assert cli.inspect([str(folder)]) == 0
-    assert cli.patch([str(folder), "--out", str(tmp_path / "o[v1]\x1b")]) == 0
+    assert patch.main([str(folder), "--out", str(tmp_path / "o[v1]\x1b"), "--dry-run"]) == 0
+    assert inspect.main([str(folder)]) == 0
+    assert patch.main([str(folder), "--out", str(tmp_path / "o[v1]\x1b")]) == 0
     said = capsys.readouterr()
     assert not {"\x1b", "\u202e"} & set(said.out + said.err)
     assert "m[bold]" in said.out.replace("\n", "")
@@ -125,14 +126,22 @@ def maps(process: subprocess.Popen[str]) -> str:
         return ""
 
 
+def installed(name: str, folder: Path) -> Path:
+    """What an installer makes of a command."""
+    module, function = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"][name].split(":")
+    program = folder / name
+    program.write_text(f"import sys\nfrom {module} import {function}\nsys.exit({function}())\n")
+    return program
+
+
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc to see what is being imported")
-@pytest.mark.parametrize(
-    "program",
-    [Path(sys.executable).parent / "namex-patch", ROOT / "eval/zero_shot.py", ROOT / "finetune/sft_smoltalk.py"],
-)
-def test_an_interrupt_while_torch_is_imported(program: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["namex-patch", "eval/zero_shot.py", "finetune/sft_smoltalk.py"])
+def test_an_interrupt_while_torch_is_imported(name: str, tmp_path: Path) -> None:
+    patches = name == "namex-patch"
+    program = installed(name, tmp_path) if patches else ROOT / name
+    arguments = ["tiny", "--out", tmp_path / "out"] if patches else ["--help"]
     run = subprocess.Popen(
-        [sys.executable, program, "--help"],
+        [sys.executable, program, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -146,10 +155,10 @@ def test_an_interrupt_while_torch_is_imported(program: Path, tmp_path: Path) -> 
     assert (run.returncode, out, err) == (INTERRUPTED, "", f"{program.name}: stopped\n")
 
 
-def test_too_little_address_space_while_torch_is_imported() -> None:
+def test_too_little_address_space_while_torch_is_imported(tmp_path: Path) -> None:
     limit = 400 << 20
     run = subprocess.run(
-        [sys.executable, Path(sys.executable).parent / "namex-patch", "--help"],
+        [sys.executable, installed("namex-patch", tmp_path), "tiny", "--out", tmp_path / "out"],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

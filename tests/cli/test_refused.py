@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from namex_hf import cli
+from namex_hf.commands import patch, patch_screen
 from tests.cli.toy import change_config
 
 FLAGS = [
@@ -63,7 +63,7 @@ def test_flags(refused, toy: Path, flags: str, says: str, when: str):
 
 def test_out_is_needed(capsys: pytest.CaptureFixture[str], toy: Path):
     with pytest.raises(SystemExit) as ended:
-        cli.patch([str(toy)])
+        patch.main([str(toy)])
     said = capsys.readouterr().err
     assert ended.value.code == 2
     assert said.startswith("namex-patch: error: ")
@@ -184,7 +184,7 @@ def test_output_folders(refused, toy: Path, tmp_path: Path):
 
 
 def test_another_run_on_a_finished_folder(refused, toy: Path, tmp_path: Path):
-    assert cli.patch([str(toy), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert patch.main([str(toy), "--out", str(tmp_path / "out"), "--quiet"]) == 0
     for flags in ((), ("--dry-run",)):
         assert "another recipe; use --overwrite" in refused(toy, "--gamma", "0.5", *flags)
 
@@ -195,6 +195,6 @@ def test_an_interrupt_is_no_traceback(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "run_plan", stop)
-    assert cli.patch([str(toy), "--out", str(tmp_path / "out")]) == 130
+    monkeypatch.setattr(patch_screen, "run_plan", stop)
+    assert patch.main([str(toy), "--out", str(tmp_path / "out")]) == 130
     assert "the same command goes on from here" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from namex_hf import patch_checkpoint
 from namex_hf.commands import report as command
 from namex_hf.recipe import Recipe
+from namex_hf.report import write
 from tests.cli.toy import save_toy
 from tests.odd_checkpoints import forget_files
 
@@ -26,7 +27,7 @@ Said = pytest.CaptureFixture[str]
 
 
 def ran(*arguments: object) -> int:
-    return command.report([str(one) for one in arguments])
+    return command.main([str(one) for one in arguments])
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -79,7 +80,7 @@ def test_the_folder_itself_takes_them_by_default_and_again(copied: Path, capsys:
 
 
 def test_python_writes_the_same(tiny: Path, tmp_path: Path):
-    page = command.write_pictures(tiny, tmp_path / "out", tokens=0)
+    page = write.write_pictures(tiny, tmp_path / "out", tokens=0)
     assert page == tmp_path / "out" / "report.html"
     assert {path.name for path in page.parent.iterdir()} == FILES
 
@@ -96,7 +97,7 @@ def test_without_a_tokenizer_no_text_is_read(copied: Path, capsys: Said):
 def test_a_large_folder_reads_text_if_it_is_told_to(
     copied: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    monkeypatch.setattr(command, "SCORED_BYTES", 1 << 20)
+    monkeypatch.setattr(write, "SCORED_BYTES", 1 << 20)
     assert ran(copied) == 0
     assert "unless asked to: --tokens 4096" in capsys.readouterr().err
     assert not (copied / "namex/pictures" / "6-usage.png").exists()

@@ -13,8 +13,7 @@ import torch
 from huggingface_hub import get_token, snapshot_download
 from transformers import AutoModelForCausalLM
 
-from namex_hf import cli
-from namex_hf.commands import push
+from namex_hf.commands import inspect, patch, push
 from namex_hf.errors import NamexError
 
 
@@ -51,8 +50,8 @@ def scored(arguments: tuple[str, ...]) -> int:
 
 
 COMMANDS = {
-    "namex-patch": cli.patch,
-    "namex-inspect": cli.inspect,
+    "namex-patch": patch.main,
+    "namex-inspect": inspect.main,
     "namex-push": push.main,
     "token": token,
     "same": same,

@@ -1,4 +1,4 @@
-"""One group on its text: a common order, every way to weigh, the bargain over losses against a general optimiser."""
+"""One group on its text: a common order, every way to weigh."""
 
 from itertools import product
 
@@ -6,60 +6,36 @@ import numpy as np
 import pytest
 import torch
 from float64_reference import double
-from scipy.optimize import minimize
+from members_on_text import (
+    ALIGN,
+    CURVATURE,
+    EXPERTS,
+    INPUTS,
+    RIDGE,
+    ROUTING,
+    group,
+    merge,
+    moments,
+    tuning,
+)
 from small_mixtures import (
     PROJECTIONS,
     WIDTH,
     draws,
     expert_at,
     gates64,
-    neurons64,
     random_experts,
-    random_routing,
-    random_tokens,
     saliency64,
     usage64,
 )
-from torch.nn.functional import silu
 
 from namex_hf.merging.alignment import permuted
-from namex_hf.merging.combine import Combination
-from namex_hf.merging.members import Members, Tuning, by_losses, gather, merge_members
-from namex_hf.merging.routing import Routing
-from namex_hf.merging.weightings import WEIGHTINGS, Bargain, Seen
-
-EXPERTS, TOKENS = 6, 120
-INPUTS, ROUTING = random_tokens(TOKENS, 0), random_routing(TOKENS, EXPERTS, 2, 0)
-RIDGE = 0.1
-ALIGN, CURVATURE, POWER = (
-    ("none", "weights", "activations"),
-    ("identity", "diagonal", "calibrated"),
-    ("equal", "usage", "loss"),
-)
-
-
-def group(experts, numbers=(4, 1, 2), align: str = "none", routing: Routing = ROUTING, inputs=INPUTS) -> Members:
-    count = len(experts["gate_proj"])
-    usage, saliency = usage64(routing, count), saliency64(INPUTS, routing, experts)
-    seen = Seen(*(torch.from_numpy(amount[list(numbers)]) for amount in (usage, saliency)))
-    return gather(experts, numbers, inputs, routing, silu, align, seen)
-
-
-def tuning(weighting: str = "nash", point: str = "zero", **choices) -> Tuning:
-    power = "usage" if choices.get("power") == "usage" else "equal"
-    return Tuning(Combination(weighting, Bargain(point, power=power)), ridge=RIDGE, **choices)
-
-
-def merge(members: Members, how: Tuning) -> dict[str, torch.Tensor]:
-    return merge_members(members, how)[0]
-
+from namex_hf.merging.members import merge_members
+from namex_hf.merging.weightings import WEIGHTINGS
 
 EVERY_WAY = [
-    tuning(weighting, point, curvature=curvature, metric=metric, power=power)
-    for weighting, point, curvature, metric, power in product(
-        WEIGHTINGS, ("zero", "mean"), CURVATURE, ("euclidean", "calibrated"), POWER
-    )
-    if metric == "calibrated" or power != "loss"
+    tuning(weighting, point, curvature=curvature, power=power)
+    for weighting, point, curvature, power in product(WEIGHTINGS, ("zero", "mean"), CURVATURE, ("equal", "usage"))
 ]
 
 
@@ -120,7 +96,7 @@ def test_a_group_without_tokens(align: str) -> None:
         members = group(experts, (7, 6, 8), align)
         merged = merge(members, how)
         assert all(matrix.isfinite().all() for matrix in merged.values())
-        if how.combination.weighting != "nash" or how.metric == "calibrated":
+        if how.combination.weighting != "nash":
             for name in PROJECTIONS:
                 torch.testing.assert_close(merged[name], members.matrices[name].mean(0), rtol=1e-4, atol=1e-5)
 
@@ -153,20 +129,8 @@ def test_equal_experts_merge_to_themselves(align: str) -> None:
         merged, record = merge_members(group(experts, align=align), how)
         for name in PROJECTIONS:
             torch.testing.assert_close(merged[name], one[name][0], rtol=2**-7, atol=1e-4)
-        if how.metric == "calibrated" or how.combination.weighting == "uniform":
+        if how.combination.weighting == "uniform":
             assert all(game["weights"] == pytest.approx([1 / 3] * 3) for game in record)
-
-
-def moments(members: Members) -> dict[str, list[np.ndarray]]:
-    """By projection and member ``sum_t g_t^2 x_t x_t^T`` over its tokens, from dense gate values."""
-    gates, result = gates64(members.routing, EXPERTS), {}
-    for name in PROJECTIONS:
-        result[name] = []
-        for place, number in enumerate(members.numbers):
-            one = {key: members.matrices[key][place] for key in PROJECTIONS}
-            seen = neurons64(INPUTS, one) if name == "down_proj" else double(INPUTS)
-            result[name].append(np.einsum("t,ti,tj->ij", gates[:, number] ** 2, seen, seen))
-    return result
 
 
 @pytest.mark.parametrize("curvature", CURVATURE)
@@ -205,89 +169,3 @@ def test_power_in_the_game_over_weights(power: str) -> None:
         weights = np.array(game["weights"][1:])
         heard = weights * (tau @ tau.T @ weights) / (usage if power == "usage" else 1)
         np.testing.assert_allclose(heard, heard[0], rtol=1e-4)
-
-
-# --- the bargain over losses -----------------------------------------------------------------------------------------
-
-
-def curved_mean(weights, matrices, curved) -> np.ndarray:
-    top = np.einsum("n,nrc,ncd->rd", weights, matrices, curved)
-    return top @ np.linalg.inv(np.einsum("n,ncd->cd", weights, curved))
-
-
-def losses(matrix, matrices, curved) -> np.ndarray:
-    return np.einsum("nrc,ncd,nrd->n", matrix - matrices, curved, matrix - matrices)
-
-
-def bargained(matrices, curved, point, power) -> np.ndarray:
-    """Weights p / gain, summing to 1, where W of that form makes sum p log gain largest: Nelder-Mead over log w."""
-    before = losses(point, matrices, curved)
-
-    def gains(logs: np.ndarray) -> np.ndarray:
-        return 1 - losses(curved_mean(np.exp(logs), matrices, curved), matrices, curved) / before
-
-    def welfare(logs: np.ndarray) -> float:
-        gain = gains(logs)
-        return 1e6 * (1 - gain.min()) if gain.min() <= 0 else -float(power @ np.log(gain))
-
-    best = -np.log(before)
-    for _ in range(4):
-        options = {"xatol": 1e-10, "fatol": 1e-13, "maxiter": 4000, "maxfev": 4000}
-        best = minimize(welfare, best, method="Nelder-Mead", options=options).x
-    weights = power / (gains(best) * before)
-    return weights / weights.sum()
-
-
-@pytest.mark.parametrize("power", POWER)
-@pytest.mark.parametrize("point", ["zero", "mean"])
-def test_losses_against_a_general_optimiser(point: str, power: str) -> None:
-    """With the zero point the first has no stake and keeps 1/n; the others share the rest."""
-    members = group(random_experts(EXPERTS, 0), (4, 1, 2, 0))
-    weights, record = by_losses(members, tuning(point=point, metric="calibrated", power=power))
-    usage = usage64(ROUTING, EXPERTS)[[4, 1, 2, 0]]
-    playing = slice(1 if point == "zero" else 0, None)
-    for name, game in zip(PROJECTIONS, record, strict=True):
-        matrices, plain = double(members.matrices[name]), np.stack(moments(members)[name])
-        ridge = RIDGE * np.einsum("ncc->n", plain) / plain.shape[-1]
-        start = matrices[0] if point == "zero" else matrices.mean(0)
-        powers = {"equal": np.ones(4), "usage": usage, "loss": losses(start, matrices, plain)}[power][playing]
-        curved = plain + ridge[:, None, None] * np.eye(plain.shape[-1])
-        wanted = bargained(matrices[playing], curved[playing], start, powers / powers.mean())
-        after = curved_mean(wanted, matrices[playing], curved[playing])
-        np.testing.assert_allclose(game["losses_before"], losses(start, matrices, curved), rtol=1e-4, atol=1e-9)
-        np.testing.assert_allclose(game["losses_after"], losses(after, matrices, curved), rtol=1e-2)
-        if point == "zero":
-            wanted = np.array([0.25, *(0.75 * wanted)])
-        np.testing.assert_allclose(weights[name].numpy(), wanted, rtol=1e-3)
-        assert game["weights"] == weights[name].tolist()
-        assert game["spread"] == pytest.approx(wanted.std() / wanted.mean(), rel=1e-2)
-        assert game["status"] == "agreement"
-        assert game["projections"] == [name]
-
-
-def test_losses_without_agreement() -> None:
-    """Two on opposite sides of the first: all weigh alike, and the record says why."""
-    experts = random_experts(EXPERTS, 0)
-    for name in PROJECTIONS:
-        experts[name][2] = 2 * experts[name][4] - experts[name][1]
-    routing = Routing(torch.tensor([[1, 2, 4]]).repeat(TOKENS, 1), torch.ones(TOKENS, 3))
-    weights, record = by_losses(group(experts, routing=routing), tuning(metric="calibrated"))
-    for name, game in zip(PROJECTIONS[:2], record[:2], strict=True):  # downs see inputs of their own
-        assert game["status"] == "no_agreement"
-        assert weights[name].tolist() == pytest.approx([1 / 3] * 3)
-    assert [game["projections"] for game in record] == [[name] for name in PROJECTIONS]
-
-
-def test_change_that_no_token_sees() -> None:
-    """Power by loss where rounding could make the loss of one that loses nothing negative."""
-    for seed in range(20):
-        experts, routing = random_experts(EXPERTS, seed), random_routing(TOKENS, EXPERTS, 2, seed)
-        few = Routing(torch.where(routing.index == 1, 0, routing.index), routing.value)
-        few.index[0, 0] = 1
-        seen = INPUTS[0].double()
-        for name in ("gate_proj", "up_proj"):
-            change = torch.randn(WIDTH, len(seen), dtype=torch.float64, generator=draws(seed))
-            change -= torch.outer(change @ seen, seen) / seen.square().sum()
-            experts[name][1] = experts[name][4] + change
-        merged = merge(group(experts, (4, 1), routing=few), tuning(metric="calibrated", power="loss"))
-        assert all(matrix.isfinite().all() for matrix in merged.values())

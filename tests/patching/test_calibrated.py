@@ -46,7 +46,6 @@ FORMS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
 RECIPES: dict[str, dict[str, Any]] = {
     "fit": {"fit": "router"},
     "before": {"fit": "router", "calibrate": "before"},
-    "losses": {"fit": "router", "metric": "calibrated", "power": "loss"},
     "diagonal": {"curvature": "diagonal"},
     "hc-smoe": {"grouping": "outputs", "weighting": "usage"},
     "gates": {"grouping": "router", "align": "weights", "disagreement": "mean", "power": "usage"},

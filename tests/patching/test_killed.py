@@ -13,7 +13,8 @@ from killing import SERVER, kill_after, run, settled, start
 from odd_checkpoints import settled_files
 from transformers import AutoModelForCausalLM
 
-from namex_hf import Recipe, cli, load_patched
+from namex_hf import Recipe, load_patched
+from namex_hf.commands import patch
 from namex_hf.errors import CheckpointError
 
 TRIES = 5
@@ -68,7 +69,7 @@ def test_killed_again_and_again(long_checkpoint: Path, tmp_path: Path, recipe: R
 
 
 def command(arguments: list[str]) -> None:
-    sys.exit(cli.patch(arguments))
+    sys.exit(patch.main(arguments))
 
 
 def test_killed_command(long_checkpoint: Path, tmp_path: Path) -> None:

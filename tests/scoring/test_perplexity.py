@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from namex_hf import cli
+from namex_hf.commands import patch
 from namex_hf.scoring.compare import compare
 from namex_hf.scoring.perplexity import held_out_texts, perplexities, perplexity
 
@@ -81,8 +81,8 @@ def test_held_out_texts_are_there_and_small():
 
 
 def test_before_and_after(folder: Path, model: Any, tokenizer: Any, tmp_path: Path):
-    assert cli.patch([str(folder), "--out", str(tmp_path / "same"), "--method", "smoe", "--quiet"]) == 0
-    assert cli.patch([str(folder), "--out", str(tmp_path / "out"), "--quiet"]) == 0
+    assert patch.main([str(folder), "--out", str(tmp_path / "same"), "--method", "smoe", "--quiet"]) == 0
+    assert patch.main([str(folder), "--out", str(tmp_path / "out"), "--quiet"]) == 0
     same, patched = compare(folder, tmp_path / "same", 64), compare(folder, tmp_path / "out", 64)
     assert list(same) == [*DOMAINS, "mean"]
     expected = perplexities(model, tokenizer, held_out_texts(), 64)

@@ -10,9 +10,8 @@ from namex_hf.training.rivals import left_out, rival
 from tests.harness.conftest import module_of
 
 ROOT = Path(__file__).parents[2]
-FILES = sorted(
-    file for folder in ("patches", "benchmarks/recipes", "eval/recipes") for file in ROOT.glob(f"{folder}/**/*.yaml")
-)
+FOLDERS = ("patches", "benchmarks/recipes", "eval/recipes", "experiments")
+FILES = sorted(file for folder in FOLDERS for file in ROOT.glob(f"{folder}/**/*.yaml"))
 METHODS = tuple(module_of(ROOT / "finetune" / "sft_smoltalk.py").COMPARED.values())
 ROUTER = ("routing", "temperature")
 TEXT = ("calibration_data", "calibration_tokens", "calibrate", "seed")

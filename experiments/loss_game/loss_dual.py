@@ -33,7 +33,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .newton import FULL_STEPS, MAX_STEPS
+from namex_hf.bargaining.newton import FULL_STEPS, MAX_STEPS
 
 #: Where |w_i g_i / p_i - 1| is below this for all, no further step is taken; the welfare is then within 1e-20.
 TARGET = 1e-10

@@ -20,11 +20,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from loss_dual import Dual, Optimum, minimise_dual
 from torch import Tensor
 
-from .existence import FLOOR_DOUBLE, FLOOR_SINGLE
-from .loss_dual import Dual, Optimum, minimise_dual
-from .nash import AGREEMENT, NO_AGREEMENT, WORST_RESIDUAL
+from namex_hf.bargaining.existence import FLOOR_DOUBLE, FLOOR_SINGLE
+from namex_hf.bargaining.nash import AGREEMENT, NO_AGREEMENT, WORST_RESIDUAL
 
 #: Added to every player's moment, relative to the mean of its diagonal.
 RIDGE = 1e-5

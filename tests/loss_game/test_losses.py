@@ -13,12 +13,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from loss_dual import Dual, Optimum, conjugate_gradients, minimise_dual
+from losses import RIDGE, LossSolution, loss_bargaining
 from scipy.optimize import linprog, minimize
 from torch import Tensor
 
-from namex_hf.bargaining import AGREEMENT, NO_AGREEMENT, LossSolution, gram_of, loss_bargaining, nash_bargaining
-from namex_hf.bargaining.loss_dual import Dual, Optimum, conjugate_gradients, minimise_dual
-from namex_hf.bargaining.losses import RIDGE
+from namex_hf.bargaining import AGREEMENT, NO_AGREEMENT, gram_of, nash_bargaining
 
 seeds = st.integers(0, 10**6)
 quick = settings(max_examples=25, deadline=None)

@@ -1,4 +1,6 @@
-"""How every program here begins and ends: bad input, too little memory and Ctrl-C are answered in one line.
+"""What all commands share: how a program begins and ends, its parser, sizes in bytes.
+
+Bad input, too little memory and Ctrl-C are answered in one line.
 
 Imported before anything that takes its time: from its import on Ctrl-C ends a program of ours at once, until `ended`
 runs the program itself.
@@ -12,13 +14,14 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from .errors import NamexError
-from .printable import printable
+from ..errors import NamexError
+from ..printable import printable
+from ..resources import packaged_models
 
 PROGRAMS = re.compile(
     r".*/(?:namex-(?:patch|inspect|push|report|compare)|finetune/(?:sft_smoltalk|pretrain|memory)\.py"
@@ -30,6 +33,7 @@ MEMORY = re.compile(
 """How the system and the libraries say that there was none."""
 INTERRUPTED = 128 + signal.SIGINT
 GOES_ON = "stopped; the same command goes on from here"
+MODEL_HELP = f"a local folder, a packaged model ({', '.join(packaged_models())}), or a Hub id USER/NAME"
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,6 +48,12 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+
+def run(parser: Parser, arguments: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
+    """Parse and carry a command out; returns the exit status."""
+    options = parser.parse_args(arguments)
+    return ended(parser.prog, lambda: command(options))
 
 
 def unusable(text: str) -> str | None:

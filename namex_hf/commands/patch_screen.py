@@ -1,0 +1,215 @@
+"""What ``namex-patch`` shows: progress, forecast, scores and tables."""
+
+import argparse
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.table import Table
+
+from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.source import Checkpoint
+from ..errors import CheckpointError, NamexError
+from ..files import SMALL_BYTES, size_text
+from ..patching.compared import compared_on_held_out
+from ..patching.effort import Effort, effort_of, measured_speed
+from ..patching.patch import rewrite_report, run_plan
+from ..patching.plan import Plan
+from ..printable import marked
+from ..report.report import Report, layer_table, ratio
+from ..report.write import write_pictures
+from ..scoring.compare import compare
+from .common import of_memory
+
+SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
+SCORED_TOKENS = 8192  # of each domain
+DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
+FORECAST_SECONDS = 60  # of work to come, from which on it is announced
+
+
+def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console) -> Report:
+    """Carry the plan out, with its progress on the console."""
+    columns = (
+        TextColumn("{task.description:>16}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    if effort := effort_of(plan):
+        console.print(_said(effort, plan), soft_wrap=True)
+    hidden = options.quiet or not console.is_terminal
+    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
+        task = progress.add_task("patching", total=None)
+        forecast = Forecast(plan.shape.layers, plan.text.tokens, console) if plan.text else None
+
+        def advance(what: str, done: int, total: int) -> None:
+            progress.update(task, description=what, completed=done, total=total)
+            if forecast is not None:
+                forecast.hear(what)
+
+        with _memory_named(plan):
+            return run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=advance)
+
+
+@contextmanager
+def _memory_named(plan: Plan) -> Iterator[None]:
+    """Raises:
+    CheckpointError: there was too little memory; it says how much this plan needs.
+    """
+    try:
+        yield
+    except Exception as error:
+        if said := of_memory(error):
+            needed = f"this run needs about {size_text(plan.peak_bytes)} beside the libraries"
+            raise CheckpointError(f"{said}; {needed}") from error
+        raise
+
+
+class Forecast:
+    """Says, when the first layer on calibration text is done, how long the others will take, if that is long."""
+
+    def __init__(self, layers: Sequence[int], tokens: int, console: Console) -> None:
+        self.left, self.tokens, self.console = len(layers), tokens, console
+        self.said, self.inside, self.start = False, False, time.perf_counter()
+
+    def hear(self, what: str) -> None:
+        """Args: what, as `run_plan` tells of its progress: ``layer 3: merged`` within a layer, ``layer 3`` after it."""
+        if what.endswith(": measured"):  # a pass of its own over all layers, before the first is merged
+            self.start = time.perf_counter()
+            return
+        if ": " in what:
+            self.inside = True
+            return
+        if what.startswith("layer "):
+            self.left -= 1
+        seconds = time.perf_counter() - self.start
+        if self.inside and not self.said and seconds * self.left >= FORECAST_SECONDS:
+            self.said = True
+            self.console.print(
+                f"{what}: {seconds:.1f} s, {1000 * seconds / self.tokens:.2f} ms a token; about "
+                f"{seconds * self.left / 60:.0f} min for the {self.left} layers to come",
+                soft_wrap=True,
+            )
+        self.inside, self.start = False, time.perf_counter()
+
+
+def score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -> Report:
+    """Perplexity before and after, and how routing changed, where the model is small enough to run here."""
+    if not has_tokenizer(checkpoint.folder):
+        console.print("no tokenizer in the checkpoint: perplexity is skipped")
+        return report
+    if checkpoint.size > SCORED_BYTES:
+        console.print(f"{checkpoint.size / 1e9:.1f} GB is too large to score here: perplexity is skipped")
+        return report
+    try:
+        with console.status("perplexity before and after"):
+            report = report.with_perplexity(compare(checkpoint.folder, out, SCORED_TOKENS))
+            if report.run["recipe"]["routing"] != "linear" and not all("routing" in one for one in report.layers):
+                report = report.with_routing(compared_on_held_out(out, SCORED_TOKENS))
+    except Exception as error:  # whatever a foreign tokenizer raises: the patched folder itself is whole
+        console.print(f"perplexity cannot be measured and is skipped: {marked(f'{type(error).__name__}: {error}')}")
+        return report
+    rewrite_report(out, report)
+    return report
+
+
+def draw(out: Path, size: int, report: Report, console: Console) -> None:
+    """The pictures of a folder that is whole already, and their links in its card; without them it stays as it is.
+
+    Args:
+        size: bytes of the original; the pictures of a large one are a step of their own, ``namex-report``.
+        report: the folder's, perplexity included.
+    """
+    later = f"namex-report {marked(out)}"
+    if size > DRAWN_BYTES:
+        console.print(f"pictures: {later}", soft_wrap=True)
+        return
+    try:
+        page = write_pictures(out, console=console)
+        rewrite_report(out, report)  # the card links the pictures that are there
+    except Exception as error:  # whatever comes of drawing: the patched folder itself is whole
+        said = str(error) if isinstance(error, NamexError) else f"{type(error).__name__}: {error}"
+        console.print(f"no pictures: {marked(said)}; once that is mended: {later}", soft_wrap=True)
+        return
+    console.print(f"pictures: [bold]{marked(page)}[/bold]", soft_wrap=True)
+
+
+def _said(effort: Effort, plan: Plan) -> str:
+    """What the fit of whole layers will take at least."""
+    seconds, layers = effort.seconds(measured_speed(plan)), len(plan.shape.layers)
+    time_left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+    return (
+        f"{layers} layers fitted, each in {effort.steps} steps, {effort.operations / 1e12:.3g} T operations: at least "
+        f"{time_left} a layer at the speed that such products have here; about {size_text(plan.peak_bytes)} of memory"
+    )
+
+
+def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
+    recipe = plan.recipe
+    table = Table(title="dry run: nothing was read but headers, nothing was written", show_header=False, min_width=60)
+    table.add_row("recipe", f"{recipe.merge}, {recipe.method}, {recipe.routing} routing")
+    table.add_row("MoE layers", str(what["layers"]))
+    table.add_row("routed experts a layer", f"{what['experts']} -> {what['kept']}")
+    table.add_row("bytes in", size_text(what["bytes_in"]))
+    table.add_row("bytes out", size_text(what["bytes_out"]))
+    table.add_row("peak memory (estimate)", size_text(what["peak_bytes"]))
+    if what["calibration_tokens"]:
+        text = f"{what['calibration_tokens']} tokens of {recipe.calibration_data}, not read yet"
+        table.add_row("calibration text", marked(text))
+    if what["fit"]:
+        table.add_row("fit", _said(what["fit"], plan))
+    if what["curvature_parameters"]:
+        table.add_row("trainable curvature", _counts(what["curvature_parameters"]))
+    table.add_row("disk needed / free", f"{size_text(what['space_needed'])} / {size_text(what['free'])}")
+    table.add_row("files carried over", marked(", ".join(what["carried"])) or "none")
+    Console().print(table)
+
+
+def print_report(report: Report, out: Path) -> None:
+    console, recipe = Console(), report.run["recipe"]
+    what = ", ".join((recipe["method"], recipe["merge"], f"{recipe['routing']} routing"))
+    table = Table(title=f"{marked(report.source['name'])}: {what}")
+    titles, rows = layer_table(report)
+    for title, *cells in zip(titles, *rows, strict=True):
+        one_word = not any(" " in text for text in (title, *cells))  # where the screen is narrow, others are wrapped
+        table.add_column(title, justify="left" if title == "status" else "right", no_wrap=one_word)
+    for row in rows:
+        table.add_row(*row)
+    if report.layers:
+        console.print(table)
+    if text := report.run.get("calibration"):
+        seconds = sum(layer["seconds"] for layer in report.layers) / len(report.layers)
+        console.print(
+            f"calibrated on {text['tokens']} tokens of {marked(text['name'])}: {seconds:.2f} s a layer, "
+            f"{1000 * seconds / text['tokens']:.3f} s for 1,000 tokens",
+            soft_wrap=True,
+        )
+    if report.perplexity:
+        scores = Table(title=f"perplexity, the first {SCORED_TOKENS} tokens of each held-out text")
+        for column in ("domain", "before", "after", "ratio"):
+            scores.add_column(column, justify="right")
+        for domain, value in report.perplexity.items():
+            before, after = value["before"], value["after"]
+            scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{ratio(value):.3f}")
+        console.print(scores)
+    totals = report.totals
+    if "curvature_parameters" in totals:
+        console.print(f"trainable curvature, the identity so far: {_counts(totals['curvature_parameters'])}")
+    if "spectral_radius" in totals:
+        radius, over = totals["spectral_radius"], totals["spectral_radius_over_layers"]
+        warning = "" if radius < 1 else " [bold red]warning: 1 or more, the walk of the base does not settle[/bold red]"
+        console.print(f"spectral radius of the walk: {radius:.3f} a layer, {over:.3g} over its layers{warning}")
+    console.print(
+        f"{size_text(totals['bytes_in'])} in, {size_text(totals['bytes_out'])} out, {totals['seconds']:.1f} s, "
+        f"peak memory {size_text(totals['peak_resident_bytes'])}: [bold]{marked(out)}[/bold]",
+        soft_wrap=True,
+    )
+
+
+def _counts(parameters: dict[str, int]) -> str:
+    return ", ".join(f"{number:,} parameters {of}" for of, number in parameters.items())

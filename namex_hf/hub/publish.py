@@ -1,0 +1,54 @@
+"""A patched folder goes to the Hub, once it is known to be whole."""
+
+import sys
+from pathlib import Path
+
+from huggingface_hub.utils import disable_progress_bars
+from rich.console import Console
+from rich.table import Table
+
+from ..files import size_text
+from ..printable import marked, printable
+from .checks import Checked, check_folder
+from .files import Selection, select, summarised
+from .push import Target, push
+
+
+def publish(folder: Path, target: Target, quiet: bool) -> None:
+    """Check a folder and push it, for ``namex-patch --push-to-hub``.
+
+    Raises:
+        PublishError, CheckpointError: as of `check_folder` and `push`.
+    """
+    checked = check_folder(folder)
+    selection = select(checked.checkpoint, tensors=checked.left_out)
+    if not quiet:
+        show(Console(stderr=True), checked, selection, target)
+    send(selection, checked.card, target, quiet)
+
+
+def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
+    """Push, and print the address."""
+    if quiet or not sys.stderr.isatty():
+        disable_progress_bars()
+    found = push(selection, card, target)
+    print(printable(f"{found.address} ({'private' if found.private else 'public'}, commit {found.commit})"))
+
+
+def show(console: Console, checked: Checked, selection: Selection, target: Target) -> None:
+    """Every file with its size, what stays and why, what was checked."""
+    console.print(f"to {marked(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
+    table = Table()
+    table.add_column("goes up")
+    table.add_column("bytes", justify="right")
+    for file in selection.files:
+        table.add_row(marked(file.name), f"{file.size:,}")
+    table.add_section()
+    table.add_row(f"{len(selection.files)} files", f"{size_text(selection.size)}")
+    console.print(table)
+    for name, reason in summarised(selection.left_out).items():
+        console.print(f"stays: {marked(name)}: {marked(reason)}", soft_wrap=True)
+    for note in checked.notes:
+        console.print(f"note: {marked(note)}", soft_wrap=True)
+    ran = "it runs" if checked.ran else "every tensor's name and shape fits its class"
+    console.print(f"checked: whole, its code is there, {ran}, metadata of the card", soft_wrap=True)

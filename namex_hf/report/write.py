@@ -1,0 +1,83 @@
+"""The pictures of a patched folder, and one page with all of them."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ..checkpoint.companions import has_tokenizer
+from ..errors import CheckpointError, MissingExtraError
+from ..files import PAGE, PICTURES, REPORT, SMALL_BYTES, write_bytes, write_text
+from .answers import Answers, answers
+from .folder import PatchedFolder, open_patched
+from .page import page
+from .walks import distances
+
+SCORED_BYTES = SMALL_BYTES
+TOKENS = 4096  # of text that is read by the experts of a small folder whose recipe read none
+DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
+
+
+def write_pictures(
+    path: Path,
+    out: Path | None = None,
+    layer: int | None = None,
+    tokens: int | None = None,
+    console: Console | None = None,
+) -> Path:
+    """Write the page and all pictures of a patched folder; returns the page.
+
+    Args:
+        path: the patched folder, which is only read.
+        out: a folder to write into, made if need be (default: ``path/namex/pictures``).
+        layer: whose experts bargain in picture 4 (default: the layer where Nash and mean differ most).
+        tokens: of packaged text that goes through the experts (default: as many as the recipe read, or 4096; none for
+            a folder above 256 MiB or without a tokenizer).
+
+    Raises:
+        MissingExtraError: no matplotlib.
+        CheckpointError, FamilyError, RecipeError: no patched folder, a damaged one, or one without that layer.
+    """
+    try:
+        from .pictures import Material, draw
+    except ImportError as error:
+        raise MissingExtraError("namex-report", "report") from error
+    console = console or Console(quiet=True)
+    folder = open_patched(path)
+    if layer is not None and layer not in folder.shape.layers:
+        raise CheckpointError(f"--layer {layer}: accepted: a MoE layer of {path}, {_listed(folder.shape.layers)}")
+    with console.status("the experts answer to text"):
+        answered = _answered(folder, tokens, console)
+    with console.status("the methods walk over the experts"):
+        walked = distances(folder)
+    with console.status("drawing"):
+        try:
+            pictures = draw(Material(folder, answered, walked, layer))
+            text = page(folder.report, folder.recipe.to_yaml(), pictures)
+        except DAMAGED as error:
+            said = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{REPORT} in {path} cannot be drawn, a record is damaged ({said})") from error
+        target = path / PICTURES if out is None else out
+        target.mkdir(parents=True, exist_ok=True)
+        for picture in pictures:
+            for form, content in (("png", picture.png()), ("svg", picture.svg(ground="white"))):
+                write_bytes(target / f"{picture.name}.{form}", content)
+        write_text(target / PAGE, text)
+    return target / PAGE
+
+
+def _answered(folder: PatchedFolder, tokens: int | None, console: Console) -> Answers | None:
+    if tokens is None:
+        tokens = folder.recipe.calibration_tokens if folder.recipe.calibrated else TOKENS
+        if not has_tokenizer(folder.path):
+            console.print("no tokenizer in the folder: the experts answer to no text", soft_wrap=True)
+            tokens = 0
+        elif folder.checkpoint.size > SCORED_BYTES:
+            size = f"{folder.checkpoint.size / 1e9:.1f} GB"
+            console.print(f"{size} of experts answer to no text unless asked to: --tokens {TOKENS}", soft_wrap=True)
+            tokens = 0
+    return answers(folder, tokens) if tokens else None
+
+
+def _listed(layers: Sequence[int]) -> str:
+    return ", ".join(map(str, layers))
