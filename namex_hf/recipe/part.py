@@ -12,6 +12,7 @@ from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import RecipeError
+from ..printable import did_you_mean
 
 LARGEST = 1e6
 """Of factors."""
@@ -115,7 +116,8 @@ class Leaf(NamedTuple):
         return float(value) if self.kind is float else value  # 1 and 1.0 are stored alike
 
     def _refusal(self, value: Any, accepted: str) -> RecipeError:
-        return RecipeError(f"recipe field '{self.name}' is {value!r}; accepted: {accepted}")
+        hint = did_you_mean(value, self.choices)
+        return RecipeError(f"recipe field '{self.name}' is {value!r}; accepted: {accepted}{hint}")
 
     def refusal_of_unused(self, belongs: str = "", shown: tuple[str, ...] = ()) -> "Rule":
         """What is said where it is stated and not used. Args: in the place of the part's."""

@@ -13,6 +13,7 @@ import yaml
 from ..errors import RecipeError
 from ..files import LARGEST_RECIPE, read_text
 from ..plain_yaml import parse_yaml
+from ..printable import did_you_mean
 from .choices import MergeKind
 from .merges import SEGMENT, Grouped, Merge, Nothing, Residual, Soft
 from .part import Leaf, Part, Range, Rule, Spec, all_leaves, build, leaf, leaves_of, parts_of
@@ -170,7 +171,8 @@ def stated_fields(values: Mapping[str, Any], registered: bool) -> dict[str, Any]
     flat |= {name: value for name, value in values.items() if not isinstance(value, Part)}
     unknown = sorted(str(name) for name in flat if name not in FIELDS)
     if unknown:
-        raise RecipeError(f"unknown recipe field '{unknown[0]}'; accepted: {', '.join(FIELDS)}")
+        hint = did_you_mean(unknown[0], FIELDS)
+        raise RecipeError(f"unknown recipe field '{unknown[0]}'; accepted: {', '.join(FIELDS)}{hint}")
     if flat.get("solver") != "ccp" and flat.get("ccp_iterations") == CCP_ITERATIONS:  # stored whatever the solver
         del flat["ccp_iterations"]
     return {name: FIELDS[name].clean(value, registered) for name, value in flat.items()}

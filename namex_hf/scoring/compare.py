@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the classes that the folders need)
 from ..checkpoint.tokenizer import open_tokenizer
-from .perplexity import held_out_texts, text_losses
+from .perplexity import held_out_texts, text_ids, window_losses
 
 
 def load(folder: str | Path) -> Any:
@@ -34,9 +34,11 @@ def compare(before: Path, after: Path, tokens: int | None = None) -> dict[str, d
     Memory: one of the models at a time.
     """
     tokenizer, texts = open_tokenizer(before, before.name), held_out_texts()
-    found = {}
+    ids, found = text_ids(tokenizer, texts, tokens), {}
     for name, folder in (("before", before), ("after", after)):
-        found[name] = text_losses(load(folder), tokenizer, texts, tokens)
+        model = load(folder)
+        found[name] = {domain: window_losses(model, each) for domain, each in ids.items()}
+        del model  # one at a time
     groups = {**{domain: [domain] for domain in texts}, "mean": list(texts)}
     return {
         group: measured([found["before"][one] for one in domains], [found["after"][one] for one in domains])

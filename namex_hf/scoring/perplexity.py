@@ -50,15 +50,19 @@ def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch: int =
     return math.exp(float(window_losses(model, tokens, window, batch).mean()))
 
 
+def text_ids(tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None) -> dict[str, torch.Tensor]:
+    """Ids of each text, ``[n]``. Args as of `perplexities`."""
+    return {
+        name: tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0][:tokens]
+        for name, text in texts.items()
+    }
+
+
 def text_losses(
     model: Any, tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None, window: int = 512
 ) -> dict[str, torch.Tensor]:
     """`window_losses` of each text. Args as of `perplexities`."""
-    found = {}
-    for name, text in texts.items():
-        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
-        found[name] = window_losses(model, ids if tokens is None else ids[:tokens], window)
-    return found
+    return {name: window_losses(model, ids, window) for name, ids in text_ids(tokenizer, texts, tokens).items()}
 
 
 def perplexities(

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 import yaml
 
+sys.path.append(str(Path(__file__).parents[2] / "finetune"))  # what lies beside the scripts
+
 SCRIPT = Path(__file__).parents[2] / "finetune" / "sft_smoltalk.py"
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["namex_hf.training.tune"])

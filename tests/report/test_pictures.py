@@ -113,7 +113,7 @@ def test_vectors_take_the_ink_of_their_ground(drawn: dict[str, list[Picture]]):
     assert INK.encode() in picture.svg()
     assert INK.encode() not in picture.svg(PALE)
     assert PALE.encode() in picture.svg(PALE)
-    assert picture.svg() == picture.svg()
+    assert picture.svg() == picture.svg() == replace(picture).svg()
     assert picture.png().startswith(b"\x89PNG")
 
 

@@ -2,13 +2,16 @@
 
 import io
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
@@ -54,6 +57,7 @@ STYLE: Any = {
 }
 WIDTH = 9.0  # inches
 DOTS = 144  # an inch, of PNG
+IMAGE_DOTS = 100  # an inch, of images in vectors
 COLUMNS = 6  # of panels
 
 
@@ -78,16 +82,27 @@ class Picture:
 
     def svg(self, ink: str = INK, ground: str | None = None) -> bytes:
         """As vectors, on a transparent ground unless one is given."""
-        return self._saved("svg", ground, metadata={"Date": None}).replace(INK.encode(), ink.encode())
+        drawn = self._vectors if ground is None else self._drawn_on(ground)
+        return drawn.replace(INK.encode(), ink.encode())
+
+    @cached_property
+    def _vectors(self) -> bytes:
+        return self._drawn_on("none")
+
+    def _drawn_on(self, ground: str) -> bytes:
+        return self._written(FigureCanvasSVG(self.figure).print_svg, ground, IMAGE_DOTS, metadata={"Date": None})
 
     def png(self) -> bytes:
         """As dots, on white."""
-        return self._saved("png", "white", dpi=DOTS)
+        return self._written(FigureCanvasAgg(self.figure).print_png, "white", DOTS)
 
-    def _saved(self, form: str, ground: str | None, **more: Any) -> bytes:
+    def _written(self, write: Callable[..., None], ground: str, dots: int, **more: Any) -> bytes:
+        """`Figure.savefig` draws twice, the first time for a layout, which is there already."""
         file = io.BytesIO()
+        self.figure.set_facecolor(ground)
+        self.figure.set_dpi(dots)
         with rc_context(STYLE):
-            self.figure.savefig(file, format=form, facecolor=ground or "none", **more)
+            write(file, **more)
         return file.getvalue()
 
 
