@@ -28,7 +28,7 @@ def add_recipe_options(parser: Parser, several: bool = False) -> None:
         groups[field.name not in COMMON].add_argument(
             f"--{field.name.replace('_', '-')}",
             nargs=nargs,
-            metavar="|".join(values) or field.kind.__name__.upper(),
+            metavar=metavar,
             help=field.help.replace("%", "%%") + default,
         )
         if field.name in COMMON:

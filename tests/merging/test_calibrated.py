@@ -58,6 +58,8 @@ def shrinking(count: int, of: Mixture | None = None, loud: float = 1.0, length: 
     fields = {"curvature": "calibrated", "align": "activations"} if operator == "merge" else {}
     fields |= {"grouping": "damage", "down": "refit", **choices}
     fits = fields.get("fit") != "none"
+    if not fits:
+        fields.pop("fit_steps", None)
     if operator in ("random", "shared") and not fits:
         fields["fit"] = "router"
     merge = Recipe(merge="grouped", experts=count, **fields).merge

@@ -94,7 +94,7 @@ def test_a_group_without_tokens(align: str) -> None:
         members = group(experts, (7, 6, 8), align)
         merged = merge(members, how)
         assert all(matrix.isfinite().all() for matrix in merged.values())
-        if how.combination.weighting != "nash":
+        if how.weights_by != "nash":
             for name in PROJECTIONS:
                 torch.testing.assert_close(merged[name], members.matrices[name].mean(0), rtol=1e-4, atol=1e-5)
 
@@ -127,7 +127,7 @@ def test_equal_experts_merge_to_themselves(align: str) -> None:
         merged, record = merge_members(group(experts, align=align), how)
         for name in PROJECTIONS:
             torch.testing.assert_close(merged[name], one[name][0], rtol=2**-7, atol=1e-4)
-        if how.combination.weighting == "uniform":
+        if how.weights_by == "uniform":
             assert all(game["weights"] == pytest.approx([1 / 3] * 3) for game in record)
 
 
