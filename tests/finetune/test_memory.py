@@ -196,7 +196,7 @@ def test_activations_of_a_layer_are_estimated_to_a_sixth(model, recipe):
     hidden = torch.randn(2, length, 128).bfloat16().requires_grad_()
     angles = torch.randn(1, length, 32).bfloat16()
     inputs = {"position_embeddings": (angles, angles.clone())}
-    if recipe.segment is not None:
+    if recipe.to_dict()["segment"] is not None:
         real = torch.ones(2, length, dtype=torch.bool)
         inputs["segments"] = plan_segments(History.empty(2, real.device), real, None, 64, "all", keep=False)[0]
     kept = kept_by_autograd(layer, hidden, **inputs)
