@@ -24,6 +24,7 @@ from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import RecipeError
 from namex_hf.patching.plan import make_plan
+from namex_hf.recipe import FIELDS
 
 MERGES = ("residual", "soft", "grouped")
 METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe")
@@ -59,9 +60,8 @@ WITHOUT = [row for row in VALID if row[2] == "none"]
 
 
 def test_the_matrix_is_that_of_the_recipe() -> None:
-    specs = Recipe.__dataclass_fields__
     names = ("merge", "method", "momentum", "disagreement", "routing")
-    assert [specs[name].metadata["choices"] for name in names] == [MERGES, METHODS, MOMENTA, POINTS, ROUTINGS]
+    assert [FIELDS[name].choices for name in names] == [MERGES, METHODS, MOMENTA, POINTS, ROUTINGS]
     assert len(VALID) == 3 * (2 * (2 * 6 + 3) + 4 + 3)
     assert len(WITHOUT) == 3 * 17
 
