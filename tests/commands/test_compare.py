@@ -155,6 +155,11 @@ def test_the_same_command_measures_nothing_and_prints_the_table(
     assert said.err == ""
 
 
+def test_the_numbers_are_printed_as_json(copied: Path, recipes: Path, given: list[str], capsys: Said):
+    assert ran(SOURCE, "--recipes", recipes / "nash.yaml", *given, "--seed", 0, 1, "--json", "--out", copied) == 0
+    assert capsys.readouterr() == ((copied / "comparison.json").read_text(), "")
+
+
 def test_one_value_more_is_measured_and_told(copied: Path, recipes: Path, given: list[str], capsys: Said):
     finer = [SOURCE, *given, "--granularity", "expert", "matrix", "--out", copied]
     assert ran(*finer, "--recipes", recipes) == 2
