@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import SERVER
 
 from namex_hf import load_patched
 from namex_hf.commands import patch, patch_screen
 from namex_hf.commands import report as command
 from tests.cli.toy import SIZES, save_toy
+from tests.helpers.process import SERVER
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 

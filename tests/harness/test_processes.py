@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from namex_hf import Recipe, patch_checkpoint
+from tests.helpers.process import places, script_process
 
 from .conftest import SCRIPT, TASKS, Command, said, samples
 
@@ -20,9 +22,9 @@ ALONE = {name: value for name, value in os.environ.items() if not name.startswit
 }
 
 
-def launched(*arguments: str | Path) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], env=ALONE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+def finished(process: BaseProcess, log: Path) -> None:
+    process.join()
+    assert process.exitcode == 0, log.read_text()[-2000:]
 
 
 def entry(line: str) -> dict[str, Any]:
@@ -68,20 +70,15 @@ def test_a_killed_run_goes_on_to_the_same_report(zero_shot: Command, tmp_path: P
 def test_two_processes_share_the_requests(zero_shot: Command, tmp_path: Path) -> None:
     tasks = ("namex_sums", "namex_word_problems", "namex_text")
     arguments = ["--models", "tiny", "--tasks", *tasks, "--limit", "5", "--batch_size", "4", "--dtype", "float32"]
-    launched(
-        # accelerate launch --cpu starts one process, whatever it is told; --multi_gpu also starts them on CPUs.
-        *(
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-            SCRIPT,
-        ),
-        *("--device", "cpu", *arguments, "--output_path", tmp_path / "two"),
-    )
+    command = ["--device", "cpu", *arguments, "--output_path", str(tmp_path / "two")]
+    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
+    # As `accelerate launch --multi_gpu` begins them, on CPUs too.
+    processes = [
+        script_process(SCRIPT, command, log, environment=ALONE | place)
+        for log, place in zip(logs, places(2), strict=True)
+    ]
+    for process, log in zip(processes, logs, strict=True):
+        finished(process, log)
     assert zero_shot(*arguments, "--output_path", tmp_path / "one").status == 0
 
     def asked(out: Path, task: str) -> list[str]:
@@ -104,11 +101,13 @@ def test_two_processes_share_the_requests(zero_shot: Command, tmp_path: Path) ->
 def test_lm_evals_own_command_gives_the_same_scores(zero_shot: Command, tmp_path: Path) -> None:
     patched = tmp_path / "patched"
     patch_checkpoint("tiny", patched, Recipe())
-    launched(
-        *("-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={patched},trust_remote_code=True"),
-        *("--tasks", "namex_sums,namex_word_problems", "--include_path", TASKS, "--limit", "6", "--batch_size", "4"),
-        *("--device", "cpu", "--num_fewshot", "0", "--log_samples", "--output_path", tmp_path / "plain"),
-    )
+    arguments = [
+        *("run", "--model", "hf", "--model_args", f"pretrained={patched},trust_remote_code=True"),
+        *("--tasks", "namex_sums,namex_word_problems", "--include_path", str(TASKS), "--limit", "6"),
+        *("--batch_size", "4", "--device", "cpu", "--num_fewshot", "0", "--log_samples"),
+        *("--output_path", str(tmp_path / "plain")),
+    ]
+    finished(script_process("lm_eval", arguments, tmp_path / "log", environment=ALONE), tmp_path / "log")
     answer = zero_shot(
         *("--models", patched, "--tasks", "namex_sums", "namex_word_problems", "--limit", "6", "--batch_size", "4"),
         *("--output_path", tmp_path / "ours"),

@@ -54,19 +54,19 @@ def child(home: Path, **environment: str) -> Iterator[Command]:
         process.stdout.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[Hub]:
     with serving() as hub:
         yield hub
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the cache is."""
+    """Where the cache is; no two tests publish under one name."""
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def online(server: Hub, home: Path) -> Iterator[Command]:
     with child(home, HF_ENDPOINT=server.url) as run:
         yield run
