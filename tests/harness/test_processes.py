@@ -6,12 +6,11 @@ import signal
 import subprocess
 import sys
 import time
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from namex_hf import Recipe, patch_checkpoint
-from tests.helpers.process import places, script_process
+from tests.helpers.process import run_pair, script_process
 
 from .conftest import SCRIPT, TASKS, Command, said, samples
 
@@ -20,11 +19,6 @@ ALONE = {name: value for name, value in os.environ.items() if not name.startswit
     "HF_HUB_OFFLINE": "1",
     "ACCELERATE_USE_CPU": "true",
 }
-
-
-def finished(process: BaseProcess, log: Path) -> None:
-    process.join()
-    assert process.exitcode == 0, log.read_text()[-2000:]
 
 
 def entry(line: str) -> dict[str, Any]:
@@ -71,14 +65,8 @@ def test_two_processes_share_the_requests(zero_shot: Command, tmp_path: Path) ->
     tasks = ("namex_sums", "namex_word_problems", "namex_text")
     arguments = ["--models", "tiny", "--tasks", *tasks, "--limit", "5", "--batch_size", "4", "--dtype", "float32"]
     command = ["--device", "cpu", *arguments, "--output_path", str(tmp_path / "two")]
-    logs = [tmp_path / f"{rank}.log" for rank in range(2)]
     # As `accelerate launch --multi_gpu` begins them, on CPUs too.
-    processes = [
-        script_process(SCRIPT, command, log, environment=ALONE | place)
-        for log, place in zip(logs, places(2), strict=True)
-    ]
-    for process, log in zip(processes, logs, strict=True):
-        finished(process, log)
+    run_pair(SCRIPT, command, tmp_path, **ALONE)
     assert zero_shot(*arguments, "--output_path", tmp_path / "one").status == 0
 
     def asked(out: Path, task: str) -> list[str]:
@@ -107,7 +95,9 @@ def test_lm_evals_own_command_gives_the_same_scores(zero_shot: Command, tmp_path
         *("--batch_size", "4", "--device", "cpu", "--num_fewshot", "0", "--log_samples"),
         *("--output_path", str(tmp_path / "plain")),
     ]
-    finished(script_process("lm_eval", arguments, tmp_path / "log", environment=ALONE), tmp_path / "log")
+    process = script_process("lm_eval", arguments, tmp_path / "log", environment=ALONE)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()[-2000:]
     answer = zero_shot(
         *("--models", patched, "--tasks", "namex_sums", "namex_word_problems", "--limit", "6", "--batch_size", "4"),
         *("--output_path", tmp_path / "ours"),

@@ -52,3 +52,19 @@ def places(processes: int) -> list[dict[str, str]]:
         port = free.getsockname()[1]
     common = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     return [{"RANK": str(rank), "LOCAL_RANK": str(rank), **common} for rank in range(processes)]
+
+
+def run_pair(script: Path, arguments: Sequence[object], folder: Path, **environment: str) -> None:
+    """A script in two data-parallel processes, to its end.
+
+    Args:
+        folder: for their output, ``0.log`` and ``1.log``.
+    """
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = [
+        script_process(script, [*map(str, arguments)], log, environment=environment | place)
+        for log, place in zip(logs, places(2), strict=True)
+    ]
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0], "\n".join(log.read_text()[-3000:] for log in logs)
