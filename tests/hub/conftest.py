@@ -62,7 +62,7 @@ def server() -> Iterator[Hub]:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the cache is; no two tests publish under one name."""
+    """Where the cache is."""
     return tmp_path_factory.mktemp("home")
 
 
@@ -70,6 +70,13 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def online(server: Hub, home: Path) -> Iterator[Command]:
     with child(home, HF_ENDPOINT=server.url) as run:
         yield run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten(server: Hub) -> None:
+    """What another file published or pushed."""
+    server.folders.clear()
+    server.private.clear()
 
 
 @pytest.fixture
