@@ -23,6 +23,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     """Small checkpoints are drawn again."""
     monkeypatch.setattr(patch_screen, "DRAWN_BYTES", patch_screen.SCORED_BYTES)
     monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 128)
+    monkeypatch.setattr("namex_hf.report.pictures.picture.DOTS", 36)  # no test here looks at them
 
 
 @pytest.fixture(scope="module")
