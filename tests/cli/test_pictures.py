@@ -121,7 +121,7 @@ def test_killed_while_drawing(toy: Path, tmp_path: Path, capsys: Said):
     process = SERVER.Process(target=patch.main, args=([str(toy), "--out", str(out)],))
     process.start()
     while process.is_alive() and not list(out.glob("namex/pictures/*")):
-        time.sleep(0.0005)
+        time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -9

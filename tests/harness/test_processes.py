@@ -45,7 +45,7 @@ def test_a_killed_run_goes_on_to_the_same_report(zero_shot: Command, tmp_path: P
     command = [sys.executable, SCRIPT, "--device", "cpu", *arguments, "--output_path", out]
     process = subprocess.Popen(list(map(str, command)), env=ALONE, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"request") >= 4):
-        time.sleep(0.001)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "report.json").exists(), "the run was over before it was killed"
