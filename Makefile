@@ -6,7 +6,10 @@ NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
 SUITE := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test test-newest lint types check format clean
+.PHONY: help demo test test-newest lint types check format clean
+
+help:  ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
@@ -31,18 +34,18 @@ test: $(READY)  ## the whole suite, no network and no accelerator needed
 test-newest: $(NEWEST_READY)  ## the whole suite with the newest versions that pyproject.toml allows, but for torch
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python $(SUITE)
 
-lint: $(READY)
+lint: $(READY)  ## ruff: lint and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-types: $(READY)
+types: $(READY)  ## mypy
 	$(BIN)/mypy
 
-check: lint types test
+check: lint types test  ## all three
 
-format: $(READY)
+format: $(READY)  ## mend what the linter can, and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean:
+clean:  ## remove what make has made
 	rm -rf $(VENV) $(NEWEST) out build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

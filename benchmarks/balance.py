@@ -14,7 +14,9 @@ size over pairs.
 
 import argparse
 import copy
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,9 +36,12 @@ from namex_hf.merging.routers import load_entropy
 from namex_hf.merging.routing import answer
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
-from namex_hf.training.balance import imbalance
 from namex_hf.training.gathered import base_of, experts_of
-from namex_hf.training.scratch import ROWS, Row, Schedule, mixed_batches, new_model, train
+
+sys.path.append(str(Path(__file__).parents[1] / "finetune"))  # where training from nothing is
+
+from expert_load import imbalance
+from scratch import ROWS, Row, Schedule, mixed_batches, new_model, train
 
 RECIPES = {"original": None, "namex-full": Recipe(), "ep-camex": Recipe(method="ep-camex")}
 LENGTH, ASKED = 256, 1024  # tokens of a sequence; tokens whose outputs are compared

@@ -99,7 +99,7 @@ def _calls(file: Path, values: dict[str, Any]) -> list[tuple[str, tuple[str, ...
     if named:
         return [(model, experts) for model in models]
     layer = (MODELS[0], (*experts, "--fit", "layer", *SHORT, *STEPS))
-    if values.get("operator") in ("random", "shared"):  # which are controls of a fit
+    if values.get("operator") in ("random", "shared") or "target" in values:  # which mean nothing without a fit
         return [layer]
     return [layer, (MODELS[1], (*experts, *SHORT))]
 
@@ -186,7 +186,8 @@ def _counts(path: Path) -> bool:
 def _file_differences(name: str, before: Path, after: Path) -> list[str]:
     if name not in REWRITTEN:
         return [] if before.read_bytes() == after.read_bytes() else [name]
-    one, other = (_facts(yaml.safe_load(path.read_text()), "") for path in (before, after))
+    read = json.loads if name.endswith(".json") else yaml.safe_load
+    one, other = (_facts(read(path.read_text()), "") for path in (before, after))
     return [f"{name}: {key}" for key in sorted(one.keys() | other.keys()) if one.get(key, "") != other.get(key, "")]
 
 

@@ -14,6 +14,7 @@ import time
 from typing import Any
 
 import torch
+from agreement import agreement, hear
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -27,9 +28,8 @@ from namex_hf.models.convert import patch_classes
 from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
-from namex_hf.training.agreement import agreement, hear
-from namex_hf.training.listening import stable_routers
-from namex_hf.training.stable import StageOne, freeze
+from namex_hf.training.stable_moe import StageOne, freeze
+from namex_hf.training.stable_moe.listening import stable_routers
 
 LENGTH = 256
 

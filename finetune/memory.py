@@ -18,11 +18,7 @@ from namex_hf.errors import CheckpointError, MissingExtraError
 from namex_hf.printable import marked
 
 try:
-    from namex_hf.checkpoint.resolve import local_folder, peek
-    from namex_hf.files import read_json
-    from namex_hf.recipe import Recipe
-    from namex_hf.resources import packaged_models
-    from namex_hf.training.memory import (
+    from device_memory import (
         MARGIN,
         PRECISIONS,
         PROPAGATIONS,
@@ -35,6 +31,11 @@ try:
         memory_table,
         outline,
     )
+
+    from namex_hf.checkpoint.resolve import local_folder, peek
+    from namex_hf.files import read_json
+    from namex_hf.recipe import Recipe
+    from namex_hf.resources import packaged_models
 except ImportError as missing:
     print(f"memory.py: error: {MissingExtraError('fine-tuning', 'train')} ({missing})", file=sys.stderr)
     sys.exit(2)

@@ -8,7 +8,7 @@ that folder does not have them (packaged/corpora.py: Debian packages and one of 
 network and trains on the packaged calibration text, a small part of them. Scores on the packaged held-out text, no file
 of which is trained on, and on every .txt file of --texts (WikiText's validation and test, say). A run that was killed
 is continued by the same command: rows that are there are not trained again. What a row is:
-namex_hf/training/scratch.py.
+finetune/scratch.py.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from scratch import CHOICES, ROWS, Schedule, run
 from transformers import AutoTokenizer
 
 from namex_hf.commands.common import Parser, ended
@@ -36,7 +37,6 @@ from namex_hf.files import read_json, read_text
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
 from namex_hf.scoring.perplexity import held_out_texts
-from namex_hf.training.scratch import CHOICES, ROWS, Schedule, run
 
 CORPORA = Path(__file__).resolve().parent.parent / "packaged"
 """Where the scripts are that read the packaged models' corpora."""
@@ -211,7 +211,7 @@ def drift_of(one: dict[str, Any]) -> list[tuple[int, float]]:
 def draw(found: dict[tuple[str, int], dict[str, Any]], every: int, folder: Path) -> None:
     """Figure 5, as ``convergence.png`` and ``.svg``."""
     try:
-        from namex_hf.training.convergence import picture
+        from convergence import picture
     except ImportError:
         print(f"{MissingExtraError('the picture of convergence', 'report')}", file=sys.stderr)
         return

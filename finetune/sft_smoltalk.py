@@ -18,6 +18,9 @@ from argparse import RawDescriptionHelpFormatter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import namex_hf.commands.common  # noqa: F401  (the first: Ctrl-C is answered while the others are imported)
+
+# isort: split
 from rich.console import Console
 from rich.table import Table
 

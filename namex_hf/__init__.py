@@ -1,18 +1,21 @@
 """NAMEx for Hugging Face checkpoints: merge the experts of Mixture-of-Experts models by Nash bargaining.
 
-Importing registers the patched model types (and DeepSeek-MoE v1) with transformers' Auto classes; transformers' own
-models are left as they are.
+After the import, transformers' Auto classes know the patched model types (and DeepSeek-MoE v1); transformers' own
+models are left as they are. The import is cheap: the public names below are imported when they are first used.
 """
 
-from .commands import common  # noqa: F401  (the first: Ctrl-C is answered while the others take their seconds)
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-# isort: split
-from .bargaining import NashSolution, nash_bargaining
-from .models import load_patched
-from .patching.live import patch_model
-from .patching.patch import patch_checkpoint
-from .recipe import Recipe
+from .registration import register_models
 from .version import __version__
+
+if TYPE_CHECKING:
+    from .bargaining import NashSolution, nash_bargaining
+    from .models import load_patched
+    from .patching.live import patch_model
+    from .patching.patch import patch_checkpoint
+    from .recipe import Recipe
 
 __all__ = [
     "NashSolution",
@@ -23,3 +26,25 @@ __all__ = [
     "patch_checkpoint",
     "patch_model",
 ]
+_MODULES = {
+    "NashSolution": ".bargaining",
+    "Recipe": ".recipe",
+    "load_patched": ".models",
+    "nash_bargaining": ".bargaining",
+    "patch_checkpoint": ".patching.patch",
+    "patch_model": ".patching.live",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_MODULES[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+register_models()

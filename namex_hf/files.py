@@ -20,8 +20,6 @@ from .errors import CheckpointError, NamexError
 
 CONFIG, CARD, SINGLE, INDEX = "config.json", "README.md", "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"
-SMALL_BYTES = 256 << 20
-"""A model up to this size is scored, and drawn, without being asked."""
 OURS = "namex"
 """The folder of all that this package adds."""
 RECIPE, REPORT, SCORES = f"{OURS}/recipe.yaml", f"{OURS}/report.json", f"{OURS}/scores.json"

@@ -1,8 +1,8 @@
 """Text that came from outside (names of files, keys, templates, what a server said), made fit to be printed."""
 
+import difflib
 import unicodedata
-
-from rich.markup import escape
+from collections.abc import Iterable
 
 from .scrub import scrubbed
 
@@ -30,7 +30,15 @@ def printable(text: object, longest: int = LONGEST) -> str:
 
 def marked(text: object, longest: int = LONGEST) -> str:
     """`printable`, for what rich prints: square brackets stay what they are."""
+    from rich.markup import escape  # rich is not imported where nothing is printed by it
+
     return escape(printable(text, longest))
+
+
+def did_you_mean(word: object, accepted: Iterable[str]) -> str:
+    """The end of a message about an unknown word: what it resembles most of what is accepted, or nothing."""
+    nearest = difflib.get_close_matches(str(word), list(accepted), 1)
+    return f"; did you mean '{nearest[0]}'?" if nearest else ""
 
 
 def _escaped(letter: str) -> str:

@@ -17,6 +17,7 @@ from .errors import RecipeError
 from .files import LARGEST_RECIPE, read_text
 from .momentum import parse_momentum
 from .plain_yaml import parse_yaml
+from .printable import did_you_mean
 
 UNSTORED = ("device",)
 BASES = re.compile(r"shared|first|mean|index:[0-9]{1,9}")
@@ -271,7 +272,8 @@ class Recipe:
         known = [spec.name for spec in fields(cls)]
         unknown = sorted(set(map(str, values)) - set(known))
         if unknown:
-            raise RecipeError(f"unknown recipe field '{unknown[0]}'; accepted: {', '.join(known)}")
+            hint = did_you_mean(unknown[0], known)
+            raise RecipeError(f"unknown recipe field '{unknown[0]}'; accepted: {', '.join(known)}{hint}")
         return cls(**values)
 
     @classmethod
@@ -664,7 +666,8 @@ def _check_value(name: str, value: Any, spec: Mapping[str, Any], default: Any) -
         return
     if "choices" in spec:
         if value not in spec["choices"]:
-            raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: {', '.join(spec['choices'])}")
+            hint = did_you_mean(value, spec["choices"])
+            raise RecipeError(f"recipe field '{name}' is {value!r}; accepted: {', '.join(spec['choices'])}{hint}")
         return
     kind = spec["kind"]
     if kind is bool:

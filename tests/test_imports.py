@@ -39,7 +39,7 @@ def imports_of(name: str, modules: Modules) -> set[str]:
 
 def room(module: str) -> str:
     parts = module.split(".")
-    if len(parts) == 1:
+    if len(parts) == 1 or parts[1] == "__main__":
         return "namex_hf"
     return parts[1] if parts[1] in ROOMS or len(parts) > 2 else "bottom"
 

@@ -8,24 +8,27 @@ runs the program itself.
 
 import argparse
 import errno
-import multiprocessing
+import json
 import os
 import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
 from ..errors import NamexError
-from ..printable import printable
+from ..printable import did_you_mean, printable
 from ..resources import packaged_models
+from ..version import __version__
 
 PROGRAMS = re.compile(
-    r".*/(?:namex-(?:patch|inspect|push|report|compare)|finetune/(?:sft_smoltalk|pretrain|memory)\.py"
-    r"|eval/(?:zero_shot|make_local_gsm8k)\.py)"
+    r".*/(?:namex(?:-(?:patch|inspect|push|report|compare))?|namex_hf/__main__\.py"
+    r"|finetune/(?:sft_smoltalk|pretrain|memory)\.py|eval/(?:zero_shot|make_local_gsm8k)\.py)"
 )
 MEMORY = re.compile(
     r"can(?:not|'t) allocate memory|not enough memory|out of memory|failed to map segment|std::bad_alloc", re.IGNORECASE
@@ -37,7 +40,26 @@ MODEL_HELP = f"a local folder, a packaged model ({', '.join(packaged_models())})
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every error here."""
+    """Says what is wrong in one line, as every error here, and names the option that was probably meant."""
+
+    brief: dict[str, str | None]
+    """What ``--help`` shows: destinations of options with their help there, None for the whole help. Empty: all."""
+
+    def __init__(self, *arguments: Any, **settings: Any) -> None:
+        self.brief = {}
+        super().__init__(*arguments, **settings)
+
+    @property
+    def options(self) -> dict[str, argparse.Action]:
+        """By flag, such as ``--out``."""
+        return self._option_string_actions
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            hint = did_you_mean(rest[0].partition("=")[0], self.options)
+            self.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return options
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for text in sys.argv[1:] if args is None else args:
@@ -48,6 +70,56 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         print(f"{self.prog}: error: {printable(message)} (see {self.prog} --help)", file=sys.stderr)
         sys.exit(2)
+
+    def format_help(self, everything: bool = False) -> str:
+        if everything or not self.brief:
+            return super().format_help()
+        whole = [(action, action.help) for action in self._actions]
+        for action, text in whole:
+            action.help = self.brief.get(action.dest, argparse.SUPPRESS) or text
+        try:
+            return super().format_help()
+        finally:
+            for action, text in whole:
+                action.help = text
+
+
+class HelpAll(argparse.Action):
+    """Print every option and end, as ``--help`` does with the common ones."""
+
+    def __call__(self, parser: Any, *_: object) -> None:
+        print(parser.format_help(everything=True), end="")
+        parser.exit()
+
+
+def command_parser(
+    prog: str, description: str, examples: Sequence[str] = (), usage: str | None = None, brief: Sequence[str] = ()
+) -> Parser:
+    """A parser with what all commands have.
+
+    Args:
+        examples: arguments after the program's name.
+        usage: the same, in place of a list of all options.
+        brief: destinations of the options that ``--help`` shows (default: all).
+    """
+    parser = Parser(
+        prog=prog,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description,
+        usage=usage and f"{prog} {usage}",
+        epilog="\n".join(["examples:", *(f"  {prog} {example}" for example in examples)]) if examples else None,
+    )
+    parser.add_argument("--version", action="version", version=f"namex_hf {__version__}")
+    if brief:
+        parser.brief = dict.fromkeys(("help", "help_all", "version", *brief))
+        parser.add_argument("--help-all", action=HelpAll, nargs=0, help="show every option and exit")
+    return parser
+
+
+def print_json(value: Any) -> None:
+    """Print plain values, and dataclasses of these, for another program."""
+    print(json.dumps(value, indent=1, default=asdict))
 
 
 def run(parser: Parser, arguments: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
@@ -135,13 +207,39 @@ def _unexpected(kind: type[BaseException], error: BaseException, trace: Any) -> 
 
 def _begin() -> None:
     """Answer Ctrl-C and too little memory while the libraries are imported, which takes seconds."""
-    path = str(Path(sys.argv[0]).absolute()) if sys.argv else ""
-    ours = PROGRAMS.fullmatch(path) is not None and multiprocessing.parent_process() is None
-    if not ours or threading.current_thread() is not threading.main_thread():
+    if not _ours():
         return
     sys.excepthook = _unexpected
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
+
+
+def _ours() -> bool:
+    """Whether this is the main thread of one of our programs."""
+    path = str(Path(sys.argv[0]).absolute()) if sys.argv else ""
+    process = sys.modules.get("multiprocessing.process")  # which every child of a program has imported
+    child = process is not None and process.parent_process() is not None
+    main = threading.current_thread() is threading.main_thread()
+    return PROGRAMS.fullmatch(path) is not None and not child and main
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Within `ended`: while a command imports its libraries, Ctrl-C and too little memory end the program at once."""
+    ours = _ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if ours:
+        signal.signal(signal.SIGINT, _leave)
+    try:
+        import torch  # noqa: F401  (the first: where there is too little memory, others abort the process)
+
+        yield
+    except Exception as error:
+        if ours and of_memory(error):
+            _unexpected(type(error), error, None)  # which ends the process; half a library aborts in an ordinary end
+        raise
+    finally:
+        if ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 _begin()

@@ -1,29 +1,40 @@
-"""``namex-inspect``: what a checkpoint is, by its configuration and its headers."""
+"""``namex inspect``: what a checkpoint is, by its configuration and its headers."""
 
 import argparse
 from collections.abc import Sequence
 
-from rich.console import Console
-from rich.table import Table
-
-from ..checkpoint.resolve import peek
 from ..files import size_text
-from ..patching.inspect import inspection
 from ..printable import marked
-from .common import MODEL_HELP, Parser, run
+from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``namex-inspect``."""
-    parser = Parser(prog="namex-inspect", description="Say what a checkpoint is, without reading its tensors.")
+def main(arguments: Sequence[str] | None = None, prog: str = "namex-inspect") -> int:
+    """Entry point of ``namex-inspect`` and ``namex inspect``."""
+    return run(parser_of(prog), arguments, _inspect)
+
+
+def parser_of(prog: str) -> Parser:
+    parser = command_parser(prog, "Say what a checkpoint is, without reading its tensors.")
     parser.add_argument("model", metavar="DIR_OR_ID", help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
-    return run(parser, arguments, _inspect)
+    parser.add_argument("--json", action="store_true", help="print JSON, with bytes as numbers")
+    return parser
 
 
 def _inspect(options: argparse.Namespace) -> int:
+    with loading():
+        from rich.console import Console
+        from rich.table import Table
+
+        from ..checkpoint.resolve import peek
+        from ..patching.inspect import inspection
+
+    facts = inspection(peek(options.model, options.revision))
+    if options.json:
+        print_json(facts)
+        return 0
     table = Table(show_header=False, min_width=60)
-    for name, value in inspection(peek(options.model, options.revision)).items():
+    for name, value in facts.items():
         table.add_row(name, size_text(value) if name.startswith("bytes") else marked(value))
     Console().print(table)
     return 0

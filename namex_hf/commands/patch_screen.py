@@ -13,8 +13,9 @@ from rich.table import Table
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.source import Checkpoint
+from ..defaults import SCORED_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, NamexError
-from ..files import SMALL_BYTES, size_text
+from ..files import size_text
 from ..patching.compared import compared_on_held_out
 from ..patching.effort import Effort, effort_of, measured_speed
 from ..patching.patch import rewrite_report, run_plan
@@ -26,7 +27,6 @@ from ..scoring.compare import compare
 from .common import of_memory
 
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
-SCORED_TOKENS = 8192  # of each domain
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
 

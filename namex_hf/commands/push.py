@@ -1,38 +1,28 @@
-"""``namex-push``: a patched folder goes to the Hub, once it is known to be whole."""
+"""``namex push``: a patched folder goes to the Hub, once it is known to be whole."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
-from ..hub.checks import check_folder, check_metadata
-from ..hub.client import check_repo
-from ..hub.files import CARD, select
-from ..hub.publish import send, show
-from ..hub.push import Target
-from ..hub.scores import read_evaluation, row_of, with_scores
-from .common import Parser, run
+from .common import Parser, command_parser, loading, run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``namex-push``."""
-    return run(_parser(), arguments, _push)
+def main(arguments: Sequence[str] | None = None, prog: str = "namex-push") -> int:
+    """Entry point of ``namex-push`` and ``namex push``."""
+    return run(parser_of(prog), arguments, _push)
 
 
-def _parser() -> Parser:
-    parser = Parser(
-        prog="namex-push",
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Publish a patched folder on the Hub, privately unless told, once it is known to load.\n"
+def parser_of(prog: str) -> Parser:
+    parser = command_parser(
+        prog,
+        "Publish a patched folder on the Hub, privately unless told, once it is known to load.\n"
         "A push that was broken off is continued by the same command. The token is that of HF_TOKEN or of\n"
         "'hf auth login'.",
-        epilog="examples:\n"
-        "  namex-push out/qwen --repo USER/NAME --dry-run\n"
-        "  namex-push out/qwen --repo USER/NAME --eval out/zero-shot/report.json\n"
-        "  namex-push out/qwen --repo USER/NAME --public",
+        (
+            "out/qwen --repo USER/NAME --dry-run",
+            "out/qwen --repo USER/NAME --eval out/zero-shot/report.json",
+            "out/qwen --repo USER/NAME --public",
+        ),
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder of namex-patch or sft_smoltalk.py")
     parser.add_argument("--repo", required=True, metavar="USER/NAME", help="made where it is missing")
@@ -51,12 +41,23 @@ def _parser() -> Parser:
     parser.add_argument("--verify", action="store_true", help="read all files first, and compare their hashes")
     parser.add_argument("--dry-run", action="store_true", help="check, list what would go up, ask no network")
     parser.add_argument("--quiet", action="store_true", help="nothing but the address")
+    parser.set_defaults(prog=prog)
     return parser
 
 
 def _push(options: argparse.Namespace) -> int:
     if options.eval_label is not None and options.eval is None:
-        _parser().error("--eval-label names a row of --eval FILE, which is missing")
+        parser_of(options.prog).error("--eval-label names a row of --eval FILE, which is missing")
+    with loading():
+        from rich.console import Console
+
+        from ..hub.checks import check_folder, check_metadata
+        from ..hub.client import check_repo
+        from ..hub.files import CARD, select
+        from ..hub.publish import send, show
+        from ..hub.push import Target
+        from ..hub.scores import read_evaluation, row_of, with_scores
+
     target = Target(options.repo, options.public, options.revision, options.pull_request)
     check_repo(target.repo)
     checked = check_folder(options.folder, options.verify)
@@ -73,7 +74,3 @@ def _push(options: argparse.Namespace) -> int:
         return 0
     send(selection, card, target, options.quiet)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,24 +1,25 @@
-"""``namex-report``: the pictures of a patched folder, and one page with all of them."""
+"""``namex report``: the pictures of a patched folder, and one page with all of them."""
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
-
+from ..defaults import PICTURE_TOKENS, SMALL_BYTES
 from ..errors import RecipeError
-from ..files import PICTURES, SMALL_BYTES
+from ..files import PICTURES
 from ..printable import marked
-from ..report.write import TOKENS, write_pictures
-from .common import Parser, run
+from .common import Parser, command_parser, loading, print_json, run
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Entry point of ``namex-report``."""
-    parser = Parser(
-        prog="namex-report",
-        allow_abbrev=False,
-        description="Draw what a patch did: one HTML page, and every picture as PNG and SVG. "
+def main(arguments: Sequence[str] | None = None, prog: str = "namex-report") -> int:
+    """Entry point of ``namex-report`` and ``namex report``."""
+    return run(parser_of(prog), arguments, _report)
+
+
+def parser_of(prog: str) -> Parser:
+    parser = command_parser(
+        prog,
+        "Draw what a patch did: one HTML page, and every picture as PNG and SVG.\n"
         "Nothing of the model is changed; it needs the extra 'report'.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of namex-patch or sft_smoltalk.py")
@@ -31,16 +32,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         type=int,
         metavar="N",
         help="of packaged text that goes through the experts, for pictures 1 and 6; 0: none (default: as many as the "
-        f"recipe read, or {TOKENS}; 0 for a folder above {SMALL_BYTES >> 20} MiB or without a tokenizer)",
+        f"recipe read, or {PICTURE_TOKENS}; 0 for a folder above {SMALL_BYTES >> 20} MiB or without a tokenizer)",
     )
+    parser.add_argument("--json", action="store_true", help="print the files that were written as JSON")
     parser.add_argument("--quiet", action="store_true", help="say nothing")
-    return run(parser, arguments, _report)
+    return parser
 
 
 def _report(options: argparse.Namespace) -> int:
-    console = Console(stderr=True, quiet=options.quiet)
     if options.tokens is not None and options.tokens < 0:
         raise RecipeError(f"--tokens {options.tokens}: accepted: numbers from 0")
+    with loading():
+        from rich.console import Console
+
+        from ..report.write import write_pictures
+
+    console = Console(stderr=True, quiet=options.quiet)
     written = write_pictures(options.folder, options.out, options.layer, options.tokens, console)
-    Console(quiet=options.quiet).print(f"[bold]{marked(written)}[/bold]", soft_wrap=True)
+    if options.json:
+        print_json({"page": str(written), "pictures": sorted(map(str, written.parent.glob("*.png")))})
+    else:
+        Console(quiet=options.quiet).print(f"[bold]{marked(written)}[/bold]", soft_wrap=True)
     return 0

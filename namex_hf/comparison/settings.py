@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
 from ..errors import CalibrationError, RecipeError
 from ..files import LARGEST_TEXT, read_text
 from ..scoring.arithmetic import PROBLEMS, held_out_problems
 from ..scoring.perplexity import held_out_texts
 
 WINDOW = 512  # tokens that are read together
-TOKENS, ITEMS = 8192, 200
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Settings:
 
     texts: dict[str, str]
     """By domain."""
-    tokens: int = TOKENS
+    tokens: int = SCORED_TOKENS
     """Scored of each text, from its beginning."""
-    problems: int = ITEMS
+    problems: int = WORD_PROBLEMS
     """Word problems answered."""
     device: str = "cpu"
 

@@ -10,8 +10,29 @@ from rich.table import Table
 from ..files import size_text
 from ..printable import marked, printable
 from .checks import Checked, check_folder
+from .client import check_repo
+from .errors import PublishError
 from .files import Selection, select, summarised
-from .push import Target, push
+from .push import Target, check_access, push
+
+
+def checked_target(repo: str | None, public: bool, asks: bool) -> Target | None:
+    """Where the result of ``namex patch`` is to be pushed, if it is, before anything is read.
+
+    Args:
+        asks: whether the Hub is asked for access.
+
+    Raises:
+        PublishError: no name of a repository, no access, or ``public`` without a repository.
+    """
+    if repo is None:
+        if public:
+            raise PublishError("--public says who may see what --push-to-hub REPO pushes, which is missing")
+        return None
+    check_repo(repo)
+    if asks:
+        check_access(repo)
+    return Target(repo, public)
 
 
 def publish(folder: Path, target: Target, quiet: bool) -> None:

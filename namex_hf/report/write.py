@@ -6,15 +6,15 @@ from pathlib import Path
 from rich.console import Console
 
 from ..checkpoint.companions import has_tokenizer
+from ..defaults import PICTURE_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, MissingExtraError
-from ..files import PAGE, PICTURES, REPORT, SMALL_BYTES, write_bytes, write_text
+from ..files import PAGE, PICTURES, REPORT, write_bytes, write_text
 from .answers import Answers, answers
 from .folder import PatchedFolder, open_patched
 from .page import page
 from .walks import distances
 
 SCORED_BYTES = SMALL_BYTES
-TOKENS = 4096  # of text that is read by the experts of a small folder whose recipe read none
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
 
 
@@ -68,13 +68,15 @@ def write_pictures(
 
 def _answered(folder: PatchedFolder, tokens: int | None, console: Console) -> Answers | None:
     if tokens is None:
-        tokens = folder.recipe.calibration_tokens if folder.recipe.calibrated else TOKENS
+        tokens = folder.recipe.calibration_tokens if folder.recipe.calibrated else PICTURE_TOKENS
         if not has_tokenizer(folder.path):
             console.print("no tokenizer in the folder: the experts answer to no text", soft_wrap=True)
             tokens = 0
         elif folder.checkpoint.size > SCORED_BYTES:
             size = f"{folder.checkpoint.size / 1e9:.1f} GB"
-            console.print(f"{size} of experts answer to no text unless asked to: --tokens {TOKENS}", soft_wrap=True)
+            console.print(
+                f"{size} of experts answer to no text unless asked to: --tokens {PICTURE_TOKENS}", soft_wrap=True
+            )
             tokens = 0
     return answers(folder, tokens) if tokens else None
 

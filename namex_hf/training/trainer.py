@@ -16,7 +16,7 @@ from ..recipe import Recipe
 from ..scoring.labelled import IGNORED
 from .bargain import BargainCallback
 from .generation import carried_settings
-from .stable import StageOne
+from .stable_moe import StageOne
 
 STATE, SEAL = "trainer_state.json", "namex_seal.json"
 """In a checkpoint: its last file but one, and sizes and hashes of all its files, written after them."""

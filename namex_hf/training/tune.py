@@ -27,7 +27,7 @@ from .labels import Labelled, labelled, length_table
 from .live import go_live
 from .plan import Choice, Plan, planned, stated
 from .scores import Items, measure, value
-from .stable import freeze
+from .stable_moe import freeze
 from .start import Start
 from .trainer import LabelTokens, NamexTrainer, StageOneTrainer, last_checkpoint
 

@@ -156,7 +156,7 @@ def test_an_interrupt_while_torch_is_imported(name: str, tmp_path: Path) -> None
 
 
 def test_too_little_address_space_while_torch_is_imported(tmp_path: Path) -> None:
-    limit = 400 << 20
+    limit = 300 << 20  # torch cannot be mapped; with a little more it is, and its own start aborts
     run = subprocess.run(
         [sys.executable, installed("namex-patch", tmp_path), "tiny", "--out", tmp_path / "out"],
         capture_output=True,

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.commands import compare as command
+from namex_hf.commands import compare_screen
 from namex_hf.scoring.perplexity import HELD_OUT
 from tests.helpers.process import SERVER
 
@@ -154,6 +155,11 @@ def test_the_same_command_measures_nothing_and_prints_the_table(
     assert said.err == ""
 
 
+def test_the_numbers_are_printed_as_json(copied: Path, recipes: Path, given: list[str], capsys: Said):
+    assert ran(SOURCE, "--recipes", recipes / "nash.yaml", *given, "--seed", 0, 1, "--json", "--out", copied) == 0
+    assert capsys.readouterr() == ((copied / "comparison.json").read_text(), "")
+
+
 def test_one_value_more_is_measured_and_told(copied: Path, recipes: Path, given: list[str], capsys: Said):
     finer = [SOURCE, *given, "--granularity", "expert", "matrix", "--out", copied]
     assert ran(*finer, "--recipes", recipes) == 2
@@ -169,7 +175,7 @@ def test_the_rows_of_a_wide_table_stay_together_on_a_narrow_screen():
     titles = ["recipe", "experts", "one column", "two", "three"]
     rows = [["a label that is much too long for it", "8", "1.234 ± 0.567", "x" * 30, "y" * 30]]
     for width, parts in ((200, 1), (80, 2), (60, 3), (10, 3)):
-        found = command.in_parts((titles, rows), width)
+        found = compare_screen.in_parts((titles, rows), width)
         assert len(found) == parts
         assert [title for part, _ in found for title in part[2:]] == titles[2:]
         assert all(part[:2] == titles[:2] and cells[0][:2] == rows[0][:2] for part, cells in found)

@@ -85,6 +85,15 @@ def test_the_folder_itself_takes_them_by_default_and_again(copied: Path, capsys:
     assert "Layer 3 (this layer was asked for)" in written["report.html"].decode()
 
 
+def test_the_files_are_printed_as_json(tmp_path: Path, capsys: Said):
+    patch_checkpoint(save_toy(tmp_path / "toy"), tmp_path / "out", Recipe(method="camex"))
+    capsys.readouterr()
+    assert ran(tmp_path / "out", "--tokens", 0, "--json", "--out", tmp_path / "drawn") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["page"] == str(tmp_path / "drawn" / "report.html")
+    assert printed["pictures"] == sorted(map(str, (tmp_path / "drawn").glob("*.png"))) != []
+
+
 def test_python_writes_the_same(tiny: Path, tmp_path: Path):
     page = write.write_pictures(tiny, tmp_path / "out", tokens=0)
     assert page == tmp_path / "out" / "report.html"

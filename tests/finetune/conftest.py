@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -13,6 +14,8 @@ import pytest
 import yaml
 
 from tests.helpers.process import script_process
+
+sys.path.append(str(Path(__file__).parents[2] / "finetune"))  # what lies beside the scripts
 
 SCRIPT = Path(__file__).parents[2] / "finetune" / "sft_smoltalk.py"
 SMALL: dict[str, Any] = {

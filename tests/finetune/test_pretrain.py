@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from scratch import ROWS, Schedule, balance_loss, mixed_batches, new_model, train
 
 from namex_hf.errors import RecipeError, TrainingError
 from namex_hf.training.live_blocks import LiveLayer
-from namex_hf.training.scratch import ROWS, Schedule, balance_loss, mixed_batches, new_model, train
 
 SCRIPT = Path(__file__).parents[2] / "finetune" / "pretrain.py"
 SHORT = ["--steps", "3", "--sequences", "2", "--length", "96", "--bargain_every", "2", "--score_tokens", "400"]

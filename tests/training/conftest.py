@@ -1,11 +1,16 @@
 """Small random models of both families, live, with ``routing: stable``."""
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from namex_hf.models.configuration_deepseek import DeepseekConfig
 from namex_hf.models.convert import patch_classes
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))  # where the agreement with a router is measured
 
 SHARED = {
     "vocab_size": 41,

@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from agreement import agreement, hear
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from namex_hf.merging.routers import assignment, load_entropy, overlap
 from namex_hf.merging.routing import Routing
-from namex_hf.training.agreement import agreement, hear
-from namex_hf.training.listening import Heard, stable_routers
-from namex_hf.training.stable import StageOne, begin, freeze, student_of
-from namex_hf.training.student import balance_loss, distillation_loss
+from namex_hf.training.stable_moe import StageOne, begin, freeze, student_of
+from namex_hf.training.stable_moe.listening import Heard, stable_routers
+from namex_hf.training.stable_moe.student import balance_loss, distillation_loss
 
 SPARSE = {"merge": "residual", "method": "smoe", "routing": "stable"}
 RESIDUAL = {"merge": "residual", "routing": "stable"}

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from namex_hf.merging.routers import assignment, overlap
 from namex_hf.merging.routing import Routing
-from namex_hf.training.student import Student, balance_loss, distillation_loss
+from namex_hf.training.stable_moe.student import Student, balance_loss, distillation_loss
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(2, 6)).flatmap(
     lambda shape: st.tuples(st.just(shape[0]), st.just(shape[1]), st.integers(1, shape[1]))

@@ -12,6 +12,17 @@ import torch
 import yaml
 from accelerate.commands.config.config_args import ClusterConfig
 from accelerate.commands.launch import launch_command_parser
+from device_memory import (
+    DEVICES,
+    PUBLISHED,
+    STRATEGIES,
+    TILE,
+    Memory,
+    Plan,
+    local,
+    memory,
+    outline,
+)
 from peft import get_peft_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
@@ -23,17 +34,6 @@ from namex_hf.errors import FamilyError, RecipeError, TrainingError
 from namex_hf.models.soft_segments import History, plan_segments
 from namex_hf.training.choice import lora
 from namex_hf.training.live import go_live
-from namex_hf.training.memory import (
-    DEVICES,
-    PUBLISHED,
-    STRATEGIES,
-    TILE,
-    Memory,
-    Plan,
-    local,
-    memory,
-    outline,
-)
 from tests.helpers.process import run_pair
 
 ROOT = Path(__file__).parents[2]

@@ -1,8 +1,7 @@
 """The picture of moving base experts."""
 
 import pytest
-
-from namex_hf.training.convergence import picture
+from convergence import picture
 
 NAMEX = [[(10, 0.4), (20, 0.2)], [(10, 0.2), (20, 0.2)]]
 MOMENTUM = [[(10, 0.6), (20, 0.1)]] * 2

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from ..models.routers import StableRouter
+from ...models.routers import StableRouter
 
 
 class Heard(NamedTuple):

@@ -18,17 +18,17 @@ import torch
 from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig
 
-from ..errors import TrainingError
-from ..families import family_of, original_family
-from ..families.kinds import KINDS, kind_of
-from ..merging.momentum import parts as momentum_parts
-from ..models import DeepseekConfig
-from ..models.configuration_namex import SoftChoice, is_residual, soft_choice
-from ..patching.added import patched_config
-from ..patching.plan import check_fit
-from ..recipe import Recipe
-from .choice import WHOLE, check_kinds
-from .live import check_first_base
+from namex_hf.errors import TrainingError
+from namex_hf.families import family_of, original_family
+from namex_hf.families.kinds import KINDS, kind_of
+from namex_hf.merging.momentum import parts as momentum_parts
+from namex_hf.models import DeepseekConfig
+from namex_hf.models.configuration_namex import SoftChoice, is_residual, soft_choice
+from namex_hf.patching.added import patched_config
+from namex_hf.patching.plan import check_fit
+from namex_hf.recipe import Recipe
+from namex_hf.training.choice import WHOLE, check_kinds
+from namex_hf.training.live import check_first_base
 
 STRATEGIES = ("one", "fsdp2", "zero3", "lora")
 SHARDED = ("fsdp2", "zero3")

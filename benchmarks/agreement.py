@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 
-from ..merging.routers import comparison
-from .listening import Heard, listen, stable_routers
-from .student import Student
+from namex_hf.merging.routers import comparison
+from namex_hf.training.stable_moe.listening import Heard, listen, stable_routers
+from namex_hf.training.stable_moe.student import Student
 
 
 @torch.no_grad()

@@ -8,15 +8,15 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
+from expert_load import load_hooks
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
-from ..patching.live import patch_model
-from ..recipe import Recipe
-from ..scoring.perplexity import window_losses
-from .balance import load_hooks
-from .bargain import rebargain, summary
-from .live import go_live
+from namex_hf.patching.live import patch_model
+from namex_hf.recipe import Recipe
+from namex_hf.scoring.perplexity import window_losses
+from namex_hf.training.bargain import rebargain, summary
+from namex_hf.training.live import go_live
 
 Batches = Callable[[int], torch.Tensor]
 """Token ids ``[sequences, length]`` of a step, by its number."""

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean, stdev
 
 from matplotlib import rc_context
+from scratch import ROWS
 
-from ..report.pictures.picture import COLOURS, DASHES, STYLE, Picture, figure, plain
-from .scratch import ROWS
+from namex_hf.report.pictures.picture import COLOURS, DASHES, STYLE, Picture, figure, plain
 
 Drift = Sequence[tuple[int, float]]
 """Of one run: the optimiser's step, and how far the bases have come since the last bargain, relative to their norm."""

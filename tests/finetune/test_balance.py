@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from expert_load import LoadHook, imbalance
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeTopKRouter
-
-from namex_hf.training.balance import LoadHook, imbalance
 
 
 def router(renormalises: bool = False) -> Qwen2MoeTopKRouter:

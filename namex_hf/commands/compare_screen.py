@@ -1,0 +1,125 @@
+"""What ``namex compare`` shows: progress and tables."""
+
+import statistics
+import time
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Table
+
+from ..comparison.run import BEGINS, KNOWN, Comparison, Event
+from ..comparison.table import Table as Titled
+from ..comparison.table import costs, notes, quality
+from ..printable import marked, printable
+
+LABEL = 22  # characters of a label that are not wrapped
+GAP = 2  # between the columns of a table on a screen
+
+
+class Shown:
+    """Progress: a bar for all, a line for each model under way; elsewhere than on a terminal a line a finished one."""
+
+    def __init__(self, models: int, jobs: int, console: Console) -> None:
+        self.models, self.jobs, self.console = models, jobs, console
+        hidden = console.quiet or not console.is_terminal
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+        )
+        self.progress = Progress(*columns, console=console, disable=hidden, transient=True)
+        self.all = self.progress.add_task("models", total=models, left="")
+        self.under_way: dict[str, tuple[TaskID, float]] = {}
+        self.seconds: list[float] = []
+        self.done = 0
+
+    def __enter__(self) -> "Shown":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.progress.stop()
+
+    def hear(self, event: Event) -> None:
+        """A model was known, began, went on, or ended."""
+        if event.what == KNOWN:
+            self.done += 1
+        elif event.what == BEGINS:
+            bar = self.progress.add_task(marked(event.label), total=None, left="")
+            self.under_way[event.label] = bar, time.perf_counter()
+        elif event.outcome is None:
+            bar, _ = self.under_way[event.label]
+            what = f"{marked(event.label)}: {marked(event.what)}"
+            self.progress.update(bar, description=what, completed=event.done, total=event.of)
+        else:
+            self._ended(event, event.outcome.error)
+        self.progress.update(self.all, completed=self.done, left=self._left())
+
+    def _ended(self, event: Event, error: str | None) -> None:
+        bar, start = self.under_way.pop(event.label)
+        self.progress.remove_task(bar)
+        self.seconds.append(time.perf_counter() - start)
+        self.done += 1
+        how = "failed" if error else f"{self.seconds[-1]:.0f} s"
+        said = f"{self.done}/{self.models} {event.label}: {how}, {self._left()}".rstrip(", ")
+        self.console.print(printable(said), soft_wrap=True, markup=False, highlight=False)
+
+    def _left(self) -> str:
+        """Time left, by what models took so far."""
+        to_come = self.models - self.done
+        if not self.seconds or not to_come:
+            return ""
+        seconds = statistics.fmean(self.seconds) * to_come / self.jobs
+        return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
+
+
+def print_tables(found: Comparison) -> None:
+    console = Console()
+    for title, table in (
+        ("perplexity, ratio to the original's, and exact answers", quality(found)),
+        ("what each model takes", costs(found)),
+    ):
+        console.print(f"{title}:", highlight=False)
+        for part in in_parts(table, console.width):
+            console.print(_shown(part))
+    for note in notes(found):
+        console.print(f"* {printable(note)}", markup=False, highlight=False)
+
+
+def in_parts(table: Titled, width: int) -> list[Titled]:
+    """A table whose numbers are never broken: columns that a screen has no room for go to further tables.
+
+    Args:
+        table: the first two columns tell the rows, and are repeated; the first may be wrapped.
+        width: of the screen, in characters.
+    """
+    titles, rows = table
+    wide = widths(table)
+    parts: list[list[int]] = [[]]
+    for place in range(2, len(titles)):
+        if parts[-1] and sum(wide[one] + GAP for one in (0, 1, *parts[-1], place)) > width:
+            parts.append([])
+        parts[-1].append(place)
+    return [
+        ([titles[place] for place in (0, 1, *part)], [[row[place] for place in (0, 1, *part)] for row in rows])
+        for part in parts
+    ]
+
+
+def widths(table: Titled) -> list[int]:
+    """Characters that each column needs: titles may be wrapped between words, numbers not, labels if they are long."""
+    titles, rows = table
+    found = [max(map(len, (*title.split(), *cells))) for title, *cells in zip(titles, *rows, strict=True)]
+    return [min(found[0], LABEL), *found[1:]]
+
+
+def _shown(table: Titled) -> Table:
+    titles, rows = table
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for place, (name, width) in enumerate(zip(titles, widths(table), strict=True)):
+        shown.add_column(marked(name), justify="right" if place else "left", width=width, overflow="fold")
+    for row in rows:
+        shown.add_row(*map(marked, row))
+    return shown

@@ -1,0 +1,42 @@
+"""``namex``: one program, every command by its name."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from ..printable import did_you_mean
+from .common import command_parser
+
+COMMANDS = {
+    "patch": "merge the experts of a checkpoint",
+    "compare": "patch one model with several recipes, and score the results",
+    "report": "draw what a patch did",
+    "inspect": "say what a checkpoint is",
+    "push": "publish a patched folder on the Hub",
+    "recipes": "list the recipes that come with the package",
+    "env": "print versions and devices, for a bug report",
+    "completion": "print the completion of a shell",
+}
+"""Each is the module of its name beside this one."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of ``namex``."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if words and words[0] in COMMANDS:
+        command = import_module(f".{words[0]}", __package__)
+        status: int = command.main(words[1:], f"namex {words[0]}")
+        return status
+    parser = command_parser(
+        "namex",
+        "Merge the experts of Mixture-of-Experts checkpoints by Nash bargaining.\n\ncommands:\n"
+        + "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
+        + "\n\n'namex COMMAND --help' has the options and examples of each.",
+        ("patch tiny --out out/tiny", "inspect out/tiny", "recipes"),
+        usage="COMMAND ...",
+    )
+    if words and not words[0].startswith("-"):
+        parser.error(f"no command {words[0]!r}; accepted: {', '.join(COMMANDS)}{did_you_mean(words[0], COMMANDS)}")
+    parser.parse_args(words)
+    parser.print_help()
+    return 0

@@ -1,0 +1,10 @@
+"""Numbers that the help of the commands states and the rooms go by."""
+
+SMALL_BYTES = 256 << 20
+"""A model up to this size is scored, and drawn, without being asked."""
+SCORED_TOKENS = 8192
+"""Of each held-out text, from its beginning."""
+WORD_PROBLEMS = 200
+"""Held-out word problems that a comparison asks."""
+PICTURE_TOKENS = 4096
+"""Of packaged text that goes through the experts of a small folder whose recipe read none, for its pictures."""
