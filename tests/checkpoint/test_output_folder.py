@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import SERVER, hold_folder, run
+from killing import hold_folder, run
 from odd_checkpoints import all_files, odd_checkpoint, settled_files
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.errors import OutputError
+from tests.helpers.process import SERVER
 
 GROUPED = Recipe(merge="grouped", experts=3)
 

@@ -18,7 +18,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.commands import compare as command
 from namex_hf.commands import compare_screen
 from namex_hf.scoring.perplexity import HELD_OUT
-from tests.killing import SERVER
+from tests.helpers.process import SERVER
 
 SOURCE = "tiny-deepseek"
 ROWS = ("original", "routed experts removed", "nash, seed 0", "nash, seed 1", "nash, mean of 2 seeds")

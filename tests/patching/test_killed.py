@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import SERVER, kill_after, run, settled, start
+from killing import kill_after, run, settled, start
 from odd_checkpoints import settled_files
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, load_patched
 from namex_hf.commands import patch
 from namex_hf.errors import CheckpointError
+from tests.helpers.process import SERVER
 
 TRIES = 5
 
