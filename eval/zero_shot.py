@@ -262,7 +262,7 @@ def _progress(title: str, console: Console) -> Iterator[Any]:
         console.print(printable(title), soft_wrap=True, markup=False)
     with Progress(*columns, console=console, disable=hidden, transient=True) as shown:
         bar = shown.add_task(marked(title), total=None)
-        yield lambda kind, more, total: shown.update(bar, advance=more, total=total)
+        yield lambda event: shown.update(bar, advance=event.amount, total=event.total)
 
 
 def _commit() -> str | None:

@@ -108,7 +108,7 @@ def _compare(options: argparse.Namespace) -> int:
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)
     with Shown(len(plan.wanted), options.jobs, console) as shown:
-        found = compare(plan, options.out, How(options.jobs, options.keep, options.overwrite), shown.hear)
+        found = compare(plan, options.out, How(options.jobs, options.keep, options.overwrite), shown.show)
     drawn = write(found, options.out)
     if options.json:
         print((options.out / NUMBERS).read_text("utf-8"), end="")
