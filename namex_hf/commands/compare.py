@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..comparison.grid import field_options, grid, recipe_files
 from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, UsageError
 from ..printable import marked, printable
 from ..resources import recipe_path
 from .common import MODEL_HELP, Parser, command_parser, loading, run
@@ -83,7 +83,7 @@ def parser_of(prog: str) -> Parser:
 
 def _compare(options: argparse.Namespace) -> int:
     if options.jobs < 1:
-        raise RecipeError(f"--jobs {options.jobs}: accepted: numbers from 1")
+        raise UsageError(f"--jobs {options.jobs}: accepted: numbers from 1")
     files = recipe_files([recipe_path(text, "--recipes") for text in options.recipes])
     cells = grid(files, field_options(vars(options)))
     with loading():
