@@ -4,6 +4,7 @@ After the import, transformers' Auto classes know the patched model types (and D
 models are left as they are. The import is cheap: the public names below are imported when they are first used.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -47,4 +48,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants the log installs a handler
 register_models()

@@ -1,6 +1,7 @@
 """`patch_checkpoint`: a checkpoint in, a patched model folder out, two layers in memory at most."""
 
 import json
+import logging
 import resource
 import shutil
 import sys
@@ -16,6 +17,7 @@ from ..checkpoint.bytes import copy_file
 from ..checkpoint.companions import carry, companions
 from ..checkpoint.folder import STATE, OutputFolder, list_files
 from ..checkpoint.identity import hash_weights
+from ..checkpoint.layout import left_out_line
 from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
@@ -35,6 +37,7 @@ from .state import State
 from .threads import shared_out
 from .walk import METADATA, patch_walking
 
+logger = logging.getLogger(__name__)
 MARGIN = 64 << 20
 
 
@@ -83,6 +86,7 @@ def run_plan(
     _keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
     if not overwrite and folder.complete:
+        logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
         return Report.from_file(found(out, REPORT))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
@@ -90,7 +94,10 @@ def run_plan(
     with folder.claimed(overwrite):
         state = State(out / STATE, plan.checkpoint.identity)
         if state.is_damaged(plan.shape.layers):
+            logger.warning("%s: the state of an earlier run is damaged; the run begins anew", out)
             folder.begin_anew()
+        if line := left_out_line(plan.left_out):
+            logger.warning(line)
         earlier = set(state.shards())
         try:
             progress = _counting(plan, progress)

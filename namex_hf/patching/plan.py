@@ -265,7 +265,7 @@ def make_plan(
         CalibrationError: no such text, or no tokenizer to read it with.
         UsageError: no size of a shard.
         FamilyError: an unsupported family, or one without the form asked for.
-        RecipeError: the recipe does not fit this model, or the shard size is none.
+        RecipeError: the recipe does not fit this model.
         CheckpointError: tensors that contradict the configuration.
     """
     family = family_of(checkpoint.config)
