@@ -27,6 +27,7 @@ from ..models.soft_kronecker import kronecker_parameters
 from ..recipe import AroundBase, Grouped, Recipe, Residual, Soft
 from ..recipe.choices import FitKind
 from .added import curvature_bytes, patched_config, ranked_curvature, router_bytes
+from .device import on_device
 from .text import check_text, text_of
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -52,6 +53,11 @@ class Plan:
         """What makes this run this run."""
         source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
         return source | self.options
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the arithmetic runs on; another kind gives other roundings."""
+        return torch.device(self.recipe.device).type
 
     @property
     def options(self) -> dict[str, Any]:
@@ -270,7 +276,7 @@ def make_plan(
     """
     family = family_of(checkpoint.config)
     shape = family.shape(checkpoint.config)
-    check_fit(recipe, shape)
+    recipe = check_fit(recipe, shape)
     if export_as is not None and (family.as_qwen2_moe is None or export_as != "qwen2_moe"):
         able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.as_qwen2_moe))
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
@@ -295,25 +301,21 @@ def make_plan(
     return replace(plan, text=text, recipe=recipe.with_text(text.name))
 
 
-def check_fit(recipe: Recipe, shape: MoeShape) -> None:
-    """Check a recipe against the numbers of a model.
+def check_fit(recipe: Recipe, shape: MoeShape) -> Recipe:
+    """Check a recipe against the numbers of a model; returns it with the device that its arithmetic runs on.
 
     Raises:
         RecipeError: naming the field, its value, and what this model, or this machine, allows.
     """
     check_game(recipe)
-    try:
-        torch.ones((), device=recipe.device).item()
-    except (RuntimeError, AssertionError) as error:  # torch's answers to a device it has not
-        raise RecipeError(
-            f"recipe field 'device' is {recipe.device!r}; accepted: a torch device that this machine has, such as cpu"
-        ) from error
+    recipe = on_device(recipe)
     if isinstance(recipe.merge, Grouped):
         _check_grouped(recipe.merge, shape)
     if isinstance(recipe.merge, Soft):
         _check_soft(recipe.merge, shape)
     if isinstance(recipe.merge, AroundBase):
         _check_base(recipe.merge, shape)
+    return recipe
 
 
 def _check_grouped(merge: Grouped, shape: MoeShape) -> None:
