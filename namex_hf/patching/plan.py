@@ -21,6 +21,7 @@ from ..merging.calibrated import FIT_TOKENS
 from ..merging.layer_fit import BATCH
 from ..merging.members import GAMES
 from ..merging.router_fit import CHUNK_BYTES
+from ..merging.weightings import WEIGHTINGS
 from ..models import remote_code
 from ..models.soft import LARGEST
 from ..models.soft_kronecker import kronecker_parameters
@@ -308,6 +309,11 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> Recipe:
         RecipeError: naming the field, its value, and what this model, or this machine, allows.
     """
     check_game(recipe)
+    if (weighting := recipe.merge.weights_by) not in (None, *WEIGHTINGS):
+        raise RecipeError(
+            f"recipe field 'weighting' is {weighting!r}, which no installed package registers; "
+            f"accepted here: {', '.join(WEIGHTINGS)}"
+        )
     recipe = on_device(recipe)
     if isinstance(recipe.merge, Grouped):
         _check_grouped(recipe.merge, shape)
