@@ -39,19 +39,18 @@ from .common import of_memory
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
+LINE_SECONDS = 10  # between two lines of layers, at least: short runs print none
 
 
 def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console) -> Report:
-    """Carry the plan out: with a bar on a terminal, elsewhere with a line a layer."""
+    """Carry the plan out: with a bar on a terminal, elsewhere with a line a layer where layers take their time."""
     columns = (TextColumn("{task.description:>16}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), ToGo())
     if effort := effort_of(plan):
         console.print(_said(effort, plan), soft_wrap=True)
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
-        task, pace = (
-            bar.add_task("patching", total=None, end=None),
-            Pace(len(plan.shape.layers), plan.text.tokens if plan.text else 0),
-        )
+        task = bar.add_task("patching", total=None, end=None)
+        pace = Pace(len(plan.shape.layers), plan.text.tokens if plan.text else 0)
 
         def show(event: ProgressEvent) -> None:
             pace.follow(event)
@@ -86,7 +85,7 @@ class Pace:
         self.tokens, self.clock = tokens, clock
         self.bytes = self.finished = 0  # of this process
         self.worked = self.seconds = 0.0  # seconds of all layers that this process finished, and of the last one
-        self.begin = self.layer_begin = self.stage_begin = clock()
+        self.begin = self.layer_begin = self.stage_begin = self.printed = clock()
         self.left: float | None = None
         self.announced = False
 
@@ -113,7 +112,7 @@ class Pace:
             self.left = max(0.0, self.worked / self.finished * self.to_come - inside)
 
     def line(self, event: ProgressEvent, each: bool) -> str | None:
-        """After a layer: the forecast, once, if much is to come; else, where each layer has its line, that."""
+        """After a layer: the forecast, once, if much is to come; else, where each layer has its line, this."""
         if event.stage != FINISHED or event.resumed:
             return None
         if self.tokens and not self.announced and (self.left or 0) >= FORECAST_SECONDS:
@@ -122,8 +121,9 @@ class Pace:
                 f"{event}: {self.seconds:.1f} s, {1000 * self.seconds / self.tokens:.2f} ms a token; about "
                 f"{(self.left or 0) / 60:.0f} min for the {self.to_come} layers to come"
             )
-        if not each:
+        if not each or self.layer_begin - self.printed < LINE_SECONDS:
             return None
+        self.printed = self.layer_begin
         to_go = f", {_time(self.left)} to go" if self.left else ""
         return f"{event}: {self.seconds:.1f} s, {self.layers - self.to_come} of {self.layers} layers{to_go}"
 

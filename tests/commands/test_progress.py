@@ -33,6 +33,7 @@ def test_layers_on_text_count_not_bytes() -> None:
     assert list(lefts(pace, events)) == [None, None, None, 20.0, 16.0, 10.0]
     assert pace.line(finished(2), each=True) == "layer 2: 10.0 s, 3 of 4 layers, 10 s to go"
     assert pace.line(finished(2), each=False) is None
+    assert pace.line(finished(2), each=True) is None  # no second line in ten seconds
     assert pace.line(ProgressEvent("read", 3), each=True) is None
 
 
