@@ -1,9 +1,5 @@
-"""Real processes that patch, and are killed while they do.
+"""Real processes that patch, and are killed while they do."""
 
-Children are forked from a server that has imported the package once, so that a kill costs milliseconds, not seconds.
-"""
-
-import multiprocessing
 import os
 import random
 import signal
@@ -17,9 +13,7 @@ from typing import Any
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.progress import ProgressEvent
-
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["namex_hf"])
+from tests.helpers.process import SERVER
 
 
 def start(source: Path, out: Path, recipe: Recipe, **options: Any) -> BaseProcess:

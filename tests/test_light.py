@@ -49,6 +49,18 @@ for name in sys.argv[1:]:
     assert type(AutoConfig.from_pretrained(name)).__module__.startswith("namex_hf.models"), name
     assert type(AutoModelForCausalLM.from_pretrained(name)).__module__.startswith("namex_hf.models"), name
 """
+PARSES = """
+import contextlib, io, sys
+from namex_hf.commands.namex import main
+for line in ("--help", "--version", "patch --help", "patch --help-all", "patch tiny --out o --metod x",
+             "patch tiny --out o --method x", "compare --help", "push --help", "report --help", "inspect --x",
+             "recipes", "completion bash --after patch --method"):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        with contextlib.suppress(SystemExit):
+            main(line.split())
+    heavy = {"torch", "transformers", "numpy", "scipy", "rich", "safetensors"} & {*sys.modules}
+    assert not heavy, (line, heavy)
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +76,13 @@ def patched(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def test_patched_folders_open(patched: list[Path], imports: str):
     command = [sys.executable, "-c", imports + OPENS, *map(str, patched)]
     run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert run.returncode == 0, run.stderr
+
+
+def test_parsers_import_no_library():
+    run = subprocess.run(
+        [sys.executable, "-c", PARSES], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
     assert run.returncode == 0, run.stderr
 
 

@@ -5,6 +5,7 @@ and touches none of transformers' own. A registered class wins over a folder's r
 ``trust_remote_code=True``.
 """
 
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ PATCHED: dict[str, Any] = {"deepseek": NamexDeepseekConfig, "qwen2_moe": NamexQw
 """From a family's model_type to the configuration of its patched form (its model_type is the class's own)."""
 
 
+@cache
 def remote_code(model_type: str) -> RemoteCode:
     """The files and the ``auto_map`` that a folder of `model_type` needs; empty for a type of transformers itself."""
     if model_type not in CLASSES:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import SERVER, hold_folder, run
+from killing import hold_folder, run
 from odd_checkpoints import all_files, odd_checkpoint, settled_files
 from transformers import AutoModelForCausalLM
 
@@ -18,6 +18,7 @@ from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.errors import OutputError
 from namex_hf.progress import ProgressEvent
+from tests.helpers.process import SERVER
 
 GROUPED = Recipe(merge="grouped", experts=3)
 

@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from namex_hf.commands import patch, patch_screen
+from namex_hf.patching import compared
+from namex_hf.scoring import compare, perplexity
 from tests.cli.toy import save_toy
 
 Refused = Callable[..., str]
@@ -34,6 +36,14 @@ def copied(toys: dict[str, Path], tmp_path: Path) -> Path:
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every checkpoint is too large for pictures at the end of its run, which take seconds; `test_pictures` draws."""
     monkeypatch.setattr(patch_screen, "DRAWN_BYTES", 0)
+
+
+@pytest.fixture(autouse=True)
+def beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads a held-out text beyond its first 8,192 tokens, and tokenizing all of it takes seconds."""
+    texts = {name: text[:40_000] for name, text in perplexity.held_out_texts().items()}
+    for reader in (compare, compared):
+        monkeypatch.setattr(reader, "held_out_texts", lambda: texts)
 
 
 @pytest.fixture

@@ -6,12 +6,12 @@ import time
 from pathlib import Path
 
 import pytest
-from killing import SERVER
 
 from namex_hf import load_patched
 from namex_hf.commands import patch, patch_screen
 from namex_hf.commands import report as command
 from tests.cli.toy import SIZES, save_toy
+from tests.helpers.process import SERVER
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 
@@ -23,6 +23,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch, undrawn: None) -> None:
     """Small checkpoints are drawn again."""
     monkeypatch.setattr(patch_screen, "DRAWN_BYTES", patch_screen.SCORED_BYTES)
     monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 128)
+    monkeypatch.setattr("namex_hf.report.pictures.picture.DOTS", 36)  # no test here looks at them
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_killed_while_drawing(toy: Path, tmp_path: Path, capsys: Said):
     process = SERVER.Process(target=patch.main, args=([str(toy), "--out", str(out)],))
     process.start()
     while process.is_alive() and not list(out.glob("namex/pictures/*")):
-        time.sleep(0.0005)
+        time.sleep(0.01)
     process.kill()
     process.join()
     assert process.exitcode == -9

@@ -18,7 +18,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.commands import compare as command
 from namex_hf.commands import compare_screen
 from namex_hf.scoring.perplexity import HELD_OUT
-from tests.killing import SERVER
+from tests.helpers.process import SERVER
 
 SOURCE = "tiny-deepseek"
 ROWS = ("original", "routed experts removed", "nash, seed 0", "nash, seed 1", "nash, mean of 2 seeds")
@@ -153,6 +153,11 @@ def test_the_same_command_measures_nothing_and_prints_the_table(
     assert f"{numbers['ratio']:.3f} ({low:.3f} to {high:.3f})" in said.out  # on one line, however narrow
     assert lines[-1] == str(copied / "index.html")
     assert said.err == ""
+
+
+def test_the_numbers_are_printed_as_json(copied: Path, recipes: Path, given: list[str], capsys: Said):
+    assert ran(SOURCE, "--recipes", recipes / "nash.yaml", *given, "--seed", 0, 1, "--json", "--out", copied) == 0
+    assert capsys.readouterr() == ((copied / "comparison.json").read_text(), "")
 
 
 def test_one_value_more_is_measured_and_told(copied: Path, recipes: Path, given: list[str], capsys: Said):

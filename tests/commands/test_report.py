@@ -34,6 +34,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(autouse=True)
+def coarse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fewer dots: no test here looks at them."""
+    monkeypatch.setattr("namex_hf.report.pictures.picture.DOTS", 36)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny` by the default recipe; not to be changed."""
@@ -77,6 +83,15 @@ def test_the_folder_itself_takes_them_by_default_and_again(copied: Path, capsys:
     assert ran(copied, "--tokens", 0, "--layer", 3, "--quiet") == 0
     assert contents(copied / "namex/pictures") == written
     assert "Layer 3 (this layer was asked for)" in written["report.html"].decode()
+
+
+def test_the_files_are_printed_as_json(tmp_path: Path, capsys: Said):
+    patch_checkpoint(save_toy(tmp_path / "toy"), tmp_path / "out", Recipe(method="camex"))
+    capsys.readouterr()
+    assert ran(tmp_path / "out", "--tokens", 0, "--json", "--out", tmp_path / "drawn") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["page"] == str(tmp_path / "drawn" / "report.html")
+    assert printed["pictures"] == sorted(map(str, (tmp_path / "drawn").glob("*.png"))) != []
 
 
 def test_python_writes_the_same(tiny: Path, tmp_path: Path):

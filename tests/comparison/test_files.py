@@ -31,7 +31,7 @@ def measured(plan: Plan, **changes: Any) -> Comparison:
     """Worse with fewer experts; the floor is far off."""
     results = {ORIGINAL: result(0, experts=16), FLOOR: result(1, 3.0, 0)}
     for number, cell in enumerate(plan.cells, 2):
-        experts = cell.recipe.experts or 0
+        experts = cell.recipe.to_dict()["experts"] or 0
         results[cell.label] = {**result(number, 0.4 - experts / 25, experts), **changes}
     return assemble(plan, results, {})
 

@@ -32,7 +32,7 @@ def test_every_recipe_with_every_combination(tmp_path: Path):
 def test_options_go_over_what_a_file_says_and_single_values_are_not_named(tmp_path: Path):
     files = recipe_files(written(tmp_path, one="merge: grouped\nexperts: 3\nmethod: ep-camex"))
     (cell,) = grid(files, {"experts": [5]})
-    assert (cell.recipe.experts, cell.recipe.method, cell.label) == (5, "ep-camex", "one")
+    assert (cell.recipe.to_dict()["experts"], cell.recipe.merge.method, cell.label) == (5, "ep-camex", "one")
 
 
 def test_without_files_the_options_are_the_recipe():

@@ -99,7 +99,10 @@ def test_a_cost_that_is_not_known_of_all_has_no_mean():
 def pairs(cells: list[Cell]) -> list[tuple[Cell, Row]]:
     original = result(0)
     return [
-        (cell, row_of(cell.label, result(cell.recipe.seed, experts=cell.recipe.experts or 0), original, cell))
+        (
+            cell,
+            row_of(cell.label, result(cell.recipe.seed, experts=cell.recipe.to_dict()["experts"] or 0), original, cell),
+        )
         for cell in cells
     ]
 

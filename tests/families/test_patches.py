@@ -184,13 +184,15 @@ def test_files_say_what_they_are(file: Path):
     assert len(first) <= 160
     recipe, stated = Recipe.from_yaml(file), read_yaml(file)
     start = file.stem.split("-")[0]
-    assert recipe.merge == (start if start in ("grouped", "soft") else "residual")
-    assert file.stem.removesuffix("-mean").endswith(recipe.method)
-    assert recipe.disagreement == ("mean" if file.stem.endswith("-mean") else "zero")
+    assert recipe.merge.kind == (start if start in ("grouped", "soft") else "residual")
+    assert file.stem.removesuffix("-mean").endswith(recipe.merge.method)
+    assert recipe.to_dict()["disagreement"] == ("mean" if file.stem.endswith("-mean") else "zero")
     assert stated == {name: value for name, value in recipe.to_dict().items() if name in stated}
-    assert recipe.routing == (start if start in ("cosine", "stable") else "linear")
-    assert recipe.temperature == ("entropy" if start == "cosine" else None)
-    assert stated.get("base") == ("shared" if recipe.has_base else None)  # as the paper has it, whatever the default is
+    assert recipe.routing.kind == (start if start in ("cosine", "stable") else "linear")
+    assert recipe.to_dict()["temperature"] == ("entropy" if start == "cosine" else None)
+    assert stated.get("base") == (
+        "shared" if recipe.merge.has_base else None
+    )  # as the paper has it, whatever the default is
 
 
 @patches()
@@ -207,7 +209,7 @@ def test_bytes_in_and_out(file: Path, plan: Plan):
     # Projection, embeddings and scale in bfloat16; indices of 4 bytes an id.
     experts, vocabulary, top_k = (CONFIGS[model][name] for name in (plan.family.experts_field, "vocab_size", TOP_K))
     routers = {"cosine": 2 * (experts * 2048 + experts**2 + 1), "stable": 4 * vocabulary * top_k, "linear": 0}
-    added = routers[plan.recipe.routing] + (EXPERT if plan.recipe.has_base else 0)
+    added = routers[plan.recipe.routing.kind] + (EXPERT if plan.recipe.merge.has_base else 0)
     if file.stem.startswith("grouped"):
         gone, router_rows = LAYERS[model] * EXPERTS[model] // 2 * EXPERT, LAYERS[model] * EXPERTS[model] // 2 * 4096
         assert plan.bytes_out == plan.checkpoint.size - gone - router_rows
@@ -215,8 +217,8 @@ def test_bytes_in_and_out(file: Path, plan: Plan):
         assert plan.bytes_out == plan.checkpoint.size + LAYERS[model] * added
     assert plan.bytes_out <= space_needed(plan) < 1.1 * plan.checkpoint.size
     # Where layers aim at the original's hidden states, these go along with the text, beside what is wanted of a layer.
-    aim = 2 * 4 * plan.recipe.calibration_tokens * 2048 if plan.recipe.target == "model" else 0
-    assert plan.peak_bytes < (6e9 + aim if plan.recipe.calibrated else 2.2 * plan.layer_bytes(plan.shape.layers[0]))
+    aim = 2 * 4 * plan.recipe.calibration.tokens * 2048 if plan.recipe.to_dict()["target"] == "model" else 0
+    assert plan.peak_bytes < (6e9 + aim if plan.recipe.needs_text else 2.2 * plan.layer_bytes(plan.shape.layers[0]))
 
 
 @patches()

@@ -1,25 +1,23 @@
-"""`finetune/sft_smoltalk.py` in processes of its own, forked from a server that has imported what it needs."""
+"""`finetune/sft_smoltalk.py` in processes of its own."""
 
-import gc
 import json
-import multiprocessing
 import os
-import runpy
 import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.helpers.process import script_process
+
 sys.path.append(str(Path(__file__).parents[2] / "finetune"))  # what lies beside the scripts
 
 SCRIPT = Path(__file__).parents[2] / "finetune" / "sft_smoltalk.py"
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["namex_hf.training.tune"])
 SMALL: dict[str, Any] = {
     "model_name_or_path": "tiny",
     "max_length": 128,
@@ -52,26 +50,9 @@ def die_in_step(done: int) -> None:
     Trainer.training_step = last
 
 
-def work(arguments: list[str], log: Path, die_after: int | None = None) -> None:
-    """Be the script."""
-    gc.freeze()  # what the server has imported is not searched for garbage again
-    if die_after is not None:
-        die_in_step(die_after)
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        sys.argv = [str(SCRIPT), *arguments]
-        runpy.run_path(str(SCRIPT), run_name="__main__")
-
-
 @pytest.fixture(scope="session")
 def script() -> Path:
     return SCRIPT
-
-
-@pytest.fixture(scope="session")
-def server() -> Any:
-    return SERVER
 
 
 @pytest.fixture(scope="session")
@@ -105,8 +86,7 @@ def call() -> Callable[[list[str], Path], tuple[int | None, str]]:
     """``call(arguments, log)``: exit status and all that was said."""
 
     def whole(arguments: list[str], log: Path) -> tuple[int | None, str]:
-        process = SERVER.Process(target=work, args=(arguments, log))
-        process.start()
+        process = script_process(SCRIPT, arguments, log)
         process.join()
         return process.exitcode, log.read_text("utf-8")
 
@@ -121,9 +101,8 @@ def start() -> Callable[..., Any]:
         config = out.with_suffix(".yaml")
         config.write_text(yaml.safe_dump({k: v for k, v in (SMALL | changes).items() if v is not None}))
         arguments = ["--config", str(config), "--output_dir", str(out), *flags]
-        process = SERVER.Process(target=work, args=(arguments, out.with_suffix(".log"), die_after))
-        process.start()
-        return process
+        changes = [] if die_after is None else [partial(die_in_step, die_after)]
+        return script_process(SCRIPT, arguments, out.with_suffix(".log"), changes=changes)
 
     return begin
 

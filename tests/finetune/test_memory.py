@@ -34,6 +34,7 @@ from namex_hf.errors import FamilyError, RecipeError, TrainingError
 from namex_hf.models.soft_segments import History, plan_segments
 from namex_hf.training.choice import lora
 from namex_hf.training.live import go_live
+from tests.helpers.process import run_pair
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "finetune" / "memory.py"
@@ -137,13 +138,7 @@ def test_shards_of_fsdp2_on_two_processes(name, tmp_path):
     patch_checkpoint(name, tmp_path / "patched")
     job = {"folder": str(tmp_path / "patched"), "name": "x", "checkpointing": False, "auxiliary": False}
     (tmp_path / "jobs.json").write_text(json.dumps([{**job, "tokens": [list(range(60)), list(range(60, 120))]}]))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run(
-        [sys.executable, *launch, str(CHILD), str(tmp_path / "jobs.json"), str(tmp_path)],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_pair(CHILD, [tmp_path / "jobs.json", tmp_path], tmp_path)
     ranks = [json.loads((tmp_path / f"x.{rank}.json").read_text())["bytes"] for rank in range(2)]
     of = outline(json.loads((tmp_path / "patched" / "config.json").read_text()))
     found = memory(of, Plan("fsdp2", 2, 60, 60))
@@ -196,7 +191,7 @@ def test_activations_of_a_layer_are_estimated_to_a_sixth(model, recipe):
     hidden = torch.randn(2, length, 128).bfloat16().requires_grad_()
     angles = torch.randn(1, length, 32).bfloat16()
     inputs = {"position_embeddings": (angles, angles.clone())}
-    if recipe.segment is not None:
+    if recipe.to_dict()["segment"] is not None:
         real = torch.ones(2, length, dtype=torch.bool)
         inputs["segments"] = plan_segments(History.empty(2, real.device), real, None, 64, "all", keep=False)[0]
     kept = kept_by_autograd(layer, hidden, **inputs)

@@ -1,11 +1,8 @@
 """The script on two CPU processes: FSDP2, and data parallel."""
 
 import json
-import os
-import runpy
-import socket
-import sys
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -15,6 +12,7 @@ import yaml
 
 from namex_hf import Recipe, load_patched
 from namex_hf.training.bargain import rebargain
+from tests.helpers.process import places, script_process
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -43,40 +41,26 @@ def shard_on_cpus() -> None:
     AcceleratorState.__init__ = pretend  # type: ignore[method-assign]
 
 
-def one_of_two(
-    script: str, rank: int, port: int, arguments: list[str], log: Path, environment: dict[str, str], die: Any
-) -> None:
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()} | environment)
-        if environment and "pretend" in log.name:
-            shard_on_cpus()
-        if die is not None:
-            die(3)
-        sys.argv = [script, *arguments]
-        runpy.run_path(script, run_name="__main__")
-
-
 @pytest.fixture
-def begin_two(script: Path, server: Any, small: dict[str, Any]) -> Callable[..., list[BaseProcess]]:
+def begin_two(script: Path, small: dict[str, Any]) -> Callable[..., list[BaseProcess]]:
     def begin(
         out: Path, environment: dict[str, str], pretend: bool = True, die: Any = None, **changes: Any
     ) -> list[BaseProcess]:
         config = out.with_suffix(".yaml")
         config.write_text(yaml.safe_dump(small | {"per_device_train_batch_size": 1} | changes))
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
         arguments = ["--config", str(config), "--output_dir", str(out)]
-        processes = []
-        for rank in range(2):
-            log = out.with_name(f"{out.name}.{rank}.{'pretend' if pretend else 'plain'}.log")
-            told = (str(script), rank, port, arguments, log, environment, die)
-            processes.append(server.Process(target=one_of_two, args=told))
-            processes[-1].start()
-        return processes
+        before = [shard_on_cpus] if environment and pretend else []
+        before += [] if die is None else [partial(die, 3)]
+        return [
+            script_process(
+                script,
+                arguments,
+                out.with_name(f"{out.name}.{place['RANK']}.{'pretend' if pretend else 'plain'}.log"),
+                environment=environment | place,
+                changes=before,
+            )
+            for place in places(2)
+        ]
 
     return begin
 

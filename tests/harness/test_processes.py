@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from namex_hf import Recipe, patch_checkpoint
+from tests.helpers.process import run_pair, script_process
 
 from .conftest import SCRIPT, TASKS, Command, said, samples
 
@@ -18,11 +19,6 @@ ALONE = {name: value for name, value in os.environ.items() if not name.startswit
     "HF_HUB_OFFLINE": "1",
     "ACCELERATE_USE_CPU": "true",
 }
-
-
-def launched(*arguments: str | Path) -> None:
-    done = subprocess.run([sys.executable, *map(str, arguments)], env=ALONE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def entry(line: str) -> dict[str, Any]:
@@ -49,7 +45,7 @@ def test_a_killed_run_goes_on_to_the_same_report(zero_shot: Command, tmp_path: P
     command = [sys.executable, SCRIPT, "--device", "cpu", *arguments, "--output_path", out]
     process = subprocess.Popen(list(map(str, command)), env=ALONE, stdout=subprocess.DEVNULL)
     while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"request") >= 4):
-        time.sleep(0.001)
+        time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert not (out / "report.json").exists(), "the run was over before it was killed"
@@ -68,20 +64,9 @@ def test_a_killed_run_goes_on_to_the_same_report(zero_shot: Command, tmp_path: P
 def test_two_processes_share_the_requests(zero_shot: Command, tmp_path: Path) -> None:
     tasks = ("namex_sums", "namex_word_problems", "namex_text")
     arguments = ["--models", "tiny", "--tasks", *tasks, "--limit", "5", "--batch_size", "4", "--dtype", "float32"]
-    launched(
-        # accelerate launch --cpu starts one process, whatever it is told; --multi_gpu also starts them on CPUs.
-        *(
-            "-m",
-            "accelerate.commands.launch",
-            "--multi_gpu",
-            "--num_processes",
-            "2",
-            "--main_process_port",
-            "0",
-            SCRIPT,
-        ),
-        *("--device", "cpu", *arguments, "--output_path", tmp_path / "two"),
-    )
+    command = ["--device", "cpu", *arguments, "--output_path", str(tmp_path / "two")]
+    # As `accelerate launch --multi_gpu` begins them, on CPUs too.
+    run_pair(SCRIPT, command, tmp_path, **ALONE)
     assert zero_shot(*arguments, "--output_path", tmp_path / "one").status == 0
 
     def asked(out: Path, task: str) -> list[str]:
@@ -104,11 +89,15 @@ def test_two_processes_share_the_requests(zero_shot: Command, tmp_path: Path) ->
 def test_lm_evals_own_command_gives_the_same_scores(zero_shot: Command, tmp_path: Path) -> None:
     patched = tmp_path / "patched"
     patch_checkpoint("tiny", patched, Recipe())
-    launched(
-        *("-m", "lm_eval", "run", "--model", "hf", "--model_args", f"pretrained={patched},trust_remote_code=True"),
-        *("--tasks", "namex_sums,namex_word_problems", "--include_path", TASKS, "--limit", "6", "--batch_size", "4"),
-        *("--device", "cpu", "--num_fewshot", "0", "--log_samples", "--output_path", tmp_path / "plain"),
-    )
+    arguments = [
+        *("run", "--model", "hf", "--model_args", f"pretrained={patched},trust_remote_code=True"),
+        *("--tasks", "namex_sums,namex_word_problems", "--include_path", str(TASKS), "--limit", "6"),
+        *("--batch_size", "4", "--device", "cpu", "--num_fewshot", "0", "--log_samples"),
+        *("--output_path", str(tmp_path / "plain")),
+    ]
+    process = script_process("lm_eval", arguments, tmp_path / "log", environment=ALONE)
+    process.join()
+    assert process.exitcode == 0, (tmp_path / "log").read_text()[-2000:]
     answer = zero_shot(
         *("--models", patched, "--tasks", "namex_sums", "namex_word_problems", "--limit", "6", "--batch_size", "4"),
         *("--output_path", tmp_path / "ours"),

@@ -54,22 +54,29 @@ def child(home: Path, **environment: str) -> Iterator[Command]:
         process.stdout.close()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def server() -> Iterator[Hub]:
     with serving() as hub:
         yield hub
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where the cache is."""
     return tmp_path_factory.mktemp("home")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def online(server: Hub, home: Path) -> Iterator[Command]:
     with child(home, HF_ENDPOINT=server.url) as run:
         yield run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forgotten(server: Hub) -> None:
+    """What another file published or pushed."""
+    server.folders.clear()
+    server.private.clear()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 from namex_hf.models import PATCHED
 from namex_hf.models.configuration_namex import FIRST_LAYERS, stays_sparse
 from namex_hf.models.soft import SoftRouting
-from namex_hf.recipe import Recipe
+from namex_hf.recipe import FIELDS
 
 FORMS = [
     {"merge": "residual"},
@@ -97,6 +97,6 @@ def test_which_layer_is_the_first(family, shape, first):
 
 
 def test_values_are_those_of_the_recipe():
-    assert Recipe.__dataclass_fields__["first_layer"].metadata["choices"] == FIRST_LAYERS
+    assert FIELDS["first_layer"].choices == FIRST_LAYERS
     with pytest.raises(ValueError, match=r"namex.first_layer is 'dense'; accepted: merged, sparse"):
         PATCHED["deepseek"](namex={"first_layer": "dense"})

@@ -4,8 +4,6 @@
 """
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from namex_hf import Recipe, load_patched, patch_checkpoint
+from tests.helpers.process import run_pair
 
 PROCESSES, BATCH, LENGTH, VOCABULARY = 2, 4, 96, 4096
 RECIPES = {
@@ -56,19 +55,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def steps(folders, tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
-    """All jobs, one after the other, in one pair of processes: starting these is what takes time."""
+    """All jobs, one after the other, in one pair of processes."""
     out = tmp_path_factory.mktemp("sharded")
     jobs = [
         {**job, "name": str(number), "folder": str(folders[job["model"]]), "tokens": global_batch().tolist()}
         for number, job in enumerate(JOBS)
     ]
     (out / "jobs.json").write_text(json.dumps(jobs))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(PROCESSES)]
-    child = Path(__file__).with_name("sharded_child.py")
-    done = subprocess.run(
-        [sys.executable, *launch, str(child), str(out / "jobs.json"), str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_pair(Path(__file__).with_name("sharded_child.py"), [out / "jobs.json", out], out)
     return [
         Step(
             [json.loads((out / f"{number}.{rank}.json").read_text()) for rank in range(PROCESSES)],

@@ -10,7 +10,7 @@ from namex_hf.models import PATCHED, load_patched
 from namex_hf.models.configuration_namex import METHODS, ROUTINGS
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.soft import SoftRouting
-from namex_hf.recipe import Recipe
+from namex_hf.recipe import FIELDS
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 pytestmark = pytest.mark.parametrize("family", FAMILIES)
@@ -211,5 +211,5 @@ def test_inconsistent_configurations_are_refused(smear, hub_folder, family, fiel
 
 
 def test_the_classes_know_the_recipes_methods(family):
-    assert Recipe.__dataclass_fields__["method"].metadata["choices"] == METHODS
-    assert Recipe.__dataclass_fields__["routing"].metadata["choices"] == ROUTINGS
+    assert FIELDS["method"].choices == METHODS
+    assert FIELDS["routing"].choices == ROUTINGS

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from calibrated_runs import PROBE, live, load, logits, recipe_on
-from killing import Killing, run, start
+from killing import Killing, start
 from odd_checkpoints import differing, moe_layers, read_config, same_bits, settled_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -25,6 +26,15 @@ from namex_hf.patching.text import text_for
 
 FAMILIES = ("qwen2_moe", "deepseek")
 UNEQUAL = {"fit": "router", "budget": "damage"}
+
+
+@pytest.fixture(scope="module")
+def unequal(odd, words: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Of each family a folder of `UNEQUAL`; not to be changed."""
+    folders = {family: tmp_path_factory.mktemp("unequal") / family for family in FAMILIES}
+    for family, folder in folders.items():
+        patch_checkpoint(odd(family, torch.float32, tokenizer=True), folder, recipe_on(words, **UNEQUAL))
+    return folders
 
 
 def numbers(config: dict[str, Any]) -> list[int]:
@@ -54,11 +64,10 @@ def test_both_paths_agree(odd, words: Path, tmp_path: Path, family: str, fit: st
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_of_unequal_layers(odd, words: Path, tmp_path: Path, family: str) -> None:
+def test_a_model_of_unequal_layers(odd, unequal: dict[str, Path], tmp_path: Path, family: str) -> None:
     """It trains with its auxiliary loss, is saved and opened again, and generates; its size is counted."""
     source = odd(family, torch.float32, tokenizer=True)
-    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **UNEQUAL))
-    model = load(tmp_path / "out")
+    model = load(unequal[family])
     found = model(PROBE, labels=PROBE, output_router_logits=True)
     most = model.config.num_experts
     assert [logit.shape[-1] for logit in found.router_logits] == [most] * len(moe_layers(read_config(source)))
@@ -72,7 +81,7 @@ def test_a_model_of_unequal_layers(odd, words: Path, tmp_path: Path, family: str
         again.set_experts_implementation(implementation)
         torch.testing.assert_close(logits(again), logits(model), rtol=1e-5, atol=1e-5)
     assert again.generate(PROBE[:1], max_new_tokens=3, do_sample=False).shape == (1, PROBE.shape[1] + 3)
-    size = size_of(open_checkpoint(tmp_path / "out"))
+    size = size_of(open_checkpoint(unequal[family]))
     assert size.experts == 3
     assert size.bytes == sum(tensor.nbytes for tensor in model.state_dict().values())
 
@@ -141,17 +150,16 @@ def test_all_experts_are_all(odd, words: Path, tmp_path: Path) -> None:
     assert same_bits(logits(load(tmp_path / "out")), logits(load(source)))
 
 
-def test_killed_once_it_was_dealt_out(odd, words: Path, tmp_path: Path) -> None:
+def test_killed_once_it_was_dealt_out(odd, words: Path, unequal: dict[str, Path], tmp_path: Path) -> None:
     """What was measured is not measured again, and all files are those of an undisturbed run."""
     source, recipe = odd("qwen2_moe", torch.float32, tokenizer=True), recipe_on(words, **UNEQUAL)
-    run(source, tmp_path / "undisturbed", recipe)
     process = start(source, tmp_path / "out", recipe, progress=Killing("layer 2: read", 1))
     process.join()
     assert process.exitcode == -9
     told: list[str] = []
     patch_checkpoint(source, tmp_path / "out", recipe, progress=lambda event: told.append(str(event)))
     assert not [what for what in told if what.endswith(": measured")]
-    assert settled_files(tmp_path / "out") == settled_files(tmp_path / "undisturbed")
+    assert settled_files(tmp_path / "out") == settled_files(unequal["qwen2_moe"])
 
 
 @pytest.mark.parametrize(
@@ -175,9 +183,8 @@ def test_a_stock_export_is_refused(odd, words: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("counts", [[3, 3], [3, 9, 3, 3], "3", [0, 3, 3, True]])
-def test_counts_that_are_none(odd, words: Path, tmp_path: Path, counts: Any) -> None:
-    source = odd("deepseek", torch.float32, tokenizer=True)
-    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **UNEQUAL))
+def test_counts_that_are_none(unequal: dict[str, Path], tmp_path: Path, counts: Any) -> None:
+    shutil.copytree(unequal["deepseek"], tmp_path / "out")
     path = tmp_path / "out" / "config.json"
     config = {**json.loads(path.read_text()), "layer_experts": counts}
     with pytest.raises(FamilyError, match=r"'layer_experts' is .*; accepted: a number for each of 4 layers"):

@@ -359,7 +359,7 @@ def test_what_is_stored_is_what_transformers_sees(odd, words: Path, tmp_path: Pa
     assert [layer["layer"] for layer in report.layers] == moe_layers(read_config(source))
     for record in report.layers:
         told.read(record["layer"])
-        wanted, explained = told.curvature(recipe.rank or 0, recipe.ridge)
+        wanted, explained = told.curvature(recipe.to_dict()["rank"] or 0, recipe.to_dict()["ridge"])
         assert farthest(stored_curvature(tensors, record["layer"]), wanted) < 5e-3
         assert record["explained"] == pytest.approx(explained, abs=1e-3)
         assert all(0 < share < 1 for share in record["explained"])
@@ -373,7 +373,7 @@ def test_what_is_stored_is_what_transformers_sees(odd, words: Path, tmp_path: Pa
         assert record["mass"] == pytest.approx(mass, abs=1)
     told.calibrate = "before" if calibrate == "after" else "after"
     told.read(record["layer"])  # the last layer: what the other choice would have stored
-    other, _ = told.curvature(recipe.rank or 0, recipe.ridge)
+    other, _ = told.curvature(recipe.to_dict()["rank"] or 0, recipe.to_dict()["ridge"])
     assert farthest(stored_curvature(tensors, record["layer"]), other) > 0.1
 
 

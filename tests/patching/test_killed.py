@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import SERVER, kill_after, run, settled, start
+from killing import kill_after, run, settled, start
 from odd_checkpoints import settled_files
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +17,7 @@ from namex_hf import Recipe, load_patched
 from namex_hf.commands import patch
 from namex_hf.errors import CheckpointError
 from namex_hf.progress import ProgressEvent
+from tests.helpers.process import SERVER
 
 TRIES = 5
 

@@ -24,6 +24,7 @@ from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import RecipeError
 from namex_hf.patching.plan import make_plan
+from namex_hf.recipe import FIELDS
 
 MERGES = ("residual", "soft", "grouped")
 METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe")
@@ -59,9 +60,8 @@ WITHOUT = [row for row in VALID if row[2] == "none"]
 
 
 def test_the_matrix_is_that_of_the_recipe() -> None:
-    specs = Recipe.__dataclass_fields__
     names = ("merge", "method", "momentum", "disagreement", "routing")
-    assert [specs[name].metadata["choices"] for name in names] == [MERGES, METHODS, MOMENTA, POINTS, ROUTINGS]
+    assert [FIELDS[name].choices for name in names] == [MERGES, METHODS, MOMENTA, POINTS, ROUTINGS]
     assert len(VALID) == 3 * (2 * (2 * 6 + 3) + 4 + 3)
     assert len(WITHOUT) == 3 * 17
 
@@ -136,11 +136,11 @@ def test_every_other_combination_works(odd, words: Path, tmp_path: Path, family:
     before = original(input_ids=PROBE).logits
     patch_checkpoint(source, out, recipe)
 
-    written, stock = read_tensors(out), recipe.routing == "linear" and (row[0] == "grouped" or row[1] == "smoe")
+    written, stock = read_tensors(out), recipe.routing.kind == "linear" and (row[0] == "grouped" or row[1] == "smoe")
     assert {name: tuple(tensor.shape) for name, tensor in written.items()} == shapes_of(source, row)
     dtypes = {name: tensor.dtype for name, tensor in written.items() if tensor.dtype != torch.float32}
     tables = [f"model.layers.{layer}.mlp.stable_router.assignment" for layer in moe_layers(read_config(source))]
-    assert dtypes == (dict.fromkeys(tables, torch.int32) if recipe.routing == "stable" else {})
+    assert dtypes == (dict.fromkeys(tables, torch.int32) if recipe.routing.kind == "stable" else {})
     assert make_plan(resolve(str(source)), recipe, "5GB").bytes_out == sum(t.nbytes for t in written.values())
     assert read_config(out)["model_type"] == (family if stock else f"namex_{family}")
 
@@ -155,13 +155,13 @@ def test_every_other_combination_works(odd, words: Path, tmp_path: Path, family:
     logits = stored(input_ids=PROBE).logits
     assert torch.equal(logits, live(input_ids=PROBE).logits)
     assert logits.isfinite().all()
-    assert torch.equal(logits, before) == (recipe.method == "smoe" and recipe.routing == "linear")
+    assert torch.equal(logits, before) == (recipe.merge.method == "smoe" and recipe.routing.kind == "linear")
 
     is_causal(stored, logits)
     one_way_at_a_time(stored)
     for model in (stored, live):
         router_logits = model(input_ids=PROBE, output_router_logits=True).router_logits
-        count = 4 if recipe.merge == "grouped" else 7
+        count = 4 if recipe.merge.kind == "grouped" else 7
         assert [tuple(layer.shape) for layer in router_logits] == [(PROBE.numel(), count)] * 3
 
 

@@ -55,7 +55,7 @@ KRONECKER: dict[str, Any] = {**SOFT, "curvature": "kronecker"}
 def recipe_on(words: Path, **fields: Any) -> Recipe:
     """A short text where one is read."""
     recipe = Recipe(**fields)
-    if not recipe.calibrated:
+    if not recipe.needs_text:
         return recipe
     return replace(recipe, calibration_data=str(words), calibration_tokens=fields.get("calibration_tokens", TOKENS))
 
@@ -105,7 +105,7 @@ def test_both_paths_agree(odd, words: Path, tmp_path: Path, name: str, form: str
     held = [{**model.state_dict(), **dict(model.named_buffers())} for model in (stored, patched)]
     assert differing(*held) == []
     assert same_bits(logits(stored), logits(patched))
-    told = recipe if not recipe.calibrated else replace(recipe, calibration_data=words.name)
+    told = recipe if not recipe.needs_text else replace(recipe, calibration_data=words.name)
     assert stored.config.namex == patched.config.namex == told.to_dict()
     written = read_tensors(tmp_path / "out")
     floats = {tensor.dtype for name, tensor in written.items() if not name.endswith("stable_router.assignment")}
@@ -187,9 +187,9 @@ def test_a_cosine_router_is_made_from_the_folders_own_gate(
         right = np.linalg.svd(gate, full_matrices=False)[2]
         scale = np.linalg.norm(gate, axis=1).mean() * np.linalg.norm(right * norm)
         assert double(after[f"{name}.cosine_router.scale"]) == pytest.approx([scale], rel=max(near, 1e-5))
-        if recipe.merge != "grouped":
+        if recipe.merge.kind != "grouped":
             assert same_bits(after[f"{name}.gate.weight"], before[f"{name}.gate.weight"])
-        elif recipe.fit == "none":
+        elif recipe.to_dict()["fit"] == "none":
             rows = double(before[f"{name}.gate.weight"])
             means = np.stack([rows[group].mean(0) for group in record["groups"]])
             assert gate == pytest.approx(means, abs=near * np.abs(rows).max())
@@ -246,7 +246,7 @@ def test_as_decided_as_the_linear_router_on_the_text(
         assert one == pytest.approx(other, abs=2e-5)
         routing = record["routing"]
         assert routing["scale"] == pytest.approx(float(tensors[f"{name}.cosine_router.scale"]))
-        all_of = recipe.method == "smear"
+        all_of = recipe.merge.method == "smear"
         top_k = linear.shape[1] if all_of else 3
         best, chosen = linear.topk(top_k).indices, scores.topk(top_k).indices
         assert routing["agreement"] == pytest.approx(agreement(best, chosen), abs=2e-3)

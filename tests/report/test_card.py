@@ -277,28 +277,53 @@ def test_a_metadata_block_can_be_replaced():
         assert read_block(none) == {}
 
 
-@pytest.mark.parametrize("form", ["code", "stock", "silent"])
-def test_the_snippet_loads_the_model(tmp_path: Path, form: str):
-    """In a process where nothing of this package is imported: the folder's own code, or none at all."""
+FORMS = ("stock", "silent", "code")
+RUN = """
+import contextlib, io, json, runpy, sys
+said = {}
+for script in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        runpy.run_path(script)
+    said[script] = out.getvalue()
+assert 'namex_hf' not in sys.modules
+print(json.dumps(said))
+"""
+
+
+def texts_of(form: str, tmp_path: Path) -> tuple[str, str]:
+    """The card of a folder that is made in `tmp_path`, and its snippet."""
     recipe = Recipe() if form == "code" else Recipe(merge="grouped", experts=5)
     folder = tmp_path / "out"
     patch_checkpoint(save_toy(tmp_path / "toy", tokenizer=form != "silent"), folder, recipe)
-    made, config = report(), json.loads((folder / "config.json").read_text())
-    text = card(made, config, folder)
-    snippet = text.split("```python\n")[1].split("```")[0]
-    assert ("AutoTokenizer" in snippet) == (form != "silent") == ("holds no tokenizer" not in text)
-    script = tmp_path / "snippet.py"
-    script.write_text(
-        snippet.replace("PATH_OR_ID", str(folder)) + "\nimport sys\nassert 'namex_hf' not in sys.modules\n"
-    )
+    text = card(report(), json.loads((folder / "config.json").read_text()), folder)
+    return text, text.split("```python\n")[1].split("```")[0]
+
+
+@pytest.fixture(scope="module")
+def snippets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str, str]]:
+    """Of every form the card, its snippet and what that prints, in a process where nothing of this package is imported:
+    the folder's own code, or none at all."""
+    root, texts, scripts = tmp_path_factory.mktemp("snippets"), {}, {}
+    for form in FORMS:
+        texts[form] = texts_of(form, root / form)
+        scripts[form] = root / f"{form}.py"
+        scripts[form].write_text(texts[form][1].replace("PATH_OR_ID", str(root / form / "out")))
     kept = {name: text for name, text in os.environ.items() if not name.startswith("HF_")}
     done = subprocess.run(
-        [sys.executable, "-P", str(script)],
-        env=kept | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"},
-        cwd=tmp_path,
+        [sys.executable, "-P", "-c", RUN, *map(str, scripts.values())],
+        env=kept | {"HF_HOME": str(root / "home"), "HF_HUB_OFFLINE": "1"},
+        cwd=root,
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("The first thing to know") == (form != "silent")
+    said = json.loads(done.stdout.splitlines()[-1])
+    return {form: (*texts[form], said[str(scripts[form])]) for form in FORMS}
+
+
+@pytest.mark.parametrize("form", ["code", "stock", "silent"])
+def test_the_snippet_loads_the_model(snippets: dict[str, tuple[str, str, str]], form: str):
+    text, snippet, said = snippets[form]
+    assert ("AutoTokenizer" in snippet) == (form != "silent") == ("holds no tokenizer" not in text)
+    assert said.startswith("The first thing to know") == (form != "silent")

@@ -37,7 +37,7 @@ def test_the_card_is_one_of_the_hub(patched: dict[str, Path], form: str):
     assert made.data.tags == ["namex", "moe", "merge", family]
     assert made.data.base_model is None  # a folder of this machine
     assert yaml.safe_load(made.text.split("```yaml\n")[1].split("```")[0]) == recipe.to_dict()
-    assert recipe.method in made.text
+    assert recipe.merge.method in made.text
     rows = [line for line in made.text.splitlines() if line.startswith("| ") and line[2].isdigit()]
     assert len(rows) == len(report_of(patched[form]).layers)
 
@@ -59,7 +59,7 @@ def test_the_report_holds_what_was_decided(patched: dict[str, Path], form: str):
     assert report.source["name"] == family
     assert report.source["commit"] is None
     assert report.source["fingerprint"] == report.run["source"]
-    untouched = recipe.method in ("smoe", "smear") and recipe.routing == "linear"
+    untouched = recipe.merge.method in ("smoe", "smear") and recipe.routing.kind == "linear"
     layers = [] if untouched else [0, 1, 2] if family == "qwen2_moe" else [1, 2]
     assert [layer["layer"] for layer in report.layers] == layers
     assert {"namex_hf", "python", "torch", "transformers"} <= set(report.versions)

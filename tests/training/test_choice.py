@@ -3,6 +3,7 @@
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from copy import deepcopy
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -48,14 +49,19 @@ RECIPES: dict[str, dict[str, Any] | None] = {
 ADAPTED = (*FUSED, *LINEAR, *WHOLE)
 
 
+MADE: dict[str, Any] = {}
+
+
 def make(family: str, recipe: dict[str, Any] | None) -> Any:
-    """A random model, the same at every call."""
-    config, model, own = CLASSES[family]
-    torch.manual_seed(0)
-    made = model(config(**SIZES, **own))
-    if recipe is not None:
-        patch_classes(made, dict(recipe))
-    return made.eval()
+    """A random model, the same at every call, of which the first is kept."""
+    key = f"{family} {recipe}"
+    if key not in MADE:
+        config, model, own = CLASSES[family]
+        torch.manual_seed(0)
+        MADE[key] = model(config(**SIZES, **own))
+        if recipe is not None:
+            patch_classes(MADE[key], dict(recipe))
+    return deepcopy(MADE[key]).eval()
 
 
 def kinds_of(family: str, recipe: str) -> tuple[str, ...]:

@@ -1,8 +1,6 @@
 """Live models on two processes, FSDP2 and data parallel: the loss, the gradients and the next bases of one process."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +11,7 @@ from safetensors.torch import load_file
 from namex_hf import Recipe, load_patched, patch_checkpoint
 from namex_hf.errors import TrainingError
 from namex_hf.training.live import go_live, refresh
+from tests.helpers.process import run_pair
 
 RECIPES = {
     "residual": ("tiny", Recipe(gamma=0.6, momentum="complex", beta="0.9,0.2618")),
@@ -51,19 +50,14 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def steps(folders, tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
-    """All jobs, one after the other, in one pair of processes: starting these is what takes time."""
+    """All jobs, one after the other, in one pair of processes."""
     out = tmp_path_factory.mktemp("sharded")
     jobs = [
         {**job, "name": str(number), "folder": str(folders[job["model"]]), "tokens": tokens().tolist()}
         for number, job in enumerate(JOBS)
     ]
     (out / "jobs.json").write_text(json.dumps(jobs))
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    child = Path(__file__).with_name("live_child.py")
-    done = subprocess.run(
-        [sys.executable, *launch, str(child), str(out / "jobs.json"), str(out)], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    run_pair(Path(__file__).with_name("live_child.py"), [out / "jobs.json", out], out)
     return [
         Step(
             [json.loads((out / f"{number}.{rank}.json").read_text()) for rank in range(2)],

@@ -27,15 +27,15 @@ def recipe_of(file: Path) -> Recipe:
 
 def expected(recipe: Recipe, method: str) -> Recipe:
     """By method: SMoE has a router alone, EP-CAMEx no bargain, CAMEx no propagation either, and no groups but these."""
-    found: dict[str, Any] = {name: getattr(recipe, name) for name in ROUTER}
-    if method == "smoe" or (recipe.merge == "grouped" and method != "ep-camex"):
-        reads = recipe.routing == "stable" or recipe.temperature == "entropy"
-        found |= {name: getattr(recipe, name) for name in TEXT} if reads else {}
-        found |= {"disagreement": recipe.disagreement} if method == "namex" else {}
+    found: dict[str, Any] = {name: recipe.to_dict()[name] for name in ROUTER}
+    if method == "smoe" or (recipe.merge.kind == "grouped" and method != "ep-camex"):
+        reads = recipe.routing.kind == "stable" or recipe.to_dict()["temperature"] == "entropy"
+        found |= {name: recipe.to_dict()[name] for name in TEXT} if reads else {}
+        found |= {"disagreement": recipe.to_dict()["disagreement"]} if method == "namex" else {}
         return Recipe(method=method, **found)
     gone = ("weighting", "every") if method == "namex" else ("weighting", *BARGAIN)
-    if recipe.operator != "merge":
-        gone += ("operator", *(["grouping"] if recipe.grouping == "none" else []))
+    if recipe.to_dict()["operator"] != "merge":
+        gone += ("operator", *(["grouping"] if recipe.to_dict()["grouping"] == "none" else []))
     fields = {name: value for name, value in recipe.to_dict().items() if name not in gone}
     return Recipe(**fields | {"method": method})
 
@@ -51,7 +51,7 @@ def test_there_are_recipes_of_every_kind():
         ("operator", {"merge", "keep", "random", "shared"}),
         ("metric", {"euclidean", "calibrated"}),
     ):
-        assert {getattr(recipe, field) for recipe in found} == values
+        assert {recipe.to_dict()[field] for recipe in found} == values
 
 
 @pytest.mark.parametrize("method", METHODS)
