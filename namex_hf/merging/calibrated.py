@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import Grouped
 from ..recipe.choices import FitKind
 from .experts import PROJECTIONS, Experts, grams
@@ -80,7 +81,7 @@ class Shrinking:
     seed: int = 0
     fits: bool = True  # False: merged and refitted alone, whatever the recipe's fit
     shared: Callable[[], Expert] = dict  # as `shared_answer` takes it; asked for by operator ``shared`` and `fit_all`
-    advance: Callable[[str], None] = lambda what: None
+    progress: ProgressCallback = no_progress
     record: dict[str, Any] = field(default_factory=dict)
     refitted: dict[str, torch.Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
     moved: torch.Tensor | None = None  # float32 [tokens, hidden]: what its answer has become more than it was
@@ -178,7 +179,7 @@ class Shrinking:
         heavy = self.weight[:, None]
         error, energy = ((heavy * part).square().sum() for part in (output - self.wanted, self.wanted))
         self.record["errors"].append({"stage": stage, "error": float(error / energy.clamp(min=TINY))})
-        self.advance(stage)
+        self.progress(ProgressEvent(stage))
         return output
 
     def find_groups(self) -> Groups:
@@ -280,11 +281,7 @@ class Shrinking:
             result.renormalises,
             result.activation,
         )
-
-        def advance(step: int) -> None:
-            self.advance(f"fitted, step {step} of {merge.fit.steps}")
-
-        fitted = fit_layer(problem, self.made, result.router, self.refitted, merge.fit.steps, self.seed, advance)
+        fitted = fit_layer(problem, self.made, result.router, self.refitted, merge.fit.steps, self.seed, self.progress)
         del problem
         self.moved = moved.add_(self.shared_output())
         self.record["fits"].append({"of": "layer", **asdict(fitted)})

@@ -4,11 +4,12 @@ A local regression: no other layer takes part, so that its memory is that of one
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .experts import PROJECTIONS
 from .router_fit import gate_values
 from .routing import Activation, Expert, answer, shared_answer
@@ -100,7 +101,7 @@ def fit_layer(
     shared: Expert,
     steps: int,
     seed: int,
-    advance: Callable[[int], None] = lambda step: None,
+    progress: ProgressCallback = no_progress,
 ) -> LayerFit:
     """Adafactor with a first moment (Shazeer & Stern 2018) on the squared error, cosine schedule, early stopping.
 
@@ -112,7 +113,7 @@ def fit_layer(
         router: ``[K, hidden]``: the start; changed in place.
         shared: the shared expert as `shared_answer` takes it: the start; changed in place. Empty: ``problem.wanted`` is
             wanted of the routed experts alone.
-        advance: told of the steps done.
+        progress: called after every check of the held-out tokens.
 
     Memory: parameters and first moments, each as large as ``experts`` and ``shared`` in float32 (the second moments are
     a row and a column a matrix), the gradient of one matrix, and a batch of `BATCH` tokens through top-k experts and
@@ -134,7 +135,7 @@ def fit_layer(
             if step % CHECK_EVERY and step < steps:
                 continue
             now = problem.error(checked, layer)
-            advance(step)
+            progress(ProgressEvent("fitted", step=step, steps=steps))
             if now < lowest:
                 lowest, lowest_at = now, step
             if now < best:

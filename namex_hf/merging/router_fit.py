@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .routing import Activation, Expert, answer
 
 CHUNK_BYTES = 256 << 20  # of answers that are held at once
@@ -48,14 +49,14 @@ def answers(
     experts: int,
     expert: Callable[[int], Expert],
     activation: Activation,
-    advance: Callable[[int], None] = lambda tokens: None,
+    progress: ProgressCallback = no_progress,
 ) -> Answers:
     """Ask every expert about every token.
 
     Memory: beyond the result, `CHUNK_BYTES` of answers, one expert and its neurons.
 
     Args:
-        advance: told of the tokens done.
+        progress: called after every chunk of tokens.
     """
     count = len(inputs)
     gram = inputs.new_empty(count, experts, experts)
@@ -66,7 +67,7 @@ def answers(
         given = torch.stack([answer(inputs[rows], expert(number), activation) for number in range(experts)], dim=1)
         torch.bmm(given, given.mT, out=gram[rows])
         cross[rows] = (given @ wanted[rows, :, None])[..., 0]
-        advance(len(given))
+        progress(ProgressEvent("answers", amount=len(given), done=min(start + chunk, count), total=count))
     return Answers(gram, cross, wanted.square().sum(-1))
 
 

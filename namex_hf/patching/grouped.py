@@ -1,5 +1,6 @@
 """``merge: grouped`` out of core: every layer's experts are clustered, each group becomes one, the result is stock."""
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -15,13 +16,15 @@ from ..checkpoint.shard import Item, write_shard
 from ..errors import FamilyError
 from ..families import PROJECTIONS
 from ..merging.groups import MergedLayer, merge_layer
+from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from .added import cosine_shapes, router_tensors
 from .finite import check_finite, is_finite, require_finite_result
 from .layer import named, read_experts
 from .plan import LAYER, Plan, constant_items
 from .state import State
-from .walk import METADATA, Advance, shard_names
+from .walk import METADATA, shard_names
 
+logger = logging.getLogger(__name__)
 NUMBERS = re.compile(r"(\d+)")
 
 
@@ -35,7 +38,7 @@ class LayerMaker:
     plan: Plan
     reader: Reader
     state: State
-    advance: Advance
+    progress: ProgressCallback
     layer: int | None = None
     merged: MergedLayer | None = None
     routers: dict[str, torch.Tensor] = field(default_factory=dict)  # the layer's router in another form
@@ -105,19 +108,24 @@ class LayerMaker:
             "bytes": plan.layer_bytes(layer),
         }
         self.state.save_layer(layer, {"cosines": merged.cosines}, record)
-        self.advance(f"layer {layer}", plan.layer_bytes(layer))
+        self.progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer)))
         return merged
 
 
-def patch_grouped(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+def patch_grouped(plan: Plan, folder: Path, state: State, progress: ProgressCallback) -> dict[str, str]:
     """Write all shards; returns the weight map (tensor name to file name)."""
-    check_finite(plan, advance)
+    check_finite(plan, progress)
     with Reader(plan.checkpoint.identity.digests) as reader:
-        return write_packs(plan, folder, reader, LayerMaker(plan, reader, state, advance).items, state, advance)
+        return write_packs(plan, folder, reader, LayerMaker(plan, reader, state, progress).items, state, progress)
 
 
 def write_packs(
-    plan: Plan, folder: Path, reader: Reader, made: Callable[[int], list[Item]], state: State, advance: Advance
+    plan: Plan,
+    folder: Path,
+    reader: Reader,
+    made: Callable[[int], list[Item]],
+    state: State,
+    progress: ProgressCallback,
 ) -> dict[str, str]:
     """Write the shards of the result; those that a killed run left are kept."""
     packs = pack(items_of(plan, made, reader), plan.shard_size)
@@ -126,8 +134,9 @@ def write_packs(
         target = folder / name
         layers = sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))} & {*plan.shape.layers})
         if target.is_file() and all(state.layer_file(layer).is_file() for layer in layers):
+            logger.info("%s is there; continues after it", name)
             for layer in layers:
-                advance(f"layer {layer}", plan.layer_bytes(layer))
+                progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=True))
         else:
             write_shard(target, items, reader, METADATA, state.record_shard)
     return {tensor: name for name in names for tensor in read_header(folder / name)}

@@ -1,12 +1,11 @@
 """`patch_checkpoint`: a checkpoint in, a patched model folder out, two layers in memory at most."""
 
 import json
-import resource
+import logging
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,12 +16,14 @@ from ..checkpoint.bytes import copy_file
 from ..checkpoint.companions import carry, companions
 from ..checkpoint.folder import STATE, OutputFolder, list_files
 from ..checkpoint.identity import hash_weights
+from ..checkpoint.layout import left_out_line
 from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, found, write_text
 from ..models import remote_code
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import AroundBase, Grouped, Propagation, Recipe
 from ..report.card import card
 from ..report.report import Report
@@ -35,8 +36,12 @@ from .state import State
 from .threads import shared_out
 from .walk import METADATA, patch_walking
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes worked through, and the bytes of the whole run."""
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 MARGIN = 64 << 20
 
 
@@ -50,7 +55,7 @@ def patch_checkpoint(
     shard_size: str | int = "5GB",
     overwrite: bool = False,
     verify: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> Report:
     """Patch a checkpoint out of core.
 
@@ -64,6 +69,7 @@ def patch_checkpoint(
         shard_size: of the shards that are written anew; unchanged shards are copied as they are.
         overwrite: make the folder anew, whichever run it is of (never one that is not ours).
         verify: read all files of a folder that is complete, and make it anew where one has another hash.
+        progress: called after every layer, and after every stage of one that text is read for; ``done`` is bytes.
 
     Memory: one layer's experts and, for ``grouped``, up to one layer of merged ones.
 
@@ -77,13 +83,14 @@ def patch_checkpoint(
 
 
 def run_plan(
-    plan: Plan, out: Path, *, overwrite: bool = False, verify: bool = False, progress: Progress | None = None
+    plan: Plan, out: Path, *, overwrite: bool = False, verify: bool = False, progress: ProgressCallback = no_progress
 ) -> Report:
     """Carry out a checked plan. See `patch_checkpoint`."""
-    folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify)
+    folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
     _keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
     if not overwrite and folder.complete:
+        logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
         return Report.from_file(found(out, REPORT))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
@@ -91,19 +98,22 @@ def run_plan(
     with folder.claimed(overwrite):
         state = State(out / STATE, plan.checkpoint.identity)
         if state.is_damaged(plan.shape.layers):
+            logger.warning("%s: the state of an earlier run is damaged; the run begins anew", out)
             folder.begin_anew()
+        if line := left_out_line(plan.left_out):
+            logger.warning(line)
         earlier = set(state.shards())
         try:
-            advance = _counting(plan, progress)
+            progress = _counting(plan, progress)
             if plan.spends_budget:
-                plan = with_counts(plan, state, advance)
+                plan = with_counts(plan, state, progress)
             if plan.recipe.needs_text:
                 patch = patch_calibrated if isinstance(plan.recipe.merge, Grouped) else patch_kept
-                weight_map = patch(plan, out, state, advance)
+                weight_map = patch(plan, out, state, progress)
             else:
                 patch = patch_grouped if isinstance(plan.recipe.merge, Grouped) else patch_walking
                 with shared_out():
-                    weight_map = patch(plan, out, state, advance)
+                    weight_map = patch(plan, out, state, progress)
             plan.checkpoint.identity.settle()
         except (CheckpointError, FamilyError, RecipeError):
             folder.remove()
@@ -155,31 +165,30 @@ def _keep_apart(checkpoint: Checkpoint, out: Path) -> None:
         raise OutputError(f"--out {out} is the model's own folder, or inside it or around it; another folder is needed")
 
 
-def _counting(plan: Plan, progress: Progress | None) -> Callable[[str, int], None]:
+def _counting(plan: Plan, progress: ProgressCallback) -> ProgressCallback:
+    """A callback, for several threads, that adds how many bytes of the whole run are done."""
     # Looked at or merged once; where shards are carried over as they are, copied as well.
     total = plan.checkpoint.size * (1 if isinstance(plan.recipe.merge, Grouped) else 2)
     done, lock = 0, threading.Lock()
 
-    def advance(what: str, size: int) -> None:
+    def count(event: ProgressEvent) -> None:
         nonlocal done
         with lock:
-            done += size
-            if progress is not None:
-                progress(what, min(done, total), total)
+            done += event.amount
+            progress(replace(event, done=min(done, total), total=total))
 
-    return advance
+    return count
 
 
 def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], seconds: float) -> Report:
     files = {name: (out / name).stat().st_size for name in sorted(set(weight_map.values()))}
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     totals: dict[str, Any] = {
         "seconds": round(seconds, 3),
         "bytes_in": plan.checkpoint.size,
         "bytes_out": sum(files.values()),
         "files": len(files),
         "tensors": len(weight_map),
-        "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
+        "peak_resident_bytes": _peak_resident_bytes(),
     }
     if plan.left_out:
         totals["left_out"] = plan.left_out
@@ -197,6 +206,14 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "bytes": plan.checkpoint.size,
     }
     return Report(plan.run, source, plan.family.model_type, state.records(), totals)
+
+
+def _peak_resident_bytes() -> int | None:
+    """The most memory that this process has had so far; None where the system does not count it."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _stability(propagation: Propagation, layers: list[dict[str, Any]]) -> dict[str, float]:
@@ -237,6 +254,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "calibration_tokens": plan.recipe.calibration.tokens if plan.recipe.needs_text else None,
         "curvature_parameters": plan.curvature_parameters,
         "fit": effort_of(plan),
+        "device": plan.recipe.device,
     }
 
 

@@ -421,5 +421,5 @@ def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_fit, "CHECK_EVERY", 4)
     told: list[int] = []
     left = near(3, 0.5)
-    fit_layer(problem(noisy()), *left, 10, 0, told.append)
+    fit_layer(problem(noisy()), *left, 10, 0, lambda event: told.append(event.step))
     assert told == [4, 8, 10]

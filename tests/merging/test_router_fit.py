@@ -48,7 +48,9 @@ def test_errors(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(router_fit, "CHUNK_BYTES", chunk_bytes)
     told: list[int] = []
     few, wanted = INPUTS[:100], output(rows(1))[:100]
-    data = answers(few, wanted, EXPERTS, lambda number: expert_at(MODELS, number), silu, told.append)
+    data = answers(
+        few, wanted, EXPERTS, lambda number: expert_at(MODELS, number), silu, lambda e: told.append(e.amount)
+    )
     assert sum(told) == 100
     assert len(told) == {1: 100, 70 * 4 * EXPERTS * HIDDEN: 2}.get(chunk_bytes, 1)
     tokens, gate = torch.tensor([3, 99, 0, 3]), torch.randn(4, EXPERTS, generator=draws(0))
