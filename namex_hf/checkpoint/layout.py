@@ -11,7 +11,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..families import PROJECTIONS, Family, MoeShape
-from ..families.outline import Tensor, check_counts, check_tensors, outline_of
+from ..families.outline import TensorSpec, check_counts, check_tensors, outline_of
 from ..printable import printable
 from .header import TensorSpan
 from .source import Checkpoint
@@ -62,9 +62,9 @@ def left_out_line(names: Iterable[str]) -> str:
     return printable(f"left out, since the model's class does not have them: {', '.join(names[:NAMED])}{rest}")
 
 
-def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, Tensor]:
+def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, TensorSpec]:
     """What headers say."""
-    return {name: Tensor(span.shape, span.dtype) for name, span in spans.items()}
+    return {name: TensorSpec(span.shape, span.dtype) for name, span in spans.items()}
 
 
 def _expect_experts(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
