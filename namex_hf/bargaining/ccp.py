@@ -1,19 +1,17 @@
 """The convex-concave procedure for the bargaining equation (Navon et al. 2022), to set beside the exact solution.
 
 With beta_i(a) = (K a)_i, the equation K a = 1 / a asks for phi_i(a) = log a_i + log beta_i(a) = 0. Each phi_i is
-concave, so phi_i >= 0 is a convex constraint, and Navon et al. look for the point at which all of these are tight by
+concave, so phi_i >= 0 is a convex constraint. Navon et al. seek the point at which all constraints are tight by
 minimising
 
     sum_i beta_i(a) + phi(a)     subject to     phi_i(a) >= 0,  a > 0,        phi = sum_i phi_i.
 
-The first term is linear, and alone often enough: minimising it, phi left out, is the first iteration. phi is concave: a
-convex-concave procedure replaces it by its linearisation at the last point, and solves that convex problem, again and
-again. Every point satisfies the constraints, so the logarithms of the next linearisation exist, and the objective is
-bounded from below.
+The first iteration minimises the first term, which is linear, without phi; this often suffices. phi is concave: every
+later iteration replaces it by its linearisation at the last point, and solves that convex problem. Every point
+satisfies the constraints, so the logarithms of the next linearisation exist, and the objective is bounded from below.
 
-Nothing in `namex_hf` needs this: `nash_bargaining` solves the same equation, to rounding and in a fraction of the time.
-It is here because Nguyen et al., Expert Merging in Sparse MoE with Nash Bargaining, solve it so, with 2 iterations a
-layer.
+`nash_bargaining` solves the same equation to rounding, in a fraction of the time. The procedure is here for
+comparison: Nguyen et al., Expert Merging in Sparse MoE with Nash Bargaining, use it with 2 iterations a layer.
 """
 
 from __future__ import annotations
@@ -31,26 +29,26 @@ from .checks import checked_game
 from .existence import Players, Tolerance, agreement_exists
 from .nash import AGREEMENT, NO_AGREEMENT, NashSolution
 
-#: A point that moves by less than this, relative to itself, is where ECOS's own accuracy has ended the procedure.
+#: A relative change of the point below this is within ECOS's own accuracy: the procedure ends.
 STANDSTILL = 1e-7
 
 
 def ccp_bargaining(gram: Tensor, iterations: int = 2, precision: torch.dtype | None = None) -> NashSolution:
     """Approximate K a = 1 / a, a > 0, by the convex-concave procedure, with cvxpy and ECOS on the CPU, game by game.
 
-    The disagreement point is 0 and all powers are 1: the procedure was published for no other.
+    The disagreement point is 0 and all powers are 1: the procedure was published for this case only.
 
     Args:
-        gram: K, [..., N, N], as for `nash_bargaining`. Scaled to Frobenius norm 1 before it is solved, as the weight
+        gram: K, [..., N, N], as for `nash_bargaining`. It is scaled to Frobenius norm 1 first, because the balance
             between the two terms of the objective depends on its unit.
-        iterations: at most this many convex problems a game. Fewer once the point stands still.
-        precision: dtype that the players' vectors had, as for `nash_bargaining`.
+        iterations: greatest number of convex problems a game; fewer are solved once the point has converged.
+        precision: dtype of the players' vectors, as for `nash_bargaining`.
 
     Returns:
-        A `NashSolution`. `residual` is measured as for `nash_bargaining`, max_i |a_i (K a)_i - 1|, but decides nothing:
-        the weights are what the iterations bought, 0 without agreement. `status` is decided as there, by the players
-        alone; it is 'no_agreement' also where ECOS finds no point at all. If it fails later, the last point is kept.
-        `iterations` are those taken.
+        A `NashSolution`. `residual` is computed as by `nash_bargaining`, max_i |a_i (K a)_i - 1|, but decides nothing:
+        weights of any accuracy are returned, 0 without agreement. `status` is decided as there, by the players alone.
+        It is also 'no_agreement' where ECOS finds no point at all. If ECOS fails later, the last point is returned.
+        `iterations` counts the convex problems that were tried.
 
     Raises:
         MissingExtraError: cvxpy or ECOS is not installed.
@@ -61,11 +59,11 @@ def ccp_bargaining(gram: Tensor, iterations: int = 2, precision: torch.dtype | N
     game = checked_game(gram, None, None)
     cvxpy = _solver()
     tolerance = Tolerance.of(precision or gram.dtype, gram.dtype)
-    anyone = game.present.any(-1)
-    agreed = anyone.clone()
-    if bool(anyone.any()):
-        agreed[anyone] = agreement_exists(
-            Players.of(game.matrix, game.linear, game.power, game.present), anyone, tolerance
+    has_players = game.present.any(-1)
+    agreed = has_players.clone()
+    if bool(has_players.any()):
+        agreed[has_players] = agreement_exists(
+            Players.of(game.matrix, game.linear, game.power, game.present), has_players, tolerance
         )
     weights = torch.zeros_like(game.unscale)
     residual = torch.ones_like(weights[:, 0])
@@ -77,10 +75,10 @@ def ccp_bargaining(gram: Tensor, iterations: int = 2, precision: torch.dtype | N
         point, taken[index] = _procedure(cvxpy, (cosines / unscale / unscale[:, None]).cpu().numpy(), iterations)
         if point is None:
             continue
-        found = torch.from_numpy(point).to(weights)
-        unit = found / unscale
-        residual[index] = (unit * (cosines @ unit) - 1).abs().max()
-        weights[index, players] = found
+        solution = torch.from_numpy(point).to(weights)
+        scaled = solution / unscale
+        residual[index] = (scaled * (cosines @ scaled) - 1).abs().max()
+        weights[index, players] = solution
         statuses[index] = AGREEMENT
     batch, count = gram.shape[:-2], gram.shape[-1]
     return NashSolution(
@@ -100,7 +98,7 @@ def _solver() -> ModuleType:
 
 
 def _procedure(cvxpy: ModuleType, gram: np.ndarray, iterations: int) -> tuple[np.ndarray | None, int]:
-    """The last point, None where there is none, and the number of convex problems solved or tried."""
+    """The last point, or None, and the number of convex problems that were tried."""
     norm = np.linalg.norm(gram)
     matrix = gram / norm
     weights = cvxpy.Variable(len(matrix), pos=True)
@@ -113,22 +111,22 @@ def _procedure(cvxpy: ModuleType, gram: np.ndarray, iterations: int) -> tuple[np
     taken = 0
     while taken < iterations:
         taken += 1
-        # Gradient of phi; what is constant in the linearisation does not move the minimum.
+        # Gradient of phi. The constant of the linearisation does not change the minimiser.
         slope.value = np.zeros(len(matrix)) if point is None else 1 / point + matrix @ (1 / (matrix @ point))
-        following = _minimum(cvxpy, problem, weights)
-        if following is None or not ((following > 0).all() and (matrix @ following > 0).all()):
+        candidate = _minimum(cvxpy, problem, weights)
+        if candidate is None or not ((candidate > 0).all() and (matrix @ candidate > 0).all()):
             break
-        still = point is not None and bool(np.abs(following / point - 1).max() < STANDSTILL)
-        point = following
-        if still:
+        converged = point is not None and bool(np.abs(candidate / point - 1).max() < STANDSTILL)
+        point = candidate
+        if converged:
             break
     return (None if point is None else point / np.sqrt(norm)), taken
 
 
 def _minimum(cvxpy: ModuleType, problem: object, variable: object) -> np.ndarray | None:
-    """None where ECOS fails; a point of reduced accuracy is taken, since the residual says how good it is."""
+    """The minimiser, or None where ECOS fails. Reduced accuracy is accepted: the residual shows how good it is."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # cvxpy's, of reduced accuracy
+        warnings.simplefilter("ignore")  # cvxpy warns of reduced accuracy
         try:
             problem.solve(solver=cvxpy.ECOS)  # type: ignore[attr-defined]
         except cvxpy.SolverError:

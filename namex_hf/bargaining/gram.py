@@ -1,7 +1,8 @@
 """Gram matrices of domain vectors, streamed: a layer is never copied in float32.
 
-A domain vector is what an expert adds to the base expert, tau_i = E_i - E_m (Nguyen et al., Expert Merging in Sparse
-MoE with Nash Bargaining, section 3). The game between the experts is played on K_ij = tau_i . tau_j alone.
+A domain vector is the difference between an expert and the base expert, tau_i = E_i - E_m (Nguyen et al., Expert
+Merging in Sparse MoE with Nash Bargaining, section 3). The game between the experts depends on K_ij = tau_i . tau_j
+alone.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-#: 4 MiB of float32 a chunk: measured best for 60 experts of 2.9 million bf16 entries. Anything from 1 to 16 MiB stays
-#: in a shared cache and is within a few per cent; 64 MiB is a fifth slower, since each chunk goes through memory.
+#: 4 MiB of float32 a chunk: the fastest for 60 experts of 2.9 million bf16 entries. 1 to 16 MiB fit a shared cache and
+#: are within a few per cent. 64 MiB is a fifth slower, since each chunk goes through memory.
 CHUNK_BYTES = 4 * 2**20
 
 
@@ -28,16 +29,16 @@ def domain_gram(
         experts: [N, D...], or a sequence of N tensors [D...] (memory-mapped tensors need not be stacked). Any floating
             dtype; read chunk by chunk, never converted as a whole.
         base: [D...], the base expert E_m. It is not rounded to the experts' dtype: pass it in float32 if it is a mean.
-        chunk_bytes: size of the one working buffer, in bytes.
-        device: where the chunks are multiplied; by default where the experts are.
+        chunk_bytes: size of the working buffer, in bytes.
+        device: device that multiplies the chunks; by default that of the experts.
 
     Returns:
         float64 [N, N] on `device`, exactly symmetric. Differences and products are taken in float32 (float64 if the
-        experts or the base are float64), and the chunks' Gram matrices are summed in float64. Grams add: that of whole
-        experts is the sum over their matrices. Repeating the call repeats the bits (same device, threads, chunk size).
+        experts or the base are float64), and the chunks' Gram matrices are summed in float64. The Gram matrix of whole
+        experts is the sum over their matrices. The same device, threads and chunk size give the same bits.
 
-    Memory held: one buffer of `chunk_bytes`, a chunk of the base, and three [N, N] matrices. Only where the dimensions
-    D... of an expert are not one contiguous run is a flat copy made, in the expert's own dtype.
+    Memory: one buffer of `chunk_bytes`, a chunk of the base, and three [N, N] matrices. An expert whose dimensions
+    D... are not contiguous is copied, flat, in its own dtype.
 
     Raises:
         ValueError: no experts, shapes of experts and base that differ, a dtype that is not floating, chunk_bytes < 1.
@@ -56,7 +57,7 @@ def cosine(gram: Tensor) -> Tensor:
     """Cosines [..., N, N], within [-1, 1], between the vectors of a Gram matrix [..., N, N]; zero rows give zeros."""
     lengths = gram.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     inverse = torch.where(lengths > 0, 1 / lengths, 0)
-    # One factor at a time: the product of two lengths may overflow where the cosine does not.
+    # One factor at a time: the product of two lengths can overflow although the cosine does not.
     scaled = (inverse[..., :, None] * gram * inverse[..., None, :]).clamp(-1, 1)
     return scaled + torch.diag_embed((lengths > 0).to(scaled) - scaled.diagonal(dim1=-2, dim2=-1))
 
@@ -81,17 +82,17 @@ def _stream(
     experts: Tensor | Sequence[Tensor], base: Tensor | None, chunk_bytes: int, device: torch.device | str | None
 ) -> Tensor:
     _check(experts, base, chunk_bytes)
-    where = torch.device(device) if device is not None else experts[0].device
+    target = torch.device(device) if device is not None else experts[0].device
     double = any(t.dtype == torch.float64 for t in (*experts, *(() if base is None else (base,))))
     dtype = torch.float64 if double else torch.float32
     stacked = experts.detach().flatten(1) if isinstance(experts, Tensor) else None
     flat = [] if stacked is not None else [expert.detach().flatten() for expert in experts]
-    middle = None if base is None else base.detach().flatten()
+    flat_base = None if base is None else base.detach().flatten()
 
     count, width = len(experts), experts[0].numel()
     columns = max(1, min(width, chunk_bytes // (count * dtype.itemsize)))
-    buffer = torch.empty(count, columns, dtype=dtype, device=where)
-    total = _UpperGram(count, dtype, where)
+    buffer = torch.empty(count, columns, dtype=dtype, device=target)
+    total = _UpperGram(count, dtype, target)
     for start in range(0, width, columns):
         stop = min(start + columns, width)
         chunk = buffer[:, : stop - start]
@@ -100,14 +101,14 @@ def _stream(
         else:
             for row, vector in zip(chunk, flat, strict=True):
                 row.copy_(vector[start:stop])
-        if middle is not None:
-            chunk.sub_(middle[start:stop].to(where, dtype))
+        if flat_base is not None:
+            chunk.sub_(flat_base[start:stop].to(target, dtype))
         total.add(chunk)
     return total.symmetric()
 
 
 class _UpperGram:
-    """Sum in float64 of the chunks' Gram matrices, of which the lower left block is not computed: 3/4 of the work."""
+    """Sum in float64 of the chunks' Gram matrices, without the lower left block, which saves 1/4 of the work."""
 
     def __init__(self, count: int, dtype: torch.dtype, device: torch.device) -> None:
         self.half = min(count, -(-count // 32) * 16)

@@ -17,23 +17,23 @@ import torch
 from torch import Tensor
 
 MAX_STEPS = 100
-#: A full step this short, relative to b, was the last: convergence is quadratic, so its successor would be 1e-16.
+#: A full step this short, relative to b, is the last: convergence is quadratic, so the next would be of 1e-16.
 LAST_STEP = 1e-8
-#: Full steps granted before rounding is taken to have stopped the convergence: from a step of 1/4 it needs five.
+#: Most full steps of a problem: from a step of 1/4 five suffice, so after more of them rounding limits the accuracy.
 FULL_STEPS = 8
 
 
 @dataclass(frozen=True)
 class Iterate:
-    """Where Newton's method stopped: the point [B, N], the steps taken [B], the problems it was told to leave [B]."""
+    """Where Newton's method ended: the point [B, N], the number of steps [B], the problems that `stop` ended [B]."""
 
     point: Tensor
     steps: Tensor
-    left: Tensor
+    stopped: Tensor
 
 
 def minimise(
-    matrix: Tensor, linear: Tensor, power: Tensor, leave: Callable[[Tensor, Tensor], Tensor] | None = None
+    matrix: Tensor, linear: Tensor, power: Tensor, stop: Callable[[Tensor, Tensor], Tensor] | None = None
 ) -> Iterate:
     """Minimise b . C b / 2 - d . b - sum p log b over b > 0, each problem of the batch on its own.
 
@@ -41,40 +41,38 @@ def minimise(
         matrix: C, [B, N, N], unit diagonal.
         linear: d, [B, N].
         power: p > 0, [B, N].
-        leave: called with b and C b (both [B, N]); says [B] which problems are not worth a further step, because they
-            are seen to have no minimum.
+        stop: called with b and C b (both [B, N]); returns bool [B], the problems to end because they have no minimum.
 
     A step is t times the Newton direction. With r = direction / b and w = max(0, max(-r)), -log(1 + t r) + t r is at
     most t^2 r^2 / (2 (1 - t w)), so f falls by at least g^2 t - g^2 t^2 / (2 (1 - t w)), g the Newton decrement. Hence
     t = 1 is safe for w <= 1/4, t = 1 / (1 + w) always: f falls by g^2 / (2 (1 + w)) whatever the powers are, b stays
-    positive, and no line search is needed. The start is the minimum along the ray through sqrt(p), which is in closed
-    form and exact for players that are all alike; minimising along the ray again after every step was tried, and took a
-    tenth more steps.
+    positive, and no line search is needed. The start is the minimum along the ray through sqrt(p). It has a closed form
+    and is exact for players that are all alike. Minimising along the ray after every step costs a tenth more steps.
     """
     point = _on_ray(power.sqrt(), _apply(matrix, power.sqrt()), linear, power)
     steps = torch.zeros(len(point), dtype=torch.int64, device=point.device)
     full = torch.zeros_like(steps)
     running = torch.ones_like(steps, dtype=torch.bool)
-    left = torch.zeros_like(running)
+    stopped = torch.zeros_like(running)
     for _ in range(MAX_STEPS):
         image = _apply(matrix, point)
-        if leave is not None:
-            left = left | (running & leave(point, image))
-            running = running & ~left
+        if stop is not None:
+            stopped = stopped | (running & stop(point, image))
+            running = running & ~stopped
         if not bool(running.any()):
             break
         relative = _direction(matrix, point, image, linear, power)
         shrink = (-relative).amax(-1).clamp(min=0)
-        whole = shrink <= 0.25
-        length = torch.where(whole, 1.0, 1 / (1 + shrink))
-        moved = point * (1 + length[:, None] * relative)
+        is_full = shrink <= 0.25
+        length = torch.where(is_full, 1.0, 1 / (1 + shrink))
+        stepped = point * (1 + length[:, None] * relative)
         longest = relative.abs().amax(-1)
-        near = longest <= 0.25
-        point = torch.where(running[:, None], moved, point)
+        is_near = longest <= 0.25
+        point = torch.where(running[:, None], stepped, point)
         steps = steps + running
-        full = full + (running & near)
+        full = full + (running & is_near)
         running = running & (longest > LAST_STEP) & (full < FULL_STEPS)
-    return Iterate(point, steps, left)
+    return Iterate(point, steps, stopped)
 
 
 def _apply(matrix: Tensor, vector: Tensor) -> Tensor:
@@ -88,7 +86,7 @@ def _on_ray(point: Tensor, image: Tensor, linear: Tensor, power: Tensor) -> Tens
     square = torch.maximum((point * image).sum(-1), floor)
     slope = (linear * point).sum(-1)
     root = (slope * slope + 4 * power.sum(-1) * square).sqrt()
-    # Of the two forms of the root, the one that does not subtract nearly equal numbers.
+    # Use the form of the root that does not subtract nearly equal numbers.
     factor = torch.where(slope > 0, (slope + root) / (2 * square), 2 * power.sum(-1) / (root - slope))
     return point * factor[:, None]
 
@@ -110,7 +108,7 @@ def _direction(matrix: Tensor, point: Tensor, image: Tensor, linear: Tensor, pow
 
 
 def _shifted_factor(hessian: Tensor) -> Tensor:
-    """Cholesky factor after lifting the eigenvalues that rounding of C has made negative; the gradient stays exact."""
+    """Cholesky factor after raising the eigenvalues that are negative by rounding of C; the gradient stays exact."""
     unit = hessian.diagonal(dim1=-2, dim2=-1).sqrt()
     scaled = hessian / unit[:, :, None] / unit[:, None, :]
     lowest = torch.linalg.eigvalsh(scaled)[:, 0]

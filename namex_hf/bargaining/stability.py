@@ -1,6 +1,6 @@
-"""Does the propagation of the base expert converge? The matrix R of Nguyen et al., eq. 19, by its eigenvalues.
+"""Whether the propagation of the base expert converges: the eigenvalues of the matrix R of Nguyen et al., eq. 19.
 
-With momentum the base expert E_m moves from layer to layer as in Nguyen et al., eq. 11 (complex momentum after Lorraine
+With momentum the base expert E_m changes from layer to layer by Nguyen et al., eq. 11 (complex momentum after Lorraine
 et al. 2022):
 
     mu <- beta mu + sum_i w_i (E_i - E_m),      E_m <- E_m + Re(gamma mu).
@@ -8,11 +8,11 @@ et al. 2022):
 Were all layers alike, this would be one linear map of (Re mu, Im mu, E_m), applied entry by entry, plus a constant. Its
 spectral radius rho is the factor by which the distance to the fixed point shrinks in a layer, in the long run: below 1
 the propagation converges (Nguyen et al., Theorem C.3), above 1 it grows. A network has a finite number of layers L, so
-rho^L is what to read. The weights of real layers differ: with weights that sum to 1 R is the same in all of them, else
-it is a guide.
+its factor is rho^L. The weights of real layers differ. If they sum to 1, R is the same in all layers; else rho is a
+guide.
 
-The paper bounds rho by way of a determinant (eq. 33) in which the entry (3, 2) of R, -gamma Im(beta), lost its gamma.
-Here nothing is bounded: a matrix of 3 x 3 has its eigenvalues.
+The paper bounds rho by a determinant (eq. 33), in which the entry (3, 2) of R, -gamma Im(beta), lacks its gamma. Here
+the eigenvalues of the 3 x 3 matrix are computed instead.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def propagation_matrix(beta: complex, gamma: float, total_weight: float = 1.0) -
     """The 3 x 3 block of R (Nguyen et al., eq. 19), float64, in the coordinates (Re mu, Im mu, E_m).
 
     Args:
-        beta: the momentum coefficient; 0 without momentum. That of a quaternion b0 + b1 i + b2 j + b3 k is
+        beta: the momentum coefficient; 0 without momentum. For a quaternion b0 + b1 i + b2 j + b3 k it is
             b0 + i |(b1, b2, b3)|.
         gamma: the step.
         total_weight: sum of the weights w_i (the paper's bold alpha): 1 on the simplex.

@@ -1,4 +1,4 @@
-"""Tensor bytes from files to memory and from files to files."""
+"""Reading tensor bytes into memory, and copying them between files."""
 
 import errno
 import os
@@ -22,16 +22,16 @@ NO_KERNEL_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, err
 
 
 class Reader(AbstractContextManager["Reader"]):
-    """Reads tensor spans; keeps the files it has met open. Holds no tensor bytes of its own.
+    """Reads tensor spans, and keeps their files open. It stores no tensor bytes.
 
     Args:
-        digests: gets the hashes of what is read.
+        digests: receives the hashes of the bytes that are read.
     """
 
     def __init__(self, digests: Digests | None = None) -> None:
         self._digests = digests
         self._files: dict[Path, BinaryIO] = {}
-        self._opening = Lock()  # a writer's thread copies while another reads
+        self._opening = Lock()  # the thread of a writer copies while another thread reads
         self._ahead = ThreadPoolExecutor(1)
 
     def __exit__(self, *_: object) -> None:
@@ -64,9 +64,9 @@ class Reader(AbstractContextManager["Reader"]):
         return target
 
     def expect(self, spans: Iterable[TensorSpan]) -> None:
-        """Tell the kernel what will be read next, so that the disk works while the processor does."""
+        """Let the kernel read these spans ahead, so that disk and processor work at the same time."""
         if hasattr(os, "posix_fadvise"):
-            self._ahead.submit(self._advise, list(spans))  # the call waits where the disk's queue is full
+            self._ahead.submit(self._advise, list(spans))  # the system call blocks while the disk's queue is full
 
     def _advise(self, spans: list[TensorSpan]) -> None:
         for span in spans:
@@ -75,7 +75,7 @@ class Reader(AbstractContextManager["Reader"]):
     def copy(self, span: TensorSpan, target: BinaryIO) -> str:
         """Append a span's bytes to an unbuffered file; returns their hash.
 
-        They stay inside the kernel where it can copy, and their hash is known.
+        If their hash is known, the kernel copies them, where it can.
         """
         source, known = self._file(span.file).fileno(), self._digests.of(span) if self._digests else None
         if known is None:
@@ -123,26 +123,26 @@ def copy_range(source: int, begin: int, size: int, target: int, name: str) -> No
 
 
 Record = Callable[[Path, dict[str, Any]], None]
-"""Takes down what a file is to be, before it appears under its name."""
+"""Records the size and the origin or hash of a file before the file gets its name."""
 
 
-def copy_file(source: Path, target: Path, settling: Executor, record: Record) -> Future[None]:
-    """Copy a file through the kernel; it appears under its name when it is whole and on disk.
+def copy_file(source: Path, target: Path, fsync_pool: Executor, record: Record) -> Future[None]:
+    """Copy a file through the kernel; the copy gets its name once it is whole and on disk.
 
     Args:
-        settling: waits for the disk while the caller copies the next file.
+        fsync_pool: waits for the disk while the caller copies the next file.
 
     Returns:
-        Done when the file has its name.
+        Done when the copy has its name.
     """
     part = target.with_name(target.name + ".part")
     with source.open("rb", buffering=0) as file, part.open("wb", buffering=0) as copy:
         size = source.stat().st_size
         copy_range(file.fileno(), 0, size, copy.fileno(), source.name)
-    return settling.submit(_settle, part, target, record, {"bytes": size, "copy_of": source.name})
+    return fsync_pool.submit(_sync_and_rename, part, target, record, {"bytes": size, "copy_of": source.name})
 
 
-def _settle(part: Path, target: Path, record: Record, values: dict[str, Any]) -> None:
+def _sync_and_rename(part: Path, target: Path, record: Record, values: dict[str, Any]) -> None:
     with part.open("rb+") as file:
         os.fsync(file.fileno())
     record(target, values)

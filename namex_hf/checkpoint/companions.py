@@ -1,4 +1,4 @@
-"""The small files of a model folder that go along with its weights: tokenizer, generation defaults, licence."""
+"""Companions: the small files of a model folder beside its weights, such as tokenizer, generation defaults, licence."""
 
 import json
 import re
@@ -33,7 +33,7 @@ LARGEST = 64 << 20
 
 
 def is_companion(name: str) -> bool:
-    """Whether a file of this name below the model's folder is carried over; whatever its case, never code."""
+    """Whether a file of this name below the model's folder is a companion, in any case of letters. Code is not."""
     return NAMES.fullmatch(name.lower()) is not None or is_licence(name)
 
 
@@ -42,19 +42,19 @@ def is_licence(name: str) -> bool:
 
 
 def companions(folder: Path) -> list[Path]:
-    """Files to carry over.
+    """The companions in a folder that are not too large.
 
     Raises:
-        CheckpointError: one of them is a link that leaves the folder, or is no file.
+        CheckpointError: a companion is a link that leaves the folder, or is not a regular file.
     """
-    found = [
+    paths = [
         path
         for path in sorted([*folder.iterdir(), *_templates(folder)])
         if is_companion(path.relative_to(folder).as_posix()) and (path.is_symlink() or not path.is_dir())
     ]
-    for path in found:
+    for path in paths:
         check_inside(path, folder)
-    return [path for path in found if path.stat().st_size <= LARGEST]
+    return [path for path in paths if path.stat().st_size <= LARGEST]
 
 
 def _templates(folder: Path) -> Iterator[Path]:
@@ -65,18 +65,18 @@ def _templates(folder: Path) -> Iterator[Path]:
 
 def check_inside(path: Path, folder: Path) -> None:
     """Raises:
-    CheckpointError: as `is_inside` is false.
+    CheckpointError: `is_inside` is false.
     """
     if not is_inside(path, folder):
-        what = "a link that leaves the folder" if _leaves(path, folder) else "no regular file"
-        raise CheckpointError(f"{path} is {what}; needed: the file itself")
+        kind = "a link that leaves the folder" if _leaves(path, folder) else "no regular file"
+        raise CheckpointError(f"{path} is {kind}; needed: the file itself")
 
 
 def is_inside(path: Path, folder: Path) -> bool:
-    """Whether a file of a model folder is a regular file of this folder, or one of the Hub cache that holds the model.
+    """Whether `path` is a regular file in this folder, or in the Hub cache of the same model.
 
-    The files of a Hub cache are links from ``snapshots/COMMIT/`` to the ``blobs/`` of the repository. A folder that a
-    user made of such links is taken as well: its configuration or its weights say which repository.
+    The files of a Hub cache are links from ``snapshots/COMMIT/`` to the ``blobs/`` of the repository. A user's folder
+    of such links is accepted too: its configuration or its weights identify the repository.
     """
     return path.is_file() and not _leaves(path, folder)
 
@@ -90,7 +90,7 @@ def _leaves(path: Path, folder: Path) -> bool:
 
 
 def _blobs(folder: Path) -> Iterator[Path]:
-    """The ``blobs/`` of the Hub cache in which the model lies; nothing for a plain folder."""
+    """The ``blobs/`` folder of the Hub cache that holds the model; nothing for a plain folder."""
     for name in (CONFIG, SINGLE, INDEX):
         blobs = (folder / name).resolve().parent
         if blobs.name == "blobs" and (blobs.parent / "snapshots").is_dir():
@@ -103,7 +103,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def _json_object(data: bytes) -> dict[str, Any]:
-    """Empty for what is none: a broken file of small use is carried as it is, not a reason to refuse the weights."""
+    """The parsed object; empty if `data` is not one: a broken small file is copied as it is, and stops no run."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
@@ -112,10 +112,10 @@ def _json_object(data: bytes) -> dict[str, Any]:
 
 
 def carry(folder: Path, out: Path) -> None:
-    """Copy the companions; a tokenizer configuration that points to code of others loses the pointer.
+    """Copy the companions to `out`, without the ``auto_map`` of a tokenizer configuration, which refers to code.
 
     Raises:
-        CheckpointError: as of `companions`.
+        CheckpointError: as `companions`.
     """
     for path in companions(folder):
         place, data = out / path.relative_to(folder), path.read_bytes()

@@ -1,8 +1,8 @@
-"""The output folder of a run: claimed, locked, resumable, and no model until it is whole.
+"""The output folder of a run: locked and resumable, and not a model until it is complete.
 
-While a run is under way the folder holds ``.namex/`` and no ``config.json``, so nothing can load it.
-``.namex/run.json`` says which run it is; the same run finishes it, any other is refused. A finished folder is complete
-where every file that its report lists is there with its size; else the same run makes it anew.
+During a run the folder holds ``.namex/`` and no ``config.json``, so no program can load it. ``.namex/run.json``
+identifies the run; the same run continues it, any other run is refused. A finished folder is complete if every file in
+its report exists with the listed size; else the same run repeats it.
 """
 
 import errno
@@ -31,21 +31,21 @@ from ..files import (
     read_json,
     write_text,
 )
-from .identity import Difference, Identity, differing, hash_weights, read_digests
+from .identity import Identity, RunDifference, differing, hash_weights, read_digests
 
 STATE, RUN, LOCK = ".namex", "run.json", "lock"
 DEVICE = "device"
 """Field of a run's file that its results do not have."""
 ANEW = "anew"
-"""In the state of a run that was begun by ``--overwrite``: the same command goes on, and does not begin once more."""
+"""Marks a run that ``--overwrite`` began: the same command continues it, and does not begin again."""
 DAMAGED = {"damaged": True}
-"""The run of a folder of ours that does not say which."""
+"""Stands for the run of a folder of this package whose record cannot be read."""
 FOLDERS = (OURS, "additional_chat_templates")
-"""Folders whose files belong to a result, beside those at its top."""
+"""Subfolders whose files belong to a result."""
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """The run a folder belongs to, unfinished or complete; nothing for a folder that is not ours."""
+    """The run that wrote a folder, unfinished or complete; None for a folder that this package did not write."""
     path = folder / STATE / RUN
     run = _read_object(path)
     if run is not None:
@@ -64,11 +64,11 @@ def _read_object(path: Path) -> dict[str, Any] | None:
 
 
 def list_files(folder: Path, config: str, known: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Size and hash of every file of a result but its report and what is rewritten later: the card and the pictures.
+    """Size and hash of every file of a result, except its report, its card and its page, which are rewritten later.
 
     Args:
         config: text of its ``config.json``, which is written last.
-        known: of the files whose hashes are known.
+        known: records of the files whose hashes are known.
     """
     data = config.encode()
     files = {CONFIG: {"bytes": len(data), HASH: hash_bytes(data)}}
@@ -85,11 +85,11 @@ def _hash(path: Path) -> str:
 
 
 def fault(folder: Path, verify: bool = False, only: Iterable[str] | None = None) -> str | None:
-    """The first file of a finished folder that is not as its report lists it, and what is wrong; None where all are.
+    """The first difference between a finished folder and the files in its report, in words; None without difference.
 
     Args:
         verify: read every file and compare its hash too.
-        only: compare sizes of files with these endings alone; the others need only be there.
+        only: compare sizes of files with these endings only; the others must only exist.
     """
     files = (_read_object(found(folder, REPORT)) or {}).get("files")
     for name, listed in (files if isinstance(files, dict) else {}).items():
@@ -114,31 +114,31 @@ def _other_bytes(path: Path, listed: Mapping[str, Any]) -> str | None:
 
 
 def check_whole(folder: Path, verify: bool = False) -> None:
-    """Refuse a finished folder that lacks a file, or whose weights were cut. Text files may have been edited.
+    """Refuse a finished folder that lacks a file, or whose weights have another size. Text files may be edited.
 
     Args:
-        verify: read all files, and refuse any whose hash is another.
+        verify: read all files, and refuse a file with another hash.
 
     Raises:
-        CheckpointError: naming the file.
+        CheckpointError: a file is missing or differs.
     """
     if reason := fault(folder, verify, (".safetensors",)):
         raise CheckpointError(f"{folder}: {reason}; the command that made the folder makes it whole again")
 
 
 class OutputFolder:
-    """A folder claimed for one run. Nothing is written outside it.
+    """The folder of one run. Nothing is written outside it.
 
     Args:
-        run: what makes the run this run (recipe, source, options), plain.
-        identity: of the source, whose files are under ``files`` in `run`.
+        run: identity of the run (recipe, source, options), as plain values.
+        identity: identity of the source, whose files are under ``files`` in `run`.
         verify: compare the hashes of a finished folder's files too.
-        device: the kind that the run computes on: an unfinished run goes on on the same, for its bytes' sake. It is no
-            part of the run, as results do not say it.
-        resumes: patterns of what a finished folder that lost a file goes on from; all else is made anew.
+        device: the kind of device that the run computes on. An unfinished run continues on the same kind alone. It is
+            no part of the run, as results do not state it.
+        resumes: patterns of the files that a finished but incomplete folder keeps; all others are written again.
 
     Raises:
-        OutputError: a name that no folder can have, or a circle of links.
+        OutputError: the name is not possible for a folder, or is a circle of links.
     """
 
     def __init__(
@@ -154,20 +154,20 @@ class OutputFolder:
         self.path, self.run, self.state = path, json.loads(json.dumps(run)), path / STATE
         self._identity, self._verify, self._resumes, self._device = identity, verify, resumes, device
 
-    def _difference(self, found: dict[str, Any]) -> Difference:
-        """Between a run on record and this one; files of the source are read where their times differ."""
+    def _difference(self, recorded: dict[str, Any]) -> RunDifference:
+        """The difference between a recorded run and this run; reads files of the source whose times differ."""
         if DEVICE not in self.run:
-            found = {name: value for name, value in found.items() if name != DEVICE}
-        return differing(found, self.run, self._identity, read_digests(self.state))
+            recorded = {name: value for name, value in recorded.items() if name != DEVICE}
+        return differing(recorded, self.run, self._identity, read_digests(self.state))
 
     @cached_property
     def fault(self) -> str | None:
-        """What is wrong with a finished folder of this run; None where it is complete."""
+        """The first difference of a finished folder from its report, in words; None if it is complete."""
         return fault(self.path, self._verify)
 
     @property
     def finished(self) -> bool:
-        """Whether the folder is a finished one of this run, complete or not."""
+        """Whether this run has finished the folder, complete or not."""
         if not (self.path / CONFIG).is_file() or (previous := read_run(self.path)) is None:
             return False
         difference = self._difference(previous)
@@ -178,16 +178,16 @@ class OutputFolder:
         return self.finished and self.fault is None
 
     def check(self, overwrite: bool) -> None:
-        """Refuse, without touching anything, a folder that holds something else.
+        """Refuse a folder that this run must not write, without a change to it.
 
         Raises:
-            OutputError: a file, a foreign folder, or another run's (unless ``overwrite``, which is for ours alone).
+            OutputError: the path is a file, a foreign folder, or (without ``overwrite``) the folder of another run.
         """
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise OutputError(f"{self.path} is a file; --out needs a folder that is new, empty, or of the same run")
-        if self._hardly_claimed():
+        if self._is_unused():
             return
         previous = read_run(self.path)
         if previous is None:
@@ -222,19 +222,19 @@ class OutputFolder:
         """Raises:
         OutputError: fewer bytes are free than the run still has to write.
         """
-        place = self.path
-        while not place.exists():
-            place = place.parent
-        free = shutil.disk_usage(place).free
+        existing = self.path
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
         if free < needed:
-            raise OutputError(f"{place} has {free / 1e9:.2f} GB free; the run needs {needed / 1e9:.2f} GB")
+            raise OutputError(f"{existing} has {free / 1e9:.2f} GB free; the run needs {needed / 1e9:.2f} GB")
 
     @contextmanager
     def claimed(self, overwrite: bool) -> Iterator[None]:
-        """Hold the folder for this run alone; the lock goes with the process, however it ends.
+        """Lock the folder for this run. The system releases the lock when the process ends.
 
         Raises:
-            OutputError: another process holds it.
+            OutputError: another process holds the lock, or the disk is full.
         """
         self.state.mkdir(parents=True, exist_ok=True)
         try:
@@ -252,50 +252,50 @@ class OutputFolder:
             (self.state / ANEW).unlink(missing_ok=True)
 
     def _prepare(self, overwrite: bool) -> None:
-        """Drop what this run cannot go on from, and say which run it is."""
-        self.check(overwrite)  # once more: nobody else can change the folder now
+        """Delete the files that this run cannot continue from, and record the run."""
+        self.check(overwrite)  # again: under the lock no other run can change the folder
         previous = read_run(self.path)
         if previous is not None:
             difference = self._difference(previous)
             same = not difference and difference.proven and not self._other_device(previous)
-            lost = (self.path / CONFIG).exists() or not (self.state / RUN).exists()  # it was finished
-            if overwrite and not (same and (self.state / ANEW).exists() and not lost):
+            was_finished = (self.path / CONFIG).exists() or not (self.state / RUN).exists()
+            if overwrite and not (same and (self.state / ANEW).exists() and not was_finished):
                 self._empty()
                 (self.state / ANEW).touch()
             elif not same:
                 self._empty()
-            elif lost:
+            elif was_finished:
                 self._empty(self._resumes)
             elif self._identity is not None:
-                self._identity.take(read_digests(self.state) or {})
+                self._identity.add_digests(read_digests(self.state) or {})
         if not (self.state / RUN).is_file():
             self._say_which()
 
     def begin_anew(self) -> None:
-        """Drop all that an unfinished run has written, as its state is damaged."""
+        """Delete all files of an unfinished run, because its state is damaged."""
         self._empty()
         self._say_which()
 
     def finish(self, config: str) -> None:
-        """Make the folder a model: the configuration last, then the state goes."""
+        """Make the folder a model: write the configuration last, and delete the state."""
         write_text(self.path / CONFIG, config)
         shutil.rmtree(self.state)
 
     def remove(self) -> None:
-        """Take back what a run with bad input has written."""
+        """Delete the folder after bad input."""
         shutil.rmtree(self.path, ignore_errors=True)
 
-    def _hardly_claimed(self) -> bool:
-        """Whether there is nothing, or what a run leaves that was killed before it could say which run it is."""
-        start = {self.state, self.state / LOCK, self.state / (RUN + ".part"), self.state / ANEW}
-        return set(self.path.rglob("*")) <= start
+    def _is_unused(self) -> bool:
+        """Whether the folder is empty, or a run was killed in it before it recorded itself."""
+        first_files = {self.state, self.state / LOCK, self.state / (RUN + ".part"), self.state / ANEW}
+        return set(self.path.rglob("*")) <= first_files
 
     def _empty(self, but: Iterable[str] = ()) -> None:
-        # Marked first as ours and as nobody's run: killed half-way, what is left over can pass for neither run's work.
+        # First a record that matches no run: after a kill, neither run takes the remaining files for its own.
         write_text(self.state / RUN, json.dumps({"overwritten": True}))
-        (self.path / CONFIG).unlink(missing_ok=True)  # no model any more, before a part of it goes
-        kept = {self.state, *(path for pattern in but for path in self.path.glob(pattern))}
+        (self.path / CONFIG).unlink(missing_ok=True)  # the folder stops being a model before a part of it is deleted
+        retained = {self.state, *(path for pattern in but for path in self.path.glob(pattern))}
         for entry in [*self.path.iterdir(), *self.state.iterdir()]:
-            if entry not in kept and entry not in (self.state / LOCK, self.state / RUN):
+            if entry not in retained and entry not in (self.state / LOCK, self.state / RUN):
                 shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
         (self.state / RUN).unlink()

@@ -1,4 +1,4 @@
-"""Headers of safetensors files: where every tensor lies, checked before a byte of it is read."""
+"""Headers of safetensors files: the place of every tensor, checked before any tensor is read."""
 
 import json
 import math
@@ -45,7 +45,7 @@ class TensorSpan:
         return math.prod(self.shape) * self.dtype.itemsize
 
     def part(self, index: int, rows: slice | None = None) -> "TensorSpan":
-        """The span of ``tensor[index]``, or of ``tensor[index, rows]``, which are contiguous too."""
+        """The span of ``tensor[index]``, or of ``tensor[index, rows]``: both are contiguous."""
         row = math.prod(self.shape[2:]) * self.dtype.itemsize
         begin, shape = self.begin + index * self.shape[1] * row, self.shape[1:]
         if rows is not None:
@@ -57,8 +57,8 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
     """Spans of all tensors of a file, by name.
 
     Raises:
-        CheckpointError: the file is missing, truncated, or its header lies: a length beyond the file, no JSON, an
-            unknown dtype, offsets that do not fit the shape, overlap, leave holes or leave the file.
+        CheckpointError: the file is missing or truncated, or its header is wrong: a length beyond the file, no JSON, an
+            unknown dtype, or offsets that do not fit the shape, overlap, leave holes or exceed the file.
     """
     try:
         with open_regular(path) as file:
@@ -80,7 +80,7 @@ def read_header(path: Path) -> dict[str, TensorSpan]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The ``__metadata__`` of a file of our own."""
+    """The ``__metadata__`` of a file that this package wrote."""
     with open_regular(path) as file:
         return json.loads(file.read(int.from_bytes(file.read(8), "little"))).get("__metadata__", {})
 

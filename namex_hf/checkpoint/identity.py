@@ -1,7 +1,7 @@
-"""What tells a checkpoint from every other: its weights and the small files that a result depends on, by their bytes.
+"""Identity of a checkpoint: the bytes of its weights and of the small files that a result depends on.
 
-The hash of a file of weights is made of the hashes of its header and of its tensors, in the order of their places. A
-run reads the tensors anyway, and they are hashed then; only what it did not read is read for the hash.
+The hash of a file of weights is computed from the hashes of its header and of its tensors, in the order of their
+offsets. Tensors are hashed while a run reads them; only the others are read for the hash.
 """
 
 from bisect import bisect_right
@@ -29,17 +29,17 @@ from .companions import companions
 from .header import TensorSpan, read_header
 
 DIGESTS = "digests.json"
-"""In the state of an unfinished run: hashes of the tensors that were read so far."""
+"""File in the state of an unfinished run: hashes of the tensors that were read so far."""
 HEADER = -1
-"""In place of an offset: the header of a file."""
+"""Stands for the header of a file, in place of an offset."""
 
 
 class Digests:
-    """Hashes of tensors, by the file and the offset that they begin at.
+    """Hashes of tensors, by file and offset.
 
     Args:
         spans: all tensors of the files.
-        files: of weights.
+        files: files of weights.
     """
 
     def __init__(self, spans: Iterable[TensorSpan], files: Iterable[Path]) -> None:
@@ -49,13 +49,13 @@ class Digests:
             if span.file in self._sizes and span.size:  # an empty tensor begins where the next one does
                 self._sizes[span.file][span.begin] = span.size
         self._begins = {file: sorted(sizes) for file, sizes in self._sizes.items()}
-        self._open: dict[tuple[Path, int], tuple[Any, int]] = {}  # hasher, and bytes that it has
+        self._open: dict[tuple[Path, int], tuple[Any, int]] = {}  # a hasher, and the number of its bytes so far
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": {}}  # a hasher does not travel to another process
+        return {**vars(self), "_open": {}}  # a hasher cannot be sent to another process
 
     def add(self, file: Path, begin: int, data: memoryview) -> None:
-        """Take bytes that were read. Those of a tensor count where they come in order, from its beginning on."""
+        """Hash bytes that were read. A tensor is hashed only if its bytes come in order from its beginning."""
         begins = self._begins.get(file)
         if not begins or not len(data):
             return
@@ -73,12 +73,12 @@ class Digests:
             self.known[file][start] = hasher.hexdigest()
 
     def of(self, span: TensorSpan) -> str | None:
-        """Hash of a tensor; None of a part of one, or of one that was not read."""
+        """Hash of a tensor; None for a part of a tensor, or a tensor without a hash so far."""
         whole = self._sizes.get(span.file, {}).get(span.begin) == span.size
         return self.known[span.file].get(span.begin) if whole else None
 
     def read(self, file: Path, begin: int) -> str:
-        """Hash of the tensor at an offset, or of the `HEADER`; its bytes are read where they were not."""
+        """Hash of the tensor at an offset, or of the `HEADER`; reads the bytes if it is not known."""
         known = self.known[file]
         if begin not in known:
             first, last = self._place(file, begin)
@@ -91,28 +91,28 @@ class Digests:
         return 0, self._begins[file][0] if self._begins[file] else file.stat().st_size
 
     def places(self, file: Path) -> list[int]:
-        """What the hash of a file is made of: the `HEADER`, and the offsets of its tensors."""
+        """The parts of a file's hash: the `HEADER`, and the offsets of its tensors."""
         return [HEADER, *self._begins[file]]
 
     def of_file(self, file: Path) -> str:
-        """Hash of a whole file; what was not read yet is read."""
+        """Hash of a whole file; reads the parts without a hash."""
         return combined([self.read(file, begin) for begin in self.places(file)])
 
     def covers(self, file: Path) -> bool:
-        """Whether the hash of a file is known without reading."""
+        """Whether all parts of a file have a hash."""
         return self.known[file].keys() >= set(self.places(file))
 
 
 def combined(digests: Iterable[str]) -> str:
-    """The hash of a file, of those of its header and its tensors in the order of their places."""
+    """The hash of a file, from those of its header and its tensors in the order of their offsets."""
     return hash_bytes(*(digest.encode() for digest in digests))
 
 
 def hash_weights(path: Path) -> str:
-    """The hash of a file of weights, all of it read.
+    """The hash of a file of weights; reads the whole file.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not a safetensors file.
     """
     return Digests(read_header(path).values(), [path]).of_file(path)
 
@@ -121,7 +121,7 @@ def hash_header(path: Path) -> str:
     """The hash of the header of a file of weights.
 
     Raises:
-        CheckpointError: it is none.
+        CheckpointError: it is not a safetensors file.
     """
     return Digests(read_header(path).values(), [path]).read(path, HEADER)
 
@@ -140,14 +140,14 @@ def _hash_range(path: Path, begin: int, size: int) -> str:
 
 
 class Identity:
-    """The files of a checkpoint that a result depends on, as they are now.
+    """The current state of the files of a checkpoint that a result depends on.
 
     Small files (configuration, tokenizer, chat templates, generation settings, code of the model) are hashed at once.
 
     Args:
-        folder: of the checkpoint.
+        folder: folder of the checkpoint.
         config: its configuration.
-        shards: its files of weights; those that are not here, as of a model on the Hub, are left out.
+        shards: its files of weights; missing files, as of a model on the Hub, are ignored.
         spans: all its tensors.
     """
 
@@ -166,10 +166,10 @@ class Identity:
         }
 
     def record(self) -> dict[str, dict[str, Any]]:
-        """Plain: by the name of a file its stamp, and its hash where that is known."""
+        """Plain values: by the name of a file its stamp, and its hash if that is known."""
         weights = {
-            name: {**found, HASH: self.digests.of_file(self.weights[name])} if self._hashed(name) else dict(found)
-            for name, found in self._stamps.items()
+            name: {**stamped, HASH: self.digests.of_file(self.weights[name])} if self._hashed(name) else dict(stamped)
+            for name, stamped in self._stamps.items()
         }
         return weights | self._small
 
@@ -177,14 +177,14 @@ class Identity:
         return "blob" not in self._stamps[name] and self.digests.covers(self.weights[name])
 
     def changed(self, recorded: Any, digests: Mapping[str, Mapping[str, str]] | None = None) -> tuple[list[str], bool]:
-        """Compare with the record of a run. Files are read where times differ.
+        """Compare with the record of a run; reads files whose times differ.
 
         Args:
-            recorded: of `record`, then.
-            digests: of an unfinished run, as `read_digests` gives them.
+            recorded: the result of `record` at that time.
+            digests: the hashes of an unfinished run, from `read_digests`.
 
         Returns:
-            The files that are others now, and whether bytes are on record for all the rest.
+            The files with other bytes now, and whether the record proves the other files equal.
         """
         if not isinstance(recorded, Mapping):
             return [], False
@@ -199,7 +199,7 @@ class Identity:
         return others, proven
 
     def _same(self, name: str, recorded: Any, digests: Mapping[str, str] | None) -> bool | None:
-        """None where nothing that is on record tells."""
+        """Whether the file has the recorded bytes; None if the record does not determine it."""
         if name in self._small or not isinstance(recorded, Mapping):
             return same_bytes(recorded, self._small.get(name))
         now = self._stamps[name]
@@ -216,26 +216,26 @@ class Identity:
                 return False
         return True if (digests or {}).keys() >= places.keys() else None
 
-    def take(self, digests: Mapping[str, Mapping[str, str]]) -> None:
-        """Go on from the hashes that an earlier run of the same bytes left, so that they are not read again."""
+    def add_digests(self, digests: Mapping[str, Mapping[str, str]]) -> None:
+        """Use the hashes of an earlier run of the same bytes, so that these are not read again."""
         for name, known in digests.items():
             if path := self.weights.get(name):
                 self.digests.known[path] |= {int(begin): digest for begin, digest in known.items()}
 
     def settle(self) -> None:
-        """Read what is not hashed yet, and look whether any file has changed since the beginning.
+        """Hash all remaining parts, and check that no file has changed since the beginning.
 
         Raises:
-            CheckpointError: one has.
+            CheckpointError: a file has changed.
         """
-        for name, found in self._stamps.items():
-            if "blob" not in found:
+        for name, stamped in self._stamps.items():
+            if "blob" not in stamped:
                 self.digests.of_file(self.weights[name])
         self.check()
 
     def check(self) -> None:
         """Raises:
-        CheckpointError: a file is another than at the beginning of the run.
+        CheckpointError: a file has changed since the beginning of the run.
         """
         try:
             for name, path in self.weights.items():
@@ -245,7 +245,7 @@ class Identity:
             raise CheckpointError(f"{name} was removed while it was read ({error.strerror})") from error
 
     def save_digests(self, state: Path) -> None:
-        """Write the hashes that are known into the state of a run, before what was made of these bytes."""
+        """Write the known hashes into the state of a run, before any result of these bytes."""
         for name, path in self.weights.items():
             if "blob" not in self._stamps[name]:
                 self.digests.read(path, HEADER)
@@ -259,21 +259,21 @@ class Identity:
 
 
 def read_digests(state: Path) -> dict[str, dict[str, str]] | None:
-    """What `Identity.save_digests` wrote; None where that is missing or damaged."""
-    found = read_checked(state / DIGESTS)
-    return found if isinstance(found, dict) else None
+    """The hashes that `Identity.save_digests` wrote; None if the file is missing or damaged."""
+    digests = read_checked(state / DIGESTS)
+    return digests if isinstance(digests, dict) else None
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Between the run on record and the run of now."""
+class RunDifference:
+    """The difference between a recorded run and the current run."""
 
     fields: tuple[str, ...]
-    """Those that differ; ``source`` also where the bytes of its files do."""
+    """The fields that differ; ``source`` also if the bytes of its files differ."""
     files: tuple[str, ...] = ()
-    """Of the source, that are others."""
+    """The files of the source with other bytes."""
     proven: bool = True
-    """Whether bytes are on record for all files of the source."""
+    """Whether the record proves all other files of the source equal."""
 
     def __bool__(self) -> bool:
         return bool(self.fields)
@@ -283,26 +283,26 @@ class Difference:
 
 
 def differing(
-    found: Mapping[str, Any],
-    wanted: Mapping[str, Any],
+    recorded: Mapping[str, Any],
+    current: Mapping[str, Any],
     identity: Identity | None = None,
     digests: Mapping[str, Mapping[str, str]] | None = None,
-) -> Difference:
-    """Compare two runs, plain; their ``files``, as of `Identity.record`, by bytes.
+) -> RunDifference:
+    """Compare two runs as plain values; their ``files``, from `Identity.record`, by bytes.
 
     Args:
-        found: the run on record.
-        wanted: the run of now.
-        identity: of the checkpoint of now, read where times differ; None: only what is on record tells.
+        recorded: the recorded run.
+        current: the current run.
+        identity: of the current checkpoint, whose files are read if times differ; None: compare the records only.
         digests: as for `Identity.changed`.
     """
-    fields = {key for key in {*found, *wanted} - {"files"} if found.get(key) != wanted.get(key)}
-    recorded, now = found.get("files"), wanted.get("files")
-    if not isinstance(recorded, Mapping) or not isinstance(now, Mapping):
-        return Difference(tuple(sorted(fields | ({"files"} if recorded != now else set()))))
+    fields = {key for key in {*recorded, *current} - {"files"} if recorded.get(key) != current.get(key)}
+    before, now = recorded.get("files"), current.get("files")
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return RunDifference(tuple(sorted(fields | ({"files"} if before != now else set()))))
     if identity is not None:
-        files, proven = identity.changed(recorded, digests)
+        files, proven = identity.changed(before, digests)
     else:
-        files = [name for name in sorted({*recorded, *now}) if not same_bytes(recorded.get(name), now.get(name))]
+        files = [name for name in sorted({*before, *now}) if not same_bytes(before.get(name), now.get(name))]
         proven = True
-    return Difference(tuple(sorted(fields | ({"source"} if files else set()))), tuple(files), proven)
+    return RunDifference(tuple(sorted(fields | ({"source"} if files else set()))), tuple(files), proven)

@@ -1,6 +1,6 @@
-"""One view of both layouts: every routed expert's matrices by their per-expert names, wherever their bytes are.
+"""A common view of both layouts: every routed expert's matrices under their per-expert names.
 
-A fused tensor of transformers 5 holds its experts end to end, so each expert's matrix is a span of bytes as well.
+A fused tensor of transformers 5 holds its experts end to end, so each expert's matrix is a span of bytes too.
 """
 
 import re
@@ -11,25 +11,25 @@ import torch
 
 from ..errors import CheckpointError
 from ..families import PROJECTIONS, Family, MoeShape
-from ..families.outline import Tensor, check_counts, check_tensors, outline_of
+from ..families.outline import TensorSpec, check_counts, check_tensors, outline_of
 from ..printable import printable
 from .header import TensorSpan
 from .source import Checkpoint
 
 NAMED = 8
-"""Tensors that are left out and named, one by one."""
+"""Number of left-out tensors whose names are printed."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 OF_EXPERTS = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(?:(\d+)\.)?")
 RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
-"""Buffers that older releases saved and that every class computes."""
+"""Buffers that older releases of transformers saved, and that every class computes."""
 
 
 def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[str, TensorSpan]:
-    """The spans of a checkpoint that its class has, under the family's per-expert names, all of them checked.
+    """The checked spans of all tensors of the checkpoint's class, under the family's per-expert names.
 
     Raises:
-        FamilyError: the class cannot be built of the configuration.
-        CheckpointError: a tensor of the class is missing, has a wrong shape or dtype, or is of an expert that the
+        FamilyError: the class cannot be built from the configuration.
+        CheckpointError: a tensor of the class is missing, has a wrong shape or dtype, or belongs to an expert that the
             configuration does not count.
     """
     check_counts(checkpoint.config, tensors_of(checkpoint.spans))
@@ -54,7 +54,7 @@ def left_out(checkpoint: Checkpoint, spans: dict[str, TensorSpan]) -> list[str]:
 
 
 def left_out_line(names: Iterable[str]) -> str:
-    """What to print of `left_out`: nothing of buffers that every class computes."""
+    """The line to print about `left_out`; empty if every class computes all of these tensors."""
     names = [name for name in names if not RECOMPUTED.search(name)]
     if not names:
         return ""
@@ -62,14 +62,14 @@ def left_out_line(names: Iterable[str]) -> str:
     return printable(f"left out, since the model's class does not have them: {', '.join(names[:NAMED])}{rest}")
 
 
-def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, Tensor]:
-    """What headers say."""
-    return {name: Tensor(span.shape, span.dtype) for name, span in spans.items()}
+def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor, from the headers."""
+    return {name: TensorSpec(span.shape, span.dtype) for name, span in spans.items()}
 
 
 def _expect_experts(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
     """Raises:
-    CheckpointError: there are fewer experts than the configuration counts. No class of so many is built then.
+    CheckpointError: there are fewer experts than the configuration counts; their class would be too large to build.
     """
     for layer in shape.layers:
         count = shape.experts_of(layer)

@@ -1,4 +1,4 @@
-"""From what a user names to a local folder: a folder, a packaged model, or a Hub id."""
+"""Resolution of MODEL, which is a folder, a packaged model or a Hub id, to a local folder."""
 
 import re
 from collections.abc import Callable, Iterator
@@ -42,8 +42,8 @@ from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, wit
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OURS = {name for new in (RECIPE, REPORT, SCORES) for name in (new, BEFORE_0_2[new])}
-"""Small files of a patched model that are fetched with it."""
-ANSWERS = {  # a subclass before its base
+"""Small files of a patched model, fetched with it."""
+MESSAGES = {  # a subclass before its base
     GatedRepoError: "asks for your consent on its Hub page, and for 'hf auth login'",
     RepositoryNotFoundError: "is no model of the Hub, or a private one, which needs 'hf auth login'",
     RevisionNotFoundError: "has no revision {revision}",
@@ -52,30 +52,30 @@ ANSWERS = {  # a subclass before its base
 
 
 Check = Callable[[dict[str, Any]], object]
-"""Of a configuration, before weights are fetched; it raises what it finds wrong."""
+"""Checks a configuration before weights are fetched; raises an error if it is wrong."""
 
 
 def resolve(source: str | Path, revision: str | None = None, check: Check = family_of) -> Checkpoint:
-    """Open what ``source`` names; a Hub id is downloaded (configuration first, weights only where ``check`` passes).
+    """Open the checkpoint ``source``. Of a Hub id, weights are fetched only if its configuration passes ``check``.
 
     Raises:
         CheckpointError: no such folder, name or repository, no network, or a damaged checkpoint.
-        FamilyError: a Hub id of an unsupported family, before its weights are fetched.
+        FamilyError: the family of a Hub id is not supported; its weights are not fetched.
     """
     folder = local_folder(source)
     if folder is not None:
         if revision is not None:
             raise CheckpointError(f"--revision {revision} belongs to a Hub id; {source} is a local folder")
-        companions(folder)  # which are carried over in the end: a link that leaves the folder is refused now
+        companions(folder)  # refuses links that leave the folder before the run, not at its end
         return open_checkpoint(folder)
     return fetched(str(source), revision, check)
 
 
 def local_folder(source: str | Path) -> Path | None:
-    """The folder of a local path or a packaged model; nothing for a Hub id.
+    """The folder of a local path or a packaged model; None for a Hub id.
 
     Raises:
-        CheckpointError: neither a folder, nor a packaged model, nor the form of a Hub id.
+        CheckpointError: `source` is not a folder, a packaged model, or of the form of a Hub id.
     """
     if isinstance(source, str) and source in packaged_models():
         return PACKAGED / source
@@ -96,7 +96,7 @@ def _is_hub_id(name: str) -> bool:
 
 
 def peek(source: str | Path, revision: str | None = None) -> Checkpoint:
-    """As `resolve`, for a look: of a Hub id only the configuration and the headers of its shards are fetched."""
+    """As `resolve`, but of a Hub id only the configuration and the headers of its shards are fetched."""
     name = str(source)
     if local_folder(source) is not None or _unreachable(name, revision):
         return resolve(source, revision)
@@ -104,13 +104,13 @@ def peek(source: str | Path, revision: str | None = None) -> Checkpoint:
         config, commit = _configuration(name, revision)
         files = _files(name, commit, config.parent)
         _weights(name, commit, files)
-        found = get_safetensors_metadata(name, revision=commit)
-    unknown = {info.dtype for header in found.files_metadata.values() for info in header.tensors.values()} - set(DTYPES)
+        headers = get_safetensors_metadata(name, revision=commit).files_metadata
+    unknown = {info.dtype for header in headers.values() for info in header.tensors.values()} - set(DTYPES)
     if unknown:
         raise CheckpointError(f"{name} has tensors of dtype {min(unknown)}; accepted: {', '.join(DTYPES)}")
     spans = {
         tensor: TensorSpan(config.parent / file, info.data_offsets[0], DTYPES[info.dtype], tuple(info.shape))
-        for file, header in found.files_metadata.items()
+        for file, header in headers.items()
         for tensor, info in header.tensors.items()
     }
     shards = tuple(sorted({span.file for span in spans.values()}))
@@ -119,7 +119,7 @@ def peek(source: str | Path, revision: str | None = None) -> Checkpoint:
 
 
 def fetched(name: str, revision: str | None, check: Check) -> Checkpoint:
-    """A model of the Hub: its configuration first, then its weights and what `companions` are, nothing else.
+    """Fetch a model of the Hub: its configuration, then its weights and companions, and no other files.
 
     Args:
         name: ``USER/NAME``.
@@ -133,20 +133,20 @@ def fetched(name: str, revision: str | None, check: Check) -> Checkpoint:
         check(read_json(config))
         files = _files(name, commit, config.parent, offline)
         weights = _weights(name, commit, files, offline)
-        small = [file for file in files if is_companion(file) or file in {*OURS, CARD, INDEX}]  # the card: its licence
+        small = [file for file in files if is_companion(file) or file in {*OURS, CARD, INDEX}]  # CARD has the licence
         patterns = [escape(file) for file in {CONFIG, *weights, *small}]
         folder = snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=bool(offline))
     return open_checkpoint(Path(folder), commit, name)
 
 
 def _configuration(name: str, revision: str | None, offline: str = "") -> tuple[Path, str]:
-    """The file, and the commit that a branch or tag stands for."""
+    """The path of ``config.json``, and the commit of `revision`."""
     config = Path(hf_hub_download(name, CONFIG, revision=revision, local_files_only=bool(offline)))
     return config, config.parent.name
 
 
 def _files(name: str, commit: str, folder: Path, offline: str = "") -> list[str]:
-    """Names of all files of a commit; without the Hub as far as the cache knows them."""
+    """Names of all files of a commit; offline, of those in the cache."""
     try:
         return [file.path for file in get_cached_repo_tree(name, revision=commit)]
     except CachedRepoTreeNotFoundError:
@@ -159,16 +159,16 @@ def _weights(name: str, commit: str, files: list[str], offline: str = "") -> set
     """Names of the files that hold the tensors.
 
     Raises:
-        CheckpointError: there are none, not all that the index names, or an adapter beside them.
+        CheckpointError: there are no such files, the index names a missing one, or an adapter is beside them.
     """
     refuse_adapter(name, files)
     if SINGLE in files:
         return {SINGLE}
     if INDEX not in files:
-        lacks = without_weights(name, files)
-        if offline and "pickle" not in lacks:
+        message = without_weights(name, files)
+        if offline and "pickle" not in message:
             raise CheckpointError(f"{name}: its weights are not in the local cache, and {_no_hub(offline)}")
-        raise CheckpointError(lacks)
+        raise CheckpointError(message)
     weights = set(
         read_index(Path(hf_hub_download(name, INDEX, revision=commit, local_files_only=bool(offline)))).values()
     )
@@ -180,18 +180,18 @@ def _weights(name: str, commit: str, files: list[str], offline: str = "") -> set
 
 
 def _unreachable(name: str, revision: str | None) -> str:
-    """Why the Hub cannot be reached; empty where it can.
+    """The reason why the Hub cannot be reached; empty if it can.
 
-    It is asked once: the client would ask for half a minute before it looks into its cache.
+    This is a single request: the client would try for half a minute before it reads its cache.
     """
     try:
         with hub_client():
             get_hf_file_metadata(hf_hub_url(name, CONFIG, revision=revision))
-    except (HfHubHTTPError, NoHubError):  # an answer all the same, which the download will meet again
+    except (HfHubHTTPError, NoHubError):  # a response too; the download will get it again
         return ""
     except UNREACHABLE as error:
         return f"{type(error).__name__}: {error}"
-    except Exception:  # as an answer
+    except Exception:  # after a response
         return ""
     return ""
 
@@ -209,18 +209,18 @@ def _hub_errors(name: str, revision: str | None, offline: str = "") -> Iterator[
         raise
     except SafetensorsParsingError as error:
         raise CheckpointError(f"{name}: {error}") from error
-    except Exception as error:  # the client has no base of its own for errors
+    except Exception as error:  # the client's errors have no common base class
         raise CheckpointError(f"{name} {_failed(error, revision, offline)}") from error
 
 
 def _failed(error: Exception, revision: str | None, offline: str) -> str:
     root = root_of(error)
-    known = [text for kind, text in ANSWERS.items() if isinstance(root, kind)]
-    if isinstance(root, HfHubHTTPError) and root.response.status_code == 401 and not known:
-        known = ["needs a token that may read it: 'hf auth login'"]
-    if known and isinstance(root, HfHubHTTPError) and re.search("/api/|/resolve/", root.response.request.url.path):
-        return f"{known[0].format(revision=revision)} (the Hub answered {answer_of(root)})"
+    messages = [text for kind, text in MESSAGES.items() if isinstance(root, kind)]
+    if isinstance(root, HfHubHTTPError) and root.response.status_code == 401 and not messages:
+        messages = ["needs a token that may read it: 'hf auth login'"]
+    if messages and isinstance(root, HfHubHTTPError) and re.search("/api/|/resolve/", root.response.request.url.path):
+        return f"{messages[0].format(revision=revision)} (the Hub answered {answer_of(root)})"
     if offline and isinstance(error, LocalEntryNotFoundError):
-        partly = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"
-        return f"is {partly} in the local cache, and {_no_hub(offline)}"
+        extent = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"
+        return f"is {extent} in the local cache, and {_no_hub(offline)}"
     return f"cannot be fetched: {why(error)}"

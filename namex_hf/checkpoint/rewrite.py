@@ -1,4 +1,4 @@
-"""The files of a model without some of its tensors."""
+"""Rewriting of a model's files without some of its tensors."""
 
 import json
 from pathlib import Path
@@ -13,15 +13,15 @@ METADATA = {"format": "pt"}
 
 
 def rewrite(checkpoint: Checkpoint, left_out: tuple[str, ...], folder: Path) -> None:
-    """Put files of weights, index and report anew into a folder of links to those of a checkpoint.
+    """Rewrite weights, index and report in a folder of links to the files of a checkpoint.
 
     Args:
-        left_out: names of tensors that the new files do not have.
+        left_out: names of the tensors to omit.
         folder: nothing outside it is written.
     """
     spans = {name: span for name, span in checkpoint.spans.items() if name not in left_out}
     listed: dict[str, dict[str, Any]] = {}
-    gone = []
+    emptied = []
     with Reader() as reader:
         for shard in sorted({checkpoint.spans[name].file for name in left_out}):
             (folder / shard.name).unlink()
@@ -29,12 +29,12 @@ def rewrite(checkpoint: Checkpoint, left_out: tuple[str, ...], folder: Path) -> 
             items = [Item.of(name, spans[name]) for _, name in places]
             if items:
                 write_shard(
-                    folder / shard.name, items, reader, METADATA, lambda path, found: listed.update({path.name: found})
+                    folder / shard.name, items, reader, METADATA, lambda path, entry: listed.update({path.name: entry})
                 )
             else:
-                gone.append(shard.name)
+                emptied.append(shard.name)
     write_index(folder, {name: span.file.name for name, span in spans.items()}, sum(s.size for s in spans.values()))
     listed[INDEX] = {"bytes": (folder / INDEX).stat().st_size, HASH: hash_file(folder / INDEX)}
     report = json.loads((folder / REPORT).read_text("utf-8"))
-    files = {name: listed.get(name, found) for name, found in report.get("files", {}).items() if name not in gone}
+    files = {name: listed.get(name, entry) for name, entry in report.get("files", {}).items() if name not in emptied}
     write_text(folder / REPORT, json.dumps(report | {"files": files}, indent=1) + "\n")

@@ -1,7 +1,7 @@
-"""The two forms in which a ``config.json`` states the rotary embedding.
+"""The two forms of the rotary embedding in a ``config.json``.
 
-transformers 5 writes ``rope_parameters`` alone. transformers 4, remote code written for it, and other programs read
-``rope_theta`` and ``rope_scaling`` at the top level, and take a base of 10,000 without a word where they are missing.
+transformers 5 writes ``rope_parameters`` alone. transformers 4, its remote code, and other programs read ``rope_theta``
+and ``rope_scaling`` at the top level. If these are missing, they silently use a base of 10,000.
 """
 
 from collections.abc import Mapping
@@ -9,17 +9,17 @@ from typing import Any
 
 
 def both_forms(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`config` with both forms, which say what transformers 5 reads from it.
+    """`config` with both forms of the parameters that transformers 5 reads from it.
 
-    A configuration that states no base, or one for each kind of layer, is returned as it is: the form of transformers 4
-    cannot state the latter.
+    A configuration without a base, or with a base for each kind of layer, is returned as it is: the form of
+    transformers 4 cannot state the latter.
     """
-    # As transformers 5 reads them: a scaling at the top level wins over `rope_parameters`, a base there does not.
-    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    theta = found.get("rope_theta", config.get("rope_theta")) if isinstance(found, dict) else None
-    if theta is None or any(isinstance(value, dict) for value in found.values()):
+    # In transformers 5 a scaling at the top level takes precedence over `rope_parameters`; a base there does not.
+    stated = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    theta = stated.get("rope_theta", config.get("rope_theta")) if isinstance(stated, dict) else None
+    if theta is None or any(isinstance(value, dict) for value in stated.values()):
         return dict(config)
-    parameters = {**found, "rope_theta": theta, "rope_type": found.get("rope_type", found.get("type", "default"))}
+    parameters = {**stated, "rope_theta": theta, "rope_type": stated.get("rope_type", stated.get("type", "default"))}
     scaling = {name: value for name, value in parameters.items() if name != "rope_theta"}
     return {
         **config,

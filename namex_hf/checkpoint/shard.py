@@ -1,4 +1,4 @@
-"""Writing safetensors files tensor by tensor: a few are in memory at a time, beyond what their maker holds."""
+"""Writing of safetensors files tensor by tensor, with few tensors in memory at a time."""
 
 import json
 import os
@@ -23,7 +23,7 @@ Source = TensorSpan | Callable[[], torch.Tensor]
 
 @dataclass(frozen=True)
 class Item:
-    """A tensor to be written: its bytes in another file, or a function that makes it when its turn comes."""
+    """A tensor to write: its bytes in another file, or a function that computes it when it is written."""
 
     name: str
     dtype: torch.dtype
@@ -47,14 +47,14 @@ def write_shard(
     metadata: dict[str, str],
     record: Record | None = None,
 ) -> None:
-    """Write a safetensors file under a temporary name, sync it, and rename it: it is whole or it is not there.
+    """Write a safetensors file atomically: under a temporary name, then sync and rename.
 
-    Tensors are made here, one after the other, while another thread writes those before.
+    Tensors are computed here, one after the other; another thread writes them meanwhile.
 
     Args:
-        record: takes down size and hash before the file has its name.
+        record: records size and hash before the file gets its name.
 
-    Memory: at most ``AHEAD`` tensors that wait to be written.
+    Memory: at most ``AHEAD`` tensors that wait for the other thread.
     """
     part, waiting = path.with_name(path.name + ".part"), deque[Future[str]]()
     header, digests = _header(items, metadata), []
@@ -79,7 +79,7 @@ def write_shard(
 def write_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], record: Record | None = None
 ) -> None:
-    """`write_shard` of what is in memory. Unlike the safetensors library's writer it says "disk full" as an OSError."""
+    """`write_shard` of tensors in memory. A full disk is an OSError, unlike in the safetensors library."""
     path.parent.mkdir(exist_ok=True)
     items = [Item(name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)) for name, tensor in tensors.items()]
     with Reader() as reader:
@@ -87,11 +87,11 @@ def write_tensors(
 
 
 def write_index(folder: Path, weight_map: dict[str, str], size: int) -> None:
-    """Write which file holds which tensor, of one file too: a program that opens every ``*.safetensors`` otherwise may
-    take a file for weights that is none.
+    """Write the index of tensors and their files, also for a single file. Without an index some programs load every
+    ``*.safetensors`` file as weights.
 
     Args:
-        size: of all tensors, in bytes.
+        size: bytes of all tensors.
     """
     index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
@@ -109,8 +109,8 @@ def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
         header[item.name] = {"dtype": NAMES[item.dtype], "shape": list(item.shape), "data_offsets": offsets}
         position += item.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    # The format wants the data to start on a multiple of 8; on a multiple of 64 mapped tensors are aligned for the
-    # processor's kernels, whose rounding can depend on it.
+    # The format requires the data to start on a multiple of 8. On a multiple of 64 mapped tensors are also aligned for
+    # the processor's kernels, whose rounding can depend on alignment.
     text += b" " * (-(8 + len(text)) % 64)
     return len(text).to_bytes(8, "little") + text
 

@@ -1,4 +1,4 @@
-"""A checkpoint as found: configuration, shards, and every tensor's place. Nothing but headers is read here."""
+"""An opened checkpoint: configuration, shards, and the place of every tensor. Of the weights only headers are read."""
 
 import hashlib
 import json
@@ -21,15 +21,15 @@ PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "consolidated*.bin")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A local checkpoint folder whose headers have been read and hold together."""
+    """A local checkpoint folder with consistent headers."""
 
     folder: Path
     config: dict[str, Any]
     shards: tuple[Path, ...]
     spans: dict[str, TensorSpan]
-    commit: str | None = None  # of the Hub repository it came from
-    name: str = ""  # as the user gave it, without a local path
-    elsewhere: tuple[str, ...] | None = None  # companions on the Hub, where only headers were fetched
+    commit: str | None = None  # of its Hub repository
+    name: str = ""  # from the user, without a local path
+    elsewhere: tuple[str, ...] | None = None  # companions on the Hub, if only headers were fetched
 
     @property
     def size(self) -> int:
@@ -38,11 +38,11 @@ class Checkpoint:
 
     @cached_property
     def identity(self) -> Identity:
-        """The files that a result depends on, as they were when this was asked for first."""
+        """The files that a result depends on, in their state at the first access."""
         return Identity(self.folder, self.config, self.shards, self.spans.values())
 
     def fingerprint(self) -> str:
-        """SHA-256 over the configuration, the commit, and every tensor's name, dtype, shape and place."""
+        """SHA-256 of the configuration, the commit, and every tensor's name, dtype, shape, file and offset."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         digest.update(str(self.commit).encode())
         for name, span in sorted(self.spans.items()):
@@ -54,31 +54,31 @@ def open_checkpoint(folder: Path, commit: str | None = None, name: str = "") -> 
     """Read configuration, index and headers of ``folder``.
 
     Raises:
-        CheckpointError: anything missing, damaged, or contradicting itself.
+        CheckpointError: a file is missing or damaged, or files contradict each other.
     """
     check_name(folder, CheckpointError)
     refuse_adapter(str(folder), [ADAPTER] if os.path.lexists(folder / ADAPTER) else [])
     _check_links(folder, CONFIG, INDEX, SINGLE)
     config = read_json(folder / CONFIG)
-    named = _shards_named(folder)
+    file_of = _shards_named(folder)
     spans: dict[str, TensorSpan] = {}
-    files = sorted(set(named.values())) or [SINGLE]
+    files = sorted(set(file_of.values())) or [SINGLE]
     _check_links(folder, *files)
     for file in files:
         for tensor, span in read_header(folder / file).items():
-            if named and named.get(tensor) != file:
-                raise CheckpointError(f"{INDEX} places {tensor} in {named.get(tensor)}; it is in {file}")
+            if file_of and file_of.get(tensor) != file:
+                raise CheckpointError(f"{INDEX} places {tensor} in {file_of.get(tensor)}; it is in {file}")
             spans[tensor] = span
-    missing = sorted(set(named) - set(spans))
+    missing = sorted(set(file_of) - set(spans))
     if missing:
-        raise CheckpointError(f"{INDEX} places {missing[0]} in {named[missing[0]]}, which does not hold it")
+        raise CheckpointError(f"{INDEX} places {missing[0]} in {file_of[missing[0]]}, which does not hold it")
     shards = tuple(sorted({span.file for span in spans.values()}))
     return Checkpoint(folder, config, shards, spans, commit, name or folder.name or folder.resolve().name)
 
 
 def refuse_adapter(model: str, files: Iterable[str]) -> None:
     """Raises:
-    CheckpointError: an adapter is among the files beside the weights, which transformers adds to them.
+    CheckpointError: an adapter is beside the weights; transformers would add it to them.
     """
     if ADAPTER in files:
         raise CheckpointError(
@@ -88,42 +88,42 @@ def refuse_adapter(model: str, files: Iterable[str]) -> None:
 
 
 def _check_links(folder: Path, *names: str) -> None:
-    """Only links are looked at: what else is wrong with a file is told where it is read."""
+    """Check links only: other errors of a file are raised where it is read."""
     for name in names:
         if (folder / name).is_symlink():
             check_inside(folder / name, folder)
 
 
 def _shards_named(folder: Path) -> dict[str, str]:
-    """``weight_map`` of the index; empty for a checkpoint in one file."""
+    """``weight_map`` of the index; empty for a checkpoint in a single file."""
     if (folder / SINGLE).exists():
         return {}
     if not (folder / INDEX).exists():
         raise CheckpointError(without_weights(folder.name, (path.name for path in folder.iterdir())))
-    named = read_index(folder / INDEX)
-    for tensor, file in named.items():
+    file_of = read_index(folder / INDEX)
+    for tensor, file in file_of.items():
         if not (folder / file).is_file():
             raise CheckpointError(f"{file} is missing: {INDEX} places {tensor} in it")
-    return named
+    return file_of
 
 
 def read_index(path: Path) -> dict[str, str]:
     """``weight_map`` of an index: tensor names to file names.
 
     Raises:
-        CheckpointError: there is none, or it names a place that is no file of the same folder.
+        CheckpointError: there is no ``weight_map``, or it has a value that is not a file name of the same folder.
     """
-    named = read_json(path).get("weight_map")
-    if not isinstance(named, dict) or not named:
-        raise CheckpointError(f"{INDEX}: 'weight_map' is {type(named).__name__}; needed: tensor names to file names")
-    for tensor, file in named.items():
+    file_of = read_json(path).get("weight_map")
+    if not isinstance(file_of, dict) or not file_of:
+        raise CheckpointError(f"{INDEX}: 'weight_map' is {type(file_of).__name__}; needed: tensor names to file names")
+    for tensor, file in file_of.items():
         if not isinstance(file, str) or Path(file).name != file or "\\" in file or file in ("", ".", ".."):
             raise CheckpointError(f"{INDEX}: {tensor} is placed in {file!r}; accepted: a file name inside the folder")
-    return named
+    return file_of
 
 
 def without_weights(name: str, files: Iterable[str]) -> str:
-    """What is said of a model that has no safetensors.
+    """The error message for a model without safetensors.
 
     Args:
         files: names of all its files.

@@ -1,4 +1,4 @@
-"""The tokenizer of a checkpoint, opened and checked."""
+"""Opening and checking the tokenizer of a checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -9,20 +9,20 @@ from ..errors import CheckpointError
 
 
 def open_tokenizer(folder: Path, name: str, rows: int | None = None, trust_remote_code: bool = False) -> Any:
-    """Open it, never by code of the folder unless that is trusted.
+    """Open the tokenizer; code of the folder runs only under `trust_remote_code`.
 
     Args:
-        name: of the checkpoint, for messages.
-        rows: tokens that the model's embedding has; None: not checked.
+        name: name of the checkpoint, for messages.
+        rows: number of rows of the model's embedding; None: not checked.
 
     Raises:
-        CheckpointError: transformers cannot open it, its `model_max_length` is no number of tokens, or it has a token
-            that the embedding lacks.
+        CheckpointError: transformers cannot open it, its `model_max_length` is not a number of tokens, or it has a
+            token that the embedding lacks.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
         largest = max(tokenizer.get_vocab().values(), default=-1)
-    except Exception as error:  # whatever a tokenizer of others raises
+    except Exception as error:  # a foreign tokenizer can raise any error
         raise CheckpointError(
             f"{name} has no tokenizer that transformers can open ({type(error).__name__}: {error})"
         ) from error
@@ -37,10 +37,10 @@ def open_tokenizer(folder: Path, name: str, rows: int | None = None, trust_remot
 
 
 def check_ids(model: Any, largest: int) -> None:
-    """Whether the embedding of a model of transformers has a row for a token.
+    """Check that the embedding of a transformers model has a row for the largest token id.
 
     Raises:
-        CheckpointError: it has not; an accelerator would abort the whole process.
+        CheckpointError: there is no such row; an accelerator would abort the whole process.
     """
     embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embedding is not None and largest >= (rows := embedding.weight.shape[0]):

@@ -17,24 +17,24 @@ def family_of(config: Config) -> Family:
     """The family of a raw ``config.json``.
 
     Raises:
-        FamilyError: naming the ``model_type`` found and the supported ones.
+        FamilyError: the ``model_type`` is not supported, or is that of a patched model.
     """
-    found = config.get("model_type")
-    if isinstance(found, str) and found in FAMILIES:
-        return FAMILIES[found]
+    model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in FAMILIES:
+        return FAMILIES[model_type]
     supported = ", ".join(sorted(FAMILIES))
-    if any(found == family.patched_type for family in FAMILIES.values()):
+    if any(model_type == family.patched_type for family in FAMILIES.values()):
         raise FamilyError(
-            f"model_type {found!r}: this model is patched already; accepted: the original, of {supported}"
+            f"model_type {model_type!r}: this model is patched already; accepted: the original, of {supported}"
         )
-    raise FamilyError(f"model_type {found!r} is not a supported family; accepted: {supported}")
+    raise FamilyError(f"model_type {model_type!r} is not a supported family; accepted: {supported}")
 
 
 def original_family(config: Config) -> Family:
-    """As `family_of`, of a model that may be patched."""
+    """The family of a raw ``config.json``, original or patched. Raises FamilyError as `family_of`."""
     originals = {family.patched_type: family.model_type for family in FAMILIES.values()}
-    found = config.get("model_type")
-    return family_of({**config, "model_type": originals.get(str(found), found)})
+    model_type = config.get("model_type")
+    return family_of({**config, "model_type": originals.get(str(model_type), model_type)})
 
 
 __all__ = [

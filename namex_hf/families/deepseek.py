@@ -1,7 +1,7 @@
 """DeepSeek-MoE v1: dense first layers, shared experts without a gate.
 
-It can be re-expressed, bit for bit, as stock Qwen2-MoE: a shared-expert gate of next to nothing gives 1/2, which a
-doubled ``down_proj`` of the shared expert makes good. Biases of zero are written for loaders that expect Qwen's.
+It can be written, bit for bit, as stock Qwen2-MoE. A shared-expert gate with weights near zero multiplies by 1/2, and a
+doubled ``down_proj`` of the shared expert compensates for that. Loaders that expect Qwen's biases get zeros.
 """
 
 from typing import Any
@@ -26,12 +26,12 @@ def refuse(config: Config) -> str | None:
 
 
 def renormalises(config: Config) -> bool:
-    """As `DeepseekConfig.renormalises`, of a raw ``config.json``."""
+    """`DeepseekConfig.renormalises` for a raw ``config.json``."""
     return bool(config.get("norm_topk_prob", False)) and config["num_experts_per_tok"] > 1
 
 
 def as_qwen2_moe(config: Config) -> dict[str, Any]:
-    """The configuration of the same model in the Qwen2-MoE form."""
+    """The configuration of the same model as Qwen2-MoE."""
     renamed = {
         "num_experts": config["n_routed_experts"],
         "shared_expert_intermediate_size": config["moe_intermediate_size"] * config["n_shared_experts"],
@@ -43,9 +43,9 @@ def as_qwen2_moe(config: Config) -> dict[str, Any]:
         "model_type": "qwen2_moe",
         "architectures": ["Qwen2MoeForCausalLM"],
     }
-    own = ("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "aux_loss_alpha")
-    gone = (*own, "seq_aux", "scoring_func", "attention_bias", "pretraining_tp", "ep_size")
-    return {name: value for name, value in config.items() if name not in gone} | renamed
+    translated = ("n_routed_experts", "n_shared_experts", "first_k_dense_replace", "moe_layer_freq", "aux_loss_alpha")
+    removed = (*translated, "seq_aux", "scoring_func", "attention_bias", "pretraining_tp", "ep_size")
+    return {name: value for name, value in config.items() if name not in removed} | renamed
 
 
 def rename(name: str) -> str:
@@ -89,5 +89,5 @@ FAMILY = Family(
     refuse=refuse,
     renormalises=renormalises,
     as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, constants, refuse_as_qwen2_moe),
-    unties=True,  # vLLM and SGLang tie nothing in this class, and would leave the head at random
+    unties=True,  # vLLM and SGLang do not tie the head of this class: its values would be random
 )

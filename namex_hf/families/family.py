@@ -1,4 +1,4 @@
-"""What a model family is to this package: names, shapes and configuration fields. No mathematics, no files."""
+"""Description of a model family: names, shapes and configuration fields. No mathematics, no files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +11,8 @@ from ..errors import FamilyError
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Config = Mapping[str, Any]
-MOST_LAYERS, MOST = 10_000, 1 << 31
-"""No model has more layers, or a greater size, than this."""
+MAX_LAYERS, MAX_SIZE = 10_000, 1 << 31
+"""Upper bounds of the number of layers, and of every other whole number in a configuration."""
 SIZES = {
     "vocab_size": 1,
     "intermediate_size": 1,
@@ -21,26 +21,26 @@ SIZES = {
     "head_dim": 1,
     "max_position_embeddings": 1,
 }
-"""Whole numbers that a class has a default for, with the least that each can be."""
+"""Whole numbers for which a class has a default, each with its least value."""
 LAYER_EXPERTS = "layer_experts"
-"""Field of a patched model's configuration whose layers have different numbers of experts."""
+"""Field of a patched model's configuration: the number of experts of each layer, where layers differ."""
 
 
 @dataclass(frozen=True)
 class MoeShape:
-    """The numbers of a mixture-of-experts model, as its configuration states them."""
+    """The sizes of a mixture-of-experts model, from its configuration."""
 
     layers: tuple[int, ...]  # indices of the MoE layers
-    experts: int  # of a layer; the most, where layers differ
+    experts: int  # per layer; the largest number where layers differ
     top_k: int
     hidden: int
     width: int  # of one routed expert
     shared_width: int
     renormalises: bool  # top-k values rescaled to sum 1
-    counts: tuple[int, ...] | None = None  # experts of each MoE layer; None: all have `experts`
+    counts: tuple[int, ...] | None = None  # experts per MoE layer; None: `experts` in every layer
 
     def experts_of(self, layer: int) -> int:
-        """How many experts a MoE layer has."""
+        """Number of experts of a MoE layer."""
         return self.experts if self.counts is None else self.counts[self.layers.index(layer)]
 
     def of(self, projection: str) -> tuple[int, int]:
@@ -53,7 +53,7 @@ class MoeShape:
 
 
 class Constant(NamedTuple):
-    """A tensor whose numbers are all the same."""
+    """A tensor whose entries are all equal."""
 
     shape: tuple[int, ...]
     value: float = 0.0
@@ -66,20 +66,20 @@ class Constant(NamedTuple):
 
 @dataclass(frozen=True)
 class Reexpression:
-    """The same model, exactly, under another family's names."""
+    """How a model is written, exactly, under another family's names."""
 
     config: Callable[[Config], dict[str, Any]]
     rename: Callable[[str], str]
-    doubled: Callable[[str], bool]  # by the old name: tensors to be written times two
-    constants: Callable[[Config], dict[str, Constant]]  # tensors to be added
-    refuse: Callable[[Config], str | None]  # why a model of this configuration cannot be written so
+    doubled: Callable[[str], bool]  # whether the tensor of this old name is written times two
+    constants: Callable[[Config], dict[str, Constant]]  # tensors to add
+    refuse: Callable[[Config], str | None]  # the reason why this configuration cannot be written so, or None
 
 
 @dataclass(frozen=True)
 class Family:
     """One ``model_type``. Adding a family is one file beside this one that defines ``FAMILY``.
 
-    Layer, expert and projection of a tensor are told from its name alone; the fused layout of transformers 5
+    The name of a tensor alone gives its layer, expert and projection. The fused layout of transformers 5
     (``mlp.experts.gate_up_proj``) is the same for all families that use its fused experts.
     """
 
@@ -90,27 +90,26 @@ class Family:
     moe_layers: Callable[[Config], tuple[int, ...]]
     shared_width: Callable[[Config], int]
     needs: tuple[str, ...]
-    optional: Mapping[str, int]  # whole numbers that may be absent, with the least that each can be
+    optional: Mapping[str, int]  # whole numbers that may be absent, each with its least value
     refuse: Callable[[Config], str | None] = field(default=lambda config: None)
     renormalises: Callable[[Config], bool] = field(default=lambda config: bool(config.get("norm_topk_prob", False)))
     shared_gate_name: str | None = None  # of a sigmoid gate before the shared expert
     as_qwen2_moe: Reexpression | None = None
     unties: bool = False
-    """Whether a result never has one tensor for embedding and head: programs that know the family read no such model.
-    """
+    """Whether results store embedding and head apart: other programs for this family cannot read tied models."""
 
     def shape(self, config: Config) -> MoeShape:
-        """Read the numbers out of a raw ``config.json``.
+        """Read the sizes from a raw ``config.json``.
 
         Raises:
-            FamilyError: a field is missing or is no whole number above 0, or the family cannot be handled.
+            FamilyError: a field is missing or is not a whole number in its range, or the model is not supported.
         """
         required = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts_per_tok")
         least = dict.fromkeys((*required, self.experts_field, *self.needs), 1)
         stated = {name: low for name, low in SIZES.items() if config.get(name) is not None}
         stated |= {name: low for name, low in self.optional.items() if name in config}
         for name, lowest in (least | stated).items():
-            value, most = config.get(name), MOST_LAYERS if name == "num_hidden_layers" else MOST
+            value, most = config.get(name), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= most:
                 raise FamilyError(
                     f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from {lowest} "
@@ -148,7 +147,7 @@ class Family:
         )
 
     def is_to_untie(self, config: Config) -> bool:
-        """Whether the result of this model has an embedding and a head of its own, and the model one for both."""
+        """Whether this model ties its head to the embedding, and its result must store them apart."""
         return self.unties and bool(config.get("tie_word_embeddings", False))
 
     def block(self, layer: int) -> str:
@@ -165,19 +164,19 @@ class Family:
         return f"{self.block(layer)}.gate.weight"
 
     def router_norm(self, layer: int) -> str:
-        """The norm whose output the router reads."""
+        """Weight of the norm whose output the router reads."""
         return f"model.layers.{layer}.post_attention_layernorm.weight"
 
     def shared(self, layer: int, projection: str) -> str:
         return f"{self.block(layer)}.{self.shared_name}.{projection}.weight"
 
     def shared_parts(self, layer: int) -> dict[str, str]:
-        """Names of all tensors of the shared expert: by projection, and ``gate`` where it is behind one."""
+        """Names of all tensors of the shared expert: by projection, and ``gate`` where it has a gate."""
         parts = {projection: self.shared(layer, projection) for projection in PROJECTIONS}
         if self.shared_gate_name is not None:
             parts["gate"] = f"{self.block(layer)}.{self.shared_gate_name}.weight"
         return parts
 
     def added(self, layer: int, kind: str, part: str) -> str:
-        """A tensor that the original has not: of the ``base`` expert by projection, or of another part of the block."""
+        """Name of a tensor that only the patched model has: of the ``base`` expert, or of another `kind` of part."""
         return f"{self.block(layer)}." + (f"base_expert.{part}.weight" if kind == "base" else f"{kind}.{part}")

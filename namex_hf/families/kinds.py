@@ -1,4 +1,4 @@
-"""What a parameter of a model is, told from its name."""
+"""The kind of a model's parameter, from its name."""
 
 import re
 
@@ -13,7 +13,7 @@ KINDS = {
     "embeddings": "token embeddings and the language model's head",
     "norms": "all norms",
 }
-"""Kinds of parameters, in the order of tables, with what they are."""
+"""Kinds of parameters with their descriptions, in the order of tables."""
 
 PATTERNS = {
     "experts": r"\.mlp\.experts\.",
@@ -29,13 +29,13 @@ PATTERNS = {
 
 
 def kind_of(name: str) -> str:
-    """The kind of a parameter of a supported family, stock or patched, with an adapter around it or not.
+    """The kind of a parameter of a supported family, stock or patched, with or without an adapter around it.
 
     Args:
-        name: as `named_parameters` has it.
+        name: the parameter's name in `named_parameters`.
 
     Raises:
-        ValueError: it is of no known kind.
+        ValueError: no pattern matches the name.
     """
     for kind, pattern in PATTERNS.items():
         if re.search(pattern, name):

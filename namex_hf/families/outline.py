@@ -1,4 +1,4 @@
-"""What the class of a model has: every tensor as its files name it, found by building the class without numbers."""
+"""Outline of a model class: every tensor under its name in files, from building the class on the meta device."""
 
 import json
 import re
@@ -16,16 +16,16 @@ from ..errors import CheckpointError, FamilyError
 from .family import Config
 
 FOREIGN = ("auto_map", "_name_or_path")
-"""Fields of ``config.json`` that say nothing of a known class."""
+"""Fields of ``config.json`` without influence on a known class."""
 COUNTS = re.compile(r"(^|_)(n|num)_(\w+_)?(layers?|experts|blocks)$")
-"""Fields that say how many modules a class is made of."""
+"""Names of fields that count the modules of a class."""
 LEAST = 1000
-"""Modules that any class may have, however few tensors its files hold: some share theirs."""
+"""Number of modules accepted for any class, however few tensors its files hold: modules can share tensors."""
 
 
 @dataclass(frozen=True)
-class Tensor:
-    """One tensor of a file: what can be known without its numbers."""
+class TensorSpec:
+    """Shape and dtype of a tensor in a file."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -33,21 +33,21 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Outline:
-    """All tensors of a class under the names of its files, experts one by one."""
+    """All tensors of a class under their names in files, with every expert apart."""
 
-    tensors: Mapping[str, Tensor]
+    tensors: Mapping[str, TensorSpec]
     tied: Mapping[str, str]
-    """Those that equal another one by definition; files need not hold them."""
+    """Tied tensors, both ways, by name: files need to hold only one of the two."""
 
 
 def outline_of(config: Config) -> Outline:
-    """The outline of a model of a class that transformers or this package has.
+    """The outline of a model whose class belongs to transformers or to this package.
 
     Args:
-        config: as ``config.json`` has it, its counts checked.
+        config: the content of ``config.json``, after `check_counts`.
 
     Raises:
-        FamilyError: the class cannot be built of this configuration.
+        FamilyError: the class cannot be built from this configuration.
     """
     return _outline(json.dumps({name: value for name, value in config.items() if name not in FOREIGN}))
 
@@ -58,63 +58,62 @@ def _outline(text: str) -> Outline:
 
     config = json.loads(text)
     kind, level = config["model_type"], logging.get_verbosity()
-    logging.set_verbosity_error()  # what there is to say is said when the model is loaded
+    logging.set_verbosity_error()  # the real loading repeats all warnings
     try:
-        built = CONFIG_MAPPING[kind].from_dict(deepcopy(config))
+        typed = CONFIG_MAPPING[kind].from_dict(deepcopy(config))
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(built, attn_implementation="eager")
-    except Exception as error:  # whatever transformers makes of a value
+            model = AutoModelForCausalLM.from_config(typed, attn_implementation="eager")
+    except Exception as error:  # a wrong value can fail anywhere in transformers
         raise FamilyError(
             f"config.json: no model of type {kind!r} can be built of it ({type(error).__name__}: {error})"
         ) from error
     finally:
         logging.set_verbosity(level)
-    found = revert_weight_conversion(model, dict(model.state_dict()))
-    tensors = {name: Tensor(tuple(tensor.shape), tensor.dtype) for name, tensor in found.items()}
+    in_files = revert_weight_conversion(model, dict(model.state_dict()))
+    tensors = {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in in_files.items()}
     tied = dict(model.all_tied_weights_keys)
     return Outline(tensors, tied | {other: name for name, other in tied.items()})
 
 
-def check_tensors(outline: Outline, found: Mapping[str, Tensor]) -> list[str]:
+def check_tensors(outline: Outline, tensors: Mapping[str, TensorSpec]) -> list[str]:
     """Compare the tensors of files with those of a class.
 
     Returns:
         Names in the files that the class does not have.
 
     Raises:
-        CheckpointError: a tensor of the class is in no file, has another shape, or is not of a kind of number that it
-            can be loaded from.
+        CheckpointError: a tensor of the class is in no file, has another shape, or a dtype that cannot be loaded.
     """
-    for name, wanted in outline.tensors.items():
-        tensor = found.get(name)
+    for name, expected in outline.tensors.items():
+        tensor = tensors.get(name)
         if tensor is None:
-            if outline.tied.get(name) in found:
+            if outline.tied.get(name) in tensors:
                 continue
             raise CheckpointError(f"tensor {name} is missing: no file has it, and config.json makes it a part")
-        if tensor.shape != wanted.shape:
-            raise CheckpointError(f"tensor {name} is {list(tensor.shape)}; config.json makes it {list(wanted.shape)}")
-        if wanted.dtype.is_floating_point and not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1):
+        if tensor.shape != expected.shape:
+            raise CheckpointError(f"tensor {name} is {list(tensor.shape)}; config.json makes it {list(expected.shape)}")
+        if expected.dtype.is_floating_point and not (tensor.dtype.is_floating_point and tensor.dtype.itemsize > 1):
             raise CheckpointError(
                 f"tensor {name} is {tensor.dtype}; accepted: bfloat16, float16, float32 (quantised files are not read)"
             )
-    return [name for name in found if name not in outline.tensors]
+    return [name for name in tensors if name not in outline.tensors]
 
 
-def check_counts(config: Config, found: Mapping[str, Tensor]) -> None:
-    """Refuse numbers of layers or experts that files cannot hold, before anything is built or counted up.
+def check_counts(config: Config, tensors: Mapping[str, TensorSpec]) -> None:
+    """Refuse numbers of layers or experts that the files cannot hold, before a model is built.
 
     Args:
-        found: the tensors of the files. No class has more layers; experts may be rows of one.
+        tensors: all tensors of the files. A model has at most as many layers; experts may be rows of one tensor.
 
     Raises:
-        FamilyError: naming the field.
+        FamilyError: a field is out of range.
     """
-    rows = max((tensor.shape[0] for tensor in found.values() if tensor.shape and 0 not in tensor.shape), default=0)
+    rows = max((tensor.shape[0] for tensor in tensors.values() if tensor.shape and 0 not in tensor.shape), default=0)
     for name, value in config.items():
-        most = max(len(found), LEAST, rows if "expert" in name else 0)
+        most = max(len(tensors), LEAST, rows if "expert" in name else 0)
         if isinstance(value, dict):
-            check_counts(value, found)
+            check_counts(value, tensors)
         elif type(value) is int and COUNTS.search(name) and not 0 <= value <= most:
             raise FamilyError(
-                f"config.json: '{name}' is {value}; accepted for files of {len(found)} tensors: from 0 to {most}"
+                f"config.json: '{name}' is {value}; accepted for files of {len(tensors)} tensors: from 0 to {most}"
             )

@@ -1,4 +1,4 @@
-"""Qwen1.5-MoE and Qwen2-MoE: every layer a mixture by default, one shared expert behind a sigmoid gate."""
+"""Qwen1.5-MoE and Qwen2-MoE: by default every layer is an MoE layer; one shared expert with a sigmoid gate."""
 
 from .family import Config, Family
 
@@ -32,5 +32,5 @@ FAMILY = Family(
     needs=("shared_expert_intermediate_size",),
     optional={"decoder_sparse_step": 1},
     refuse=refuse,
-    unties=True,  # llama.cpp asks for lm_head.weight
+    unties=True,  # llama.cpp needs lm_head.weight
 )

@@ -1,8 +1,8 @@
 """transformers classes: native DeepSeek-MoE v1, and the patched models with a stored base expert.
 
 Importing registers three model types with the Auto classes (``deepseek``, ``namex_deepseek``, ``namex_qwen2_moe``)
-and touches none of transformers' own. A registered class wins over a folder's remote code, also under
-``trust_remote_code=True``.
+and changes none of transformers' own types. A registered class takes precedence over a folder's remote code, also
+under ``trust_remote_code=True``.
 """
 
 from functools import cache
@@ -30,12 +30,12 @@ from .sparse import left_over_mass
 
 
 class RemoteCode(NamedTuple):
-    """What a folder carries so that ``trust_remote_code=True`` opens it where this package is absent."""
+    """The code in a folder by which ``trust_remote_code=True`` opens it without this package."""
 
     auto_map: dict[str, str]
     """For ``config.json``."""
     files: tuple[Path, ...]
-    """To be copied next to ``config.json``, sorted by name; absolute paths into this package."""
+    """Files to copy next to ``config.json``, sorted by name; absolute paths into this package."""
 
 
 CLASSES: dict[str, tuple[Any, Any, Any]] = {
@@ -43,27 +43,27 @@ CLASSES: dict[str, tuple[Any, Any, Any]] = {
     "namex_deepseek": (NamexDeepseekConfig, NamexDeepseekModel, NamexDeepseekForCausalLM),
     "namex_qwen2_moe": (NamexQwen2MoeConfig, NamexQwen2MoeModel, NamexQwen2MoeForCausalLM),
 }
-"""Configuration, model and causal language model of every model type that is defined here."""
+"""Configuration, model and causal language model of every model type of this package."""
 
 CLASSIFIERS: dict[str, Any] = {
     "deepseek": DeepseekForSequenceClassification,
     "namex_deepseek": NamexDeepseekForSequenceClassification,
     "namex_qwen2_moe": NamexQwen2MoeForSequenceClassification,
 }
-"""Sequence classifier, such as a reward model, of each of them."""
+"""Sequence classifier, such as a reward model, of every model type of this package."""
 
 PATCHED: dict[str, Any] = {"deepseek": NamexDeepseekConfig, "qwen2_moe": NamexQwen2MoeConfig}
-"""From a family's model_type to the configuration of its patched form (its model_type is the class's own)."""
+"""From a family's model_type to the configuration class of its patched form, which has its own model_type."""
 
 
 @cache
 def remote_code(model_type: str) -> RemoteCode:
-    """The files and the ``auto_map`` that a folder of `model_type` needs; empty for a type of transformers itself."""
+    """The files and the ``auto_map`` that a folder of `model_type` needs; empty for a type of transformers."""
     if model_type not in CLASSES:
         return RemoteCode({}, ())
     auto_map = dict(CLASSES[model_type][0].remote_classes)
-    here = Path(__file__).resolve().parent
-    roots = {here / f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
+    package = Path(__file__).resolve().parent
+    roots = {package / f"{reference.split('.')[0]}.py" for reference in auto_map.values()}
     siblings = {Path(name).resolve() for root in roots for name in get_relative_import_files(root)}
     return RemoteCode(auto_map, tuple(sorted(roots | siblings)))
 

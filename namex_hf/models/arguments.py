@@ -1,6 +1,6 @@
-"""What a forward is called with, by name, whatever names this version of transformers has for it.
+"""Arguments of a forward by name, under the names of the installed version of transformers.
 
-The file travels as remote code, which nobody can mend on the Hub: it relies on annotations, not on names.
+The file travels as remote code, which cannot be corrected on the Hub: it relies on annotations, not on names.
 """
 
 import inspect
@@ -11,33 +11,33 @@ from transformers import Cache
 
 
 class Arguments(NamedTuple):
-    """The arguments of a forward."""
+    """The names of a forward's arguments."""
 
     names: tuple[str, ...]
-    """In the order in which they may be passed by position."""
+    """All names, in the order of the positions."""
     cache: str
-    """Of the one that takes a `Cache`: ``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on."""
+    """Name of the argument for a `Cache`: ``past_key_values`` up to transformers 5.23, ``cache`` from 5.24 on."""
 
     @classmethod
     def of(cls, forward: Callable[..., Any]) -> "Arguments":
-        """Those of a method, `self` aside."""
+        """The arguments of a method, without `self`."""
         parameters = list(inspect.signature(forward).parameters.values())[1:]
-        caches = [one.name for one in parameters if "Cache" in str(one.annotation)]
-        return cls(tuple(one.name for one in parameters), caches[0] if caches else "cache")
+        caches = [parameter.name for parameter in parameters if "Cache" in str(parameter.annotation)]
+        return cls(tuple(parameter.name for parameter in parameters), caches[0] if caches else "cache")
 
     def by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A call's arguments, all by keyword; a cache arrives under any name and leaves under that of the method."""
-        given = dict(zip(self.names, args, strict=False)) | kwargs
-        found = cache_in(given)
-        if found is not None:
-            given = {name: value for name, value in given.items() if value is not found}
-            given[self.cache] = found
-        return given
+        """The arguments of a call, all by keyword. A cache under any name gets the name that the method uses."""
+        by_name = dict(zip(self.names, args, strict=False)) | kwargs
+        cache = cache_in(by_name)
+        if cache is not None:
+            by_name = {name: value for name, value in by_name.items() if value is not cache}
+            by_name[self.cache] = cache
+        return by_name
 
 
-def cache_in(given: dict[str, Any]) -> Cache | None:
-    """The cache among the arguments of a call, under whichever name."""
-    return next((value for value in given.values() if isinstance(value, Cache)), None)
+def cache_in(arguments: dict[str, Any]) -> Cache | None:
+    """The cache among the arguments of a call, under any name."""
+    return next((value for value in arguments.values() if isinstance(value, Cache)), None)
 
 
 __all__ = ["Arguments", "cache_in"]

@@ -10,28 +10,28 @@ from transformers.configuration_utils import PreTrainedConfig
 class DeepseekConfig(PreTrainedConfig):
     """Fields and defaults of ``deepseek-ai/deepseek-moe-16b-base``.
 
-    The class reuses transformers' Qwen2-MoE layers, which differ only in how the block around the experts is
-    wired; what those layers ask a configuration for is derived below and never written to disk.
+    The class reuses transformers' Qwen2-MoE layers; only the block around the experts differs. Fields that those layers
+    read are derived below and never written to disk.
 
     Reference: Dai et al. 2024, "DeepSeekMoE: Towards Ultimate Expert Specialization".
     """
 
     model_type = "deepseek"
-    # A cache is no prediction. transformers 5.24 has another name for it.
+    # A cache is not a prediction. Its second name is that of transformers 5.24.
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values", "cache"]
     attribute_map: ClassVar[dict[str, str]] = {
         "num_experts": "n_routed_experts",
         "router_aux_loss_coef": "aux_loss_alpha",
         "qkv_bias": "attention_bias",
     }
-    # What a folder of this type must name in config.json, so that it loads as remote code.
+    # `auto_map` in the config.json of a folder of this type, so that it loads as remote code.
     remote_classes: ClassVar[dict[str, str]] = {
         "AutoConfig": "configuration_deepseek.DeepseekConfig",
         "AutoModel": "modeling_deepseek.DeepseekModel",
         "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
         "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
     }
-    sliding_window = 0  # asked for by the mask builder of the Qwen2-MoE model; no layer slides
+    sliding_window = 0  # read by the mask builder of the Qwen2-MoE model; no layer has a sliding window
     decoder_sparse_step = 1
 
     vocab_size: int = 102400
@@ -72,13 +72,13 @@ class DeepseekConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As the parent's; a foreign ``auto_map`` (the Hub's remote code fails under transformers 5) is replaced."""
+        """Save, with an own ``auto_map``: the Hub's remote code fails under transformers 5."""
         self.auto_map = dict(self.remote_classes)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
     @property
     def renormalises(self) -> bool:
-        """Whether top-k values are scaled to sum to 1. A single one is left: it would be 1 whatever the router says."""
+        """Whether top-k values are scaled to sum to 1. A single value is not: it would always be 1."""
         return self.norm_topk_prob and self.num_experts_per_tok > 1
 
     @property
@@ -92,7 +92,7 @@ class DeepseekConfig(PreTrainedConfig):
 
     @property
     def shared_expert_intermediate_size(self) -> int:
-        """Width of the one MLP that holds all shared experts; 0 where there is none."""
+        """Width of the MLP that holds all shared experts; 0 without shared experts."""
         return self.moe_intermediate_size * (self.n_shared_experts or 0)
 
     @property

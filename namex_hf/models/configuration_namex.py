@@ -10,11 +10,11 @@ from .configuration_deepseek import DeepseekConfig
 
 SPANS = ("token", "all", "previous", "prompt")
 CURVATURES = {"identity": None, "calibrated": 4, "kronecker": 1}
-"""Of ``merge: soft``, with the `rank` that each has by default."""
+"""Curvatures of ``merge: soft``, with their default `rank`."""
 ROUTINGS = ("linear", "cosine", "stable")
 METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe")
 FIRST_LAYERS = ("merged", "sparse")
-"""What the first MoE layer is."""
+"""Form of the first MoE layer."""
 
 
 class SoftChoice(NamedTuple):
@@ -25,21 +25,21 @@ class SoftChoice(NamedTuple):
     segment: int | None
     """Tokens that share a merged expert; None: every token has its own."""
     top_k: int | None
-    """Experts a token counts for; None: the model's own number, or all where there is no base expert."""
+    """Experts per token in a merge; None: the model's own number, or all experts without a base expert."""
     span: str
-    """Whose routing a merged expert is made from: `SPANS`."""
+    """The tokens whose routing determines a merged expert: one of `SPANS`."""
     renormalises: bool
-    """Whether the values of top-k are divided by their sum."""
+    """Whether the top-k values are divided by their sum."""
     has_base: bool
     """Whether the experts are merged around a base expert; SMEAR has none."""
     curvature: str
     """One of `CURVATURES`."""
     rank: int | None
-    """Of the curvature: directions of each expert that ``calibrated`` knows, products that ``kronecker`` sums up."""
+    """Of the curvature: directions per expert under ``calibrated``, Kronecker products under ``kronecker``."""
 
 
 def soft_choice(recipe: dict[str, Any] | None) -> SoftChoice | None:
-    """What a recipe says about ``merge: soft``, with its defaults; None where it states another merge."""
+    """The fields of a recipe with ``merge: soft``, defaults filled in; None for another merge."""
     if recipe is None or recipe.get("merge") != "soft":
         return None
     curvature = recipe.get("curvature") or "identity"
@@ -63,37 +63,37 @@ def stays_sparse(config: Any, layer: int) -> bool:
     """Whether a decoder layer of a patched model is the first MoE layer, and the recipe leaves it sparse."""
     if (config.namex or {}).get("first_layer") != "sparse":
         return False
-    mixtures = (
+    moe_layers = (
         index
         for index in range(config.num_hidden_layers)
         if index not in config.mlp_only_layers and (index + 1) % config.decoder_sparse_step == 0
     )
-    return layer == next(mixtures, None)
+    return layer == next(moe_layers, None)
 
 
 def soft_choice_at(config: Any, layer: int) -> SoftChoice | None:
-    """`soft_choice` of a decoder layer: None also where it stays sparse."""
+    """`soft_choice` of a decoder layer; None also for a layer that stays sparse."""
     return None if stays_sparse(config, layer) else soft_choice(config.namex)
 
 
 def routing_of(recipe: dict[str, Any] | None) -> str:
-    """How tokens find experts: one of `ROUTINGS`."""
+    """How tokens are routed to experts: one of `ROUTINGS`."""
     return (recipe or {}).get("routing", "linear")
 
 
 def is_residual(recipe: dict[str, Any] | None) -> bool:
-    """Whether a base expert takes the mass that the top-k experts leave over."""
+    """Whether a base expert gets the routing mass that the top-k experts leave over."""
     recipe = recipe or {}
     return recipe.get("merge", "residual") == "residual" and recipe.get("method") not in ("smear", "smoe")
 
 
 def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: int | None = None) -> None:
-    """Refuse what the blocks cannot compute; no recipe means its default, ``merge: residual``.
+    """Refuse a recipe that the blocks cannot compute; None stands for ``merge: residual``.
 
     Raises:
-        ValueError: another merge, method or routing, ``smear`` where there must be a base expert, ``smoe`` where
-            experts are merged, a router that renormalises its top-k under ``residual``, or a field of ``soft`` out of
-            range (`experts` is the bound of its ``top_k``).
+        ValueError: an unknown merge, method or routing; ``smear`` with a merge that needs a base expert; ``smoe`` with
+            a merge of experts; a router that renormalises its top-k under ``residual``; or a field of ``soft`` out of
+            range (`experts` is the upper bound of its ``top_k``).
     """
     recipe = recipe or {}
     merge, method = recipe.get("merge", "residual"), recipe.get("method", METHODS[0])
@@ -125,17 +125,17 @@ def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: in
 
 
 def check_layer_experts(counts: list[int] | None, layers: int, experts: int) -> None:
-    """Refuse numbers of experts that are none of a model of so many layers; None means `experts` in all.
+    """Check the numbers of experts by layer; None means `experts` in every layer.
 
     Raises:
-        ValueError: not a whole number from 0 to `experts` for each of the layers.
+        ValueError: `counts` does not have a whole number from 0 to `experts` for each of the layers.
     """
     if counts is not None and (len(counts) != layers or not all(0 <= count <= experts for count in counts)):
         raise ValueError(f"layer_experts is {counts}; accepted: of each of {layers} layers 0 (no mixture) to {experts}")
 
 
 def whole(value: Any) -> bool:
-    """Whether it is a count."""
+    """Whether `value` is a whole number of at least 1."""
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
@@ -158,8 +158,8 @@ def _check_span(choice: SoftChoice) -> None:
 def _check_soft(choice: SoftChoice, experts: int | None) -> None:
     if choice.curvature not in CURVATURES:
         raise ValueError(f"namex.curvature is {choice.curvature!r}; accepted: {', '.join(CURVATURES)}")
-    number = isinstance(choice.eta, (int, float)) and not isinstance(choice.eta, bool)
-    if not (number and math.isfinite(choice.eta)):
+    is_number = isinstance(choice.eta, (int, float)) and not isinstance(choice.eta, bool)
+    if not (is_number and math.isfinite(choice.eta)):
         raise ValueError(f"namex.eta is {choice.eta!r}; accepted: a finite number")
     if choice.eta != 1 and not choice.has_base:
         raise ValueError(
@@ -181,9 +181,9 @@ def _check_soft(choice: SoftChoice, experts: int | None) -> None:
 
 @strict
 class NamexQwen2MoeConfig(Qwen2MoeConfig):
-    """A patched Qwen2-MoE; ``namex`` holds the recipe that made it.
+    """A patched Qwen2-MoE; ``namex`` is its recipe.
 
-    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is the most then.
+    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is then the largest.
     """
 
     model_type = "namex_qwen2_moe"
@@ -203,16 +203,16 @@ class NamexQwen2MoeConfig(Qwen2MoeConfig):
         super().__post_init__(**kwargs)
 
     def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
-        """As the parent's, with the whole ``auto_map``: transformers alone would leave out ``AutoModel``."""
+        """Save, with the whole ``auto_map``: transformers alone would omit ``AutoModel``."""
         self.auto_map = dict(self.remote_classes)
         super().save_pretrained(save_directory, push_to_hub, **kwargs)
 
 
 @strict
 class NamexDeepseekConfig(DeepseekConfig):
-    """A patched DeepSeek-MoE v1; ``namex`` holds the recipe that made it.
+    """A patched DeepSeek-MoE v1; ``namex`` is its recipe.
 
-    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is the most then.
+    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is then the largest.
     """
 
     model_type = "namex_deepseek"

@@ -1,4 +1,4 @@
-"""A live model of a family becomes its patched class, in place and without a copy of what it holds."""
+"""Conversion of a model in memory to its patched class, in place and without a copy of its tensors."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ from .modeling_namex_qwen2_moe import (
     SoftQwen2MoeSparseMoeBlock,
 )
 from .soft import experts_class
-from .sparse import give_layer_its_number
+from .sparse import set_expert_count
 
 FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
     Qwen2MoeForCausalLM: (
@@ -50,19 +50,19 @@ FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
 
 
 def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
-    """Give the modules of `model` their patched classes and every MoE block its new parts, not yet filled.
+    """Give the modules of `model` their patched classes, and every MoE block its new parts, without values.
 
     Args:
         model: of a class in `FORMS`.
-        namex: the recipe, which becomes ``model.config.namex``; its `merge` decides on the class of the blocks, and
-            its other fields on how it works. None: ``residual``.
+        namex: the recipe, which becomes ``model.config.namex``. Its `merge` determines the class of the blocks; the
+            blocks read the other fields. None: ``residual``.
 
     Raises:
-        TypeError: the model is of none of the classes that have a patched form.
-        ValueError: the patched form does not fit it, such as a router that renormalises the top-k under ``residual``.
+        TypeError: the class of the model has no patched form.
+        ValueError: the recipe does not fit the model, such as ``residual`` with a router that renormalises the top-k.
     """
     if type(model) not in FORMS:
-        accepted = ", ".join(known.__name__ for known in FORMS)
+        accepted = ", ".join(form.__name__ for form in FORMS)
         raise TypeError(f"found a {type(model).__name__}; accepted: {accepted}")
     renormalises = getattr(model.config, "renormalises", model.config.norm_topk_prob)
     check_merge(namex, renormalises, model.config.num_experts)
@@ -71,26 +71,26 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
     model.config.namex = namex
     model.__class__, model.model.__class__ = causal_lm, inner
     for part in (model, model.model):
-        # transformers looks up by the class's name what to record, and enters it only when a model is constructed;
-        # without this router_logits would be missing and the auxiliary loss with it.
+        # transformers registers the outputs to record only when it constructs a model. Without this entry
+        # router_logits and the auxiliary loss would be missing.
         _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
-        part._no_split_modules = set(type(part)._no_split_modules)  # collected when it was constructed, by class name
+        part._no_split_modules = set(type(part)._no_split_modules)  # the constructor filled it with other class names
     for layer in model.model.layers:
         layer.__class__ = layer_class
         mlp: Any = layer.mlp
         if type(layer.mlp) is block:
-            index, weight, old = layer.self_attn.layer_idx, mlp.gate.weight, set(mlp.children())
+            index, weight, stock_parts = layer.self_attn.layer_idx, mlp.gate.weight, set(mlp.children())
             if soft := soft_choice_at(model.config, index):
                 mlp.__class__, mlp.experts.__class__ = soft_block, experts_class(soft)
                 mlp.add_parts(model.config)
             else:
                 mlp.__class__ = sparse_block
                 mlp.add_parts(model.config, index)
-            give_layer_its_number(mlp, model.config, index)
-            for part in set(mlp.children()) - old:
+            set_expert_count(mlp, model.config, index)
+            for part in set(mlp.children()) - stock_parts:
                 part.to(device=weight.device, dtype=weight.dtype).train(layer.training)
             if mlp.routing == "cosine" and getattr(model.model, "_output_capturing_hooks_installed", False):
-                # transformers hooks a model's modules once, the first time that it records their outputs.
+                # transformers installs its hooks once, when it first records outputs.
                 install_output_capuring_hook(mlp.cosine_router, "router_logits", 0)
 
 

@@ -14,28 +14,28 @@ def load_patched(path: str | Path, **kwargs: Any) -> Any:
     """The patched model in `path`, a folder or a Hub id: `AutoModelForCausalLM.from_pretrained` with two checks.
 
     Args:
-        path: where ``config.json`` bears the recipe under ``namex``.
-        **kwargs: passed on.
+        path: its ``config.json`` has the recipe under ``namex``.
+        **kwargs: passed to `from_pretrained`.
 
     Raises:
-        CheckpointError: no ``config.json``, one without ``namex``, or a tensor of the model that no file holds
-            (transformers alone warns and goes on with random numbers).
+        CheckpointError: no ``config.json``, no ``namex`` in it, or a tensor of the model that no file holds
+            (transformers alone warns and continues with random values).
     """
     hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
     try:
         raw, _ = PreTrainedConfig.get_config_dict(path, **hub)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path}: no readable config.json: {str(error).splitlines()[0]}") from error
-    if not raw:  # what transformers makes of a folder without the file
+    if not raw:  # transformers returns an empty dict for a folder without the file
         raise CheckpointError(f"{path}: no config.json; accepted is a folder written by namex-patch")
     if not isinstance(raw.get("namex"), dict):
         raise CheckpointError(
             f"{path}/config.json: no recipe under 'namex' (model_type is {raw.get('model_type')!r}); accepted is a "
             "folder written by namex-patch"
         )
-    wants_info = kwargs.pop("output_loading_info", False)
+    returns_info = kwargs.pop("output_loading_info", False)
     model, info = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise CheckpointError(f"{path}: {len(missing)} tensors are in no file, the first is {missing[0]}")
-    return (model, info) if wants_info else model
+    return (model, info) if returns_info else model

@@ -31,12 +31,12 @@ from transformers.utils.output_capturing import OutputRecorder
 from .arguments import Arguments
 from .configuration_deepseek import DeepseekConfig
 
-# Without this a class defined outside transformers gets no per-expert -> fused conversion.
+# A class defined outside transformers gets no per-expert -> fused conversion by itself.
 register_checkpoint_conversion_mapping("deepseek", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
 class DeepseekMoeBlock(nn.Module):
-    """Routed experts plus the shared experts, which act on every token without a gate."""
+    """Routed experts, and shared experts that act on every token without a gate."""
 
     def __init__(self, config: DeepseekConfig):
         super().__init__()
@@ -52,7 +52,7 @@ class DeepseekMoeBlock(nn.Module):
         return self.experts(flat, chosen, scores)
 
     def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: what `routed` takes besides."""
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: more arguments of `routed`."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.routed(flat, *routing, **base)
         if self.shared_experts is not None:
@@ -64,7 +64,7 @@ class DeepseekDecoderLayer(Qwen2MoeDecoderLayer):
     def __init__(self, config: DeepseekConfig, layer_idx: int):
         GradientCheckpointingLayer.__init__(self)
         self.self_attn = Qwen2MoeAttention(config, layer_idx)
-        if config.attention_bias:  # DeepSeek's covers the output projection too, Qwen's does not
+        if config.attention_bias:  # DeepSeek has a bias on the output projection too, Qwen has not
             self.self_attn.o_proj = nn.Linear(self.self_attn.o_proj.in_features, config.hidden_size)
         if layer_idx in config.mlp_only_layers:
             self.mlp = Qwen2MoeMLP(config, intermediate_size=config.intermediate_size)
@@ -87,7 +87,7 @@ class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in the text of this file and would fall back to eager experts.
+        # transformers searches this file's text for its decorator; without it, it would use eager experts.
         return True
 
 
@@ -95,7 +95,7 @@ class DeepseekModel(DeepseekPreTrainedModel, Qwen2MoeModel):
     layer_class = DeepseekDecoderLayer
 
     def __init__(self, config: DeepseekConfig):
-        super(Qwen2MoeModel, self).__init__(config)  # past the parent's, which would build Qwen's layers
+        super(Qwen2MoeModel, self).__init__(config)  # skip the parent's, which would build Qwen's layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -111,11 +111,12 @@ def expert_balance_loss(
 ) -> torch.Tensor:
     """DeepSeekMoE's expert-level balance loss, summed over layers (DeepSeekMoE eq. 12-14, without its factor).
 
-    A layer's term is ``sum_i f_i P_i``: ``f_i`` the share of slots that expert i received times N (1 when balanced),
-    ``P_i`` its mean probability; per sequence and then averaged where ``sequence_level``, else over all tokens.
+    A layer's term is ``sum_i f_i P_i``: ``f_i`` is the share of slots that expert i received times N (1 when balanced),
+    ``P_i`` its mean probability. Under ``sequence_level`` the terms of sequences are averaged; else all tokens count
+    together.
 
     Args:
-        router_logits: one ``[batch * tokens, experts]`` tensor per MoE layer.
+        router_logits: ``[batch * tokens, experts]``, a tensor for every MoE layer.
     """
     total = router_logits[0].new_zeros((), dtype=torch.float32)
     for logits in router_logits:
@@ -128,7 +129,7 @@ def expert_balance_loss(
     return total
 
 
-TAKES = Arguments.of(Qwen2MoeForCausalLM.forward)
+FORWARD = Arguments.of(Qwen2MoeForCausalLM.forward)
 
 
 class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
@@ -141,13 +142,13 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    # The parent's forward adds Qwen's auxiliary loss, which pools all layers; this one adds DeepSeek's. `Trainer` and
-    # `generate` read the parent's signature off it.
+    # The parent's forward adds Qwen's auxiliary loss, which pools all layers; this forward adds DeepSeek's. `Trainer`
+    # and `generate` read the parent's signature, which `wraps` passes on.
     @can_return_tuple
     @wraps(Qwen2MoeForCausalLM.forward)
     def forward(self, *args, **kwargs) -> MoeCausalLMOutputWithPast:
-        """As `Qwen2MoeForCausalLM.forward`; ``aux_loss`` is `expert_balance_loss` (padding counted, as theirs)."""
-        kwargs = TAKES.by_name(args, kwargs)
+        """As `Qwen2MoeForCausalLM.forward`; ``aux_loss`` is `expert_balance_loss`, which also counts padding."""
+        kwargs = FORWARD.by_name(args, kwargs)
         labels, keep = kwargs.pop("labels", None), kwargs.pop("logits_to_keep", 0)
         if kwargs.get("output_router_logits") is None:
             kwargs["output_router_logits"] = self.config.output_router_logits
@@ -166,12 +167,12 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
 
 
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
-    """A reward model, or another classifier: transformers' own head."""
+    """A reward model, or another classifier, with transformers' own head."""
 
     model_class = DeepseekModel
 
     def __init__(self, config: DeepseekConfig):
-        # Past the parent's, which asks `AutoModel`: that does not know a class of remote code.
+        # Skip the parent's, which uses `AutoModel`: that does not know a class of remote code.
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = self.model_class(config)

@@ -1,4 +1,4 @@
-"""DeepSeek-MoE v1 patched (``namex_deepseek``): another merge or another routing than the original's.
+"""Patched DeepSeek-MoE v1 (``namex_deepseek``), with another merge or routing than the original.
 
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """
@@ -22,14 +22,14 @@ from .modeling_deepseek import (
 from .patched_model import PatchedModel
 from .routers import CosineRouter
 from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftRouting, experts_class
-from .sparse import SparseRouting, give_layer_its_number
+from .sparse import SparseRouting, set_expert_count
 
-# Without this a class defined outside transformers gets no per-expert -> fused conversion.
+# A class defined outside transformers gets no per-expert -> fused conversion by itself.
 register_checkpoint_conversion_mapping("namex_deepseek", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True)
 
 
 class NamexDeepseekMoeBlock(SparseRouting, DeepseekMoeBlock):
-    """Top-k experts, the base expert where there is one, and the shared experts as in the original."""
+    """Top-k experts, the base expert if the recipe has one, and the shared experts as in the original."""
 
     def __init__(self, config: NamexDeepseekConfig, layer_idx: int):
         super().__init__(config)
@@ -37,7 +37,7 @@ class NamexDeepseekMoeBlock(SparseRouting, DeepseekMoeBlock):
 
 
 class SoftDeepseekMoeBlock(SoftRouting, DeepseekMoeBlock):
-    """One merged expert a token, or a segment, and the shared experts as in the original."""
+    """A merged expert for every token or segment, and the shared experts as in the original."""
 
     def __init__(self, config: NamexDeepseekConfig):
         super().__init__(config)
@@ -55,7 +55,7 @@ class NamexDeepseekDecoderLayer(SegmentedLayer, DeepseekDecoderLayer):
         if isinstance(self.mlp, DeepseekMoeBlock):
             soft = soft_choice_at(config, layer_idx) is not None
             self.mlp = SoftDeepseekMoeBlock(config) if soft else NamexDeepseekMoeBlock(config, layer_idx)
-            give_layer_its_number(self.mlp, config, layer_idx)
+            set_expert_count(self.mlp, config, layer_idx)
 
 
 class NamexDeepseekPreTrainedModel(PatchedModel, DeepseekPreTrainedModel):

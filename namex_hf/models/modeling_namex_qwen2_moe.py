@@ -1,4 +1,4 @@
-"""Qwen2-MoE patched (``namex_qwen2_moe``): another merge or another routing than the original's.
+"""Patched Qwen2-MoE (``namex_qwen2_moe``), with another merge or routing than the original.
 
 The file imports siblings only by ``from .name import``, so that it also travels as remote code.
 """
@@ -29,26 +29,26 @@ from .configuration_namex import NamexQwen2MoeConfig, soft_choice, soft_choice_a
 from .patched_model import PatchedModel
 from .routers import CosineRouter
 from .soft import SegmentedCausalLM, SegmentedLayer, SegmentedModel, SoftRouting, experts_class
-from .sparse import SparseRouting, give_layer_its_number
+from .sparse import SparseRouting, set_expert_count
 
-# Without this a class defined outside transformers gets no per-expert -> fused conversion.
+# A class defined outside transformers gets no per-expert -> fused conversion by itself.
 register_checkpoint_conversion_mapping(
     "namex_qwen2_moe", get_checkpoint_conversion_mapping("qwen2_moe"), overwrite=True
 )
 
 
 class GatedSharedBlock(Qwen2MoeSparseMoeBlock):
-    """The gated shared expert as in the original, and the routed part of a mixin."""
+    """The gated shared expert as in the original; a mixin defines the routed part."""
 
     def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
-        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: what `routed` takes besides."""
+        """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: more arguments of `routed`."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)
         return (self.routed(flat, *routing, **base) + shared).view_as(hidden_states)
 
 
 class NamexQwen2MoeSparseMoeBlock(SparseRouting, GatedSharedBlock):
-    """Top-k experts, and the base expert where there is one."""
+    """Top-k experts, and the base expert if the recipe has one."""
 
     def __init__(self, config: NamexQwen2MoeConfig, layer_idx: int):
         super().__init__(config)
@@ -56,7 +56,7 @@ class NamexQwen2MoeSparseMoeBlock(SparseRouting, GatedSharedBlock):
 
 
 class SoftQwen2MoeSparseMoeBlock(SoftRouting, GatedSharedBlock):
-    """One merged expert a token, or a segment."""
+    """A merged expert for every token or segment."""
 
     def __init__(self, config: NamexQwen2MoeConfig):
         super().__init__(config)
@@ -74,7 +74,7 @@ class NamexQwen2MoeDecoderLayer(SegmentedLayer, Qwen2MoeDecoderLayer):
         if isinstance(self.mlp, Qwen2MoeSparseMoeBlock):
             soft = soft_choice_at(config, layer_idx) is not None
             self.mlp = SoftQwen2MoeSparseMoeBlock(config) if soft else NamexQwen2MoeSparseMoeBlock(config, layer_idx)
-            give_layer_its_number(self.mlp, config, layer_idx)
+            set_expert_count(self.mlp, config, layer_idx)
 
 
 class NamexQwen2MoePreTrainedModel(PatchedModel, Qwen2MoePreTrainedModel):
@@ -89,13 +89,13 @@ class NamexQwen2MoePreTrainedModel(PatchedModel, Qwen2MoePreTrainedModel):
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
-        # transformers looks for its decorator in the text of this file and would fall back to eager experts.
+        # transformers searches this file's text for its decorator; without it, it would use eager experts.
         return True
 
 
 class NamexQwen2MoeModel(SegmentedModel, NamexQwen2MoePreTrainedModel, Qwen2MoeModel):
     def __init__(self, config: NamexQwen2MoeConfig):
-        super(Qwen2MoeModel, self).__init__(config)  # past the parent's, which would build Qwen's layers
+        super(Qwen2MoeModel, self).__init__(config)  # skip the parent's, which would build Qwen's layers
         self.padding_idx = config.pad_token_id
         self.vocab_size = config.vocab_size
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
@@ -106,7 +106,7 @@ class NamexQwen2MoeModel(SegmentedModel, NamexQwen2MoePreTrainedModel, Qwen2MoeM
         self.post_init()
 
 
-TAKES = Arguments.of(Qwen2MoeForCausalLM.forward)
+FORWARD = Arguments.of(Qwen2MoeForCausalLM.forward)
 
 
 class NamexQwen2MoeForCausalLM(SegmentedCausalLM, NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM):
@@ -122,23 +122,23 @@ class NamexQwen2MoeForCausalLM(SegmentedCausalLM, NamexQwen2MoePreTrainedModel, 
 
     @wraps(Qwen2MoeForCausalLM.forward)
     def forward(self, *args, **kwargs):
-        """As the stock model's, but for its auxiliary loss: none in a pass that continues a cache.
+        """As the stock model's, without auxiliary loss in a pass that continues a cache.
 
-        There the stock model fails, because the mask covers more tokens than the pass has.
+        In such a pass the stock model fails, because the mask covers more tokens than the pass has.
         """
-        kwargs = TAKES.by_name(args, kwargs)
-        wanted, cache = kwargs.get("output_router_logits"), kwargs.get(TAKES.cache)
-        wanted = self.config.output_router_logits if wanted is None else wanted
-        if wanted and cache is not None and cache.get_seq_length():
+        kwargs = FORWARD.by_name(args, kwargs)
+        has_logits, cache = kwargs.get("output_router_logits"), kwargs.get(FORWARD.cache)
+        has_logits = self.config.output_router_logits if has_logits is None else has_logits
+        if has_logits and cache is not None and cache.get_seq_length():
             kwargs["output_router_logits"] = False
         return super().forward(**kwargs)
 
 
 class NamexQwen2MoeForSequenceClassification(GenericForSequenceClassification, NamexQwen2MoePreTrainedModel):
-    """A reward model, or another classifier: transformers' own head on the patched model."""
+    """A reward model, or another classifier, with transformers' own head."""
 
     def __init__(self, config: NamexQwen2MoeConfig):
-        # Past the parent's, which asks `AutoModel`: that does not know a class of remote code.
+        # Skip the parent's, which uses `AutoModel`: that does not know a class of remote code.
         super(GenericForSequenceClassification, self).__init__(config)
         self.num_labels = config.num_labels
         self.model = NamexQwen2MoeModel(config)

@@ -1,4 +1,4 @@
-"""What the patched models of all families share beyond their families' own classes."""
+"""Methods that the patched models of all families share."""
 
 from typing import Any
 
@@ -15,13 +15,13 @@ class PatchedModel:
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        # The base expert is made of nn.Linear, which the family's own covers.
+        # The base expert consists of nn.Linear modules, which the family's own method initialises.
         super()._init_weights(module)
         if isinstance(module, (CosineRouter, StableRouter, CalibratedCurvature, KroneckerProducts)):
             module.reset_parameters()
 
     def resize_token_embeddings(self: Any, *args, **kwargs):
-        """As the stock model's; routers that know token ids follow."""
+        """As the stock model's; routers with a table of token ids are resized too."""
         embeddings = super().resize_token_embeddings(*args, **kwargs)
         for module in self.modules():
             if isinstance(module, StableRouter):

@@ -1,7 +1,6 @@
-"""How tokens find experts beside the pretrained linear router (``routing: cosine`` and ``stable``).
+"""Routers in place of the pretrained linear router (``routing: cosine`` and ``stable``).
 
-Both hand out what `Qwen2MoeTopKRouter` does, top-k softmax values and the experts that they belong to, so every merge
-reads them alike.
+Both return top-k softmax values and their experts, as `Qwen2MoeTopKRouter` does, so every merge can use them.
 """
 
 from typing import Any
@@ -17,8 +16,8 @@ from .configuration_namex import routing_of
 class CosineRouter(nn.Module):
     """``softmax(scale cos(P h, e_i))`` over the experts, then top-k (X-MoE, Chi et al. 2022, eq. 3).
 
-    P and e_i come from the pretrained router W = U S V^T: ``P = V^T``, ``e_i = (U S)_i``, so that P h . e_i = W_i h and
-    only the two norms are gone. `scale` is one over X-MoE's temperature. All three train.
+    P and e_i come from the pretrained router W = U S V^T: ``P = V^T``, ``e_i = (U S)_i``. So P h . e_i = W_i h, and the
+    cosine only divides by the two norms. `scale` is one over X-MoE's temperature. All three are trainable.
     """
 
     def __init__(self, experts: int, hidden: int, top_k: int, norm_topk_prob: bool):
@@ -31,7 +30,7 @@ class CosineRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Random directions. What a checkpoint has filled stays."""
+        """Set random directions. Tensors loaded from a checkpoint are not changed."""
         init.normal_(self.projection, std=0.02)
         init.normal_(self.embeddings, std=0.02)
         init.constant_(self.scale, 10.0)
@@ -39,7 +38,7 @@ class CosineRouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """``[tokens, hidden]`` to logits ``[tokens, experts]``, values and experts ``[tokens, top_k]``.
 
-        Angles are taken in float32: in bfloat16 neighbouring experts would tie.
+        Cosines are computed in float32: in bfloat16 similar experts would tie.
         """
         with torch.autocast(hidden_states.device.type, enabled=False):
             projected = hidden_states.float() @ self.projection.float().T
@@ -52,18 +51,18 @@ class CosineRouter(nn.Module):
 
 
 class StableRouter(nn.Module):
-    """The second stage of StableMoE (Dai et al. 2022) in a top-k form: a token's id alone says which experts it gets.
+    """The second stage of StableMoE (Dai et al. 2022) in a top-k form: a token's id alone determines its experts.
 
-    The student is frozen, so all that is kept of it is what it decides: the top-k experts of every id that it has seen.
-    A gate value stays the pretrained router's softmax value at that expert, and trains. Where an id was never seen the
-    router's own choice stands. With top-k = 1 and a sigmoid in the place of the softmax this is StableMoE's eq. 8.
+    The student is frozen, so its decisions are stored as a table: the top-k experts of every assigned id. A gate value
+    is still the pretrained router's softmax value at that expert, and trainable. For an id without an assignment the
+    router itself chooses. With top-k = 1 and a sigmoid in place of the softmax this is StableMoE's eq. 8.
 
-    Memory: 4 bytes an id and chosen expert; at a vocabulary of 151,936 and top-4, 2.4 MB a layer. (int16 would do, but
-    data-parallel training sends buffers, and gloo does not know it.)
+    Memory: 4 bytes for every id and chosen expert; 2.4 MB a layer for a vocabulary of 151,936 and top-4. (int16 would
+    suffice, but data-parallel training sends buffers, and gloo does not support it.)
     """
 
     assignment: torch.Tensor
-    """int32 ``[vocabulary, top_k]``; -1 throughout where an id was not seen."""
+    """int32 ``[vocabulary, top_k]``; rows of -1 for ids without an assignment."""
 
     def __init__(self, vocabulary: int, top_k: int, norm_topk_prob: bool):
         super().__init__()
@@ -72,39 +71,40 @@ class StableRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """No id seen: linear routing. What a checkpoint has filled stays."""
+        """Assign no id: linear routing. Tensors loaded from a checkpoint are not changed."""
         init.constant_(self.assignment, -1)
 
     def forward(
         self, logits: torch.Tensor, value: torch.Tensor, index: torch.Tensor, token_ids: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and experts ``[tokens, top_k]`` in the place of the router's own.
+        """Values and experts ``[tokens, top_k]`` in place of the router's own.
 
         Args:
-            logits: ``[tokens, experts]`` of the pretrained router, with the values and experts that it chose.
-            token_ids: as many, of any shape.
+            logits: ``[tokens, experts]`` of the pretrained router.
+            value: its top-k softmax values; index: their experts; both ``[tokens, top_k]``.
+            token_ids: an id for every token, of any shape.
         """
         table, ids = self.assignment, token_ids.flatten()
         chosen = table[ids.clamp(max=len(table) - 1)].long()
-        seen = ((chosen[:, 0] >= 0) & (ids < len(table)))[:, None]
-        own = logits.softmax(-1, dtype=torch.float32).gather(-1, chosen.clamp(min=0))
+        assigned = ((chosen[:, 0] >= 0) & (ids < len(table)))[:, None]
+        chosen_value = logits.softmax(-1, dtype=torch.float32).gather(-1, chosen.clamp(min=0))
         if self.norm_topk_prob:
-            own = own / own.sum(-1, keepdim=True)
-        return torch.where(seen, own.to(value.dtype), value), torch.where(seen, chosen, index)
+            chosen_value = chosen_value / chosen_value.sum(-1, keepdim=True)
+        return torch.where(assigned, chosen_value.to(value.dtype), value), torch.where(assigned, chosen, index)
 
     @torch.no_grad()
     def resize(self, vocabulary: int) -> None:
-        """Follow a vocabulary that grows or shrinks; new ids were never seen."""
-        kept = self.assignment[:vocabulary]
-        more = kept.new_full((vocabulary - len(kept), kept.shape[1]), -1)
-        self.assignment = torch.cat([kept, more])
+        """Change the size of the vocabulary; new ids get no assignment."""
+        remaining = self.assignment[:vocabulary]
+        added = remaining.new_full((vocabulary - len(remaining), remaining.shape[1]), -1)
+        self.assignment = torch.cat([remaining, added])
 
 
 class ChosenRouting:
-    """Mixin for a MoE block of a `gate`: tokens find experts as the recipe says.
+    """Mixin for a MoE block with a `gate`: tokens are routed to experts as the recipe states.
 
-    Under ``cosine`` the pretrained `gate` stays in the model, and in what is saved of it, but is not asked: its weight
-    is a buffer then, as data-parallel training takes offence at a parameter without gradient.
+    Under ``cosine`` the pretrained `gate` stays in the model and in saved files, but is not used. Its weight is then a
+    buffer: data-parallel training fails for a parameter without gradient.
     """
 
     gate: Any
@@ -113,19 +113,19 @@ class ChosenRouting:
     stable_router: StableRouter
 
     def add_router(self, config) -> None:
-        """Give the block what its routing needs beyond `gate`, whose top-k and renormalisation hold for it too."""
+        """Add the router that the recipe names, with the top-k and the renormalisation of `gate`."""
         self.routing = routing_of(config.namex)
-        form = self.gate.top_k, self.gate.norm_topk_prob
+        selection = self.gate.top_k, self.gate.norm_topk_prob
         if self.routing == "cosine":
-            self.cosine_router = CosineRouter(config.num_experts, config.hidden_size, *form)
+            self.cosine_router = CosineRouter(config.num_experts, config.hidden_size, *selection)
             weight = self.gate.weight.detach()
             del self.gate.weight
             self.gate.register_buffer("weight", weight)
         elif self.routing == "stable":
-            self.stable_router = StableRouter(config.vocab_size, *form)
+            self.stable_router = StableRouter(config.vocab_size, *selection)
 
     def route(self, flat: torch.Tensor, token_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Values and experts of ``[tokens, hidden]``, both ``[tokens, top_k]``."""
+        """Top-k values and experts, both ``[tokens, top_k]``, of hidden states ``[tokens, hidden]``."""
         if self.routing == "cosine":
             return self.cosine_router(flat)[1:]
         logits, value, index = self.gate(flat)

@@ -1,28 +1,27 @@
-"""``merge: soft``, shared by the families: tokens go through one merged expert, here those of a causal segment.
+"""``merge: soft``, shared by the families: tokens go through a merged expert, here the expert of a causal segment.
 
-By token, where every token has its own, the experts are those of `soft_token`.
+Where every token has its own merged expert, `soft_token` has the experts.
 
-NAMEx eq. 9, a segment at a time (the paper has none): ``E^ = E_m + eta sum_i s_i M_i (E_i - E_m)``; with M_i = I it is
-``(1 - eta sum_i s_i) E_m + eta sum_i s_i E_i`` (for other M_i see `soft_curvature`), where s is the mean of the
-router's top-k softmax values (zero for the experts that are not among them, not renormalised) over the unpadded tokens
-of the same document
+NAMEx eq. 9 for a segment (the paper has no segments): ``E^ = E_m + eta sum_i s_i M_i (E_i - E_m)``. With M_i = I it is
+``(1 - eta sum_i s_i) E_m + eta sum_i s_i E_i`` (for other M_i see `soft_curvature`). s is the mean of the router's
+top-k softmax values (zero for all other experts, not renormalised) over the unpadded tokens of the same document
 
-* before the segment (``routing_span: all``), or of the segment before it alone (``previous``); or
-* ``prompt``, Lory's rule for inference: the tokens of the first pass with a cache (in `generate` all passes up to its
-  first new token, which ``prefill_chunk_size`` makes several) are processed as under ``all``; those
-  that come after it all go through one expert, whose s is the mean over that whole prompt. **Cached and uncached
-  generation then differ**, because without a cache every pass is a first one.
+* before the segment (``routing_span: all``), or only in the segment before it (``previous``); or
+* ``prompt``, Lory's rule for inference: the tokens of the first pass with a cache are processed as under ``all``. (In
+  `generate` these are all passes up to the first new token; ``prefill_chunk_size`` makes several.) Later tokens all go
+  through one expert, whose s is the mean over the whole prompt. **Cached and uncached generation then differ**, because
+  without a cache every pass is a first pass.
 
-The first segment of a document has nothing before it: s = 0, the base expert. No token's expert depends on the token
-itself or on a later one.
+The first segment of a document has no tokens before it: s = 0, the base expert. No token's expert depends on the token
+itself or on a later token.
 
 ``method: smear`` (SMEAR, Muqeeth et al. 2023) has no base expert: ``E^ = sum_i s_i E_i`` with s the mean over the same
-tokens of values that sum to 1, by default those of all experts, else of top-k, renormalised. The first segment uses
-s = 1/N, the plain mean of the experts: there is no base to fall back to, and its own tokens must not route it.
+tokens of values that sum to 1: by default those of all experts, else of top-k, renormalised. The first segment uses
+s = 1/N, the plain mean of the experts, because there is no base expert and its own tokens must not route it.
 
-With another `routing` s is the same mean of what that gives: under ``cosine`` of its own top-k softmax values, under
-``stable`` of the router's softmax values at the experts that the tokens' ids are assigned to. An assignment of all
-experts would choose none, so ``smear`` then counts the model's own number of them by default.
+Another `routing` replaces the values in the mean: ``cosine`` by its own top-k softmax values, ``stable`` by the
+router's softmax values at the experts assigned to the tokens' ids. An assignment of all experts would choose nothing,
+so by default ``smear`` then uses the model's own number of experts.
 """
 
 from collections.abc import Mapping
@@ -50,29 +49,29 @@ from .soft_segments import History, Segments, plan_segments
 from .soft_token import TokenExperts
 
 LARGEST = 1 << 30
-"""Bytes of merged experts that may exist at once; beyond it they are made and used in slices of their neurons."""
+"""Bytes of merged experts that may exist at once; more groups are processed in turn."""
 FEW = 3
-"""Copying the experts in use out first pays where they are at most one in so many (measured: break-even at 2 to 3)."""
+"""The experts in use are copied first if they are at most 1 in `FEW` of all: the measured break-even is 2 to 3."""
 
 
 PLAIN = (TokenExperts, KroneckerProducts, nn.Linear)
-"""Modules that hand out their parameters as they are; a wrapper's class is another."""
+"""Modules whose forward uses their parameters unchanged; a wrapper has another class."""
 
 
 def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
-    """The matrix that `linear` applies, an adapter's part or one that is off the device included."""
+    """The matrix that `linear` applies, also with an adapter, and also if its weight is offloaded."""
     if type(linear) is nn.Linear and not linear.weight.is_meta:
         return linear.weight
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
 
 
 def base_matrices(expert: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
-    """What `dense_weight` says of the three matrices of a base expert, by projection."""
+    """`dense_weight` of the three matrices of a base expert, by projection."""
     return {name: dense_weight(getattr(expert, name), like) for name in ("gate_proj", "up_proj", "down_proj")}
 
 
 def swiglu(tokens: torch.Tensor, merged: Merged, activation) -> torch.Tensor:
-    """Every group through its own expert, ``[groups, tokens, hidden] -> [groups, tokens, hidden]``."""
+    """Output of every group's own expert, ``[groups, tokens, hidden] -> [groups, tokens, hidden]``."""
     gate_up, down = merged
     gate, up = tokens.bmm(gate_up.mT).chunk(2, dim=-1)
     return (activation(gate) * up).bmm(down.mT)
@@ -87,7 +86,7 @@ def merge_experts(
         shares: ``[groups, experts]``.
         rest: ``[groups]``.
         experts: ``[experts, rows, columns]``.
-        base: ``[rows, columns]``; None: there is no such term.
+        base: ``[rows, columns]``; None: without the base term.
     """
     shares, rest = shares.to(experts.dtype), rest.to(experts.dtype)
     if base is None:
@@ -103,12 +102,12 @@ def merge_curved(
     used: torch.Tensor | None,
     directions: Directions | None,
 ) -> torch.Tensor:
-    """`merge_experts` under a curvature; without one that is all.
+    """`merge_experts` with a calibrated curvature; without `directions` it is `merge_experts` alone.
 
     Args:
         shares: ``[groups, all experts]``, at least float32.
-        experts: ``[those used, rows, columns]``.
-        used: which they are; None: all.
+        experts: ``[used experts, rows, columns]``.
+        used: indices of the used experts; None: all.
     """
     weight = None
     if directions is not None:
@@ -120,7 +119,7 @@ def merge_curved(
 
 
 class SoftExperts(Qwen2MoeExperts):
-    """The routed experts, merged where they are stored: adapters on the fused tensors act on what is read here."""
+    """The routed experts, merged in their own module, so that adapters on the fused tensors take effect."""
 
     def forward(
         self,
@@ -131,30 +130,30 @@ class SoftExperts(Qwen2MoeExperts):
         keep: torch.Tensor | None = None,
         curvature: tuple[Directions, Directions] | Kronecker | None = None,
     ) -> tuple[torch.Tensor, Merged]:
-        """Merge the experts of the fresh groups and send every group through its own.
+        """Merge the experts of the fresh groups, and apply every group's own expert.
 
         Args:
             tokens: ``[groups, tokens, hidden]``, the carried groups first.
             shares: ``[fresh groups, experts]``, eta s, at least float32.
             base: gate and up matrix, fused, and down matrix of the base expert, if there is one.
-            carried: experts made earlier.
+            carried: merged experts from earlier passes.
             keep: groups whose expert is returned, in ascending order; None: all.
             curvature: calibrated, of gate and up, and of down; or trainable, of gate, up and down; None: the identity.
 
         Returns:
-            The output, as `tokens`, and the experts kept.
+            The output, shaped as `tokens`, and the merged experts of `keep`.
 
-        Memory: at a time `LARGEST` bytes of merged experts; with a trainable curvature the experts in use again, and
-        what `curved` says of gates, ups and downs in turn.
+        Memory: at a time `LARGEST` bytes of merged experts. A trainable curvature adds a copy of the experts in use,
+        and the memory of `curved` for gates, ups and downs in turn.
         """
         gate_up, down, used = self.gate_up_proj, self.down_proj, None
-        # Without a base expert not even what rounding leaves of the mass may count.
+        # Without a base expert the rest is exactly 0, whatever the rounding of the shares.
         rest = torch.zeros_like(shares[:, 0]) if base is None else 1 - shares.sum(-1)
-        # Which experts are in use is data, on which no graph can branch: a compiled pass takes all of them.
+        # A compiled graph cannot branch on data, such as which experts are in use: it uses all of them.
         if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            some = shares.any(0).nonzero()[:, 0]
-            if FEW * len(some) <= self.num_experts:
-                gate_up, down, used = gate_up[some], down[some], some
+            in_use = shares.any(0).nonzero()[:, 0]
+            if FEW * len(in_use) <= self.num_experts:
+                gate_up, down, used = gate_up[in_use], down[in_use], in_use
         of_inputs = of_neurons = None
         if curvature is not None and len(curvature) == 3:
             gate_up, down = deltas(gate_up, down, base, curvature, used)
@@ -165,25 +164,25 @@ class SoftExperts(Qwen2MoeExperts):
         start = 0
         if carried is not None:
             start = len(carried[0])
-            outputs, parts = [swiglu(tokens[:start], carried, self.act_fn)], [_kept(carried, keep, 0)]
+            outputs, parts = [swiglu(tokens[:start], carried, self.act_fn)], [_select(carried, keep, 0)]
         step = self.groups_at_once(of_inputs)
-        for some_shares, some_rest in zip(shares.split(step), rest.split(step), strict=True):
+        for part_shares, part_rest in zip(shares.split(step), rest.split(step), strict=True):
             merged = (
-                merge_curved(some_shares, some_rest, gate_up, None if base is None else base[0], used, of_inputs),
-                merge_curved(some_shares, some_rest, down, None if base is None else base[1], used, of_neurons),
+                merge_curved(part_shares, part_rest, gate_up, None if base is None else base[0], used, of_inputs),
+                merge_curved(part_shares, part_rest, down, None if base is None else base[1], used, of_neurons),
             )
-            outputs.append(swiglu(tokens[start : start + len(some_rest)], merged, self.act_fn))
-            parts.append(_kept(merged, keep, start))
-            start += len(some_rest)
+            outputs.append(swiglu(tokens[start : start + len(part_rest)], merged, self.act_fn))
+            parts.append(_select(merged, keep, start))
+            start += len(part_rest)
         if len(parts) == 1:
             return outputs[0], parts[0]
         gate_ups, downs = zip(*parts, strict=True)
         return torch.cat(outputs), (torch.cat(gate_ups), torch.cat(downs))
 
     def groups_at_once(self, directions: Directions | None) -> int:
-        """How many groups' experts are made at once, so that about `LARGEST` bytes exist."""
+        """Number of groups whose experts are merged at once, in about `LARGEST` bytes."""
         size = 3 * self.hidden_dim * self.intermediate_dim * self.gate_up_proj.element_size()
-        if directions is not None:  # a copy, and what `correction` says, in float32
+        if directions is not None:  # a copy, and the float32 memory of `correction`
             size = 2 * size + 24 * self.intermediate_dim * directions.leading[..., 0, :].numel()
         return max(LARGEST // size, 1)
 
@@ -193,47 +192,47 @@ def _at(merged: Merged, index: torch.Tensor) -> Merged:
     return gate_up[index], down[index]
 
 
-def _kept(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
-    """Those of `merged`, the groups from `start` on, that are to be kept, in memory of their own."""
+def _select(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
+    """A copy of the experts of the groups in `keep`. `merged` has the groups from `start` on."""
     if keep is None:
         return merged
-    if not len(keep):  # in training: which of none lie here is not asked, as that would be data
+    if not len(keep):  # in training: the mask below would depend on data
         return _at(merged, keep)
-    here = keep[(keep >= start) & (keep < start + len(merged[0]))] - start
-    return _at(merged, here)
+    local = keep[(keep >= start) & (keep < start + len(merged[0]))] - start
+    return _at(merged, local)
 
 
 class SoftRouting(ChosenRouting):
-    """Mixin for a MoE block of `gate`, `experts` and, where one is, `base_expert`, a SwiGLU MLP of the routed width."""
+    """Mixin for a MoE block of `gate`, `experts` and perhaps `base_expert`, a SwiGLU MLP of the routed width."""
 
     gate: Any
     experts: nn.Module
     base_expert: Any
     curvature: CalibratedCurvature | KroneckerCurvature | None
     bent: tuple[Any, Merged] | None
-    """What `_bent` last made, and of which parameters."""
+    """The last result of `_cached_bent`, and the state of the parameters that it belongs to."""
     training: bool
     has_base: bool
     eta: float
     unrouted: float
-    """s of every expert in a segment that nothing comes before."""
+    """s of every expert in a segment without tokens before it."""
     number: int
-    """Of routed experts."""
+    """Number of routed experts."""
 
     def add_parts(self, config) -> None:
-        """Give the block what it needs beyond the stock one, but for `SoftExperts`; curvature is not yet measured."""
-        # A field changed after the configuration was built has not passed its check.
+        """Add the parts that the stock block lacks, except `SoftExperts`; a curvature has no measured values yet."""
+        # A field may have been changed after the configuration checked it.
         check_merge(config.namex, self.gate.norm_topk_prob, config.num_experts)
         choice = soft_choice(config.namex)
         if choice is None:
             raise ValueError("namex.merge is not 'soft'")
         self.has_base, self.eta = choice.has_base, choice.eta
-        self.number = config.num_experts  # an adapter around the gate has another number under that name
+        self.number = config.num_experts  # an adapter around the gate has another value under that name
         self.unrouted = 0.0 if choice.has_base else 1 / self.number
-        counts_all = not choice.has_base and routing_of(config.namex) != "stable"
-        self.gate.top_k = choice.top_k or (self.number if counts_all else config.num_experts_per_tok)
+        uses_all = not choice.has_base and routing_of(config.namex) != "stable"
+        self.gate.top_k = choice.top_k or (self.number if uses_all else config.num_experts_per_tok)
         self.gate.norm_topk_prob = choice.renormalises
-        self.activation = ACT2FN[config.hidden_act]  # the experts' own is out of reach under an adapter
+        self.activation = ACT2FN[config.hidden_act]  # an adapter hides the experts' own
         self.add_router(config)
         if self.has_base:
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
@@ -250,27 +249,27 @@ class SoftRouting(ChosenRouting):
         memory: LayerMemory | None = None,
         base: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; by segments zeros at padding.
+        """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; with segments, zeros at padding.
 
         Args:
             segments: the layout of the pass; None: every token has its own merged expert.
-            base: matrices by projection, in the place of the stored base expert.
+            base: matrices by projection, in place of the stored base expert.
         """
         value, index = self.route(flat, token_ids)
         if segments is None:
-            made, experts = self.base(flat, base), None if base is not None else self._bent(flat)
+            matrices, experts = self.base(flat, base), None if base is not None else self._cached_bent(flat)
             curvature = None if experts is not None else self._curvature(flat)
-            return self.experts(flat, self.eta * value, index, made, curvature, experts)
+            return self.experts(flat, self.eta * value, index, matrices, curvature, experts)
         return self._by_segments(flat, value, index, segments, memory, base)
 
     def _curvature(self, like: torch.Tensor) -> Any:
         return None if self.curvature is None else self.curvature(like)
 
-    def _bent(self, like: torch.Tensor) -> Merged | None:
-        """What `bent` gives, made once in evaluation; None: it has to be made in this pass, or there is no curvature.
+    def _cached_bent(self, like: torch.Tensor) -> Merged | None:
+        """`bent`, computed once in evaluation. None: the pass must compute it, or there is no curvature.
 
-        It is made again when a parameter was changed in place, and dropped by `train` and `eval`. Parameters that a
-        wrapper hands out (adapters, offloading) are not known here.
+        It is recomputed after an in-place change of a parameter, and dropped by `train` and `eval`. It is not cached
+        under wrappers with own parameters (adapters, offloading).
 
         Memory: the layer's experts once more, until it is dropped.
         """
@@ -290,7 +289,7 @@ class SoftRouting(ChosenRouting):
         return self.bent[1]
 
     def train(self, mode: bool = True) -> Any:
-        """As of `nn.Module`."""
+        """As `nn.Module.train`; drops the cached experts."""
         self.bent = None
         return super().train(mode)
 
@@ -319,13 +318,13 @@ class SoftRouting(ChosenRouting):
         tokens = flat[segments.table]
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
-            made = self.base(flat, base)
-            output, merged = self.experts(tokens, shares, made, carried, segments.keep, self._curvature(flat))
+            matrices = self.base(flat, base)
+            output, merged = self.experts(tokens, shares, matrices, carried, segments.keep, self._curvature(flat))
         elif carried is not None:
             output, merged = swiglu(tokens, carried, self.activation), carried
             if segments.keep is not None:
                 merged = _at(carried, segments.keep)
-        else:  # nothing but padding
+        else:  # padding only
             return torch.zeros_like(flat)
         if memory is not None:
             memory.merged = merged
@@ -333,11 +332,11 @@ class SoftRouting(ChosenRouting):
         return output.new_zeros(flat.shape).index_copy(0, segments.tokens, output)
 
     def base(self, like: torch.Tensor, given: Mapping[str, torch.Tensor] | None = None) -> Merged | None:
-        """The base expert's matrices, in the layout of the experts; None: there is none.
+        """The base expert's matrices, in the layout of the experts; None: the model has no base expert.
 
         Args:
             like: a tensor of the pass, for an adapter.
-            given: those matrices by projection; None: the stored ones.
+            given: its matrices by projection; None: the stored matrices.
         """
         if not self.has_base:
             return None
@@ -346,14 +345,14 @@ class SoftRouting(ChosenRouting):
         return torch.cat([given["gate_proj"], given["up_proj"]]), given["down_proj"]
 
 
-LAYER_TAKES = Arguments.of(Qwen2MoeDecoderLayer.forward)
-MODEL_TAKES = Arguments.of(Qwen2MoeModel.forward)
+LAYER_FORWARD = Arguments.of(Qwen2MoeDecoderLayer.forward)
+MODEL_FORWARD = Arguments.of(Qwen2MoeModel.forward)
 PREFILL = "reads_prompt"
-"""Argument by which a pass of `generate` says that it reads the prompt, or a part of it."""
+"""Argument that is true in a pass of `generate` over the prompt, or a part of it."""
 
 
 class SegmentedLayer:
-    """Mixin for a decoder layer: token ids reach its MoE block, the layout of the pass one that merges by segments."""
+    """Mixin for a decoder layer: passes token ids and the layout of segments to its MoE block."""
 
     self_attn: Any
     mlp: Any
@@ -367,19 +366,19 @@ class SegmentedLayer:
         token_ids: torch.Tensor | None = None,
         **kwargs,
     ) -> torch.Tensor:
-        """As the stock layer's; `segments` and `token_ids` go to the block, all else to attention as it came."""
-        kwargs = LAYER_TAKES.by_name(args, kwargs)
+        """As the stock layer's; `segments` and `token_ids` go to the block, all other arguments to attention."""
+        kwargs = LAYER_FORWARD.by_name(args, kwargs)
         hidden_states = self.attended(**kwargs)
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + self.mlp(normed, *self.routing(segments, token_ids, cache_in(kwargs)))
 
     def attended(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The layer up to its second norm: attention added to what came in."""
+        """The layer up to its second norm: the hidden states plus attention."""
         attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + attention
 
     def routing(self, segments: Segments | None, token_ids: torch.Tensor | None, cache: Any) -> tuple[Any, ...]:
-        """What the block takes beside hidden states; nothing in a dense layer."""
+        """The arguments of the block after the hidden states; none in a dense layer."""
         if not isinstance(self.mlp, ChosenRouting):
             return ()
         if segments is None or not isinstance(self.mlp, SoftRouting):
@@ -388,7 +387,7 @@ class SegmentedLayer:
 
 
 class SegmentedModel:
-    """Mixin for a model without its head: hands token ids on, and lays the pass out, once for all layers."""
+    """Mixin for a model without its head: passes token ids on, and lays the pass out once for all layers."""
 
     config: Any
     training: bool
@@ -396,20 +395,20 @@ class SegmentedModel:
 
     @wraps(Qwen2MoeModel.forward)
     def forward(self, *args, **kwargs):
-        """As the stock model's. Under ``merge: soft`` padding is known from a 2D `attention_mask` alone.
+        """As the stock model's. Under ``merge: soft`` only a 2D `attention_mask` marks padding.
 
-        A `DynamicCache` that is passed in becomes a `SoftCache`, in place.
+        A `DynamicCache` argument becomes a `SoftCache`, in place.
         """
-        kwargs = MODEL_TAKES.by_name(args, kwargs)
+        kwargs = MODEL_FORWARD.by_name(args, kwargs)
         ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         given = embeddings if ids is None else ids
         choice, prefill = soft_choice(self.config.namex), kwargs.pop(PREFILL, False)
         if given is not None and choice is not None and choice.segment is not None:
-            cache = kwargs.get(MODEL_TAKES.cache)
+            cache = kwargs.get(MODEL_FORWARD.cache)
             if cache is not None:
                 cache = soft_cache(cache)
             elif self._makes_cache(kwargs.get("use_cache")):
-                kwargs[MODEL_TAKES.cache] = cache = SoftCache(config=self.config)
+                kwargs[MODEL_FORWARD.cache] = cache = SoftCache(config=self.config)
             mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
             kwargs["segments"] = self._lay_out(choice, given, mask, positions, cache, prefill)
         if routing_of(self.config.namex) == "stable":
@@ -417,11 +416,11 @@ class SegmentedModel:
         return super().forward(**kwargs)
 
     def _makes_cache(self, use_cache: bool | None) -> bool:
-        """Whether the stock model would make a cache: not where layers are computed again in the backward pass."""
-        again = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        return bool(self.config.use_cache if use_cache is None else use_cache) and not again
+        """Whether the stock model would create a cache: not under gradient checkpointing."""
+        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+        return bool(self.config.use_cache if use_cache is None else use_cache) and not recomputes
 
-    @torch.compiler.disable  # how many runs and groups there are is data: one break here in place of one at each count
+    @torch.compiler.disable  # the numbers of runs and groups are data: a single graph break, not one for each number
     @torch.no_grad()
     def _lay_out(
         self,
@@ -441,7 +440,7 @@ class SegmentedModel:
         history = None if cache is None else cache.history
         if history is None:
             history = History.empty(batch, given.device)
-        # In training the cache is a by-product: merged experts would be held in it until the step ends.
+        # In training nothing reads the cache later: it must not hold merged experts until the step ends.
         keep = cache is not None and not self.training
         assert choice.segment is not None
         segments, history = plan_segments(history, real, position_ids, choice.segment, choice.span, keep, prefill)
@@ -451,13 +450,13 @@ class SegmentedModel:
 
 
 class SegmentedCausalLM:
-    """Mixin for a causal language model: which passes of `generate` read the prompt is said to the model."""
+    """Mixin for a causal language model: marks the passes of `generate` that read the prompt."""
 
     config: Any
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
-        """As of `GenerationMixin`. Under ``prefill_chunk_size`` the prompt is read in several passes."""
+        """As `GenerationMixin`'s. Under ``prefill_chunk_size`` several passes read the prompt."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
         choice = soft_choice(self.config.namex)
         if choice is not None and choice.segment is not None and kwargs.get("is_first_iteration"):
@@ -466,7 +465,7 @@ class SegmentedCausalLM:
 
 
 def experts_class(choice: SoftChoice) -> type[Qwen2MoeExperts]:
-    """Of the routed experts."""
+    """Class of the routed experts."""
     return TokenExperts if choice.segment is None else SoftExperts
 
 

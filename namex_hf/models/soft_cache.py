@@ -1,8 +1,8 @@
-"""The cache of ``merge: soft``: beside keys and values, what routing needs of the tokens that went before.
+"""The cache of ``merge: soft``: keys and values, and the routing of the tokens so far.
 
-Every layer keeps each token's top-k (a few numbers a token, under ``method: smear`` one an expert, against thousands of
-keys and values) rather than running sums alone: a mean over any earlier stretch is then exact, after `crop` too. The
-merged experts of the segments in progress are kept until these end, one for all rows that have the same.
+Every layer stores each token's top-k, not running sums: a mean over any earlier tokens is then exact, after `crop` too.
+That is a few numbers a token (under ``method: smear`` one an expert), against thousands of keys and values. The merged
+experts of unfinished segments are stored until these end; rows with the same expert share it.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Merged = tuple[torch.Tensor, torch.Tensor]
 
 
 class LayerMemory:
-    """One MoE layer's share of the cache."""
+    """The part of the cache that belongs to one MoE layer."""
 
     def __init__(self) -> None:
         self.index: torch.Tensor | None = None
@@ -29,7 +29,7 @@ class LayerMemory:
         return 0 if self.index is None else self.index.shape[1]
 
     def extend(self, index: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append what this pass's tokens are routed to, ``[batch, tokens, top_k]``; returns the same of all tokens."""
+        """Append the experts and values of this pass's tokens, ``[batch, tokens, top_k]``; returns those of all."""
         index = index.to(torch.int16)
         if self.index is not None and self.value is not None:
             index, value = torch.cat([self.index, index], 1), torch.cat([self.value, value], 1)
@@ -45,9 +45,9 @@ class LayerMemory:
 
 
 class SoftCache(DynamicCache):
-    """A `DynamicCache` that also holds the state of ``merge: soft``, changed along with keys and values.
+    """A `DynamicCache` that also holds the state of ``merge: soft``; both change together.
 
-    `crop` is exact at any length: after it the model goes on as if the removed tokens had never been there.
+    `crop` is exact at any length: afterwards the model continues as if it had never processed the removed tokens.
     """
 
     history: History | None
@@ -58,7 +58,7 @@ class SoftCache(DynamicCache):
         self.forget()
 
     def forget(self) -> None:
-        """As before the first token."""
+        """Return to the state before the first token."""
         self.history, self.memories = None, {}
 
     def memory(self, layer: int) -> LayerMemory:
@@ -66,7 +66,7 @@ class SoftCache(DynamicCache):
 
     @property
     def routing_bytes(self) -> int:
-        """What this class adds to the bytes of keys and values."""
+        """Bytes of the state, beyond keys and values."""
         tensors = [t for memory in self.memories.values() for t in memory.tensors()]
         if self.history is not None:
             tensors += [self.history.position, self.history.slot, self.history.since]
@@ -105,11 +105,11 @@ class SoftCache(DynamicCache):
 
 
 def soft_cache(cache: Cache) -> SoftCache:
-    """`cache` itself, able to hold the state: `generate` and users make a plain one and expect to find it filled.
+    """`cache` itself, converted in place: `generate` and users create a plain cache and read it afterwards.
 
     Raises:
-        TypeError: a cache of another kind, whose rows and tokens this state would not follow.
-        ValueError: one that holds tokens whose routing is not known.
+        TypeError: a cache of another class, which would change its rows and tokens without this state.
+        ValueError: the cache holds tokens whose routing is not known.
     """
     if not isinstance(cache, SoftCache):
         if type(cache) is not DynamicCache:
@@ -124,11 +124,11 @@ def soft_cache(cache: Cache) -> SoftCache:
             )
         cache.__class__ = SoftCache
         cache.forget()
-    known = 0 if cache.history is None else cache.history.columns
-    if known != cache.get_seq_length():
+    routed = 0 if cache.history is None else cache.history.columns
+    if routed != cache.get_seq_length():
         raise ValueError(
-            f"the cache holds keys of {cache.get_seq_length()} tokens and the routing of {known}: it was changed other "
-            "than by its own methods, or a pass broke off"
+            f"the cache holds keys of {cache.get_seq_length()} tokens and the routing of {routed}: it was changed "
+            "other than by its own methods, or a pass broke off"
         )
     return cache
 

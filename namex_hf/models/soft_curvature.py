@@ -1,20 +1,20 @@
-"""Curvature of ``merge: soft``: what a change of an expert's matrix costs on the tokens that the expert sees.
+"""Curvature of ``merge: soft``: the cost of a change of an expert's matrix on the tokens that the expert receives.
 
 NAMEx eq. 9 with calibrated M_i, for one weight matrix and a segment's s:
 
     E^ = (sum_i s_i E_i c_i + l E_m C) (sum_i s_i c_i + l C)^-1,    l = 1 - sum_i s_i,    C = sum_i p_i c_i
 
 where c_i is the second moment of the inputs of expert i in calibration text, per unit of its gate mass, and p_i its
-share of that mass: the weighted least-squares mean of the experts, in which the base expert keeps the mass left over
-(RegMean, Jin et al. 2023). A full c_i would cost a system of the inputs' width for every segment. Here
+share of that mass. This is the weighted least-squares mean of the experts, in which the base expert has the mass left
+over (RegMean, Jin et al. 2023). A full c_i would need a system of the inputs' width for every segment. Here
 ``c_i = t_i (I + V_i V_i^T)`` with few columns in V_i, its leading directions. Without them this is a plain merge X of
 the experts by ``s_i t_i``, and with them
 
     E^ = X + R (I + V^T V A)^-1 V^T,    R_i = s_i (E_i - E_m) V_i - a_i (X - E_m) V_i,    a_i = s_i + l p_i
 
 (s, l and p multiplied by t and scaled to sum to 1 again), V all directions side by side and A the diagonal of a. Beyond
-the plain merge that costs, for every segment and matrix, as much as it costs to send 2 * experts * rank tokens through
-the matrix, and one system of experts * rank unknowns; in every pass besides, sending rank tokens through every expert.
+the plain merge, every segment and matrix costs as much as 2 * experts * rank tokens through the matrix, and a system of
+experts * rank unknowns. Every pass also costs rank tokens through every expert.
 """
 
 from typing import NamedTuple
@@ -25,7 +25,7 @@ from transformers import initialization as init
 
 
 class Directions(NamedTuple):
-    """The c_i of one kind of matrix."""
+    """The c_i of the matrices with the same inputs."""
 
     leading: torch.Tensor
     """V, ``[experts, columns, rank]``."""
@@ -36,9 +36,9 @@ class Directions(NamedTuple):
 
 
 class CalibratedCurvature(nn.Module):
-    """What a layer knows of its experts' inputs; measured, not trained. Its forward hands it out.
+    """Measured statistics of the inputs of a layer's experts; not trainable. The forward returns them.
 
-    Through a forward, so that wrappers which move tensors to a device for it do so first.
+    A forward is needed for wrappers that move tensors to a device before it.
     """
 
     usage: torch.Tensor
@@ -61,12 +61,12 @@ class CalibratedCurvature(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """All experts alike and no directions: the identity. What a checkpoint has filled stays."""
+        """Set equal experts without directions: the identity. Tensors loaded from a checkpoint are not changed."""
         for name, tensor in self.named_buffers():
             init.constant_(tensor, 1 / len(tensor) if name == "usage" else float(name.endswith("floor")))
 
     def forward(self, like: torch.Tensor) -> tuple[Directions, Directions]:
-        """Of gate and up, and of down. Args: like, a tensor of the pass, which wrappers look at."""
+        """The directions of gate and up, and of down. Args: like, a tensor of the pass, which wrappers read."""
         return (
             Directions(self.input_directions, self.input_floor, self.usage),
             Directions(self.neuron_directions, self.neuron_floor, self.usage),
@@ -76,7 +76,7 @@ class CalibratedCurvature(nn.Module):
 def reweighted(
     shares: torch.Tensor, rest: torch.Tensor, directions: Directions
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """s and l of the plain merge X, and a.
+    """s and l of the plain merge X, and the weights a.
 
     Args:
         shares: s, ``[groups, experts]``, at least float32.
@@ -102,33 +102,33 @@ def correction(
     Args:
         plain: X, of the same shape.
         shares: s, ``[groups, experts]``, at least float32.
-        weight: a, alike.
-        experts: E, ``[those used, rows, columns]``.
-        used: which they are; None: all.
-        base: E_m, ``[rows, columns]``; None: none, as if it were zero.
+        weight: a, shaped as `shares`.
+        experts: E, ``[used experts, rows, columns]``.
+        used: indices of the used experts; None: all.
+        base: E_m, ``[rows, columns]``; None: zero.
 
     Memory: ``[groups, rows, experts * rank]`` in float32 three times.
     """
     leading = directions.leading.to(plain.dtype)
     count, columns, rank = leading.shape
     span = leading.transpose(0, 1).reshape(columns, count * rank)
-    own = experts @ (leading if used is None else leading[used])
+    projected = experts @ (leading if used is None else leading[used])
     if base is not None:
         plain = plain - base
         of_base = (base @ span).view(len(base), count, rank).transpose(0, 1)
-        own = own - (of_base if used is None else of_base[used])
-    heard = plain @ span
+        projected = projected - (of_base if used is None else of_base[used])
+    plain_projected = plain @ span
     weight = weight.repeat_interleave(rank, dim=1)[:, None]
     with torch.autocast(plain.device.type, enabled=False):
         wide = span.to(weight)
         system = torch.eye(len(wide.T)).to(weight) + (wide.T @ wide) * weight
-        missing = torch.einsum("gn,nrk->grnk", shares if used is None else shares[:, used], own.to(shares))
+        missing = torch.einsum("gn,nrk->grnk", shares if used is None else shares[:, used], projected.to(shares))
         if used is not None:
-            everyone = missing.new_zeros(*missing.shape[:2], count, rank)
-            missing = everyone.index_copy(2, used, missing)
-        missing = missing.flatten(2) - heard.to(weight) * weight
-        # Where experts share a strong direction their parts cancel. They do so in an orthonormal basis of the span, in
-        # this precision, so that the large product can be in the experts' own.
+            padded = missing.new_zeros(*missing.shape[:2], count, rank)
+            missing = padded.index_copy(2, used, missing)
+        missing = missing.flatten(2) - plain_projected.to(weight) * weight
+        # The parts of experts that share a strong direction cancel. In an orthonormal basis of the span they cancel in
+        # this precision, so the large product can use the experts' dtype.
         basis, inside = torch.linalg.qr(wide)
         solved = torch.linalg.solve(system, missing, left=False) @ inside.T
     return solved.to(plain.dtype) @ basis.T.to(plain.dtype)

@@ -1,15 +1,16 @@
-"""Trainable curvature of ``merge: soft``: M_i of NAMEx eq. 2 and 9 as a sum of Kronecker products, as CAMEx has it.
+"""Trainable curvature of ``merge: soft``: M_i of NAMEx eq. 2 and 9 as a sum of Kronecker products, as in CAMEx.
 
 For a matrix tau ``[rows, columns]``
 
     M(tau) = sum_r (A1_r x A2_r) tau (B1_r x B2_r)^T
 
-with ``x`` the Kronecker product, A1 and A2 of the divisors of `rows` that are nearest to its square root, B1 and B2 of
-those of `columns` (2048 = 32 x 64, 1408 = 32 x 44): at rank 1 an expert of that size has 24,240 such numbers.
+with ``x`` the Kronecker product. The sides of A1 and A2 are the divisors of `rows` nearest to its square root, those of
+B1 and B2 the divisors of `columns` (2048 = 32 x 64, 1408 = 32 x 44). At rank 1 an expert of this size has 24,240
+entries of curvature.
 
-It starts as the identity at any rank: the first product is I, and each other one has ``B2 = 0`` and the rest random.
-(CAMEx's code starts all of them at I, so at `rank` times the identity; scaled by 1/rank that is the identity too, but
-then all products have one gradient and stay equal for good.)
+The initial value is the identity at any rank: the first product is I; the others have ``B2 = 0`` and random entries
+elsewhere. (CAMEx's code starts with I in all products, which is `rank` times the identity. Scaled by 1/rank it would be
+the identity too, but all products would have the same gradient and stay equal.)
 """
 
 import math
@@ -27,12 +28,12 @@ def factor_pair(size: int) -> tuple[int, int]:
 
 
 def kronecker_parameters(hidden: int, width: int, rank: int) -> int:
-    """Numbers of one expert's curvature, of its three matrices."""
+    """Number of entries of one expert's curvature, over its three matrices."""
     return 3 * rank * sum(side * side for size in (hidden, width) for side in factor_pair(size))
 
 
 class Factors(NamedTuple):
-    """M_i of one kind of matrix, of every expert: A1, A2, B1, B2, each ``[experts, rank, side, side]``."""
+    """M_i of every expert for one projection: A1, A2, B1, B2, each ``[experts, rank, side, side]``."""
 
     left_outer: torch.Tensor
     left_inner: torch.Tensor
@@ -40,18 +41,18 @@ class Factors(NamedTuple):
     right_inner: torch.Tensor
 
     def of(self, used: torch.Tensor | None) -> "Factors":
-        """Those of some experts; None: all."""
+        """The factors of some experts; None: all."""
         return self if used is None else Factors(*(factor[used] for factor in self))
 
 
 Kronecker = tuple[Factors, Factors, Factors]
-"""Of gate, up and down."""
+"""The factors of gate, up and down."""
 
 
 def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
     """``M_i(tau_i)`` of every expert, ``[experts, rows, columns]``.
 
-    Memory: besides the result, `tau` twice; with gradients four times for every rank.
+    Memory: beyond the result, `tau` twice; with gradients four times for every rank.
     """
     count, rows, columns = tau.shape
     total = None
@@ -63,7 +64,7 @@ def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
         term = a1 @ term.view(count, outer, inner * columns)
         total = term if total is None else total + term
     assert total is not None
-    return total.view(count, rows, columns).to(tau.dtype)  # autocast multiplies in another
+    return total.view(count, rows, columns).to(tau.dtype)  # autocast multiplies in another dtype
 
 
 def deltas(
@@ -76,8 +77,8 @@ def deltas(
     """``M_i (E_i - E_m)``, in the layout of the experts, gate and up fused; without a base expert ``M_i E_i``.
 
     Args:
-        gate_up: ``[those used, 2 * width, hidden]``; down: ``[those used, hidden, width]``.
-        used: which they are; None: all.
+        gate_up: ``[used experts, 2 * width, hidden]``; down: ``[used experts, hidden, width]``.
+        used: indices of the used experts; None: all.
     """
     if base is not None:
         gate_up, down = gate_up - base[0], down - base[1]
@@ -89,15 +90,15 @@ def deltas(
 def bent(
     gate_up: torch.Tensor, down: torch.Tensor, base: tuple[torch.Tensor, torch.Tensor] | None, curvature: Kronecker
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``E_m + M_i (E_i - E_m)``, which takes the place of ``E_i`` where a merge is linear. Args: as of `deltas`."""
+    """``E_m + M_i (E_i - E_m)``, which replaces ``E_i`` in a linear merge. Args: as of `deltas`."""
     gate_up, down = deltas(gate_up, down, base, curvature)
     return (gate_up, down) if base is None else (gate_up + base[0], down + base[1])
 
 
 class KroneckerProducts(nn.Module):
-    """The trainable M_i of one kind of matrix, ``[rows, columns]``. Its forward hands them out.
+    """The trainable M_i for a projection of ``[rows, columns]``. The forward returns them.
 
-    Through a forward, so that wrappers (PEFT's ``modules_to_save``, offloading) act on what is handed out.
+    A forward is needed for wrappers (PEFT's ``modules_to_save``, offloading), which act on it.
     """
 
     def __init__(self, experts: int, rows: int, columns: int, rank: int):
@@ -107,17 +108,17 @@ class KroneckerProducts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The identity. What a checkpoint has filled stays."""
+        """Set the identity. Tensors loaded from a checkpoint are not changed."""
         for name, factor in self.named_parameters():
             init.copy_(factor, identity(factor, name == "right_inner", generator))
 
     def forward(self, like: torch.Tensor) -> Factors:
-        """Args: like, a tensor of the pass, which wrappers look at."""
+        """Args: like, a tensor of the pass, which wrappers read."""
         return Factors(*(getattr(self, name) for name in Factors._fields))
 
 
 class KroneckerCurvature(nn.Module):
-    """A layer's trainable M_i, as ``{gate,up,down}_proj.{left,right}_{outer,inner}``."""
+    """A layer's trainable M_i; parameters ``{gate,up,down}_proj.{left,right}_{outer,inner}``."""
 
     def __init__(self, experts: int, hidden: int, width: int, rank: int):
         super().__init__()
@@ -126,20 +127,20 @@ class KroneckerCurvature(nn.Module):
         self.down_proj = KroneckerProducts(experts, hidden, width, rank)
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
-        """The identity."""
+        """Set the identity."""
         for products in (self.gate_proj, self.up_proj, self.down_proj):
             products.reset_parameters(generator)
 
     def forward(self, like: torch.Tensor) -> Kronecker:
-        """Of gate, up and down. Args: like, a tensor of the pass, which wrappers look at."""
+        """The factors of gate, up and down. Args: like, a tensor of the pass, which wrappers read."""
         return self.gate_proj(like), self.up_proj(like), self.down_proj(like)
 
 
 def identity(like: torch.Tensor, zeroed: bool, generator: torch.Generator | None = None) -> torch.Tensor:
-    """What a factor ``[experts, rank, side, side]`` starts as: I in the first product, in the others as above.
+    """Initial value of a factor ``[experts, rank, side, side]``: I in the first product, in the others as above.
 
     Args:
-        zeroed: whether it is the factor that keeps the other products at zero.
+        zeroed: whether this factor is zero in the other products.
     """
     experts, rank, side, _ = like.shape
     start = torch.zeros(experts, rank, side, side, device=like.device)

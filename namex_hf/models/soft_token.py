@@ -1,4 +1,4 @@
-"""``merge: soft`` with ``routing_span: token``: every token its own merged expert (NAMEx eq. 9, Algorithm 1).
+"""``merge: soft`` with ``routing_span: token``: every token has its own merged expert (NAMEx eq. 9, Algorithm 1).
 
 ``E^_t = E_m + eta sum_i s_ti (E_i - E_m)``, where s are the token's own top-k values. The merge is linear in every
 matrix, so no merged matrix is formed. With G, U and D the gate, up and down matrices,
@@ -6,8 +6,8 @@ matrix, so no merged matrix is formed. With G, U and D the gate, up and down mat
     h_t = act(G^_t x_t) * (U^_t x_t),    y_t = D^_t h_t,
     M^_t v = (1 - eta sum_i s_ti) M_m v + eta sum_i s_ti M_i v    for M in G, U, D.
 
-The activation acts once, on the sums, where a sparse block sums up what activations give. The cost is that of top-k
-experts and the base expert.
+The activation acts once, on the sums; a sparse block sums after its activations. The cost is that of top-k experts and
+the base expert.
 """
 
 from typing import Any, NamedTuple
@@ -23,18 +23,18 @@ from .soft_kronecker import Kronecker, bent
 GROUPED = (torch.float32, torch.bfloat16, torch.float16)
 """Dtypes of `torch.nn.functional.grouped_mm`."""
 ALIGNED = 16
-"""Bytes, of which it takes multiples as the length of a row."""
+"""The bytes of a row must be a multiple of this for `grouped_mm`."""
 
 
 class Pairs(NamedTuple):
     """The (token, expert) pairs of a pass, sorted by expert."""
 
     token: torch.Tensor
-    """``[pairs]``: the token of each."""
+    """``[pairs]``: the token of each pair."""
     place: torch.Tensor
-    """``[tokens * top_k]``: where the pairs of each token stand."""
+    """``[tokens * top_k]``: the places of each token's pairs."""
     ends: torch.Tensor
-    """int32 ``[experts]``: how many pairs there are up to each expert's last."""
+    """int32 ``[experts]``: number of pairs up to the last of each expert."""
 
     @classmethod
     def of(cls, index: torch.Tensor, experts: int) -> "Pairs":
@@ -50,20 +50,20 @@ class Pairs(NamedTuple):
         Args:
             inputs: ``[tokens, columns]``.
             matrices: ``[experts, rows, columns]``.
-            loop: whether to go through the experts one by one.
+            loop: whether to compute the experts one by one.
         """
-        rows = inputs.index_select(0, self.token).to(matrices.dtype)  # autocast does not know the grouped product
+        rows = inputs.index_select(0, self.token).to(matrices.dtype)  # autocast does not cover the grouped product
         if loop or not groupable(rows, matrices):
             lengths = self.ends.diff(prepend=self.ends.new_zeros(1)).tolist()
-            parts = [F.linear(some, matrices[i]) for i, some in enumerate(rows.split(lengths)) if len(some)]
-            answers = torch.cat(parts) if parts else rows.new_empty(0, matrices.shape[1])
+            parts = [F.linear(part, matrices[i]) for i, part in enumerate(rows.split(lengths)) if len(part)]
+            outputs = torch.cat(parts) if parts else rows.new_empty(0, matrices.shape[1])
         else:
-            answers = F.grouped_mm(rows, matrices.mT, offs=self.ends)
-        return answers.index_select(0, self.place).view(len(inputs), -1, matrices.shape[1])
+            outputs = F.grouped_mm(rows, matrices.mT, offs=self.ends)
+        return outputs.index_select(0, self.place).view(len(inputs), -1, matrices.shape[1])
 
 
 def groupable(inputs: torch.Tensor, matrices: torch.Tensor) -> bool:
-    """Whether the grouped product takes these: it is not compiled but in bfloat16, and rows have to be aligned."""
+    """Whether `grouped_mm` accepts these: it can be compiled in bfloat16 only, and rows must be aligned."""
     kinds = GROUPED[1:2] if torch.compiler.is_compiling() else GROUPED
     aligned = all(side * matrices.element_size() % ALIGNED == 0 for side in matrices.shape[1:])
     new_enough = not inputs.is_cuda or torch.cuda.get_device_capability(inputs.device) >= (8, 0)
@@ -71,7 +71,7 @@ def groupable(inputs: torch.Tensor, matrices: torch.Tensor) -> bool:
 
 
 class TokenExperts(Qwen2MoeExperts):
-    """The routed experts. Both products are in one forward: an adapter on the fused tensors exists only there."""
+    """The routed experts. Both products are in one forward: an adapter on the fused tensors acts only there."""
 
     config: Any
 
@@ -88,14 +88,14 @@ class TokenExperts(Qwen2MoeExperts):
 
         Args:
             shares: eta s, ``[tokens, top_k]``.
-            index: the experts that they belong to, alike.
+            index: their experts, ``[tokens, top_k]``.
             base: gate and up matrix, fused, and down matrix of the base expert, if there is one.
             curvature: trainable, of gate, up and down; None: the identity.
-            experts: gate and up, fused, and down, to be used in the place of its own.
+            experts: gate and up, fused, and down, in place of the module's own.
 
         Memory: the products of every pair, ``tokens * top_k`` rows of twice the width, then of the hidden size; under
-        ``batched_mm`` the matrices of every pair too. Where top-k is all experts they go one by one: a sum of such
-        rows, in training computed again for the gradient. With a curvature the layer's experts once more.
+        ``batched_mm`` the matrices of every pair too. If top-k is all experts, they are computed one by one: a sum of
+        such rows, recomputed for the gradient in training. A curvature adds a copy of the layer's experts.
         """
         gate_up, down = (self.gate_up_proj, self.down_proj) if experts is None else experts
         if curvature is not None:
@@ -139,15 +139,15 @@ def every_expert(inputs: torch.Tensor, matrices: torch.Tensor, shares: torch.Ten
         shares: ``[tokens, experts]``.
     """
 
-    def one(share: torch.Tensor, matrix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def term(share: torch.Tensor, matrix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         return share[:, None] * F.linear(tokens, matrix)
 
     total = shares.new_zeros(len(inputs), matrices.shape[1])
     for share, matrix in zip(shares.unbind(1), matrices, strict=True):
-        if torch.is_grad_enabled():  # else the products of all experts would be held until the backward pass
-            total = total + checkpoint(one, share, matrix, inputs, use_reentrant=False)
+        if torch.is_grad_enabled():  # without checkpoints the products of all experts stay until the backward pass
+            total = total + checkpoint(term, share, matrix, inputs, use_reentrant=False)
         else:
-            total += one(share, matrix, inputs)
+            total += term(share, matrix, inputs)
     return total
 
 

@@ -1,9 +1,9 @@
-"""Blocks in which the top-k experts stay, shared by the families: ``merge: residual``, and any that has no base expert.
+"""Blocks with top-k experts, shared by the families: ``merge: residual``, and all blocks without a base expert.
 
-``residual`` is ``F(x) = sum_topk s_i f_i(x) + (1 - sum_topk s_i) f_base(x)``. It mixes outputs, where NAMEx eq. 9 mixes
-weights; the two agree to first order in ``E_i - E_m``, so only near the base, where pretrained experts are not. Under
-``method: smoe`` and ``merge: grouped`` there is no second term, and a class is needed for the routing alone. Nor is
-there one in the first MoE layer under ``first_layer: sparse``, whatever the merge.
+``residual`` is ``F(x) = sum_topk s_i f_i(x) + (1 - sum_topk s_i) f_base(x)``. It mixes outputs, and NAMEx eq. 9 mixes
+weights. The two agree to first order in ``E_i - E_m``, so only near the base; pretrained experts are far from it. The
+second term is absent under ``method: smoe`` and ``merge: grouped``, which need this class for their routing alone, and
+in the first MoE layer under ``first_layer: sparse``.
 """
 
 from collections.abc import Mapping
@@ -21,8 +21,8 @@ from .routers import ChosenRouting
 def left_over_mass(scores: torch.Tensor) -> torch.Tensor:
     """``1 - sum_topk s_i`` of every token.
 
-    The sum is taken in float32 over the scores as the experts receive them, so that all weights together make 1 in
-    any dtype. Where top-k takes every expert, rounding could leave a trace below 0: no mass is left then.
+    The float32 sum is over the scores in the dtype that the experts receive, so that all weights together are 1 in any
+    dtype. If top-k is all experts, rounding can give a value below 0, which is clamped to 0.
 
     Args:
         scores: ``[tokens, top_k]``, the router's softmax values, not renormalised.
@@ -33,32 +33,32 @@ def left_over_mass(scores: torch.Tensor) -> torch.Tensor:
     return (1.0 - scores.float().sum(-1, keepdim=True)).clamp(min=0.0).to(scores.dtype)
 
 
-def apart(tokens: torch.Tensor, base: Mapping[str, torch.Tensor], activation: Any) -> torch.Tensor:
-    """What `Qwen2MoeMLP` computes, ``[tokens, hidden] -> [tokens, hidden]``, with matrices that are no parameters."""
+def swiglu_mlp(tokens: torch.Tensor, base: Mapping[str, torch.Tensor], activation: Any) -> torch.Tensor:
+    """`Qwen2MoeMLP` as a function of its matrices, ``[tokens, hidden] -> [tokens, hidden]``."""
     gate, up = F.linear(tokens, base["gate_proj"]), F.linear(tokens, base["up_proj"])
     return F.linear(activation(gate) * up, base["down_proj"])
 
 
-class FewerRouter(Qwen2MoeTopKRouter):
-    """A linear router over fewer experts than another layer has.
+class PaddedRouter(Qwen2MoeTopKRouter):
+    """A linear router over fewer experts than the largest layer has.
 
-    Its logits are handed out as wide as that layer's, minus infinity where there is no expert: the auxiliary losses
-    of transformers and DeepSeek take the layers together.
+    Its logits are padded to the width of that layer with minus infinity: the auxiliary losses of transformers and
+    DeepSeek stack the layers.
     """
 
-    most: int
-    """Experts of the layer that has most."""
+    width: int
+    """Number of experts of the largest layer."""
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``[tokens, hidden]`` to logits ``[tokens, most]``, values and experts ``[tokens, top_k]``."""
+        """``[tokens, hidden]`` to logits ``[tokens, width]``, values and experts ``[tokens, top_k]``."""
         logits, value, index = super().forward(hidden_states)
-        return F.pad(logits, (0, self.most - self.num_experts), value=float("-inf")), value, index
+        return F.pad(logits, (0, self.width - self.num_experts), value=float("-inf")), value, index
 
 
-def give_layer_its_number(block: Any, config: Any, layer: int) -> None:
-    """Make a block of ``config.num_experts`` experts one of as many as ``config.layer_experts`` says, not yet filled.
+def set_expert_count(block: Any, config: Any, layer: int) -> None:
+    """Give a block the number of experts that ``config.layer_experts`` states for its layer, without values.
 
-    One that has its number of experts already keeps them.
+    A block that has this number of experts already keeps their values.
     """
     if config.layer_experts is None:
         return
@@ -69,19 +69,19 @@ def give_layer_its_number(block: Any, config: Any, layer: int) -> None:
         gate.weight = nn.Parameter(gate.weight.new_empty(count, gate.weight.shape[1]))
     experts.num_experts = gate.num_experts = count
     gate.top_k = min(gate.top_k, count)
-    gate.__class__, gate.most = FewerRouter, config.num_experts
+    gate.__class__, gate.width = PaddedRouter, config.num_experts
 
 
 class SparseRouting(ChosenRouting):
-    """Mixin for a MoE block of `gate`, `experts` and, where one is, `base_expert`, a SwiGLU MLP of the routed width."""
+    """Mixin for a MoE block of `gate`, `experts` and perhaps `base_expert`, a SwiGLU MLP of the routed width."""
 
     gate: Any
     experts: nn.Module
     base_expert: Any
 
     def add_parts(self, config, layer: int) -> None:
-        """Give the block what it needs beyond the stock one. Args: layer, the decoder layer that it is in."""
-        # A field changed after the configuration was built has not passed its check.
+        """Add the parts that the stock block lacks. Args: layer, the index of the decoder layer."""
+        # A field may have been changed after the configuration checked it.
         check_merge(config.namex, self.gate.norm_topk_prob)
         self.base_expert = None
         if is_residual(config.namex) and not stays_sparse(config, layer):
@@ -97,14 +97,14 @@ class SparseRouting(ChosenRouting):
         """``F(x)`` without the shared expert, ``[tokens, hidden] -> [tokens, hidden]``.
 
         Args:
-            base: matrices by projection, in the place of the stored base expert.
+            base: matrices by projection, in place of the stored base expert.
         """
         scores, chosen = self.route(flat, token_ids)
         output = self.experts(flat, chosen, scores)
         if self.base_expert is None:
             return output
-        answer = self.base_expert(flat) if base is None else apart(flat, base, self.base_expert.act_fn)
-        return output + left_over_mass(scores) * answer
+        base_output = self.base_expert(flat) if base is None else swiglu_mlp(flat, base, self.base_expert.act_fn)
+        return output + left_over_mass(scores) * base_output
 
 
-__all__ = ["FewerRouter", "SparseRouting", "give_layer_its_number", "left_over_mass"]
+__all__ = ["PaddedRouter", "SparseRouting", "left_over_mass", "set_expert_count"]

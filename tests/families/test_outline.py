@@ -12,7 +12,7 @@ from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import CheckpointError, FamilyError
 from namex_hf.families import family_of
 from namex_hf.families.others import check_loading
-from namex_hf.families.outline import Tensor, check_counts, outline_of
+from namex_hf.families.outline import TensorSpec, check_counts, outline_of
 from namex_hf.merging.routing import route
 
 RECIPES = {
@@ -24,8 +24,8 @@ RECIPES = {
 }
 
 
-def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, Tensor]:
-    return {name: Tensor(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+def shapes(tensors: dict[str, torch.Tensor]) -> dict[str, TensorSpec]:
+    return {name: TensorSpec(tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -114,11 +114,11 @@ def test_other_families(mixtral: Path) -> None:
     """One tensor after the other is taken away or cut, under its name on disk; a tied head need not be there."""
     found = shapes(read_tensors(mixtral))
     assert "lm_head.weight" not in found
-    check_loading(mixtral, found | {"mtp.norm.weight": Tensor((3,), torch.float32)}, trust_remote_code=False)
+    check_loading(mixtral, found | {"mtp.norm.weight": TensorSpec((3,), torch.float32)}, trust_remote_code=False)
     for name in ("model.norm.weight", "model.layers.1.self_attn.q_proj.weight"):
         with pytest.raises(CheckpointError, match=f"tensor {name} is missing"):
             check_loading(mixtral, {n: t for n, t in found.items() if n != name}, trust_remote_code=False)
-        cut = {name: Tensor((2,) * len(found[name].shape), torch.float32)}
+        cut = {name: TensorSpec((2,) * len(found[name].shape), torch.float32)}
         with pytest.raises(CheckpointError, match=rf"tensor {name} is \[2"):
             check_loading(mixtral, found | cut, trust_remote_code=False)
     expert = next(name for name in found if ".experts.2." in name)
@@ -128,12 +128,12 @@ def test_other_families(mixtral: Path) -> None:
 
 def test_what_cannot_be_built_is_left_to_loading(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    check_loading(tmp_path, {"a": Tensor((1,), torch.float32)}, trust_remote_code=False)
+    check_loading(tmp_path, {"a": TensorSpec((1,), torch.float32)}, trust_remote_code=False)
 
 
 @pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "num_local_experts", "n_routed_experts"])
 def test_counts(name: str) -> None:
-    found = {f"t{n}": Tensor((1500, 2), torch.float32) for n in range(1200)}
+    found = {f"t{n}": TensorSpec((1500, 2), torch.float32) for n in range(1200)}
     most = 1500 if "expert" in name else 1200
     for config in ({name: most}, {name: 0}, {name: None}, {"other": 10**18}, {"hidden_size": 10**6}):
         check_counts(config, found)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...bargaining.utilities import Three, aligned_utilities, furthest_gains, three_most_apart
+from ...bargaining.utilities import ThreePlayerGame, aligned_utilities, furthest_gains, three_most_apart
 from .picture import COLOURS, INK, Material, Picture, figure, plain
 
 STEPS = {"Nash": COLOURS[0], "plain mean": COLOURS[1]}
@@ -69,7 +69,7 @@ def octant(steps: int = 14) -> tuple[np.ndarray, np.ndarray]:
     return np.array(list(places.values()), dtype=float), np.array(triangles)
 
 
-def _sphere(axes: Any, three: Three, gains: dict[str, torch.Tensor]) -> None:
+def _sphere(axes: Any, three: ThreePlayerGame, gains: dict[str, torch.Tensor]) -> None:
     rings = furthest_gains(three.gram, torch.from_numpy(half_sphere())).numpy()
     directions, triangles = octant()
     surface = furthest_gains(three.gram, torch.from_numpy(directions)).numpy()
@@ -88,7 +88,7 @@ def _sphere(axes: Any, three: Three, gains: dict[str, torch.Tensor]) -> None:
     axes.legend(fontsize=8, loc="upper left")
 
 
-def _bars(axes: Any, three: Three, gains: dict[str, torch.Tensor]) -> None:
+def _bars(axes: Any, three: ThreePlayerGame, gains: dict[str, torch.Tensor]) -> None:
     for index, (name, gain) in enumerate(gains.items()):
         places = np.arange(3) + 0.38 * (index - 0.5)
         drawn = axes.bar(places, gain.tolist(), 0.36, color=STEPS[name], label=name, hatch="//" if index else None)
