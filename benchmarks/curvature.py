@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
 from namex_hf.merging.curvature import second_moment
+from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import Routing, neurons
 from namex_hf.models.soft import Merged, SoftExperts, swiglu
 from namex_hf.patching.text import text_for
@@ -114,7 +115,8 @@ def form(model: Any, given: Given, change: Callable[[torch.Tensor], torch.Tensor
         moments: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
         for number in range(count):
             token, gate = routing.of(number)
-            one = {"gate_proj": experts.gate_up_proj[number, :width], "up_proj": experts.gate_up_proj[number, width:]}
+            gate_up, down = experts.gate_up_proj[number], experts.down_proj[number]
+            one = ExpertWeights(gate_up[:width], gate_up[width:], down)
             heard = inputs[token], neurons(inputs[token], one, experts.act_fn)
             for kept, part in zip(moments, heard, strict=True):
                 kept.append(second_moment(part, gate).double() / mass[number])

@@ -18,6 +18,7 @@ from small_mixtures import (
 from torch.nn.functional import silu
 
 from namex_hf.errors import RecipeError
+from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.members import Members, gather, merge_members
 from namex_hf.merging.routing import Routing
 from namex_hf.merging.weightings import Seen
@@ -57,7 +58,7 @@ def every_way(**choices: tuple[str, ...]) -> list[Grouped]:
     return list(found)
 
 
-def merge(members: Members, how: Grouped) -> dict[str, torch.Tensor]:
+def merge(members: Members, how: Grouped) -> ExpertWeights:
     return merge_members(members, how)[0]
 
 

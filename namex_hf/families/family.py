@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FamilyError
+from ..merging.experts import PROJECTIONS
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Config = Mapping[str, Any]
 MOST_LAYERS, MOST = 10_000, 1 << 31

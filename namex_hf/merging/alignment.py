@@ -9,19 +9,26 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
-from .experts import PROJECTIONS, Experts, NotFiniteError
-from .routing import Activation, Expert, Routing, neurons
+from .experts import Expert, Experts, ExpertWeights, NotFiniteError
+from .routing import Activation, Routing, neurons
 
 ALIGNMENT_TOKENS = 4096
 
 
-def permuted(expert: Expert, order: torch.Tensor) -> dict[str, torch.Tensor]:
+def permuted(expert: Expert, order: torch.Tensor) -> Expert:
     """The expert with its neurons in another order: the same function.
 
     Args:
         order: int64 ``[width]``; neuron ``order[n]`` goes to place n.
     """
-    return {name: matrix[:, order] if name == "down_proj" else matrix[order] for name, matrix in expert.items()}
+    return ExpertWeights.of(lambda name: permuted_matrix(name, expert[name], order), expert)
+
+
+def permuted_matrix(name: str, matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """One of `permuted`, by the name of its projection."""
+    if name == "down_proj.bias":
+        return matrix
+    return matrix[:, order] if name == "down_proj" else matrix[order]
 
 
 def order_by_weights(reference: Expert, expert: Expert) -> torch.Tensor:
@@ -31,7 +38,7 @@ def order_by_weights(reference: Expert, expert: Expert) -> torch.Tensor:
     """
 
     def directions(one: Expert) -> torch.Tensor:
-        rows = one["gate_proj"], one["up_proj"], one["down_proj"].T
+        rows = [matrix.T if name == "down_proj" else matrix for name, matrix in one.items()]
         return torch.cat([normalize(part.float(), dim=1) for part in rows], dim=1)
 
     return _assignment(directions(reference) @ directions(expert).T)
@@ -74,15 +81,15 @@ def layer_orders(
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    count = len(experts["gate_proj"])
-    orders = torch.arange(experts["gate_proj"][0].shape[0]).repeat(count, 1)
+    count = experts.count
+    orders = torch.arange(len(experts.up[0])).repeat(count, 1)
     if align == "none":
         return orders
     sample = inputs[:: max(1, -(-len(inputs) // ALIGNMENT_TOKENS))]
     first = int(routing.mass(count).argmax())
 
-    def finite(number: int) -> dict[str, torch.Tensor]:
-        expert = {name: experts[name][number].to(inputs) for name in PROJECTIONS}
+    def finite(number: int) -> Expert:
+        expert = experts.expert(number).to(inputs)
         for name, matrix in expert.items():
             if not matrix.isfinite().all():
                 raise NotFiniteError(number, name)

@@ -1,6 +1,6 @@
 """A layer with fewer experts, merged on what calibration text showed of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -9,14 +9,14 @@ import torch
 
 from ..recipe import Grouped
 from ..recipe.choices import FitKind
-from .experts import PROJECTIONS, Experts, grams
+from .experts import Expert, Experts, ExpertWeights, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from .layer_fit import BATCH, Problem, fit_layer
 from .members import gather, merge_members
 from .record import cosines
 from .refit import refit_downs
 from .router_fit import answers, fit_router, gate_values
-from .routing import Activation, Expert, Routing, answer, route, routed_output, shared_answer
+from .routing import Activation, Routing, answer, route, routed_output, shared_answer
 from .strangers import random_experts, shared_experts
 from .weightings import Seen
 
@@ -37,12 +37,12 @@ class Mixture:
     renormalises: bool
     activation: Activation
 
-    def expert(self, number: int, like: torch.Tensor) -> dict[str, torch.Tensor]:
+    def expert(self, number: int, like: torch.Tensor) -> Expert:
         """One expert's matrices in the dtype of ``like``, and where it is."""
-        return {name: self.experts[name][number].to(like) for name in PROJECTIONS}
+        return self.experts.expert(number).to(like)
 
     def without_experts(self) -> "Mixture":
-        return replace(self, experts={})
+        return replace(self, experts=ExpertWeights(None, (), ()))
 
     def route(self, inputs: torch.Tensor) -> Routing:
         return route(inputs, self.router.to(inputs), self.top_k, self.renormalises)
@@ -79,7 +79,7 @@ class Shrinking:
     merge: Grouped
     seed: int = 0
     fits: bool = True  # False: merged and refitted alone, whatever the recipe's fit
-    shared: Callable[[], Expert] = dict  # as `shared_answer` takes it; asked for by operator ``shared`` and `fit_all`
+    shared: Callable[[], Mapping[str, torch.Tensor]] = dict  # as `shared_answer` takes it
     advance: Callable[[str], None] = lambda what: None
     record: dict[str, Any] = field(default_factory=dict)
     refitted: dict[str, torch.Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
@@ -101,8 +101,7 @@ class Shrinking:
         else:
             self.wanted = text.wanted
         self.mass = text.routing.mass(count).cpu()
-        nothing = {name: torch.zeros(self.source.experts[name][0].shape) for name in PROJECTIONS}
-        self.gram = grams(self.source.experts, nothing, "expert", text.inputs.device)[0]
+        self.gram = grams(self.source.experts, self.source.experts.zeros(), "expert", text.inputs.device)[0]
         self.cosines = cosines(self.gram[None])
         self.record |= {"usage": text.routing.count(count).tolist(), "mass": self.mass.tolist(), "games": []}
         if self.merge.experts == count:
@@ -212,7 +211,7 @@ class Shrinking:
             ]
         ).cpu()
 
-    def begin(self) -> dict[str, torch.Tensor]:
+    def begin(self) -> Expert:
         """The K experts before any fit, in the experts' dtype."""
         source, merge = self.source, self.merge
         if merge.operator == "random":
@@ -221,10 +220,10 @@ class Shrinking:
             return shared_experts(self.shared(), source.experts, merge.experts)
         return self.merged()
 
-    def merged(self) -> dict[str, torch.Tensor]:
+    def merged(self) -> Expert:
         """One expert a group, in the experts' dtype; a group of one is its expert, bit for bit."""
         source, text, merge = self.source, self.text, self.merge
-        result = {name: torch.stack([source.experts[name][group[0]] for group in self.groups]) for name in PROJECTIONS}
+        result = source.experts.stacked([group[0] for group in self.groups])
         for place, group in enumerate(self.groups):
             if len(group) == 1:
                 continue
@@ -234,8 +233,7 @@ class Shrinking:
             heard = self.weighted(text.routing)
             members = gather(source.experts, ranked, text.inputs, heard, source.activation, merge.curvature.align, seen)
             merged, games = merge_members(members, merge)
-            for name in PROJECTIONS:
-                result[name][place] = merged[name]
+            result.set_expert(place, merged)
             self.record["games"] += [{"members": list(ranked), **game} for game in games]
         return result
 
@@ -303,8 +301,7 @@ class Shrinking:
         inputs, result = self.text.inputs, self.result
 
         def keep(place: int, down: torch.Tensor) -> torch.Tensor:
-            result.experts["down_proj"][place].copy_(down)
-            return result.experts["down_proj"][place].to(inputs)
+            return result.experts.down[place].copy_(down).to(inputs)
 
         return refit_downs(
             inputs,

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 
 from ..recipe import Grouped
-from .experts import PROJECTIONS, Base, Experts, each_projection, games_of, grams, weighted_sum
+from .experts import Expert, Experts, by_projection, each_projection, games_of, grams, weighted_sum
 from .grouping import Groups
-from .record import game_record
+from .record import game_records
 from .weightings import FALLBACK, WEIGHTINGS, Seen, Weights
 
 
@@ -52,20 +52,17 @@ def play(experts: Experts, members: tuple[int, ...], merge: Grouped, device: str
     Raises:
         NotFiniteError: a member holds NaN or infinity.
     """
-    games = games_of(merge.game.granularity)
+    granularity = merge.game.granularity
     if len(members) == 1:
-        return Group(members, torch.ones(len(games), 1, dtype=torch.float64), [])
-    inside = {name: [experts[name][member] for member in members] for name in PROJECTIONS}
-    base: Base = {name: inside[name][0] for name in PROJECTIONS}
-    gram = grams(inside, base, merge.game.granularity, device)
-    weights = shares(gram, merge, inside["gate_proj"][0].dtype)
-    record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
-    return Group(members, weights.values, [{"members": list(members), **one} for one in record])
+        return Group(members, torch.ones(len(games_of(granularity)), 1, dtype=torch.float64), [])
+    inside = experts.subset(members)
+    gram = grams(inside, inside.expert(0), granularity, device)
+    weights = shares(gram, merge, experts.dtype)
+    records = game_records(gram, weights, granularity)
+    return Group(members, weights.values, [{"members": list(members), **one} for one in records])
 
 
-def merged_expert(
-    experts: Experts, group: Group, merge: Grouped, device: str, factor: float = 1.0
-) -> dict[str, torch.Tensor]:
+def merged_expert(experts: Experts, group: Group, merge: Grouped, device: str, factor: float = 1.0) -> Expert:
     """The one expert of a group, in the experts' dtype; a group of one is its expert, bit for bit.
 
     Args:
@@ -75,16 +72,13 @@ def merged_expert(
     """
     if len(group.members) == 1:
         # A copy: the layer's own memory may be filled again while this one waits to be written.
-        return {name: experts[name][group.members[0]].clone() for name in PROJECTIONS}
-    of_game = {
-        name: group.shares[index] for index, game in enumerate(games_of(merge.game.granularity)) for name in game
-    }
+        return experts.expert(group.members[0]).map(torch.clone)
+    inside, of_game = experts.subset(group.members), by_projection(group.shares, merge.game.granularity)
 
     def merged(name: str) -> torch.Tensor:
-        inside = [experts[name][member] for member in group.members]
-        return weighted_sum(inside, of_game[name], factor if name == "down_proj" else 1.0, device)
+        return weighted_sum(inside[name], of_game[name], factor if name == "down_proj" else 1.0, device)
 
-    return each_projection(merged)
+    return each_projection(merged, experts)
 
 
 def average_rows(router: torch.Tensor, groups: Groups) -> torch.Tensor:

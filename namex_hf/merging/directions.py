@@ -8,7 +8,7 @@ import torch
 from scipy.sparse.linalg import eigsh
 
 from .curvature import second_moment
-from .experts import PROJECTIONS, Experts
+from .experts import Experts
 from .routing import Activation, Routing, neurons
 
 
@@ -98,12 +98,12 @@ def layer_curvature(
 
     Memory: one expert, its tokens and their answers in float32; one second moment in float64 twice.
     """
-    mass = routing.mass(len(experts["gate_proj"])).cpu()
+    mass = routing.mass(experts.count).cpu()
     heard: tuple[list[Leading], list[Leading]] = ([], [])
     for number, own in enumerate(mass.tolist()):
         token, gate = routing.of(number)
         mine = inputs[token]
-        expert = {name: experts[name][number].to(inputs) for name in PROJECTIONS}
+        expert = experts.expert(number).to(inputs)
         heard[0].append(Leading.of(second_moment(mine, gate), own, rank))
         heard[1].append(Leading.of(second_moment(neurons(mine, expert, activation), gate), own, rank))
     usage = mass / mass.sum() if mass.sum() > 0 else torch.full_like(mass, 1 / len(mass))

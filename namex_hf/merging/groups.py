@@ -7,7 +7,7 @@ import torch
 
 from ..recipe import Grouped
 from .combine import Group, average_rows, merged_expert, play
-from .experts import PROJECTIONS, Experts, grams
+from .experts import Expert, Experts, grams
 from .grouping import groups_by_weights
 from .mass import expected_mass
 from .record import cosines
@@ -26,8 +26,8 @@ class MergedLayer:
     record: dict[str, Any]
     cosines: torch.Tensor  # float32 [1, N, N], between whole experts
 
-    def expert(self, index: int) -> dict[str, torch.Tensor]:
-        """The ``index``-th of the K experts, by projection."""
+    def expert(self, index: int) -> Expert:
+        """The ``index``-th of the K experts."""
         return merged_expert(self.source, self.groups[index], self.merge, self.device, self.factor)
 
 
@@ -53,8 +53,7 @@ def merge_layer(
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
-    gram = grams(experts, nothing, "expert", device)
+    gram = grams(experts, experts.zeros(), "expert", device)
     count = merge.experts
     groups = groups_by_weights(gram[0], count)
     rows = average_rows(router, groups)

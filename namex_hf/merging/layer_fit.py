@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .experts import PROJECTIONS
+from .experts import Expert, Experts
 from .router_fit import gate_values
-from .routing import Activation, Expert, answer, shared_answer
+from .routing import Activation, answer, shared_answer
 
 BATCH = 1024
 CHECK_EVERY = 50
@@ -51,23 +51,23 @@ class Problem:
 class Trained:
     """The parameters of a fit, in float32: a matrix of its own an expert and projection, and the router's rows."""
 
-    experts: dict[str, list[torch.Tensor]]
+    experts: Experts
     router: torch.Tensor  # [K, hidden]
     shared: dict[str, torch.Tensor]  # as `shared_answer` takes it; empty: it is not fitted
 
     @classmethod
     def of(
-        cls, experts: Mapping[str, torch.Tensor], router: torch.Tensor, shared: Expert, like: torch.Tensor
+        cls, experts: Expert, router: torch.Tensor, shared: Mapping[str, torch.Tensor], like: torch.Tensor
     ) -> "Trained":
         def leaf(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to(like, copy=True).requires_grad_()
 
-        matrices = {name: [leaf(matrix) for matrix in experts[name]] for name in PROJECTIONS}
+        matrices = experts.map(lambda stacked: [leaf(matrix) for matrix in stacked])
         return cls(matrices, leaf(router), {part: leaf(tensor) for part, tensor in shared.items()})
 
     def parameters(self) -> list[torch.Tensor]:
         rows = [self.router] if len(self.router) > 1 else []  # one expert has all the mass whatever its row
-        return [matrix for name in PROJECTIONS for matrix in self.experts[name]] + rows + list(self.shared.values())
+        return [matrix for matrices in self.experts.values() for matrix in matrices] + rows + list(self.shared.values())
 
     def output(self, inputs: torch.Tensor, problem: Problem) -> torch.Tensor:
         """The layer's output ``[tokens, hidden]``, differentiable in everything."""
@@ -77,8 +77,7 @@ class Trained:
         for number in range(len(self.router)):
             token = gates[:, number].nonzero()[:, 0]
             if len(token):
-                expert = {name: self.experts[name][number] for name in PROJECTIONS}
-                given = answer(inputs[token], expert, problem.activation)
+                given = answer(inputs[token], self.experts.expert(number), problem.activation)
                 output = output.index_add(0, token, gates[token, number, None] * given)
         return output
 
@@ -95,9 +94,9 @@ class LayerFit:
 
 def fit_layer(
     problem: Problem,
-    experts: Mapping[str, torch.Tensor],
+    experts: Expert,
     router: torch.Tensor,
-    shared: Expert,
+    shared: Mapping[str, torch.Tensor],
     steps: int,
     seed: int,
     advance: Callable[[int], None] = lambda step: None,
@@ -108,7 +107,7 @@ def fit_layer(
     Deterministic: batches are drawn by a generator of their own.
 
     Args:
-        experts: by projection, K matrices stacked, in any floating dtype: the start; changed in place.
+        experts: K, stacked, in any floating dtype: the start; changed in place.
         router: ``[K, hidden]``: the start; changed in place.
         shared: the shared expert as `shared_answer` takes it: the start; changed in place. Empty: ``problem.wanted`` is
             wanted of the routed experts alone.
@@ -180,10 +179,9 @@ def _batches(tokens: torch.Tensor, seed: int) -> Iterator[torch.Tensor]:
         yield from tokens[torch.randperm(len(tokens), generator=draw).to(tokens.device)].split(BATCH)
 
 
-def _keep(layer: Trained, experts: Mapping[str, torch.Tensor], router: torch.Tensor, shared: Expert) -> None:
-    for name in PROJECTIONS:
-        for place, matrix in zip(experts[name], layer.experts[name], strict=True):
-            place.copy_(matrix.detach())
+def _keep(layer: Trained, experts: Expert, router: torch.Tensor, shared: Mapping[str, torch.Tensor]) -> None:
+    for number in range(experts.count):
+        experts.set_expert(number, layer.experts.expert(number).map(torch.Tensor.detach))
     router.copy_(layer.router.detach())
     for part, tensor in layer.shared.items():
         shared[part].copy_(tensor.detach())

@@ -8,9 +8,9 @@ import torch
 
 from ..bargaining import NO_AGREEMENT
 from ..recipe import AroundBase
-from .experts import Base, Experts, each_projection, games_of, grams, weighted_step
+from .experts import Expert, Experts, ExpertWeights, by_projection, each_projection, grams, weighted_step
 from .momentum import advance
-from .record import cosines, game_record, own_base_record
+from .record import cosines, game_records, own_base_records
 from .weightings import FALLBACK, WEIGHTINGS, Weights
 
 StepOf = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -21,7 +21,7 @@ StepOf = Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]
 class Walk:
     """What the base expert takes from a MoE layer to the next."""
 
-    base: Base  # E_m, float32, unrounded
+    base: Expert  # E_m, float32, unrounded
     weights: torch.Tensor | None = None  # float64 [games, N], of each game's last solution; zeros without agreement
     momentum: Mapping[str, torch.Tensor] = field(default_factory=dict)  # buffers, float32
 
@@ -61,12 +61,10 @@ def propagate(
         NotFiniteError: an expert holds NaN or infinity.
     """
     gram = grams(experts, walk.base, merge.game.granularity, device)
-    games = games_of(merge.game.granularity)
     if merge.weights_by is None:
-        record = [own_base_record(game, gram[index]) for index, game in enumerate(games)]
-        return Step(None, record, cosines(gram), None)
-    weights, reusable = solve_or_reuse(gram, walk.weights, merge, position, experts["gate_proj"][0].dtype)
-    of_game = {name: weights.values[index] for index, game in enumerate(games) for name in game}
+        return Step(None, own_base_records(gram, merge.game.granularity), cosines(gram), None)
+    weights, reusable = solve_or_reuse(gram, walk.weights, merge, position, experts.dtype)
+    of_game = by_projection(weights.values, merge.game.granularity)
 
     def step(name: str) -> torch.Tensor:
         if step_of is not None:
@@ -74,9 +72,9 @@ def propagate(
         return weighted_step(experts[name], walk.base[name], of_game[name], device)
 
     going = merge.propagation
-    base, momentum = advance(walk.base, each_projection(step), walk.momentum, going.gamma, going.complex_beta)
-    record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
-    return Step(Walk(base, reusable, momentum), record, cosines(gram), weights.values)
+    base, momentum = advance(walk.base, each_projection(step, experts), walk.momentum, going.gamma, going.complex_beta)
+    after = Walk(ExpertWeights.of(base.__getitem__, base), reusable, momentum)
+    return Step(after, game_records(gram, weights, merge.game.granularity), cosines(gram), weights.values)
 
 
 def solve_or_reuse(

@@ -6,16 +6,26 @@ from typing import Any
 import torch
 
 from ..bargaining import cosine
+from .experts import games_of
 from .weightings import Weights
 
+KEYS = (
+    *("projections", "weights", "status", "residual", "newton_steps", "spread"),
+    *("norms", "step_norm", "cosine_to_mean"),
+)
+"""Of a game's record, in this order."""
 
-def game_record(game: tuple[str, ...], gram: torch.Tensor, weights: Weights, index: int) -> dict[str, Any]:
-    """One game of one layer, as plain values.
+
+def game_records(grams: torch.Tensor, weights: Weights, granularity: str) -> list[dict[str, Any]]:
+    """The games of one layer, as plain values.
 
     Args:
-        gram: float64 ``[N, N]`` of the game's domain vectors.
-        index: of the game in ``weights``.
+        grams: float64 ``[games, N, N]`` of the games' domain vectors.
     """
+    return [_game_record(game, grams[index], weights, index) for index, game in enumerate(games_of(granularity))]
+
+
+def _game_record(game: tuple[str, ...], gram: torch.Tensor, weights: Weights, index: int) -> dict[str, Any]:
     values = weights.values[index]
     active = values[values > 0]
     return {
@@ -31,19 +41,13 @@ def game_record(game: tuple[str, ...], gram: torch.Tensor, weights: Weights, ind
     }
 
 
-def own_base_record(game: tuple[str, ...], gram: torch.Tensor) -> dict[str, Any]:
-    """`game_record` of a layer that keeps its own base: no game was played, nothing has weights and no step is made."""
-    return {
-        "projections": list(game),
-        "weights": None,
-        "status": "own_base",
-        "residual": None,
-        "newton_steps": None,
-        "spread": None,
-        "norms": gram.diagonal().sqrt().tolist(),
-        "step_norm": None,
-        "cosine_to_mean": None,
-    }
+def own_base_records(grams: torch.Tensor, granularity: str) -> list[dict[str, Any]]:
+    """`game_records` of a layer that keeps its own base: no game, no weights, no step."""
+    return [
+        dict.fromkeys(KEYS)
+        | {"projections": list(game), "status": "own_base", "norms": gram.diagonal().sqrt().tolist()}
+        for game, gram in zip(games_of(granularity), grams, strict=True)
+    ]
 
 
 def cosine_to_mean(gram: torch.Tensor, weights: torch.Tensor) -> float | None:

@@ -10,7 +10,8 @@ from collections.abc import Callable
 import torch
 
 from .curvature import with_ridge
-from .routing import Activation, Expert, Routing, neurons, routed_output
+from .experts import Expert
+from .routing import Activation, Routing, neurons, routed_output
 
 
 def refitted_down(
@@ -71,7 +72,7 @@ def refit_downs(
             if not len(token):
                 continue
             matrices = expert(number)
-            old = matrices["down_proj"].clone()  # what `keep` fills may be the same memory
+            old = matrices.down.clone()  # what `keep` fills may be the same memory
             produced = neurons(inputs[token], matrices, activation)
             heard = gate[:, None] * produced
             missing = wanted[token] - output[token] + heard @ old.T

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .routing import Activation, Expert, answer
+from .experts import Expert
+from .routing import Activation, answer
 
 CHUNK_BYTES = 256 << 20  # of answers that are held at once
 BATCH = 1024

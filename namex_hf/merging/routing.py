@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-Expert = Mapping[str, torch.Tensor]
-"""One expert by projection: gate and up ``[width, hidden]``, down ``[hidden, width]``."""
+from .experts import Expert, ExpertWeights
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -45,22 +45,27 @@ def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: 
 
 
 def neurons(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
-    """What an expert's ``down_proj`` receives, ``act(x gate^T) * (x up^T)``: ``[tokens, width]``."""
-    return activation(inputs @ expert["gate_proj"].T) * (inputs @ expert["up_proj"].T)
+    """What an expert's down matrix receives, ``act(x gate^T) * (x up^T)``, or ``act(x up^T)``: ``[tokens, width]``."""
+    up = _linear(inputs, expert.up, expert.up_bias)
+    return activation(up) if expert.gate is None else activation(_linear(inputs, expert.gate, expert.gate_bias)) * up
+
+
+def _linear(inputs: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return inputs @ matrix.T if bias is None else inputs @ matrix.T + bias
 
 
 def answer(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
     """An expert's output, ``[tokens, hidden]``, before its gate value."""
-    return neurons(inputs, expert, activation) @ expert["down_proj"].T
+    return _linear(neurons(inputs, expert, activation), expert.down, expert.down_bias)
 
 
-def shared_answer(inputs: torch.Tensor, shared: Expert, activation: Activation) -> torch.Tensor:
+def shared_answer(inputs: torch.Tensor, shared: Mapping[str, torch.Tensor], activation: Activation) -> torch.Tensor:
     """What every token hears beside the routed experts, ``[tokens, hidden]``.
 
     Args:
         shared: the shared expert, and where it has one ``gate`` ``[1, hidden]``, whose sigmoid scales the answer.
     """
-    given = answer(inputs, shared, activation)
+    given = answer(inputs, ExpertWeights.of(shared.__getitem__), activation)
     return (inputs @ shared["gate"].T).sigmoid() * given if "gate" in shared else given
 
 

@@ -120,9 +120,8 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
         for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, tell, plan.counts):
             usage = torch.tensor(made.record["usage"])
             tensors = {"new.router": made.mixture.router, "cosines": made.cosines, "usage": usage, **made.routers}
-            for name in PROJECTIONS:
-                for expert in range(plan.kept_of(made.layer)):
-                    tensors[f"new.{expert}.{name}"] = made.mixture.experts[name][expert]
+            for name, matrices in made.mixture.experts.items():
+                tensors |= {f"new.{number}.{name}": matrix for number, matrix in enumerate(matrices)}
             tensors |= {f"new.shared.{part}": tensor for part, tensor in made.shared.items()}
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})
             state.save_stream(made.stream)

@@ -14,6 +14,7 @@ from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item, write_shard
 from ..errors import FamilyError
 from ..families import PROJECTIONS
+from ..merging.experts import Expert
 from ..merging.groups import MergedLayer, merge_layer
 from .added import cosine_shapes, router_tensors
 from .finite import check_finite, is_finite, require_finite_result
@@ -39,9 +40,9 @@ class LayerMaker:
     layer: int | None = None
     merged: MergedLayer | None = None
     routers: dict[str, torch.Tensor] = field(default_factory=dict)  # the layer's router in another form
-    room: dict[str, torch.Tensor] | None = None  # the latest layer's experts
+    room: Expert | None = None  # the latest layer's experts
     latest: tuple[int, int] | None = None  # layer and index of the expert that was made last
-    made: dict[str, torch.Tensor] = field(default_factory=dict)
+    made: Expert | None = None
 
     def get(self, layer: int) -> MergedLayer:
         if self.layer != layer or self.merged is None:
@@ -57,7 +58,7 @@ class LayerMaker:
         return self.routers[name]
 
     def expert(self, layer: int, expert: int, projection: str) -> torch.Tensor:
-        if self.latest != (layer, expert):
+        if self.made is None or self.latest != (layer, expert):
             self.made, self.latest = self.get(layer).expert(expert), (layer, expert)
             named = {f"expert {expert} {name}": tensor for name, tensor in self.made.items()}
             require_finite_result(layer, named, self.plan.recipe)

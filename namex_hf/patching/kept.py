@@ -16,7 +16,7 @@ from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
 from ..families import PROJECTIONS, Config
-from ..merging.alignment import layer_orders, permuted
+from ..merging.alignment import layer_orders, permuted, permuted_matrix
 from ..merging.base import own_base
 from ..merging.directions import layer_curvature
 from ..merging.experts import Experts, grams
@@ -104,8 +104,8 @@ def _keep(
     tell: Callable[[str], None],
 ) -> tuple[Kept, Walk | None]:
     """A layer without the record's end and the stream, and the base expert on its way to the next."""
-    text, activation, experts = heard.text, heard.mixture.activation, dict(heard.mixture.experts)
-    count, dtype = len(experts["gate_proj"]), experts["gate_proj"][0].dtype
+    text, activation, experts = heard.text, heard.mixture.activation, heard.mixture.experts
+    count, dtype = experts.count, experts.dtype
     merge = recipe.merge
     curvature = merge.curvature if isinstance(merge, Soft) else None
     align = curvature.align if curvature else "none"
@@ -127,8 +127,7 @@ def _keep(
         step = propagate(experts, walk, merge, position, device=recipe.device)
         record["games"], alike, walk = step.record, step.cosines, step.walk
     else:
-        nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
-        alike = cosines(grams(experts, nothing, "expert", recipe.device))
+        alike = cosines(grams(experts, experts.zeros(), "expert", recipe.device))
     tensors |= kronecker_tensors(recipe, source.shape, heard.layer, dtype)
     if curvature and curvature.kind == "calibrated" and not sparse:
         assert curvature.rank is not None
@@ -142,8 +141,7 @@ def _keep(
 def reorder(experts: Experts, orders: torch.Tensor) -> None:
     """Bring every expert's neurons into its order, in place."""
     for number, order in enumerate(orders):
-        for name, matrix in permuted({name: experts[name][number] for name in PROJECTIONS}, order).items():
-            experts[name][number].copy_(matrix)
+        experts.set_expert(number, permuted(experts.expert(number), order))
 
 
 def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
@@ -199,4 +197,4 @@ def _reordered(
 ) -> torch.Tensor:
     with safe_open(state.layer_file(layer), framework="pt") as file:
         order = file.get_slice("new.orders")[expert]
-    return permuted({projection: reader.read(span)}, order)[projection]
+    return permuted_matrix(projection, reader.read(span), order)

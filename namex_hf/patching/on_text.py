@@ -14,7 +14,7 @@ from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..families import Config, Family, MoeShape
 from ..merging.calibrated import Mixture, Text
-from ..merging.experts import Base
+from ..merging.experts import Expert
 from ..merging.routing import Routing
 from ..recipe import Grouped, Recipe
 from .layer import named, read_experts
@@ -35,10 +35,10 @@ class Source:
     family: Family
     shape: MoeShape
     read: Read
-    experts: Callable[[int], dict[str, torch.Tensor]]  # of a MoE layer, stacked by projection, for the caller to change
+    experts: Callable[[int], Expert]  # of a MoE layer, stacked, for the caller to change
     named: Callable[[int], AbstractContextManager[None]]  # gives a complaint about an expert its tensor's name
 
-    def shared(self, layer: int) -> Base:
+    def shared(self, layer: int) -> dict[str, torch.Tensor]:
         """The shared expert of a MoE layer by projection, and its ``gate`` where it has one."""
         return {part: self.read(name) for part, name in self.family.shared_parts(layer).items()}
 

@@ -19,7 +19,7 @@ from ..checkpoint.identity import DIGESTS, HEADER, Identity, combined, hash_head
 from ..checkpoint.shard import write_tensors
 from ..errors import CheckpointError
 from ..files import HASH, hash_bytes, read_checked, write_checked
-from ..merging.experts import PROJECTIONS
+from ..merging.experts import ExpertWeights
 from ..merging.propagation import Walk
 from .added import KINDS
 
@@ -167,7 +167,7 @@ def _walk(tensors: dict[str, torch.Tensor]) -> Walk | None:
     """What `_tensors` made of one."""
     if not tensors:
         return None
-    base, weights = {name: tensors.pop(name) for name in PROJECTIONS}, tensors.pop("weights")
+    base, weights = ExpertWeights.of(tensors.pop), tensors.pop("weights")
     return Walk(base, weights, tensors)
 
 

@@ -13,7 +13,6 @@ import torch
 from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
-from ..families import PROJECTIONS
 from ..merging.base import own_base
 from ..merging.propagation import Walk, propagate
 from ..recipe import AroundBase
@@ -110,7 +109,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
 
 def stored_base(walk: Walk, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The base expert of a layer, as the result holds it."""
-    return {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
+    return {f"base.{name}": matrix.to(dtype) for name, matrix in walk.base.items()}
 
 
 def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int | None]], names: list[str]) -> None:

@@ -13,7 +13,7 @@ from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText, calibration_text
 from ..checkpoint.bytes import Reader
 from ..errors import CalibrationError
-from ..families import PROJECTIONS
+from ..merging.experts import Expert
 from ..merging.routing import Routing, answer, routed_output
 from .folder import PatchedFolder
 
@@ -86,8 +86,8 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
     return Answers(found, text.sha256, text.tokens, asked)
 
 
-def _expert(experts: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
-    return {name: experts[name][number].float() for name in PROJECTIONS}
+def _expert(experts: Expert, number: int) -> Expert:
+    return experts.expert(number).map(torch.Tensor.float)
 
 
 def _text(folder: PatchedFolder, tokens: int) -> CalibrationText:

@@ -12,8 +12,8 @@ from transformers import TrainerCallback
 
 from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
-from ..families import PROJECTIONS, original_family
-from ..merging.experts import Base, NotFiniteError
+from ..families import original_family
+from ..merging.experts import NotFiniteError
 from ..merging.propagation import Step, Walk, propagate
 from ..merging.weightings import FALLBACK
 from ..patching.threads import shared_out
@@ -75,7 +75,7 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
                 own = walk is None or not write
                 if walk is None or not write:
                     walk = Walk(trained)
-                device = str(trained["gate_proj"].device)
+                device = str(trained.down.device)
                 try:
                     step = _pass_layer(layer.mlp, walk, merge, position, device)
                 except NotFiniteError as error:
@@ -103,10 +103,10 @@ def _pass_layer(block: Any, walk: Walk, merge: AroundBase, position: int, device
     return propagate(experts, walk, merge, position, step_of, device)
 
 
-def distance(found: Base, wanted: Base) -> float:
+def distance(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
     """``|found - wanted| / |wanted|`` over all projections; infinite where nothing but zeros is wanted."""
-    moved = sum(float((found[name] - wanted[name]).square().sum()) for name in PROJECTIONS)
-    norm = sum(float(wanted[name].square().sum()) for name in PROJECTIONS)
+    moved = sum(float((found[name] - matrix).square().sum()) for name, matrix in wanted.items())
+    norm = sum(float(matrix.square().sum()) for matrix in wanted.values())
     return math.sqrt(moved / norm) if norm else math.inf
 
 

@@ -8,7 +8,7 @@ import torch
 from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import WIDTH, draws, expert_at, neurons64, random_experts, random_routing, random_tokens
+from small_mixtures import WIDTH, draws, expert_at, neurons64, random_experts, random_routing, random_tokens, weights_of
 from torch.nn.functional import silu
 
 from namex_hf.merging import alignment
@@ -42,7 +42,7 @@ def likeness(how: str, reference, expert) -> np.ndarray:
 @given(st.sampled_from(["weights", "activations"]), seeds)
 def test_best_of_all_orders(how: str, seed: int) -> None:
     """Of two unlike experts, whose matrices have lengths of their own."""
-    experts = {n: m * 10.0**i for i, (n, m) in enumerate(random_experts(2, seed).items(), start=-1)}
+    experts = weights_of({n: m * 10.0**i for i, (n, m) in enumerate(random_experts(2, seed).items(), start=-1)})
     reference, expert = expert_at(experts, 0), expert_at(experts, 1)
     alike = likeness(how, reference, expert)
     wanted = max(permutations(range(WIDTH)), key=lambda order: alike[range(WIDTH), order].sum())
@@ -69,7 +69,7 @@ def test_another_order_is_the_same_function() -> None:
 @pytest.mark.parametrize("how", ["weights", "activations"])
 def test_a_dead_neuron(how: str) -> None:
     """It is like none; the others find their places, and it takes what is left."""
-    original = {name: matrix.clone() for name, matrix in expert_at(random_experts(1, 0), 0).items()}
+    original = expert_at(random_experts(1, 0), 0).map(torch.clone)
     for name, matrix in original.items():
         matrix[(slice(None), 2) if name == "down_proj" else 2] = 0
     copy = permuted(original, torch.tensor([3, 0, 4, 1, 2]))
@@ -94,7 +94,7 @@ def test_a_layer_in_the_order_of_its_most_used_expert(how: str, first: int) -> N
     original = expert_at(random_experts(1, 0), 0)
     copies = [permuted(original, torch.randperm(WIDTH, generator=draws(seed))) for seed in range(4)]
     assert not any(torch.equal(copies[first]["up_proj"], copies[i]["up_proj"]) for i in range(4) if i != first)
-    experts = {name: torch.stack([one[name] for one in copies]).bfloat16() for name in original}
+    experts = weights_of({name: torch.stack([one[name] for one in copies]).bfloat16() for name in original})
     held = {name: matrices.clone() for name, matrices in experts.items()}
     orders = layer_orders(experts, how, INPUTS, most_used(first, 4), silu)
     assert (orders.shape, orders.dtype, orders.device.type) == ((4, WIDTH), torch.int64, "cpu")

@@ -4,15 +4,16 @@ from typing import Any
 
 import pytest
 import torch
+from small_mixtures import weights_of
 
-from namex_hf.merging.experts import PROJECTIONS
+from namex_hf.merging.experts import PROJECTIONS, ExpertWeights
 from namex_hf.merging.propagation import Step, Walk, propagate
 from namex_hf.recipe import Recipe
 
 E1, E2, E3 = torch.eye(3).view(3, 1, 3)
 OPPOSED = (E1, -E1, E2)
 """0 lies between the first two, so these three cannot agree; their plain mean is a third of `E2`."""
-BASE = {name: torch.full((1, 3), float(index)) for index, name in enumerate(PROJECTIONS, start=2)}
+BASE = ExpertWeights(*(torch.full((1, 3), float(index)) for index in (2, 3, 4)))
 
 
 def at_right_angles(*lengths: float) -> tuple[torch.Tensor, ...]:
@@ -21,7 +22,7 @@ def at_right_angles(*lengths: float) -> tuple[torch.Tensor, ...]:
 
 
 def pass_layer(walk: Walk, position: int, taus: dict[str, tuple[torch.Tensor, ...]], **choice: Any) -> Step:
-    experts = {name: torch.stack([walk.base[name] + tau for tau in taus[name]]) for name in PROJECTIONS}
+    experts = weights_of({name: torch.stack([walk.base[name] + tau for tau in taus[name]]) for name in PROJECTIONS})
     return propagate(experts, walk, Recipe(**choice).merge, position)
 
 

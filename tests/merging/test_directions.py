@@ -10,6 +10,7 @@ from small_mixtures import HIDDEN, WIDTH, draws, expert_at, gates64, neurons64, 
 from torch.nn.functional import silu
 
 from namex_hf.merging.directions import LayerCurvature, Leading, Spans, layer_curvature, spans
+from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import Routing
 
 COLUMNS = 6
@@ -203,7 +204,7 @@ def some_routing(tokens: int, experts: tuple[int, ...], seed: int = 0) -> Routin
 
 def assert_layer(
     found: LayerCurvature,
-    experts: dict[str, torch.Tensor],
+    experts: ExpertWeights,
     inputs: torch.Tensor,
     routing: Routing,
     rank: int,
@@ -249,7 +250,7 @@ def test_a_layer_with_few_tokens_and_an_idle_expert() -> None:
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_a_layer_that_hears_nothing(tokens: int) -> None:
     """No text, or experts that answer zeros alone."""
-    experts = {name: torch.zeros_like(matrices) for name, matrices in random_experts(3, 0).items()}
+    experts = random_experts(3, 0).map(torch.zeros_like)
     inputs, routing = random_tokens(tokens, 0), some_routing(tokens, (0, 1, 2))
     found = layer_curvature(experts, inputs, routing, silu, 2, 1e-4)
     np.testing.assert_array_equal(rebuilt(found.neurons), [np.eye(WIDTH)] * 3)

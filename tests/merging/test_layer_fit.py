@@ -2,17 +2,28 @@
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from float64_reference import double
-from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, random_experts, random_tokens, shared64
+from small_mixtures import (
+    HIDDEN,
+    PROJECTIONS,
+    WIDTH,
+    answers64,
+    draws,
+    random_experts,
+    random_tokens,
+    shared64,
+    weights_of,
+)
 from torch.nn.functional import silu
 
 from namex_hf.merging import layer_fit
+from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.layer_fit import Descent, LayerFit, Problem, Trained, fit_layer
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 320
@@ -21,7 +32,7 @@ HELD_OUT = torch.arange(TOKENS) % 4 == 0
 WEIGHT = 0.5 + torch.rand(TOKENS, generator=draws(7))
 
 Parts = dict[str, torch.Tensor]
-Layer = tuple[Parts, torch.Tensor, Parts]
+Layer = tuple[ExpertWeights, torch.Tensor, Parts]
 
 ALONE, GATELESS, GATED = ("alone", "gateless", "gated")
 """What is beside the routed experts: nothing, a shared expert, one behind a gate."""
@@ -45,11 +56,11 @@ def layer(seed: int, dtype: torch.dtype = torch.float32, experts: int = EXPERTS,
 def near(seed: int, far: float, dtype: torch.dtype = torch.float32, shared: str = ALONE) -> Layer:
     """A layer beside layer 0."""
 
-    def between(one: Parts, other: Parts) -> Parts:
+    def between(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> Parts:
         return {name: (one[name] + far * other[name]).to(dtype) for name in one}
 
     one, other = layer(0, shared=shared), layer(seed, shared=shared)
-    return between(one[0], other[0]), (one[1] + far * other[1]).to(dtype), between(one[2], other[2])
+    return weights_of(between(one[0], other[0])), (one[1] + far * other[1]).to(dtype), between(one[2], other[2])
 
 
 def cast(of: Layer, dtype: torch.dtype | None = None) -> Layer:
@@ -58,7 +69,7 @@ def cast(of: Layer, dtype: torch.dtype | None = None) -> Layer:
     def one(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype or tensor.dtype, copy=True)
 
-    return {n: one(t) for n, t in of[0].items()}, one(of[1]), {n: one(t) for n, t in of[2].items()}
+    return of[0].map(one), one(of[1]), {n: one(t) for n, t in of[2].items()}
 
 
 def parts_of(of: Layer) -> list[torch.Tensor]:
@@ -314,7 +325,7 @@ def test_an_expert_without_tokens_stays() -> None:
 def test_experts_that_are_zero() -> None:
     """Nothing to fit, nothing to divide by."""
     start = layer(2)
-    start = ({name: torch.zeros_like(tensor) for name, tensor in start[0].items()}, start[1], {})
+    start = start[0].map(torch.zeros_like), start[1], {}
     left = cast(start)
     found = fit(left, problem(torch.zeros(TOKENS, HIDDEN)), 60)
     assert same(left, start)

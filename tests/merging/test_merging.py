@@ -7,9 +7,10 @@ import torch
 from float64_reference import double, games, merged_group, nash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_mixtures import expert_at, weights_of
 
 from namex_hf.merging.combine import average_rows, merged_expert, play
-from namex_hf.merging.experts import PROJECTIONS, NotFiniteError, games_of, grams, weighted_step
+from namex_hf.merging.experts import PROJECTIONS, ExpertWeights, NotFiniteError, games_of, grams, weighted_step
 from namex_hf.merging.grouping import groups_by_weights
 from namex_hf.merging.mass import expected_mass
 from namex_hf.merging.propagation import Walk, propagate
@@ -21,19 +22,21 @@ settings.register_profile("merging", deadline=None, max_examples=60, derandomize
 settings.load_profile("merging")
 
 
-def layer(count: int, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def layer(count: int, seed: int, dtype: torch.dtype = torch.float32) -> ExpertWeights:
     """Random experts of different lengths."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
     size = 0.2 + torch.rand(count, 1, 1, generator=draw)
-    return {name: (size * torch.randn(count, *shapes[name], generator=draw)).to(dtype) for name in PROJECTIONS}
+    return weights_of(
+        {name: (size * torch.randn(count, *shapes[name], generator=draw)).to(dtype) for name in PROJECTIONS}
+    )
 
 
-def first(experts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: experts[name][0].float() for name in PROJECTIONS}
+def first(experts: ExpertWeights) -> ExpertWeights:
+    return expert_at(experts, 0)
 
 
-def a_base(seed: int) -> dict[str, torch.Tensor]:
+def a_base(seed: int) -> ExpertWeights:
     return first(layer(1, seed + 1000))
 
 
@@ -58,7 +61,7 @@ def test_scale_of_all_leaves_the_shares(choice: Residual, count: int, seed: int,
     """
     experts = layer(count, seed)
     base = first(experts) if own else a_base(seed)
-    larger = ({n: scale * t for n, t in experts.items()}, {n: scale * t for n, t in base.items()})
+    larger = experts.map(lambda t: scale * t), base.map(lambda t: scale * t)
     one, other = propagate(experts, Walk(base), choice, 0), propagate(larger[0], Walk(larger[1]), choice, 0)
     raw = choice.game.scale == "lemma" and choice.weights_by == "nash"
     torch.testing.assert_close(other.walk.weights * (scale if raw else 1), one.walk.weights, rtol=1e-4, atol=1e-6)
@@ -73,7 +76,7 @@ def test_order_of_experts(choice: Residual, count: int, seed: int, lot) -> None:
     experts, base, order = layer(count, seed), a_base(seed), list(range(count))
     lot.shuffle(order)
     one = propagate(experts, Walk(base), choice, 0)
-    other = propagate({name: tensor[order] for name, tensor in experts.items()}, Walk(base), choice, 0)
+    other = propagate(experts.map(lambda t: t[order]), Walk(base), choice, 0)
     torch.testing.assert_close(other.walk.weights, one.walk.weights[:, order], rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(other.cosines, one.cosines[:, order][:, :, order], rtol=1e-5, atol=1e-6)
     for name in PROJECTIONS:
@@ -126,8 +129,8 @@ def test_longer_than_a_chunk() -> None:
     wanted = torch.einsum("i,irc->rc", weights, matrices.double() - base)
     torch.testing.assert_close(weighted_step(matrices, base, weights), wanted.float(), rtol=1e-4, atol=1e-5)
     tau = (matrices - base).double().flatten(1)
-    experts = dict.fromkeys(PROJECTIONS, matrices)
-    gram = grams(experts, dict.fromkeys(PROJECTIONS, base), "matrix")
+    experts = ExpertWeights(matrices, matrices, matrices)
+    gram = grams(experts, ExpertWeights(base, base, base), "matrix")
     torch.testing.assert_close(gram[1], tau @ tau.T, rtol=1e-5, atol=1e-2)
 
 
@@ -203,7 +206,7 @@ def test_a_group_of_one(dtype: torch.dtype) -> None:
 
 def test_members_that_pull_apart_fall_back() -> None:
     """Two members on opposite sides of the first cannot agree: the plain mean, recorded as such."""
-    experts = {name: tensor.clone() for name, tensor in layer(3, 5).items()}
+    experts = layer(3, 5)
     for name in PROJECTIONS:
         experts[name][2] = 2 * experts[name][0] - experts[name][1]
     choice = Grouped(experts=1, game=GroupGame(granularity="expert"))

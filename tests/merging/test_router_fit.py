@@ -70,7 +70,7 @@ def test_gradient(renormalises: bool) -> None:
     value, index = (INPUTS.double() @ other.T).softmax(-1).topk(TOP_K, dim=-1)
     if renormalises:
         value = value / value.sum(-1, keepdim=True)
-    all_of = [{name: matrix.double() for name, matrix in expert_at(MODELS, k).items()} for k in range(EXPERTS)]
+    all_of = [expert_at(MODELS, k).map(torch.Tensor.double) for k in range(EXPERTS)]
     heard = torch.stack([answer(INPUTS.double(), expert, silu) for expert in all_of], dim=1)
     chosen = heard.gather(1, index[..., None].expand(-1, -1, HIDDEN))
     ((value[..., None] * chosen).sum(1) - wanted).square().sum().backward()

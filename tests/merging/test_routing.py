@@ -9,6 +9,7 @@ from torch.nn.functional import silu
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
+from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.router_fit import gate_values
 from namex_hf.merging.routing import Routing, route, routed_output
 
@@ -68,7 +69,7 @@ def test_experts_are_asked_for_once_and_only_with_tokens() -> None:
     routing = Routing(torch.where(full.index == 4, 0, full.index), full.value)  # a token may hear one expert twice
     asked: list[int] = []
 
-    def expert(number: int) -> dict[str, torch.Tensor]:
+    def expert(number: int) -> ExpertWeights:
         asked.append(number)
         return expert_at(experts, number)
 

@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from namex_hf.checkpoint.resolve import resolve
+from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.layer_fit import BATCH, CHECK_EVERY, CHECKED_TOKENS, Problem, Trained
 from namex_hf.patching.effort import effort_of, measured_speed
 from namex_hf.patching.patch import space_needed
@@ -25,7 +26,7 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     plan = plan_of(kept)
     top_k, hidden, width = min(4, kept), plan.shape.hidden, plan.shape.width
     tokens = torch.randn(BATCH, hidden)
-    matrices = {name: torch.randn(kept, *plan.shape.of(name)) for name in ("gate_proj", "up_proj", "down_proj")}
+    matrices = ExpertWeights.of(lambda name: torch.randn(kept, *plan.shape.of(name)))
     shared = {name: torch.randn(*plan.shape.of_shared(name)) for name in matrices}
     layer = Trained.of(matrices, torch.randn(kept, hidden), shared, tokens)
     every = torch.zeros(BATCH, dtype=torch.bool)
