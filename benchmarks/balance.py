@@ -32,7 +32,7 @@ from namex_hf.bargaining import cosine
 from namex_hf.checkpoint.resolve import PACKAGED, packaged_models, resolve
 from namex_hf.merging.experts import grams
 from namex_hf.merging.routers import load_entropy
-from namex_hf.merging.routing import answer
+from namex_hf.merging.routing import expert_output
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
 from namex_hf.training.gathered import base_of, experts_of
@@ -92,9 +92,8 @@ def layer_of(block: Any, inputs: torch.Tensor, index: torch.Tensor, activation: 
     experts = experts_of(block)
     count = experts.count
     some = inputs[:: max(1, len(inputs) // ASKED)][:ASKED]
-    said = torch.stack(
-        [normalize(answer(some, experts.expert(expert), activation), dim=-1).flatten() for expert in range(count)]
-    )
+    outputs = (expert_output(some, experts.expert(number), activation) for number in range(count))
+    said = torch.stack([normalize(output, dim=-1).flatten() for output in outputs])
     has_base = getattr(block, "base_expert", None) is not None
     base = base_of(block) if has_base else experts.zeros()
     vectors = cosine(grams(experts, base, "expert")[0])

@@ -31,7 +31,7 @@ def by_losses(members: Members, merge: Grouped) -> Weighed:
         point = matrices[0] if zero else torch.stack(matrices).mean(0)
         power = torch.ones(count, dtype=torch.float64)
         if merge.game.power == "usage":
-            power = members.seen.usage
+            power = members.statistics.usage
         elif merge.game.power == "loss":
             losses = [curved_loss(point, *pair) for pair in zip(matrices, moments, strict=True)]
             power = torch.tensor(losses, dtype=torch.float64)

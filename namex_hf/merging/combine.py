@@ -9,10 +9,12 @@ from ..recipe import Grouped
 from .experts import Expert, Experts, by_projection, each_projection, games_of, grams, weighted_sum
 from .grouping import Groups
 from .record import game_records
-from .weightings import FALLBACK, WEIGHTINGS, Seen, Weights
+from .weightings import FALLBACK, WEIGHTINGS, ExpertStatistics, Weights
 
 
-def shares(gram: torch.Tensor, merge: Grouped, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def shares(
+    gram: torch.Tensor, merge: Grouped, precision: torch.dtype, statistics: ExpertStatistics | None = None
+) -> Weights:
     """Weights of the members of one group, on the simplex, the base included.
 
     The game is played around the group's first member, which is its base: its own domain vector is zero, so it has no
@@ -22,10 +24,10 @@ def shares(gram: torch.Tensor, merge: Grouped, precision: torch.dtype, seen: See
 
     Args:
         gram: float64 ``[games, n, n]`` of the members' domain vectors around the first.
-        seen: where calibration text tells.
+        statistics: where calibration text tells.
     """
     weighting = merge.weights_by or "uniform"
-    found = WEIGHTINGS[weighting](gram, merge.game, precision, seen)
+    found = WEIGHTINGS[weighting](gram, merge.game, precision, statistics)
     if weighting != "nash":
         return found
     size = gram.shape[-1]

@@ -10,6 +10,7 @@ from .combine import Group, average_rows, merged_expert, play
 from .experts import Expert, Experts, grams
 from .grouping import groups_by_weights
 from .mass import expected_mass
+from .moe_layer import MoELayer
 from .record import cosines
 
 
@@ -31,40 +32,30 @@ class MergedLayer:
         return merged_expert(self.source, self.groups[index], self.merge, self.device, self.factor)
 
 
-def merge_layer(
-    experts: Experts,
-    router: torch.Tensor,
-    norm: torch.Tensor,
-    merge: Grouped,
-    top_k: int,
-    renormalises: bool,
-    seed: int,
-    device: str = "cpu",
-) -> MergedLayer:
+def merge_layer(layer: MoELayer, norm: torch.Tensor, merge: Grouped, seed: int, device: str = "cpu") -> MergedLayer:
     """Cluster a layer's experts into as many groups as the recipe has `experts`, and make each group one expert.
 
     Args:
-        router: ``[N, hidden]``; its rows are averaged within the groups.
+        layer: the original. Router rows are averaged within the groups.
         norm: ``[hidden]``, the weight of the norm before the router.
-        top_k: of the original; the result's is min(top_k, count).
 
     Memory: nothing but what the games need; experts are merged on demand.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    gram = grams(experts, experts.zeros(), "expert", device)
+    gram = grams(layer.experts, layer.experts.zeros(), "expert", device)
     count = merge.experts
     groups = groups_by_weights(gram[0], count)
-    rows = average_rows(router, groups)
+    rows = average_rows(layer.router, groups)
     factor = 1.0
-    if not renormalises and count < len(router):
-        before = expected_mass(router, norm, top_k, seed)
-        factor = before / expected_mass(rows, norm, min(top_k, count), seed)
-    played = [play(experts, members, merge, device) for members in groups]
+    if not layer.renormalises and count < len(layer.router):
+        before = expected_mass(layer.router, norm, layer.top_k, seed)
+        factor = before / expected_mass(rows, norm, min(layer.top_k, count), seed)
+    played = [play(layer.experts, members, merge, device) for members in groups]
     record = {
         "groups": [list(members) for members in groups],
         "mass_factor": factor,
         "games": [game for group in played for game in group.record],
     }
-    return MergedLayer(experts, played, merge, device, factor, rows, record, cosines(gram))
+    return MergedLayer(layer.experts, played, merge, device, factor, rows, record, cosines(gram))

@@ -1,4 +1,4 @@
-"""One group of experts on the text that it was seen with: aligned, weighed, and made one under its curvature."""
+"""One group of experts on the text of its tokens: aligned, weighed, and made one under its curvature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from .curvature import CurvedSum, second_moment
 from .experts import Expert, Experts, ExpertWeights, by_projection, grams, weighted_sum
 from .record import game_records
 from .routing import Activation, Routing, neurons
-from .weightings import Seen
+from .weightings import ExpertStatistics
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Members:
     inputs: torch.Tensor  # float32 [tokens, hidden], the layer's
     routing: Routing
     activation: Activation
-    seen: Seen
+    statistics: ExpertStatistics
 
     def expert(self, place: int) -> Expert:
         """A member's matrices in float32, where the inputs are."""
@@ -47,12 +47,12 @@ def gather(
     routing: Routing,
     activation: Activation,
     align: str,
-    seen: Seen,
+    statistics: ExpertStatistics,
 ) -> Members:
     """Bring a group's experts into one order of neurons, that of the first.
 
     Args:
-        seen: of the group's experts, in the order of ``numbers``.
+        statistics: of the group's experts, in the order of ``numbers``.
 
     Memory: a copy of the group in the experts' dtype.
     """
@@ -69,7 +69,7 @@ def gather(
         else:
             continue
         matrices.set_expert(place, permuted(matrices.expert(place), order.cpu()))
-    return Members(numbers, matrices, inputs, routing, activation, seen)
+    return Members(numbers, matrices, inputs, routing, activation, statistics)
 
 
 def merge_members(members: Members, merge: Grouped) -> tuple[Expert, list[dict[str, Any]]]:
@@ -100,7 +100,7 @@ def by_weights(members: Members, merge: Grouped) -> Weighed:
     """The game over the members' weights as they are: Gram matrices of the domain vectors around the first."""
     granularity, matrices = merge.game.granularity, members.matrices
     gram = grams(matrices, matrices.expert(0), granularity, members.inputs.device)
-    settled = shares(gram, merge, matrices.dtype, members.seen)
+    settled = shares(gram, merge, matrices.dtype, members.statistics)
     return by_projection(settled.values, granularity), game_records(gram, settled, granularity)
 
 

@@ -1,4 +1,4 @@
-"""What a router does with a layer's tokens, and what the experts that it chose answer."""
+"""What a router does with a layer's tokens, and the outputs of the experts that it chooses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -44,6 +44,14 @@ def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: 
     return Routing(index, value / value.sum(-1, keepdim=True) if renormalises else value)
 
 
+def gate_values(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> torch.Tensor:
+    """Dense gate values ``[tokens, K]``, zero beyond the top-k; differentiable in the router."""
+    value, index = (inputs @ router.T).softmax(-1).topk(top_k, dim=-1)
+    if renormalises:
+        value = value / value.sum(-1, keepdim=True)
+    return torch.zeros(len(inputs), len(router), dtype=value.dtype, device=value.device).scatter(1, index, value)
+
+
 def neurons(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
     """What an expert's down matrix receives, ``act(x gate^T) * (x up^T)``, or ``act(x up^T)``: ``[tokens, width]``."""
     up = _linear(inputs, expert.up, expert.up_bias)
@@ -54,19 +62,21 @@ def _linear(inputs: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | Non
     return inputs @ matrix.T if bias is None else inputs @ matrix.T + bias
 
 
-def answer(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
+def expert_output(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
     """An expert's output, ``[tokens, hidden]``, before its gate value."""
     return _linear(neurons(inputs, expert, activation), expert.down, expert.down_bias)
 
 
-def shared_answer(inputs: torch.Tensor, shared: Mapping[str, torch.Tensor], activation: Activation) -> torch.Tensor:
-    """What every token hears beside the routed experts, ``[tokens, hidden]``.
+def shared_expert_output(
+    inputs: torch.Tensor, shared: Mapping[str, torch.Tensor], activation: Activation
+) -> torch.Tensor:
+    """The output of the shared expert, which every token receives, ``[tokens, hidden]``.
 
     Args:
-        shared: the shared expert, and where it has one ``gate`` ``[1, hidden]``, whose sigmoid scales the answer.
+        shared: by projection, and where the family has one ``gate`` ``[1, hidden]``, whose sigmoid scales the output.
     """
-    given = answer(inputs, ExpertWeights.of(shared.__getitem__), activation)
-    return (inputs @ shared["gate"].T).sigmoid() * given if "gate" in shared else given
+    output = expert_output(inputs, ExpertWeights.of(shared.__getitem__), activation)
+    return (inputs @ shared["gate"].T).sigmoid() * output if "gate" in shared else output
 
 
 def routed_output(
@@ -87,5 +97,5 @@ def routed_output(
     for number in range(experts):
         token, gate = routing.of(number)
         if len(token):
-            output.index_add_(0, token, gate[:, None] * answer(inputs[token], expert(number), activation))
+            output.index_add_(0, token, gate[:, None] * expert_output(inputs[token], expert(number), activation))
     return output

@@ -9,7 +9,7 @@ import torch
 
 from ..checkpoint.rope import both_forms
 from ..families import LAYER_EXPERTS, Config, Family, MoeShape
-from ..merging.calibrated import Text
+from ..merging.moe_layer import Text
 from ..merging.routers import assignment, cosine_form, cosines, scale_by_entropy, scale_by_norms
 from ..merging.routing import Routing, route
 from ..models.soft_kronecker import KroneckerCurvature, kronecker_parameters

@@ -8,8 +8,8 @@ import torch
 
 from ..calibration.decoder import BATCH_TOKENS, on_meta
 from ..families import Config, Family
-from ..merging.calibrated import Text
 from ..merging.experts import Experts
+from ..merging.moe_layer import Text
 from ..models.configuration_namex import soft_choice
 from ..models.soft import SoftRouting
 from ..models.soft_segments import History, plan_segments

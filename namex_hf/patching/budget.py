@@ -4,12 +4,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText
 from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, between, least_damage, tried
-from ..merging.calibrated import Mixture, Shrinking, Text
+from ..merging.calibrated import Shrinking
+from ..merging.moe_layer import MoELayer, Text
 from ..merging.routing import Routing
 from ..recipe import Grouped, Recipe
 from .on_text import Source, Tell, unpatched
@@ -48,7 +48,7 @@ def spend(source: Source, recipe: Recipe, text: CalibrationText, tell: Tell) -> 
                 for stream in (hidden, *damaged.values()):
                     module.forward(stream)
                 continue
-            mixture = _mixture(source, layer)
+            mixture = source.moe_layer(layer)
             for stream in damaged.values():
                 unpatched(mixture, module.tap(stream), device)
             tapped = module.tap(hidden)
@@ -95,13 +95,7 @@ def shorter(text: CalibrationText) -> tuple[torch.Tensor, torch.Tensor]:
     return text.ids[chosen], held_out[chosen]
 
 
-def _mixture(source: Source, layer: int) -> Mixture:
-    shape, activation = source.shape, ACT2FN[source.config.get("hidden_act", "silu")]
-    router = source.read(source.family.router(layer))
-    return Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
-
-
-def _tried(mixture: Mixture, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
+def _tried(mixture: MoELayer, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
     """The error of a layer's output by number of experts, and the output with the recipe's own number."""
     found, kept = {}, text.inputs
     for count in tried(len(mixture.router), merge.experts):

@@ -13,7 +13,8 @@ from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
 from ..families import PROJECTIONS, Config
-from ..merging.calibrated import Mixture, Shrinking
+from ..merging.calibrated import Shrinking
+from ..merging.moe_layer import MoELayer
 from ..recipe import Grouped, Recipe
 from .added import router_tensors
 from .blocks import Blocks, block_tensors
@@ -31,7 +32,7 @@ class Made:
     """A MoE layer that is finished."""
 
     layer: int
-    mixture: Mixture
+    mixture: MoELayer
     cosines: torch.Tensor
     record: dict[str, Any]
     stream: Stream
@@ -81,10 +82,10 @@ def shrink_layers(
             routers = router_tensors(recipe, smaller.router, norm, patched, heard.text, text.ids)
             with blocks.filled(layer, block_tensors(smaller.experts, smaller.router, routers), recipe.device) as block:
                 output = blocks.output(block, heard.text.inputs, text.ids)
-                if shrinking.moved is not None:
-                    output += shrinking.moved
+                if shrinking.shared_output_delta is not None:
+                    output += shrinking.shared_output_delta
                 shrinking.record |= blocks.compared(block, heard.text, text.ids)
-        hidden = heard.passed_on(output if recipe.calibration.when == "after" else shrinking.wanted)
+        hidden = heard.passed_on(output if recipe.calibration.when == "after" else shrinking.target)
         record = {"layer": layer, **shrinking.record, "seconds": heard.seconds}
         stream = Stream(layer + 1, hidden, heard.original)
         yield Made(layer, smaller, shrinking.cosines, record, stream, routers, shrinking.refitted)

@@ -18,7 +18,7 @@ from ..merging.experts import Expert
 from ..merging.groups import MergedLayer, merge_layer
 from .added import cosine_shapes, router_tensors
 from .finite import check_finite, is_finite, require_finite_result
-from .layer import named, read_experts
+from .layer import moe_layer, named, read_experts
 from .plan import LAYER, Plan, constant_items
 from .state import State
 from .walk import METADATA, Advance, shard_names
@@ -87,16 +87,8 @@ class LayerMaker:
         if later:
             self.reader.expect(plan.expert_spans(later[0]))
         with named(plan, layer):
-            merged = merge_layer(
-                experts,
-                router,
-                norm,
-                plan.grouped,
-                plan.shape.top_k,
-                plan.shape.renormalises,
-                plan.recipe.seed,
-                plan.recipe.device,
-            )
+            before = moe_layer(plan.checkpoint.config, plan.shape, experts, router)
+            merged = merge_layer(before, norm, plan.grouped, plan.recipe.seed, plan.recipe.device)
         self.routers = router_tensors(plan.recipe, merged.router, norm, plan.config())
         require_finite_result(layer, {"router": merged.router, **self.routers}, plan.recipe)
         record = {

@@ -4,11 +4,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers.activations import ACT2FN
 
 from ..checkpoint.bytes import Reader
 from ..errors import CheckpointError
-from ..families import PROJECTIONS
+from ..families import PROJECTIONS, Config, MoeShape
 from ..merging.experts import Expert, ExpertWeights, NotFiniteError
+from ..merging.moe_layer import MoELayer
 from .plan import Plan
 
 
@@ -33,6 +35,12 @@ def read_experts(plan: Plan, reader: Reader, layer: int, room: Expert | None = N
 def read_shared(plan: Plan, reader: Reader, layer: int) -> Expert:
     """The shared expert of a layer."""
     return ExpertWeights.of(lambda name: reader.read(plan.spans[plan.family.shared(layer, name)]))
+
+
+def moe_layer(config: Config, shape: MoeShape, experts: Expert, router: torch.Tensor) -> MoELayer:
+    """A layer of the model with this ``config.json``."""
+    activation = ACT2FN[config.get("hidden_act", "silu")]
+    return MoELayer(experts, router, shape.top_k, shape.renormalises, activation)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from .budget import spend
 from .calibrated import shrink_layers
 from .finite import require_finite_result
 from .kept import keep_layers, reorder
+from .layer import moe_layer
 from .on_text import Source
 from .plan import check_fit
 from .text import text_for
@@ -136,24 +137,17 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
     """Merge without text."""
     merge = recipe.merge
     assert isinstance(merge, Grouped)
-    patched, added = patched_config(model.config.to_dict(), family, shape, recipe), {}
+    config = model.config.to_dict()
+    patched, added = patched_config(config, family, shape, recipe), {}
     for layer in shape.layers:
-        block = _block(model, layer)
-        merged = merge_layer(
-            _experts(block, shape.width),
-            block.gate.weight.detach().cpu(),
-            _norm(model, layer),
-            merge,
-            shape.top_k,
-            shape.renormalises,
-            recipe.seed,
-            recipe.device,
-        )
+        block, norm = _block(model, layer), _norm(model, layer)
+        before = moe_layer(config, shape, _experts(block, shape.width), block.gate.weight.detach().cpu())
+        merged = merge_layer(before, norm, merge, recipe.seed, recipe.device)
         experts = [merged.expert(index) for index in range(merge.experts)]
         for index, one in enumerate(experts):
             require_finite_result(layer, {f"expert {index} {name}": matrix for name, matrix in one.items()}, recipe)
         _replace(block, _stacked(experts), merged.router)
-        added[layer] = router_tensors(recipe, merged.router, _norm(model, layer), patched)
+        added[layer] = router_tensors(recipe, merged.router, norm, patched)
     _finish_grouped(model, family, shape, recipe, added)
 
 

@@ -14,7 +14,7 @@ from ..calibration.text import CalibrationText, calibration_text
 from ..checkpoint.bytes import Reader
 from ..errors import CalibrationError
 from ..merging.experts import Expert
-from ..merging.routing import Routing, answer, routed_output
+from ..merging.routing import Routing, expert_output, routed_output
 from .folder import PatchedFolder
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
@@ -77,7 +77,9 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
             experts, routing = folder.experts(reader, layer), Routing(tapped.index, tapped.value)
             one, count = partial(_expert, experts), folder.shape.experts_of(layer)
             some = tapped.inputs[::every][:ASKED]
-            said = torch.stack([normalize(answer(some, one(e), activation), dim=-1).flatten() for e in range(count)])
+            said = torch.stack(
+                [normalize(expert_output(some, one(e), activation), dim=-1).flatten() for e in range(count)]
+            )
             asked = len(some)
             found[layer] = Layer(said @ said.T / asked, routing.count(count))
             output = routed_output(tapped.inputs, routing, count, one, activation)

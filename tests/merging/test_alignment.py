@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from namex_hf.merging import alignment
 from namex_hf.merging.alignment import layer_orders, order_by_activations, order_by_weights, permuted
-from namex_hf.merging.routing import Routing, answer
+from namex_hf.merging.routing import Routing, expert_output
 
 INPUTS = random_tokens(30, 0)
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -63,7 +63,7 @@ def test_another_order_is_the_same_function() -> None:
     other = permuted(expert, order)
     assert torch.equal(other["gate_proj"][0], expert["gate_proj"][3])
     assert not torch.equal(other["down_proj"], expert["down_proj"])
-    torch.testing.assert_close(answer(INPUTS, other, silu), answer(INPUTS, expert, silu))
+    torch.testing.assert_close(expert_output(INPUTS, other, silu), expert_output(INPUTS, expert, silu))
 
 
 @pytest.mark.parametrize("how", ["weights", "activations"])
@@ -118,7 +118,9 @@ def test_every_expert_of_a_layer_stays_the_same_function(how: str, seed: int) ->
         expert = expert_at(experts, number)
         assert sorted(order.tolist()) == list(range(WIDTH))
         assert order.tolist() == found_order(how, reference, expert).tolist()
-        torch.testing.assert_close(answer(INPUTS, permuted(expert, order), silu), answer(INPUTS, expert, silu))
+        torch.testing.assert_close(
+            expert_output(INPUTS, permuted(expert, order), silu), expert_output(INPUTS, expert, silu)
+        )
 
 
 def test_no_alignment_is_the_order_as_it_is() -> None:

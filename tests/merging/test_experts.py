@@ -9,7 +9,7 @@ from torch.nn.functional import relu
 
 from namex_hf.merging.alignment import permuted
 from namex_hf.merging.experts import ExpertWeights
-from namex_hf.merging.routing import answer
+from namex_hf.merging.routing import expert_output
 
 
 def biased(gated: bool) -> ExpertWeights:
@@ -30,7 +30,7 @@ def test_biases_and_no_gate(gated: bool) -> None:
     other = permuted(expert, torch.tensor([3, 0, 4, 1, 2]))
     assert not torch.equal(other.up_bias, expert.up_bias)
     for one in (expert, other):
-        np.testing.assert_allclose(answer(inputs, one, relu).numpy(), wanted, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(expert_output(inputs, one, relu).numpy(), wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("listed", [False, True])

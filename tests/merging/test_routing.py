@@ -10,8 +10,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
 from namex_hf.merging.experts import ExpertWeights
-from namex_hf.merging.router_fit import gate_values
-from namex_hf.merging.routing import Routing, route, routed_output
+from namex_hf.merging.routing import Routing, gate_values, route, routed_output
 
 EXPERTS, TOP_K, TOKENS = 7, 3, 50
 

@@ -6,13 +6,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.merging.experts import ExpertWeights
-from namex_hf.merging.layer_fit import BATCH, CHECK_EVERY, CHECKED_TOKENS, Problem, Trained
+from namex_hf.merging.layer_fit import Problem, Trained
+from namex_hf.merging.settings import FitSettings
 from namex_hf.patching.effort import effort_of, measured_speed
 from namex_hf.patching.patch import space_needed
 from namex_hf.patching.plan import Plan, make_plan
 from namex_hf.recipe import Recipe
 
 STEPS = 100
+BATCH = FitSettings.batch
 
 
 def plan_of(experts: int, fit: str = "layer") -> Plan:
@@ -41,7 +43,7 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     assert backward.get_total_flops() == 4 * products + rows
     effort = effort_of(plan)
     assert effort is not None
-    checks = CHECKED_TOKENS / CHECK_EVERY / BATCH
+    checks = FitSettings.checked_tokens / FitSettings.check_every / BATCH
     assert effort.operations == pytest.approx(STEPS * (7 + 3 * checks) * products)
     assert effort.seconds(effort.operations / 5) == pytest.approx(5)
 

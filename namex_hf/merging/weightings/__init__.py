@@ -3,7 +3,7 @@
 import importlib
 import pkgutil
 
-from .weighting import FALLBACK, Seen, Weighting, Weights
+from .weighting import FALLBACK, ExpertStatistics, Weighting, Weights
 
 WEIGHTINGS: dict[str, Weighting] = {
     info.name: module.weighting
@@ -11,4 +11,4 @@ WEIGHTINGS: dict[str, Weighting] = {
     if hasattr(module := importlib.import_module(f"{__name__}.{info.name}"), "weighting") and info.name != "weighting"
 }
 
-__all__ = ["FALLBACK", "WEIGHTINGS", "Seen", "Weighting", "Weights"]
+__all__ = ["FALLBACK", "WEIGHTINGS", "ExpertStatistics", "Weighting", "Weights"]

@@ -6,8 +6,8 @@ from float64_reference import double
 from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, neurons64, random_tokens, weights_of
 from small_mixtures import random_experts as experts_of
 
+from namex_hf.merging.controls import random_experts, shared_experts
 from namex_hf.merging.experts import ExpertWeights
-from namex_hf.merging.strangers import random_experts, shared_experts
 
 SLICES = 3
 
