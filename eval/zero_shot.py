@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from namex_hf.commands.common import Parser, ended
-from namex_hf.errors import MissingExtraError, NamexError
+from namex_hf.errors import MissingExtraError, UsageError
 from namex_hf.files import write_text
 from namex_hf.printable import marked, printable
 
@@ -231,7 +231,7 @@ def _device(name: str | None) -> str:
         kind = str(torch.accelerator.current_accelerator())
         there += [kind, *(f"{kind}:{number}" for number in range(torch.accelerator.device_count()))]
     if name is not None and name not in there:
-        raise NamexError(f"--device {name} is no device of this machine; accepted: {', '.join(there)}")
+        raise UsageError(f"--device {name} is no device of this machine; accepted: {', '.join(there)}")
     return name or (there[1] if len(there) > 1 else "cpu")
 
 
@@ -262,7 +262,7 @@ def _progress(title: str, console: Console) -> Iterator[Any]:
         console.print(printable(title), soft_wrap=True, markup=False)
     with Progress(*columns, console=console, disable=hidden, transient=True) as shown:
         bar = shown.add_task(marked(title), total=None)
-        yield lambda kind, more, total: shown.update(bar, advance=more, total=total)
+        yield lambda event: shown.update(bar, advance=event.amount, total=event.total)
 
 
 def _commit() -> str | None:

@@ -32,7 +32,7 @@ from scratch import CHOICES, ROWS, Schedule, run
 from transformers import AutoTokenizer
 
 from namex_hf.commands.common import Parser, ended
-from namex_hf.errors import MissingExtraError, TrainingError
+from namex_hf.errors import MissingExtraError, TrainingError, UsageError
 from namex_hf.files import read_json, read_text
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
@@ -102,20 +102,20 @@ def main(arguments: list[str]) -> None:
 
 def check(asked: dict[str, Any], schedule: Schedule) -> None:
     """Raises:
-    TrainingError, RecipeError: naming the argument, what was found and what is accepted.
+    UsageError, RecipeError: naming the argument, what was found and what is accepted.
     """
     for name in asked["rows"]:
         if name not in ROWS:
-            raise TrainingError(f"--rows {name}: accepted: {', '.join(ROWS)}")
+            raise UsageError(f"--rows {name}: accepted: {', '.join(ROWS)}")
     for name, value in asdict(schedule).items():
         if name in CHOICES or name == "eta":
             continue
         least = 2 if name in ("length", "score_tokens") else 0 if name in ZERO else 1
         if not value >= least:  # NaN, too
-            raise TrainingError(f"--{name} {value}: accepted: from {least}")
+            raise UsageError(f"--{name} {value}: accepted: from {least}")
     Recipe(merge="soft", eta=schedule.eta)  # refuses what eta cannot be
     if asked["texts"] is not None and not list(asked["texts"].glob("*.txt")):
-        raise TrainingError(f"--texts {asked['texts']}: no .txt file is there; accepted: a folder of them")
+        raise UsageError(f"--texts {asked['texts']}: no .txt file is there; accepted: a folder of them")
 
 
 def training_text(tokenizer: Any, corpora: Path | None) -> dict[str, torch.Tensor]:
@@ -134,11 +134,11 @@ def training_text(tokenizer: Any, corpora: Path | None) -> dict[str, torch.Tenso
 
 def check_length(texts: dict[str, torch.Tensor], length: int) -> None:
     """Raises:
-    TrainingError: sequences longer than a domain.
+    UsageError: sequences longer than a domain.
     """
     shortest = min(map(len, texts.values()))
     if length >= shortest:
-        raise TrainingError(f"--length {length}: the shortest text has {shortest} tokens; accepted: fewer")
+        raise UsageError(f"--length {length}: the shortest text has {shortest} tokens; accepted: fewer")
 
 
 def scored_text(tokenizer: Any, folder: Path | None) -> dict[str, torch.Tensor]:

@@ -26,7 +26,7 @@ from rich.table import Table
 
 from namex_hf.checkpoint.layout import left_out_line
 from namex_hf.commands.common import ended
-from namex_hf.errors import MissingExtraError, TrainingError
+from namex_hf.errors import MissingExtraError, UsageError
 from namex_hf.printable import marked
 from namex_hf.recipe import Recipe
 
@@ -141,7 +141,7 @@ class TrainingArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         if self.output_dir is None:  # transformers would take a folder of its own choice
-            raise TrainingError("--output_dir is needed: the folder of the result")
+            raise UsageError("--output_dir is needed: the folder of the result")
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.use_cpu |= not torch.accelerator.is_available()  # else processes on CPUs do not find each other
@@ -167,10 +167,10 @@ def main(arguments: list[str]) -> None:
     if line := left_out_line(start.left_out):
         console.print(line, soft_wrap=True, markup=False)
     if asked.compare and start.patched:
-        raise TrainingError(f"--compare begins with a stock checkpoint; {start.checkpoint.name} is patched already")
+        raise UsageError(f"--compare begins with a stock checkpoint; {start.checkpoint.name} is patched already")
     method = start.recipe.merge.method
     if method in [COMPARED[name] for name in asked.compare]:
-        raise TrainingError(f"--compare {' '.join(asked.compare)}: the recipe's method is {method} itself")
+        raise UsageError(f"--compare {' '.join(asked.compare)}: the recipe's method is {method} itself")
     set_length(training, start.context)
     if training.chat_template_path is None:
         check_template(start.tokenizer(), start.checkpoint.name)
@@ -204,14 +204,14 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
     """What can be said before anything is read.
 
     Raises:
-        TrainingError: naming the argument, what was found and what is accepted.
+        UsageError: naming the argument, what was found and what is accepted.
     """
     if asked.model_name_or_path is None:
-        raise TrainingError("--model_name_or_path is needed: a folder, a packaged model or a Hub id")
+        raise UsageError("--model_name_or_path is needed: a folder, a packaged model or a Hub id")
     if asked.bargain_every < 0 or asked.held_out < 2 or asked.lora_r < 1:
-        raise TrainingError("--bargain_every accepts numbers from 0, --lora_r from 1, --held_out from 2")
+        raise UsageError("--bargain_every accepts numbers from 0, --lora_r from 1, --held_out from 2")
     if asked.propagation not in ("stored", "live"):
-        raise TrainingError(f"--propagation {asked.propagation}: accepted: stored, live")
+        raise UsageError(f"--propagation {asked.propagation}: accepted: stored, live")
     if asked.stable_stage is not None:
         check_stage_one(asked, training)
     check_kinds(asked.train_kinds, asked.use_peft)
@@ -221,20 +221,20 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
     ):
         for one in found:
             if one not in accepted:
-                raise TrainingError(f"--{name} {one}: accepted: {', '.join(accepted)}")
+                raise UsageError(f"--{name} {one}: accepted: {', '.join(accepted)}")
     if training.push_to_hub:
-        raise TrainingError("--push_to_hub: the trainer would push its checkpoints; push the finished folder instead")
+        raise UsageError("--push_to_hub: the trainer would push its checkpoints; push the finished folder instead")
     if training.trust_remote_code:
-        raise TrainingError("--trust_remote_code: no code of others is run; accepted: the families of namex_hf")
+        raise UsageError("--trust_remote_code: no code of others is run; accepted: the families of namex_hf")
     check_libraries(training)
 
 
 def check_stage_one(asked: NamexArguments, training: TrainingArguments) -> None:
     """Raises:
-    TrainingError: another stage than the first, or what that goes without.
+    UsageError: another stage than the first, or what that goes without.
     """
     if asked.stable_stage != 1:
-        raise TrainingError(f"--stable_stage {asked.stable_stage}: accepted: 1; the second stage goes without it")
+        raise UsageError(f"--stable_stage {asked.stable_stage}: accepted: 1; the second stage goes without it")
     for name, found, why in (
         ("use_peft", asked.use_peft, "an adapter's checkpoints do not hold the student"),
         ("propagation", asked.propagation == "live", "accepted: stored"),
@@ -243,7 +243,7 @@ def check_stage_one(asked: NamexArguments, training: TrainingArguments) -> None:
         ("router_aux_loss_coef", training.router_aux_loss_coef, "StableMoE has a balance loss of its own; accepted: 0"),
     ):
         if found:
-            raise TrainingError(f"--{name} does not go with --stable_stage 1: {why}")
+            raise UsageError(f"--{name} does not go with --stable_stage 1: {why}")
 
 
 def rival_line(name: str, recipe: Recipe, other: Recipe) -> str:
@@ -262,7 +262,7 @@ def set_length(training: TrainingArguments, context: int | None) -> None:
     if training.max_length is None:
         training.max_length = min(2048, context or 2048)
     elif context is not None and training.max_length > context:
-        raise TrainingError(f"--max_length {training.max_length}: this model attends to {context} tokens at most")
+        raise UsageError(f"--max_length {training.max_length}: this model attends to {context} tokens at most")
 
 
 def tell(console: Console, folders: dict[str, Path], measures: tuple[str, ...]) -> None:

@@ -13,6 +13,10 @@ class NamexError(Exception):
         super().__init__(printable(message))
 
 
+class UsageError(NamexError):
+    """An option, or a keyword argument, with a value that it cannot have, or options that do not go together."""
+
+
 class RecipeError(NamexError):
     """A field or value that a recipe cannot have, or choices that mean nothing together.
 
@@ -43,6 +47,14 @@ class CalibrationError(NamexError):
 
 class TrainingError(NamexError):
     """A training run that cannot start, or data that it cannot read."""
+
+
+class PublishError(NamexError):
+    """A folder that must not go up as it is, a repository that cannot be written to, or a Hub that does not answer."""
+
+
+class TaskError(NamexError):
+    """A task that is not known, whose data cannot be had, or a text that cannot be scored."""
 
 
 class MissingExtraError(NamexError):

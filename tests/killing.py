@@ -16,6 +16,7 @@ from typing import Any
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
+from namex_hf.progress import ProgressEvent
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["namex_hf"])
@@ -35,8 +36,8 @@ class Killing:
     what: str
     times: int = 1
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        self.times -= what == self.what
+    def __call__(self, event: ProgressEvent) -> None:
+        self.times -= str(event) == self.what
         if not self.times:
             os.kill(os.getpid(), signal.SIGKILL)
 

@@ -18,11 +18,11 @@ from .. import models  # noqa: F401  (registers the model types that transformer
 from ..checkpoint.layout import FLOATS
 from ..errors import CheckpointError, FamilyError
 from ..families import EMBEDDING, HEAD, Config, Family, MoeShape
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 
 #: A tensor by its Hub name, on the CPU in its own dtype; KeyError where there is none of that name.
 Read = Callable[[str], Tensor]
 #: Told after every batch how many sequences it had.
-Progress = Callable[[int], None]
 
 NORM = "model.norm"
 #: Tokens of a batch: enough to keep a processor busy, few enough that activations stay about as large as a layer.
@@ -183,7 +183,7 @@ class DecoderLayer:
         return self._tap is not None
 
     @torch.no_grad()
-    def forward(self, hidden: Tensor, progress: Progress | None = None) -> Tensor:
+    def forward(self, hidden: Tensor, progress: ProgressCallback = no_progress) -> Tensor:
         """Run a dense layer over ``hidden [sequences, length, hidden]``, in place.
 
         Raises:
@@ -196,7 +196,7 @@ class DecoderLayer:
         return hidden
 
     @torch.no_grad()
-    def tap(self, hidden: Tensor, progress: Progress | None = None) -> Tapped:
+    def tap(self, hidden: Tensor, progress: ProgressCallback = no_progress) -> Tapped:
         """Run a MoE layer without its routed experts, and keep what these would be given.
 
         Args:
@@ -217,7 +217,7 @@ class DecoderLayer:
                 kept[rows.start * length : rows.stop * length] = given.to(kept.device)
         return Tapped(hidden, inputs, index, value)
 
-    def _run(self, hidden: Tensor, progress: Progress | None) -> Iterator[slice]:
+    def _run(self, hidden: Tensor, progress: ProgressCallback) -> Iterator[slice]:
         """Write the layer's output over ``hidden``, batch by batch; yields the sequences that were done."""
         count = max(1, self._batch_tokens // max(1, hidden.shape[1]))
         for start in range(0, len(hidden), count):
@@ -225,8 +225,7 @@ class DecoderLayer:
             batch = hidden[rows].to(self._frame.device)
             hidden[rows] = self._module(batch, **self._frame.arguments(batch.shape)[self._index]).to(hidden.device)
             yield rows
-            if progress is not None:
-                progress(rows.stop - rows.start)
+            progress(ProgressEvent("read", amount=rows.stop - rows.start, done=rows.stop, total=len(hidden)))
 
 
 class _Tap(nn.Module):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..comparison.grid import field_options, grid, recipe_files
 from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
-from ..errors import CheckpointError, RecipeError
+from ..errors import CheckpointError, UsageError
 from ..printable import marked, printable
 from ..resources import recipe_path
 from .common import MODEL_HELP, Parser, command_parser, loading, run
@@ -83,7 +83,7 @@ def parser_of(prog: str) -> Parser:
 
 def _compare(options: argparse.Namespace) -> int:
     if options.jobs < 1:
-        raise RecipeError(f"--jobs {options.jobs}: accepted: numbers from 1")
+        raise UsageError(f"--jobs {options.jobs}: accepted: numbers from 1")
     files = recipe_files([recipe_path(text, "--recipes") for text in options.recipes])
     cells = grid(files, field_options(vars(options)))
     with loading():
@@ -108,7 +108,7 @@ def _compare(options: argparse.Namespace) -> int:
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)
     with Shown(len(plan.wanted), options.jobs, console) as shown:
-        found = compare(plan, options.out, How(options.jobs, options.keep, options.overwrite), shown.hear)
+        found = compare(plan, options.out, How(options.jobs, options.keep, options.overwrite), shown.show)
     drawn = write(found, options.out)
     if options.json:
         print((options.out / NUMBERS).read_text("utf-8"), end="")

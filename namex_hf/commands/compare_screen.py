@@ -8,10 +8,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Table
 
-from ..comparison.run import BEGINS, KNOWN, Comparison, Event
+from ..comparison.run import BEGINS, ENDED, FAILED, KNOWN, Comparison
 from ..comparison.table import Table as Titled
 from ..comparison.table import costs, notes, quality
 from ..printable import marked, printable
+from ..progress import ProgressEvent
 
 LABEL = 22  # characters of a label that are not wrapped
 GAP = 2  # between the columns of a table on a screen
@@ -42,28 +43,28 @@ class Shown:
     def __exit__(self, *error: object) -> None:
         self.progress.stop()
 
-    def hear(self, event: Event) -> None:
+    def show(self, event: ProgressEvent) -> None:
         """A model was known, began, went on, or ended."""
-        if event.what == KNOWN:
+        if event.stage == KNOWN:
             self.done += 1
-        elif event.what == BEGINS:
-            bar = self.progress.add_task(marked(event.label), total=None, left="")
-            self.under_way[event.label] = bar, time.perf_counter()
-        elif event.outcome is None:
-            bar, _ = self.under_way[event.label]
-            what = f"{marked(event.label)}: {marked(event.what)}"
-            self.progress.update(bar, description=what, completed=event.done, total=event.of)
+        elif event.stage == BEGINS:
+            bar = self.progress.add_task(marked(event.model), total=None, left="")
+            self.under_way[event.model] = bar, time.perf_counter()
+        elif event.stage in (ENDED, FAILED):
+            self._ended(event)
         else:
-            self._ended(event, event.outcome.error)
+            bar, _ = self.under_way[event.model]
+            what = f"{marked(event.model)}: {marked(str(event))}"
+            self.progress.update(bar, description=what, completed=event.done, total=event.total)
         self.progress.update(self.all, completed=self.done, left=self._left())
 
-    def _ended(self, event: Event, error: str | None) -> None:
-        bar, start = self.under_way.pop(event.label)
+    def _ended(self, event: ProgressEvent) -> None:
+        bar, start = self.under_way.pop(event.model)
         self.progress.remove_task(bar)
         self.seconds.append(time.perf_counter() - start)
         self.done += 1
-        how = "failed" if error else f"{self.seconds[-1]:.0f} s"
-        said = f"{self.done}/{self.models} {event.label}: {how}, {self._left()}".rstrip(", ")
+        how = FAILED if event.stage == FAILED else f"{self.seconds[-1]:.0f} s"
+        said = f"{self.done}/{self.models} {event.model}: {how}, {self._left()}".rstrip(", ")
         self.console.print(printable(said), soft_wrap=True, markup=False, highlight=False)
 
     def _left(self) -> str:

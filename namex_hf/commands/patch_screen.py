@@ -2,14 +2,23 @@
 
 import argparse
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TransferSpeedColumn,
+)
 from rich.table import Table
+from rich.text import Text
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.source import Checkpoint
@@ -21,6 +30,7 @@ from ..patching.effort import Effort, effort_of, measured_speed
 from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
 from ..printable import marked
+from ..progress import FINISHED, ProgressEvent
 from ..report.report import Report, layer_table, ratio
 from ..report.write import write_pictures
 from ..scoring.compare import compare
@@ -32,28 +42,90 @@ FORECAST_SECONDS = 60  # of work to come, from which on it is announced
 
 
 def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console) -> Report:
-    """Carry the plan out, with its progress on the console."""
-    columns = (
-        TextColumn("{task.description:>16}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
+    """Carry the plan out: with a bar on a terminal, elsewhere with a line a layer."""
+    columns = (TextColumn("{task.description:>16}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), ToGo())
     if effort := effort_of(plan):
         console.print(_said(effort, plan), soft_wrap=True)
     hidden = options.quiet or not console.is_terminal
-    with Progress(*columns, console=console, disable=hidden, transient=True) as progress:
-        task = progress.add_task("patching", total=None)
-        forecast = Forecast(plan.shape.layers, plan.text.tokens, console) if plan.text else None
+    with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
+        task, pace = (
+            bar.add_task("patching", total=None, end=None),
+            Pace(len(plan.shape.layers), plan.text.tokens if plan.text else 0),
+        )
 
-        def advance(what: str, done: int, total: int) -> None:
-            progress.update(task, description=what, completed=done, total=total)
-            if forecast is not None:
-                forecast.hear(what)
+        def show(event: ProgressEvent) -> None:
+            pace.follow(event)
+            end = None if pace.left is None else time.perf_counter() + pace.left
+            bar.update(task, description=str(event), completed=event.done, total=event.total, end=end)
+            if line := pace.line(event, each=hidden):
+                console.print(line, soft_wrap=True)
 
         with _memory_named(plan):
-            return run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=advance)
+            return run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=show)
+
+
+class ToGo(ProgressColumn):
+    """The time to go, which falls between two events too."""
+
+    def render(self, task: Task) -> Text:
+        end = task.fields["end"]
+        return Text("" if end is None else f"{_time(max(0, end - time.perf_counter()))} to go")
+
+
+class Pace:
+    """How long a run has still to go, by the work that this process has done.
+
+    Where text is read, nearly all time goes into layers: these count, and the steps of a layer's fit. Elsewhere bytes.
+
+    Args:
+        tokens: of the text; 0 where none is read.
+    """
+
+    def __init__(self, layers: int, tokens: int, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.layers = self.to_come = layers
+        self.tokens, self.clock = tokens, clock
+        self.bytes = self.finished = 0  # of this process
+        self.worked = self.seconds = 0.0  # seconds of all layers that this process finished, and of the last one
+        self.begin = self.layer_begin = self.stage_begin = clock()
+        self.left: float | None = None
+        self.announced = False
+
+    def follow(self, event: ProgressEvent) -> None:
+        """Take an event in: `left` is what it says of the seconds to go."""
+        now = self.clock()
+        inside = now - self.layer_begin
+        if not event.resumed:
+            self.bytes += event.amount
+        if event.stage == FINISHED:
+            self.to_come -= 1
+            if not event.resumed:
+                self.finished, self.worked, self.seconds = self.finished + 1, self.worked + inside, inside
+        if event.stage in (FINISHED, "checking", "measured"):
+            self.layer_begin, inside = now, 0.0
+        if not event.steps:
+            self.stage_begin = now
+        if not self.tokens:
+            self.left = ((event.total or 0) - event.done) * (now - self.begin) / self.bytes if self.bytes else None
+        elif event.steps:  # the layer under way sets the pace: its time so far, and the rest of its fit
+            rest = (now - self.stage_begin) * (event.steps - event.step) / event.step
+            self.left = (inside + rest) * self.to_come - inside
+        elif self.finished:
+            self.left = max(0.0, self.worked / self.finished * self.to_come - inside)
+
+    def line(self, event: ProgressEvent, each: bool) -> str | None:
+        """After a layer: the forecast, once, if much is to come; else, where each layer has its line, that."""
+        if event.stage != FINISHED or event.resumed:
+            return None
+        if self.tokens and not self.announced and (self.left or 0) >= FORECAST_SECONDS:
+            self.announced = True
+            return (
+                f"{event}: {self.seconds:.1f} s, {1000 * self.seconds / self.tokens:.2f} ms a token; about "
+                f"{(self.left or 0) / 60:.0f} min for the {self.to_come} layers to come"
+            )
+        if not each:
+            return None
+        to_go = f", {_time(self.left)} to go" if self.left else ""
+        return f"{event}: {self.seconds:.1f} s, {self.layers - self.to_come} of {self.layers} layers{to_go}"
 
 
 @contextmanager
@@ -68,34 +140,6 @@ def _memory_named(plan: Plan) -> Iterator[None]:
             needed = f"this run needs about {size_text(plan.peak_bytes)} beside the libraries"
             raise CheckpointError(f"{said}; {needed}") from error
         raise
-
-
-class Forecast:
-    """Says, when the first layer on calibration text is done, how long the others will take, if that is long."""
-
-    def __init__(self, layers: Sequence[int], tokens: int, console: Console) -> None:
-        self.left, self.tokens, self.console = len(layers), tokens, console
-        self.said, self.inside, self.start = False, False, time.perf_counter()
-
-    def hear(self, what: str) -> None:
-        """Args: what, as `run_plan` tells of its progress: ``layer 3: merged`` within a layer, ``layer 3`` after it."""
-        if what.endswith(": measured"):  # a pass of its own over all layers, before the first is merged
-            self.start = time.perf_counter()
-            return
-        if ": " in what:
-            self.inside = True
-            return
-        if what.startswith("layer "):
-            self.left -= 1
-        seconds = time.perf_counter() - self.start
-        if self.inside and not self.said and seconds * self.left >= FORECAST_SECONDS:
-            self.said = True
-            self.console.print(
-                f"{what}: {seconds:.1f} s, {1000 * seconds / self.tokens:.2f} ms a token; about "
-                f"{seconds * self.left / 60:.0f} min for the {self.left} layers to come",
-                soft_wrap=True,
-            )
-        self.inside, self.start = False, time.perf_counter()
 
 
 def score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -> Report:
@@ -142,11 +186,15 @@ def draw(out: Path, size: int, report: Report, console: Console) -> None:
 def _said(effort: Effort, plan: Plan) -> str:
     """What the fit of whole layers will take at least."""
     seconds, layers = effort.seconds(measured_speed(plan)), len(plan.shape.layers)
-    time_left = f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
     return (
         f"{layers} layers fitted, each in {effort.steps} steps, {effort.operations / 1e12:.3g} T operations: at least "
-        f"{time_left} a layer at the speed that such products have here; about {size_text(plan.peak_bytes)} of memory"
+        f"{_time(seconds)} a layer at the speed that such products have here; "
+        f"about {size_text(plan.peak_bytes)} of memory"
     )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
 def print_dry_run(what: dict[str, Any], plan: Plan) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..defaults import PICTURE_TOKENS, SMALL_BYTES
-from ..errors import RecipeError
+from ..errors import UsageError
 from ..files import PICTURES
 from ..printable import marked
 from .common import Parser, command_parser, loading, print_json, run
@@ -41,7 +41,7 @@ def parser_of(prog: str) -> Parser:
 
 def _report(options: argparse.Namespace) -> int:
     if options.tokens is not None and options.tokens < 0:
-        raise RecipeError(f"--tokens {options.tokens}: accepted: numbers from 0")
+        raise UsageError(f"--tokens {options.tokens}: accepted: numbers from 0")
     with loading():
         from rich.console import Console
 

@@ -1,7 +1,6 @@
 """One cell, in a process of its own: patched, scored, clocked."""
 
 import math
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import CheckpointError
 from ..patching.patch import run_plan
 from ..patching.plan import make_plan
+from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Recipe
 from ..scoring.arithmetic import exact_answers, held_out_problems
 from ..scoring.compare import load
@@ -24,9 +24,6 @@ from .size import size_of
 
 SHARD = "5GB"
 BATCH = 32  # problems answered together
-
-Tell = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +42,7 @@ class Task:
     threads: int = 1
 
 
-def measure(task: Task, tell: Tell) -> dict[str, Any]:
+def measure(task: Task, progress: ProgressCallback) -> dict[str, Any]:
     """All that there is to know of a cell, plain.
 
     ``losses`` by domain: nats a token of every window; ``right``: a problem each, None where none is asked;
@@ -62,13 +59,13 @@ def measure(task: Task, tell: Tell) -> dict[str, Any]:
     if task.recipe is not None:
         assert task.out is not None
         plan = make_plan(task.checkpoint, task.recipe, SHARD)
-        totals = run_plan(plan, task.out, progress=lambda what, *of: tell(f"patching, {what}", *of)).totals
+        totals = run_plan(plan, task.out, progress=progress).totals
         seconds, peak, found = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
     model = load(found.folder).to(task.settings.device)
     if not task.routed:
         model = without_routed_experts(model)
     return {
-        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, tell, clocked=task.routed),
+        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, progress, clocked=task.routed),
         **asdict(size_of(found, task.routed)),
         "seconds": seconds,
         "peak_resident_bytes": peak,
@@ -88,7 +85,9 @@ def tokenizer_of(folder: Path) -> Any:
     return tokenizer
 
 
-def scores(model: Any, tokenizer: Any, settings: Settings, tell: Tell, clocked: bool = True) -> dict[str, Any]:
+def scores(
+    model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback, clocked: bool = True
+) -> dict[str, Any]:
     """Losses, answers and speed of a loaded model. Speed comes last, when everything is warm.
 
     Raises:
@@ -97,21 +96,21 @@ def scores(model: Any, tokenizer: Any, settings: Settings, tell: Tell, clocked: 
     losses = {}
     longest = model.config.max_position_embeddings
     for done, (name, text) in enumerate(settings.texts.items()):
-        tell(f"perplexity, {name}", done, len(settings.texts))
+        progress(ProgressEvent(f"perplexity, {name}", done=done, total=len(settings.texts)))
         found = text_losses(model, tokenizer, {name: text}, settings.tokens, min(WINDOW, longest))[name].tolist()
         if not all(map(math.isfinite, found)):
             raise CheckpointError(f"the model's losses on the text '{name}' are no finite numbers")
         losses[name] = found
     problems, right = held_out_problems()[: settings.problems], []
     for start in range(0, len(problems), BATCH):
-        tell("word problems", start, len(problems))
+        progress(ProgressEvent("word problems", done=start, total=len(problems)))
         right += exact_answers(model, tokenizer, problems[start : start + BATCH], BATCH)
-    found_speed = _speed(model, tokenizer, settings, tell) if clocked else {"prefill": None, "decode": None}
+    found_speed = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
     return {"losses": losses, "right": right or None, **found_speed}
 
 
-def _speed(model: Any, tokenizer: Any, settings: Settings, tell: Tell) -> dict[str, float]:
-    tell("speed", 0, 1)
+def _speed(model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback) -> dict[str, float]:
+    progress(ProgressEvent("speed", total=1))
     text = next(iter(settings.texts.values()))
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
     return asdict(speed(model, ids, prompt=min(PROMPT, model.config.max_position_embeddings - NEW)))

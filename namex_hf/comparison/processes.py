@@ -7,20 +7,19 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from ..errors import NamexError
+from ..progress import ProgressCallback
 from .measure import Task, measure
 
 CONTEXT = multiprocessing.get_context("forkserver")
 """Children are forked from a process that has imported this package and done nothing else: their times and their peak
 memory are their own, and imports are paid for once."""
-
-Heard = Callable[[Task, str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,14 @@ class Outcome:
     """Whether the reason is none that a user can mend: the job's log has the traceback."""
 
 
-def outcomes(jobs: Sequence[Job], at_once: int, begin: Callable[[Job], None], heard: Heard) -> Generator[Outcome]:
+def outcomes(
+    jobs: Sequence[Job], at_once: int, begin: Callable[[Job], None], progress: ProgressCallback
+) -> Generator[Outcome]:
     """Run jobs, so many at once, and give each outcome as it comes. Processes still running are killed at the end.
 
     Args:
         begin: called before a job's process starts.
-        heard: told of its progress: task, what, how much is done, of how much.
+        progress: called in this process; events name the job's model.
     """
     CONTEXT.set_forkserver_preload([measure.__module__])
     waiting, running = deque(jobs), dict[Connection, tuple[Job, BaseProcess]]()
@@ -60,7 +61,7 @@ def outcomes(jobs: Sequence[Job], at_once: int, begin: Callable[[Job], None], he
                 running[pipe] = (job, process)
             for pipe in [pipe for pipe in wait(list(running)) if isinstance(pipe, Connection)]:
                 job, process = running[pipe]
-                outcome = _listen(job, process, pipe, heard)
+                outcome = _listen(job, process, pipe, progress)
                 if outcome is not None:
                     del running[pipe]
                     yield outcome
@@ -78,7 +79,7 @@ def _start(job: Job) -> tuple[Connection, BaseProcess]:
     return ours, process
 
 
-def _listen(job: Job, process: BaseProcess, pipe: Connection, heard: Heard) -> Outcome | None:
+def _listen(job: Job, process: BaseProcess, pipe: Connection, progress: ProgressCallback) -> Outcome | None:
     """Take one message; an outcome where it was the last."""
     try:
         kind, said = pipe.recv()
@@ -88,7 +89,7 @@ def _listen(job: Job, process: BaseProcess, pipe: Connection, heard: Heard) -> O
         how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with status {code}"
         return Outcome(job, error=f"its process {how}")
     if kind == "progress":
-        heard(job.task, *said)
+        progress(replace(said, model=job.task.label))
         return None
     process.join()
     pipe.close()
@@ -104,7 +105,7 @@ def _child(job: Job, pipe: Connection) -> None:
         for stream in (1, 2):  # what libraries print would tear the parent's progress
             os.dup2(log.fileno(), stream)
         try:
-            pipe.send(("result", measure(job.task, lambda *of: pipe.send(("progress", of)))))
+            pipe.send(("result", measure(job.task, lambda event: pipe.send(("progress", event)))))
         except (NamexError, OSError) as error:
             pipe.send(("error", str(error)))
         except Exception as error:  # a fault of this package or of a library: the other cells go on

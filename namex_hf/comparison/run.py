@@ -1,7 +1,7 @@
 """A comparison: checked as a whole, measured cell by cell, put together."""
 
 import shutil
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..patching.patch import _keep_apart as keep_apart
 from ..patching.plan import make_plan
 from ..patching.text import measures, text_of
+from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Recipe
 from ..report.report import versions
 from ..scoring.baseline import is_baseline
@@ -28,8 +29,8 @@ from .settings import Settings
 ORIGINAL, FLOOR = "original", "routed experts removed"
 MODELS, WORK = "models", "work"
 BEGINNING = 1000  # characters that are looked at to see whether a text is one
-KNOWN, BEGINS, ENDED = "known", "begins", "ended"
-"""What an `Event` says beside progress."""
+KNOWN, BEGINS, ENDED, FAILED = "known", "begins", "ended", "failed"
+"""Stages of a model as a whole, beside those of its patching and its scores."""
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,6 @@ class Comparison:
     @property
     def original(self) -> dict[str, Any]:
         return self.results[ORIGINAL]
-
-
-@dataclass(frozen=True)
-class Event:
-    """What a listener is told."""
-
-    label: str
-    what: str
-    done: int = 0
-    of: int = 0
-    outcome: Outcome | None = None
-    """None while the cell is under way."""
-
-
-Listener = Callable[[Event], None]
 
 
 def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cell]) -> Plan:
@@ -159,7 +145,7 @@ def _identity(recipe: Recipe, checkpoint: Checkpoint, heard: dict[tuple[Any, ...
     return {"recipe": recipe.with_text(told["name"]).to_dict(), "calibration": told}
 
 
-def compare(plan: Plan, out: Path, how: How, listener: Listener) -> Comparison:
+def compare(plan: Plan, out: Path, how: How, progress: ProgressCallback) -> Comparison:
     """Measure what is not measured yet, the original first, each cell in a process of its own.
 
     A cell that fails is told of and left out; the others go on. A cell that a kill interrupted begins anew, so that its
@@ -179,11 +165,11 @@ def compare(plan: Plan, out: Path, how: How, listener: Listener) -> Comparison:
         known = {label: _finished(plan, label, journal, out, how) for label in plan.wanted}
         results = {label: found for label, found in known.items() if found is not None}
         for label in results:
-            listener(Event(label, KNOWN))
+            progress(ProgressEvent(KNOWN, model=label))
         failed: dict[str, str] = {}
         for labels in ([ORIGINAL], [label for label in plan.wanted if label != ORIGINAL]):
             jobs = [_job(plan.wanted[label], plan, out, how) for label in labels if label not in results]
-            with closing(_measured(jobs, how, listener)) as ended:
+            with closing(_measured(jobs, how, progress)) as ended:
                 for outcome in ended:
                     label = outcome.job.task.label
                     if outcome.result is None:
@@ -196,7 +182,7 @@ def compare(plan: Plan, out: Path, how: How, listener: Listener) -> Comparison:
                         identity.check()
                         journal.write(plan.wanted[label].identity, label, results[label])
                     _clear(outcome, how)
-                    listener(Event(label, ENDED, outcome=outcome))
+                    progress(ProgressEvent(FAILED if outcome.error else ENDED, model=label))
             if ORIGINAL in failed:
                 if not (out / CELLS).is_dir() and not list((out / WORK).glob("*.log")):
                     folder.remove()
@@ -225,18 +211,15 @@ def _job(wanted: Wanted, plan: Plan, out: Path, how: How) -> Job:
     return Job(task, out / WORK / f"{name}.log")
 
 
-def _measured(jobs: Sequence[Job], how: How, listener: Listener) -> Generator[Outcome]:
+def _measured(jobs: Sequence[Job], how: How, progress: ProgressCallback) -> Generator[Outcome]:
     def begin(job: Job) -> None:
         job.log.parent.mkdir(exist_ok=True)
         if job.task.out is not None:  # left by a run that was killed
             shutil.rmtree(job.task.out, ignore_errors=True)
             job.task.out.parent.mkdir(exist_ok=True)
-        listener(Event(job.task.label, BEGINS))
+        progress(ProgressEvent(BEGINS, model=job.task.label))
 
-    def heard(task: Task, what: str, done: int, of: int) -> None:
-        listener(Event(task.label, what, done, of))
-
-    yield from outcomes(jobs, how.jobs, begin, heard)
+    yield from outcomes(jobs, how.jobs, begin, progress)
 
 
 def _clear(outcome: Outcome, how: How) -> None:

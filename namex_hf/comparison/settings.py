@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
-from ..errors import CalibrationError, RecipeError
+from ..errors import CalibrationError, UsageError
 from ..files import LARGEST_TEXT, read_text
 from ..scoring.arithmetic import PROBLEMS, held_out_problems
 from ..scoring.perplexity import held_out_texts
@@ -48,14 +48,14 @@ def settings(files: Sequence[Path], tokens: int, problems: int, device: str) -> 
         files: a domain each, named by the file; none: the packaged held-out texts.
 
     Raises:
-        RecipeError: a number out of its range, or two texts of one name.
+        UsageError: a number out of its range, or two texts of one name.
         CalibrationError: a text that cannot be read.
     """
     least, most = 2, len(held_out_problems())
     if tokens < least:
-        raise RecipeError(f"--tokens {tokens}: accepted: numbers from {least}")
+        raise UsageError(f"--tokens {tokens}: accepted: numbers from {least}")
     if not 0 <= problems <= most:
-        raise RecipeError(f"--problems {problems}: accepted: 0 to {most}")
+        raise UsageError(f"--problems {problems}: accepted: 0 to {most}")
     return Settings(_texts(files) if files else held_out_texts(), tokens, problems, device)
 
 
@@ -63,7 +63,7 @@ def _texts(files: Sequence[Path]) -> dict[str, str]:
     found: dict[str, str] = {}
     for file in files:
         if file.stem in found:
-            raise RecipeError(f"--texts has two files of the name '{file.stem}'; accepted: one a domain")
+            raise UsageError(f"--texts has two files of the name '{file.stem}'; accepted: one a domain")
         try:
             found[file.stem] = read_text(file, CalibrationError, LARGEST_TEXT)
         except CalibrationError as error:

@@ -9,8 +9,7 @@ from transformers import AutoConfig
 
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer import open_tokenizer
-from ..errors import CheckpointError
-from .errors import TaskError
+from ..errors import CheckpointError, TaskError
 from .tasks import Chosen
 
 

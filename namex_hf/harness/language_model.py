@@ -22,6 +22,7 @@ from lm_eval.models.huggingface import HFLM
 
 from ..checkpoint.tokenizer import check_ids
 from ..models.configuration_namex import soft_choice
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..scoring.generation import without_balance_loss
 from .batches import cut, fitting
 from .journal import Journal, key_of
@@ -31,20 +32,17 @@ Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Texts (None for a window of a longer text), tokens of the context, tokens of the continuation."""
 
 
-Progress = Callable[[str, int, int | None], None]
-
-
 @register_model("namex")
 class NamexLM(HFLM):
     """A causal language model from a folder.
 
     Args:
         pretrained: a folder; a path, not a model, so that every process of ``accelerate launch`` loads its own.
-        progress: called with the kind of request, how many more are answered, and, if that is known, of how many.
+        progress: called after every batch, with the kind of request and how many of them the batch has.
         **options: those of `HFLM`.
     """
 
-    def __init__(self, pretrained: str, *, progress: Progress | None = None, **options: Any) -> None:
+    def __init__(self, pretrained: str, *, progress: ProgressCallback = no_progress, **options: Any) -> None:
         super().__init__(pretrained, **options)
         if hasattr(self, "accelerator"):  # HFLM leaves a process without several GPUs to itself
             self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
@@ -52,7 +50,7 @@ class NamexLM(HFLM):
         self.routes_by_prompt = choice is not None and choice.span == "prompt"
         self.automatic = str(self.batch_size_per_gpu) == "auto"
         self.journal: Journal | None = None
-        self.progress = progress or (lambda kind, more, total: None)
+        self.progress = progress
 
     def _loglikelihood_tokens(
         self, requests: Sequence[Request], disable_tqdm: bool = False, override_bs: int | None = None
@@ -124,7 +122,7 @@ class NamexLM(HFLM):
             else:
                 found = {one: self.journal[one] for one in different}
             known.update(found)
-            self.progress(kind, len(batch), total)
+            self.progress(ProgressEvent(kind, amount=len(batch), total=total))
         return known
 
     def _found(self, kind: str, longest: int) -> int:

@@ -19,11 +19,12 @@ from accelerate.utils import InitProcessGroupKwargs
 from ..errors import OutputError
 from ..files import check_name
 from ..patching.patch import run_plan
+from ..progress import ProgressCallback
 from ..report.report import versions
 from .candidates import Candidate
 from .checks import check_answers
 from .items import RESULTS, Items, items, members
-from .language_model import NamexLM, Progress
+from .language_model import NamexLM
 from .paired import difference
 from .paper import Paper
 from .report import Model, Score, ZeroShotReport
@@ -51,8 +52,8 @@ class Options:
     stage: str = "zero-shot"
 
 
-Tell = Callable[[str], AbstractContextManager[Progress]]
-"""Opens something that shows progress under a title."""
+ProgressBar = Callable[[str], AbstractContextManager[ProgressCallback]]
+"""Opens a bar under a title."""
 
 
 def all_versions() -> dict[str, str]:
@@ -85,7 +86,7 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def run(rows: list[Candidate], tasks: list[Chosen], options: Options, paper: Paper, tell: Tell) -> ZeroShotReport:
+def run(rows: list[Candidate], tasks: list[Chosen], options: Options, paper: Paper, bar: ProgressBar) -> ZeroShotReport:
     """Score every model on every task; what an earlier run of the same has finished is taken from its files.
 
     One model is in memory at a time.
@@ -109,7 +110,7 @@ def run(rows: list[Candidate], tasks: list[Chosen], options: Options, paper: Pap
     _everyone()
     for row in rows:
         if wanted[row.label]:
-            known.update(_scored(row, wanted[row.label], options, tell))
+            known.update(_scored(row, wanted[row.label], options, bar))
     return assemble(rows, tasks, known, options, paper)
 
 
@@ -117,9 +118,9 @@ def _finished(folder: Path, row: Candidate, task: Chosen, options: Options) -> d
     return finished(folder, identity(row, task, options), row.checkpoint.identity)
 
 
-def _scored(row: Candidate, tasks: list[Chosen], options: Options, tell: Tell) -> dict[tuple[str, str], Any]:
+def _scored(row: Candidate, tasks: list[Chosen], options: Options, bar: ProgressBar) -> dict[tuple[str, str], Any]:
     model = NamexLM(
-        str(_folder(row, options, tell).resolve()),
+        str(_folder(row, options, bar).resolve()),
         device=options.device,
         dtype=options.dtype,
         batch_size=options.batch_size,
@@ -129,34 +130,23 @@ def _scored(row: Candidate, tasks: list[Chosen], options: Options, tell: Tell) -
     row.checkpoint.identity.settle()  # what was read just now is read again from memory
     found = {}
     for task in tasks:
-        with tell(f"{row.label}, {task.label}") as model.progress:
+        with bar(f"{row.label}, {task.label}") as model.progress:
             folder = options.out / row.label / task.label
             known = identity(row, task, options)
             found[row.label, task.label] = score(model, task, folder, known, options.limit, options.seed)
     return found
 
 
-def _folder(row: Candidate, options: Options, tell: Tell) -> Path:
+def _folder(row: Candidate, options: Options, bar: ProgressBar) -> Path:
     """Where the model lies; a recipe is applied first, by one process, and a run that was killed goes on."""
     if row.plan is None:
         return row.checkpoint.folder
     out = options.out / MODELS / row.label
     if is_first():
-        with tell(f"{row.label}, patching") as progress:
-            run_plan(row.plan, out, overwrite=options.overwrite, progress=_increments(progress))
+        with bar(f"{row.label}, patching") as progress:
+            run_plan(row.plan, out, overwrite=options.overwrite, progress=progress)
     _everyone()
     return out
-
-
-def _increments(progress: Progress) -> Callable[[str, int, int], None]:
-    before = 0
-
-    def advance(what: str, done: int, total: int) -> None:
-        nonlocal before
-        progress(what, done - before, total)
-        before = done
-
-    return advance
 
 
 def _everyone() -> None:

@@ -12,9 +12,8 @@ from lm_eval.evaluator import evaluate
 from lm_eval.utils import handle_non_serializable
 
 from ..checkpoint.identity import Identity, differing
-from ..errors import CheckpointError, OutputError
+from ..errors import CheckpointError, OutputError, TaskError
 from ..files import HASH, hash_bytes, hash_file, read_json, write_text
-from .errors import TaskError
 from .items import RESULTS, SAMPLES
 from .journal import Journal
 from .language_model import NamexLM

@@ -21,7 +21,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import handle_non_serializable
 
 from ..checkpoint.hub import UNREACHABLE
-from .errors import TaskError
+from ..errors import TaskError
 from .text import text_task
 
 

@@ -10,8 +10,8 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
+from ..errors import TaskError
 from ..files import LARGEST_TEXT, read_text
-from .errors import TaskError
 
 PIECE = 2000
 """Characters from which on a piece ends at the next blank line."""

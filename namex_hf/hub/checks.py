@@ -14,14 +14,13 @@ from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import STATE, check_whole
 from ..checkpoint.layout import left_out, left_out_line, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PublishError
 from ..families import original_family
 from ..files import CARD, REPORT, found, read_text
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
 from ..report.rebuild import has_recipe_alone, rebuild
 from ..report.report import Report
-from .errors import PublishError
 from .files import today_code
 
 RUN_BYTES = 256 << 20

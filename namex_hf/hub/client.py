@@ -9,7 +9,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, Repository
 from huggingface_hub.utils import validate_repo_id
 
 from ..checkpoint.hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
-from .errors import PublishError
+from ..errors import PublishError
 
 NEEDED = "set HF_TOKEN or run 'hf auth login', with a token that may write"
 OF_TOKENS = re.compile(

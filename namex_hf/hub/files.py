@@ -10,9 +10,9 @@ from pathlib import Path
 from ..checkpoint.companions import companions
 from ..checkpoint.rewrite import rewrite
 from ..checkpoint.source import Checkpoint
+from ..errors import PublishError
 from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, PICTURES, RECIPE, REPORT, SCORES, STATISTICS, write_text
 from ..models import remote_code
-from .errors import PublishError
 
 OURS = (CONFIG, INDEX, CARD, REPORT, SCORES, RECIPE, STATISTICS)
 PICTURE = re.compile(PICTURES + r"/[^/]+\.(?:png|svg|html)")

@@ -7,11 +7,11 @@ from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
 from rich.table import Table
 
+from ..errors import PublishError
 from ..files import size_text
 from ..printable import marked, printable
 from .checks import Checked, check_folder
 from .client import check_repo
-from .errors import PublishError
 from .files import Selection, select, summarised
 from .push import Target, check_access, push
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..errors import CheckpointError
+from ..errors import CheckpointError, UsageError
 from ..files import REPORT, found, parse_json, read_json, read_text
 from ..harness.report import Model, Score, ZeroShotReport, eval_results, shots, shown
 from ..report.card_metadata import model_index, put_block, read_block
@@ -53,7 +53,8 @@ def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | No
         path: of the report; results lie beside it.
 
     Raises:
-        CheckpointError: no such row, or several.
+        CheckpointError: no such row.
+        UsageError: several, and no label.
     """
     fitting = [model for model in evaluation.models if _fits(evaluation, model, path.parent, folder, label is not None)]
     labels = [model.label for model in fitting if label in (None, model.label)]
@@ -61,7 +62,7 @@ def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | No
         return labels[0]
     known = ", ".join(model.label for model in evaluation.models)
     if labels:
-        raise CheckpointError(f"{path}: several rows are of {folder}: {', '.join(labels)}; --eval-label says which")
+        raise UsageError(f"{path}: several rows are of {folder}: {', '.join(labels)}; --eval-label says which")
     what = f"no row {label} of the fingerprint" if label else "no row of the weights"
     raise CheckpointError(f"{path}: {what} of {folder}; rows: {known}")
 

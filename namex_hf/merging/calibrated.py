@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import Grouped
 from ..recipe.choices import FitKind
 from .controls import random_experts, shared_experts
@@ -41,7 +42,7 @@ class Shrinking:
     fits: bool = True  # False: merged and refitted alone, whatever the recipe's fit
     settings: FitSettings = DEFAULTS
     shared: Callable[[], Mapping[str, torch.Tensor]] = dict  # parts of the shared expert, as `shared_expert_output`
-    advance: Callable[[str], None] = lambda what: None
+    progress: ProgressCallback = no_progress
     record: dict[str, Any] = field(default_factory=dict)
     gram: torch.Tensor = field(init=False)  # float64 [N, N], of whole experts
     groups: Groups = field(init=False)
@@ -144,7 +145,7 @@ class Shrinking:
         weight = self.weight[:, None]
         error, energy = ((weight * part).square().sum() for part in (output - self.target, self.target))
         self.record["errors"].append({"stage": stage, "error": float(error / energy.clamp(min=TINY))})
-        self.advance(stage)
+        self.progress(ProgressEvent(stage))
         return output
 
     def find_groups(self) -> Groups:
@@ -238,11 +239,9 @@ class Shrinking:
             result.activation,
             self.settings,
         )
-
-        def advance(step: int) -> None:
-            self.advance(f"fitted, step {step} of {merge.fit.steps}")
-
-        fitted = fit_layer(problem, result.experts, result.router, self.refitted, merge.fit.steps, self.seed, advance)
+        fitted = fit_layer(
+            problem, result.experts, result.router, self.refitted, merge.fit.steps, self.seed, self.progress
+        )
         del problem
         self.shared_output_delta = delta.add_(self.shared_output())
         self.record["fits"].append({"of": "layer", **asdict(fitted)})

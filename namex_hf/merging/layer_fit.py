@@ -4,11 +4,12 @@ A local regression: no other layer takes part, so that its memory is that of one
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .experts import Experts
 from .routing import Activation, expert_output, gate_values, shared_expert_output
 from .settings import DEFAULTS, FitSettings
@@ -94,7 +95,7 @@ def fit_layer(
     shared: Mapping[str, torch.Tensor],
     steps: int,
     seed: int,
-    advance: Callable[[int], None] = lambda step: None,
+    progress: ProgressCallback = no_progress,
 ) -> LayerFit:
     """Adafactor with a first moment (Shazeer & Stern 2018) on the squared error, cosine schedule, early stopping.
 
@@ -106,7 +107,7 @@ def fit_layer(
         router: ``[K, hidden]``: the start; changed in place.
         shared: as `shared_expert_output` takes it: the start; changed in place. Empty: the target is of the routed
             experts alone.
-        advance: called with the number of steps done, at every check.
+        progress: called after every check of the held-out tokens.
 
     Memory: parameters and first moments, each as large as ``experts`` and ``shared`` in float32 (the second moments are
     a row and a column a matrix), the gradient of one matrix, and a batch of tokens through top-k experts and
@@ -129,7 +130,7 @@ def fit_layer(
             if step % settings.check_every and step < steps:
                 continue
             now = problem.error(checked, layer)
-            advance(step)
+            progress(ProgressEvent("fitted", step=step, steps=steps))
             if now < lowest:
                 lowest, lowest_at = now, step
             if now < best:

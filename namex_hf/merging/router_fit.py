@@ -5,11 +5,11 @@ the squared error is ``|O^T v - y|^2 = v^T G v - 2 v^T b + |y|^2`` with ``G = O 
 runs once, and no step of the fit runs one again.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .moe_layer import MoELayer
 from .routing import expert_output, gate_values
 from .settings import DEFAULTS, FitSettings
@@ -43,7 +43,7 @@ def output_products(
     inputs: torch.Tensor,
     target: torch.Tensor,
     layer: MoELayer,
-    advance: Callable[[int], None] = lambda tokens: None,
+    progress: ProgressCallback = no_progress,
     chunk_bytes: int = FitSettings.chunk_bytes,
 ) -> OutputProducts:
     """Run every expert of a layer on every token.
@@ -51,7 +51,7 @@ def output_products(
     Memory: beyond the result, ``chunk_bytes`` of outputs, one expert and its neurons.
 
     Args:
-        advance: called with the number of tokens done.
+        progress: called after every chunk of tokens.
     """
     count, experts = len(inputs), layer.experts.count
     gram = inputs.new_empty(count, experts, experts)
@@ -63,7 +63,7 @@ def output_products(
         stacked = torch.stack(outputs, dim=1)
         torch.bmm(stacked, stacked.mT, out=gram[rows])
         cross[rows] = (stacked @ target[rows, :, None])[..., 0]
-        advance(len(stacked))
+        progress(ProgressEvent("outputs", amount=len(stacked), done=min(start + chunk, count), total=count))
     return OutputProducts(gram, cross, target.square().sum(-1))
 
 

@@ -11,12 +11,13 @@ from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, between, least_damage, t
 from ..merging.calibrated import Shrinking
 from ..merging.moe_layer import MoELayer, Text
 from ..merging.routing import Routing
+from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Grouped, Recipe
-from .on_text import Source, Tell, unpatched
+from .on_text import Source, unpatched
 
 
 @torch.no_grad()
-def spend(source: Source, recipe: Recipe, text: CalibrationText, tell: Tell) -> list[dict[str, Any]]:
+def spend(source: Source, recipe: Recipe, text: CalibrationText, progress: ProgressCallback) -> list[dict[str, Any]]:
     """Measure every layer by itself, the others as they are, and give more experts to those that cost more.
 
     A layer's damage with the mean number of experts is the loss on held-out text with that layer alone merged, not
@@ -60,7 +61,7 @@ def spend(source: Source, recipe: Recipe, text: CalibrationText, tell: Tell) -> 
             errors[layer], output = _tried(mixture, heard, merge, recipe.seed)
         damaged[layer] = (hidden + output.cpu().view_as(hidden))[held_out]
         hidden += wanted.cpu().view_as(hidden)
-        tell(layer, "measured")
+        progress(ProgressEvent("measured", layer))
     before, *after = decoder.losses([hidden[held_out], *damaged.values()], ids[held_out])
     return dealt_out(errors, [max(0.0, loss - before) for loss in after], merge.experts, shape.experts)
 

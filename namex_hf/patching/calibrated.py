@@ -15,16 +15,17 @@ from ..checkpoint.shard import Item
 from ..families import PROJECTIONS, Config
 from ..merging.calibrated import Shrinking
 from ..merging.moe_layer import MoELayer
+from ..progress import FINISHED, ProgressCallback, ProgressEvent, no_progress, of_layer
 from ..recipe import Grouped, Recipe
 from .added import router_tensors
 from .blocks import Blocks, block_tensors
 from .budget import spend
 from .finite import check_finite, require_finite_result
 from .grouped import write_packs
-from .on_text import Source, Tell, heard_layers, resumed, source_of, told
+from .on_text import Source, heard_layers, resumed, source_of
 from .plan import Plan
 from .state import State, Stream
-from .walk import Advance, added_items
+from .walk import added_items
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def shrink_layers(
     recipe: Recipe,
     text: CalibrationText,
     stream: Stream | None,
-    tell: Tell,
+    progress: ProgressCallback,
     counts: tuple[int, ...] | None = None,
 ) -> Iterator[Made]:
     """Make the MoE layers smaller, one after the other.
@@ -62,13 +63,13 @@ def shrink_layers(
     blocks = Blocks(patched, source.family) if recipe.routing.kind != "linear" else None
     merge = recipe.merge
     assert isinstance(merge, Grouped)
-    for heard in heard_layers(source, recipe, text, stream, tell):
+    for heard in heard_layers(source, recipe, text, stream, progress):
         layer = heard.layer
         if counts is not None:
             merge = replace(merge, experts=counts[source.shape.layers.index(layer)])
         shared = partial(source.shared, layer)
         shrinking = Shrinking(
-            heard.mixture, heard.text, merge, recipe.seed, shared=shared, advance=partial(tell, layer)
+            heard.mixture, heard.text, merge, recipe.seed, shared=shared, progress=of_layer(progress, layer)
         )
         heard = heard.without_experts()
         with source.named(layer):
@@ -92,33 +93,33 @@ def shrink_layers(
         del heard, shrinking, smaller, output  # before the next layer is read
 
 
-def patch_calibrated(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+def patch_calibrated(plan: Plan, folder: Path, state: State, progress: ProgressCallback) -> dict[str, str]:
     """Make all layers, then write all shards; returns the weight map (tensor name to file name)."""
-    check_finite(plan, advance)
-    shrink_checkpoint(plan, state, advance)
+    check_finite(plan, progress)
+    shrink_checkpoint(plan, state, progress)
     with Reader(plan.checkpoint.identity.digests) as reader:
-        return write_packs(plan, folder, reader, partial(new_items, plan, state), state, lambda what, size: None)
+        return write_packs(plan, folder, reader, partial(new_items, plan, state), state, no_progress)
 
 
-def with_counts(plan: Plan, state: State, advance: Advance) -> Plan:
+def with_counts(plan: Plan, state: State, progress: ProgressCallback) -> Plan:
     """The plan with its budget dealt out by `spend`, as it was before a kill."""
     record = state.load_budget()
     if record is None:
         assert plan.text is not None
-        check_finite(plan, lambda what, size: None)
+        check_finite(plan, no_progress)
         with Reader(plan.checkpoint.identity.digests) as reader:
-            record = spend(source_of(plan, reader), plan.recipe, plan.text, partial(told, advance))
+            record = spend(source_of(plan, reader), plan.recipe, plan.text, progress)
         state.save_budget(record)
     return replace(plan, counts=tuple(layer["experts"] for layer in record))
 
 
-def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
+def shrink_checkpoint(plan: Plan, state: State, progress: ProgressCallback) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
-    stream = resumed(plan, state, advance)
+    stream = resumed(plan, state, progress)
     with Reader(plan.checkpoint.identity.digests) as reader:
-        source, tell = source_of(plan, reader), partial(told, advance)
-        for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, tell, plan.counts):
+        source = source_of(plan, reader)
+        for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, progress, plan.counts):
             usage = torch.tensor(made.record["usage"])
             tensors = {"new.router": made.mixture.router, "cosines": made.cosines, "usage": usage, **made.routers}
             for name, matrices in made.mixture.experts.items():
@@ -126,7 +127,7 @@ def shrink_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
             tensors |= {f"new.shared.{part}": tensor for part, tensor in made.shared.items()}
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})
             state.save_stream(made.stream)
-            advance(f"layer {made.layer}", plan.layer_bytes(made.layer))
+            progress(ProgressEvent(FINISHED, made.layer, amount=plan.layer_bytes(made.layer)))
             del made, tensors  # before the next layer is read
 
 

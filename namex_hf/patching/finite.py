@@ -1,6 +1,6 @@
 """No NaN and no infinity: neither in a checkpoint, whose carried tensors count too, nor in what is made of it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 
@@ -8,11 +8,12 @@ from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan
 from ..errors import CheckpointError, RecipeError
 from ..families import PROJECTIONS
+from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import AroundBase, Grouped, Recipe, Soft
 from .plan import Plan
 
 
-def check_finite(plan: Plan, advance: Callable[[str, int], None]) -> None:
+def check_finite(plan: Plan, progress: ProgressCallback) -> None:
     """Read every floating tensor that is no routed expert's (those are checked where they are merged).
 
     Memory: one tensor at a time.
@@ -34,7 +35,7 @@ def check_finite(plan: Plan, advance: Callable[[str, int], None]) -> None:
                 continue
             if span.dtype.is_floating_point and span.dtype.itemsize > 1:
                 require_finite(name, span, reader.read(span))
-            advance("checking", span.size)
+            progress(ProgressEvent("checking", amount=span.size))
 
 
 def require_finite(name: str, span: TensorSpan, tensor: torch.Tensor) -> None:

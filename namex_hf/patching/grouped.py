@@ -16,12 +16,13 @@ from ..errors import FamilyError
 from ..families import PROJECTIONS
 from ..merging.experts import Expert
 from ..merging.groups import MergedLayer, merge_layer
+from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from .added import cosine_shapes, router_tensors
 from .finite import check_finite, is_finite, require_finite_result
 from .layer import moe_layer, named, read_experts
 from .plan import LAYER, Plan, constant_items
 from .state import State
-from .walk import METADATA, Advance, shard_names
+from .walk import METADATA, shard_names
 
 NUMBERS = re.compile(r"(\d+)")
 
@@ -36,7 +37,7 @@ class LayerMaker:
     plan: Plan
     reader: Reader
     state: State
-    advance: Advance
+    progress: ProgressCallback
     layer: int | None = None
     merged: MergedLayer | None = None
     routers: dict[str, torch.Tensor] = field(default_factory=dict)  # the layer's router in another form
@@ -98,19 +99,24 @@ class LayerMaker:
             "bytes": plan.layer_bytes(layer),
         }
         self.state.save_layer(layer, {"cosines": merged.cosines}, record)
-        self.advance(f"layer {layer}", plan.layer_bytes(layer))
+        self.progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer)))
         return merged
 
 
-def patch_grouped(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+def patch_grouped(plan: Plan, folder: Path, state: State, progress: ProgressCallback) -> dict[str, str]:
     """Write all shards; returns the weight map (tensor name to file name)."""
-    check_finite(plan, advance)
+    check_finite(plan, progress)
     with Reader(plan.checkpoint.identity.digests) as reader:
-        return write_packs(plan, folder, reader, LayerMaker(plan, reader, state, advance).items, state, advance)
+        return write_packs(plan, folder, reader, LayerMaker(plan, reader, state, progress).items, state, progress)
 
 
 def write_packs(
-    plan: Plan, folder: Path, reader: Reader, made: Callable[[int], list[Item]], state: State, advance: Advance
+    plan: Plan,
+    folder: Path,
+    reader: Reader,
+    made: Callable[[int], list[Item]],
+    state: State,
+    progress: ProgressCallback,
 ) -> dict[str, str]:
     """Write the shards of the result; those that a killed run left are kept."""
     packs = pack(items_of(plan, made, reader), plan.shard_size)
@@ -120,7 +126,7 @@ def write_packs(
         layers = sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))} & {*plan.shape.layers})
         if target.is_file() and all(state.layer_file(layer).is_file() for layer in layers):
             for layer in layers:
-                advance(f"layer {layer}", plan.layer_bytes(layer))
+                progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=True))
         else:
             write_shard(target, items, reader, METADATA, state.record_shard)
     return {tensor: name for name in names for tensor in read_header(folder / name)}

@@ -1,7 +1,7 @@
 """Recipes that keep the experts, on calibration text: under ``soft`` their curvature and common order, and routers in
 another form under any."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,15 +22,15 @@ from ..merging.directions import layer_curvature
 from ..merging.experts import Experts, grams
 from ..merging.propagation import Walk, propagate
 from ..merging.record import cosines
+from ..progress import FINISHED, ProgressCallback, ProgressEvent, of_layer
 from ..recipe import AroundBase, Recipe, Soft
 from .added import kronecker_tensors, router_tensors
 from .blocks import Blocks, block_tensors
 from .finite import check_finite, require_finite_result
-from .on_text import Heard, Source, Tell, heard_layers, resumed, source_of, told
+from .on_text import Heard, Source, heard_layers, resumed, source_of
 from .plan import Plan
 from .state import State, Stream
 from .walk import (
-    Advance,
     carried_items,
     carry_over,
     packs_of_added,
@@ -58,7 +58,7 @@ def keep_layers(
     recipe: Recipe,
     text: CalibrationText,
     stream: Stream | None,
-    tell: Tell,
+    progress: ProgressCallback,
 ) -> Iterator[Kept]:
     """Take the text, and the base expert where there is one, through the MoE layers.
 
@@ -70,10 +70,10 @@ def keep_layers(
     layout of the model's class, and outputs, twice ``[tokens, hidden]`` in float32.
     """
     blocks, walk = Blocks(patched, source.family), None if stream is None else stream.walk
-    for heard in heard_layers(source, recipe, text, stream, tell):
+    for heard in heard_layers(source, recipe, text, stream, progress):
         layer, mixture = heard.layer, heard.mixture
         with source.named(layer):
-            made, walk = _keep(source, recipe, heard, walk, partial(tell, layer))
+            made, walk = _keep(source, recipe, heard, walk, of_layer(progress, layer))
         norm = source.read(source.family.router_norm(layer))
         sparse = recipe.merge.stays_sparse(layer, source.shape.layers)
         routers = router_tensors(recipe, mixture.router, norm, patched, heard.text, text.ids, sparse)
@@ -101,7 +101,7 @@ def _keep(
     recipe: Recipe,
     heard: Heard,
     walk: Walk | None,
-    tell: Callable[[str], None],
+    progress: ProgressCallback,
 ) -> tuple[Kept, Walk | None]:
     """A layer without the record's end and the stream, and the base expert on its way to the next."""
     text, activation, experts = heard.text, heard.mixture.activation, heard.mixture.experts
@@ -111,7 +111,7 @@ def _keep(
     align = curvature.align if curvature else "none"
     orders = layer_orders(experts, align, text.inputs, text.routing, activation)
     reorder(experts, orders)
-    tell("aligned")
+    progress(ProgressEvent("aligned"))
     usage, mass = text.routing.count(count).tolist(), text.routing.mass(count).tolist()
     record: dict[str, Any] = {"usage": usage, "mass": mass, "games": []}
     tensors: dict[str, torch.Tensor] = {}
@@ -134,7 +134,7 @@ def _keep(
         found = layer_curvature(experts, text.inputs, text.routing, activation, curvature.rank, curvature.ridge)
         tensors |= {f"curvature.{name}": tensor.to(dtype) for name, tensor in found.tensors().items()}
         record["explained"] = [round(part.explained, 4) for part in (found.inputs, found.neurons)]
-        tell("curvature")
+        progress(ProgressEvent("curvature"))
     return Kept(heard.layer, orders, tensors, alike, record, Stream(heard.layer + 1, heard.tapped.rest)), walk
 
 
@@ -144,10 +144,10 @@ def reorder(experts: Experts, orders: torch.Tensor) -> None:
         experts.set_expert(number, permuted(experts.expert(number), order))
 
 
-def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+def patch_kept(plan: Plan, folder: Path, state: State, progress: ProgressCallback) -> dict[str, str]:
     """Read the text through all layers, then write all shards; returns the weight map (tensor name to file name)."""
-    check_finite(plan, advance)
-    keep_checkpoint(plan, state, advance)
+    check_finite(plan, progress)
+    keep_checkpoint(plan, state, progress)
     packs = packs_of_added(plan)
     carried = len(plan.shards)
     names = shard_names(carried + len(packs))
@@ -155,23 +155,23 @@ def patch_kept(plan: Plan, folder: Path, state: State, advance: Advance) -> dict
         merge = plan.recipe.merge
         in_order = not isinstance(merge, Soft) or merge.curvature.align == "none"
         items_of = carried_items if in_order else partial(reordered_items, state, reader)
-        carry_over(plan, folder, names[:carried], advance, Event(), state, items_of)
+        carry_over(plan, folder, names[:carried], progress, Event(), state, items_of)
     write_added(plan, folder, state, packs, names[carried:])
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
 
-def keep_checkpoint(plan: Plan, state: State, advance: Advance) -> None:
+def keep_checkpoint(plan: Plan, state: State, progress: ProgressCallback) -> None:
     """Leave every MoE layer's new tensors in the state folder, and go on there after a kill."""
     assert plan.text is not None
-    stream = resumed(plan, state, advance)
+    stream = resumed(plan, state, progress)
     with Reader(plan.checkpoint.identity.digests) as reader:
-        source, tell = source_of(plan, reader), partial(told, advance)
-        for made in keep_layers(source, plan.config(), plan.recipe, plan.text, stream, tell):
+        source = source_of(plan, reader)
+        for made in keep_layers(source, plan.config(), plan.recipe, plan.text, stream, progress):
             usage = torch.tensor(made.record["usage"])
             tensors = {**made.tensors, "new.orders": made.orders, "cosines": made.cosines, "usage": usage}
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})
             state.save_stream(made.stream)
-            advance(f"layer {made.layer}", plan.layer_bytes(made.layer))
+            progress(ProgressEvent(FINISHED, made.layer, amount=plan.layer_bytes(made.layer)))
             del made, tensors  # before the next layer is read
 
 

@@ -17,6 +17,7 @@ from ..merging.experts import Expert, Experts, ExpertWeights
 from ..merging.groups import merge_layer
 from ..merging.propagation import Walk, propagate
 from ..models.convert import patch_classes
+from ..progress import no_progress
 from ..recipe import AroundBase, Grouped, Recipe
 from .added import block_name, by_decoder_layer, kronecker_tensors, patched_config, router_tensors
 from .budget import spend
@@ -157,8 +158,8 @@ def _group_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, 
     source = _source(model, family, shape, lambda layer: _experts(_block(model, layer), shape.width))
     counts = None
     if isinstance(recipe.merge, Grouped) and recipe.merge.budget == "damage":
-        counts = tuple(layer["experts"] for layer in spend(source, recipe, text, lambda layer, stage: None))
-    for made in shrink_layers(source, patched, recipe, text, None, lambda layer, stage: None, counts):
+        counts = tuple(layer["experts"] for layer in spend(source, recipe, text, no_progress))
+    for made in shrink_layers(source, patched, recipe, text, None, no_progress, counts):
         _replace(_block(model, made.layer), made.mixture.experts, made.mixture.router)
         for part, tensor in made.shared.items():
             model.get_parameter(family.shared_parts(made.layer)[part]).copy_(tensor)
@@ -193,7 +194,7 @@ def _keep_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, t
         return _experts(_block(model, layer), shape.width).map(torch.clone)
 
     source, made = _source(model, family, shape, experts), {}
-    for one in keep_layers(source, patched, recipe, text, None, lambda layer, stage: None):
+    for one in keep_layers(source, patched, recipe, text, None, no_progress):
         made[one.layer] = one.orders, one.tensors
     patch_classes(model, recipe.to_stored())
     for layer, (orders, tensors) in made.items():

@@ -15,15 +15,12 @@ from ..families import Config, Family, MoeShape
 from ..merging.experts import Expert
 from ..merging.moe_layer import MoELayer, Text
 from ..merging.routing import Routing
+from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from ..recipe import Grouped, Recipe
 from .layer import moe_layer, named, read_experts
 from .plan import Plan
 from .state import State, Stream
 from .text import measures
-from .walk import Advance
-
-Tell = Callable[[int, str], None]
-"""Told of every finished stage of a layer."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +67,7 @@ class Heard:
 
 
 def heard_layers(
-    source: Source, recipe: Recipe, text: CalibrationText, stream: Stream | None, tell: Tell
+    source: Source, recipe: Recipe, text: CalibrationText, stream: Stream | None, progress: ProgressCallback
 ) -> Iterator[Heard]:
     """The MoE layers, one after the other.
 
@@ -96,7 +93,7 @@ def heard_layers(
                 continue
             aim = None if original is None else module.tap(original)
             tapped = module.tap(hidden)
-        tell(layer, "read")
+        progress(ProgressEvent("read", layer))
         hidden = tapped.rest
         routing = Routing(tapped.index.to(device), tapped.value.to(device))
         mixture = source.moe_layer(layer)
@@ -131,15 +128,10 @@ def source_of(plan: Plan, reader: Reader) -> Source:
     )
 
 
-def told(advance: Advance, layer: int, stage: str) -> None:
-    """Progress within a layer."""
-    advance(f"layer {layer}: {stage}", 0)
-
-
-def resumed(plan: Plan, state: State, advance: Advance) -> Stream | None:
+def resumed(plan: Plan, state: State, progress: ProgressCallback) -> Stream | None:
     """Where a killed run left the text; None at the bottom."""
     stream = state.load_stream()
     for layer in plan.shape.layers:
         if stream is not None and layer < stream.layer:
-            advance(f"layer {layer}", plan.layer_bytes(layer))
+            progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=True))
     return stream

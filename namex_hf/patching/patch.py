@@ -6,7 +6,6 @@ import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, found, write_text
 from ..models import remote_code
+from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import AroundBase, Grouped, Propagation, Recipe
 from ..report.card import card
 from ..report.report import Report
@@ -35,8 +35,6 @@ from .state import State
 from .threads import shared_out
 from .walk import METADATA, patch_walking
 
-Progress = Callable[[str, int, int], None]
-"""Called with what is being done, the bytes worked through, and the bytes of the whole run."""
 MARGIN = 64 << 20
 
 
@@ -50,7 +48,7 @@ def patch_checkpoint(
     shard_size: str | int = "5GB",
     overwrite: bool = False,
     verify: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressCallback = no_progress,
 ) -> Report:
     """Patch a checkpoint out of core.
 
@@ -64,6 +62,7 @@ def patch_checkpoint(
         shard_size: of the shards that are written anew; unchanged shards are copied as they are.
         overwrite: make the folder anew, whichever run it is of (never one that is not ours).
         verify: read all files of a folder that is complete, and make it anew where one has another hash.
+        progress: called after every layer, and after every stage of one that text is read for; ``done`` is bytes.
 
     Memory: one layer's experts and, for ``grouped``, up to one layer of merged ones.
 
@@ -77,7 +76,7 @@ def patch_checkpoint(
 
 
 def run_plan(
-    plan: Plan, out: Path, *, overwrite: bool = False, verify: bool = False, progress: Progress | None = None
+    plan: Plan, out: Path, *, overwrite: bool = False, verify: bool = False, progress: ProgressCallback = no_progress
 ) -> Report:
     """Carry out a checked plan. See `patch_checkpoint`."""
     folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify)
@@ -94,16 +93,16 @@ def run_plan(
             folder.begin_anew()
         earlier = set(state.shards())
         try:
-            advance = _counting(plan, progress)
+            progress = _counting(plan, progress)
             if plan.spends_budget:
-                plan = with_counts(plan, state, advance)
+                plan = with_counts(plan, state, progress)
             if plan.recipe.needs_text:
                 patch = patch_calibrated if isinstance(plan.recipe.merge, Grouped) else patch_kept
-                weight_map = patch(plan, out, state, advance)
+                weight_map = patch(plan, out, state, progress)
             else:
                 patch = patch_grouped if isinstance(plan.recipe.merge, Grouped) else patch_walking
                 with shared_out():
-                    weight_map = patch(plan, out, state, advance)
+                    weight_map = patch(plan, out, state, progress)
             plan.checkpoint.identity.settle()
         except (CheckpointError, FamilyError, RecipeError):
             folder.remove()
@@ -155,19 +154,19 @@ def _keep_apart(checkpoint: Checkpoint, out: Path) -> None:
         raise OutputError(f"--out {out} is the model's own folder, or inside it or around it; another folder is needed")
 
 
-def _counting(plan: Plan, progress: Progress | None) -> Callable[[str, int], None]:
+def _counting(plan: Plan, progress: ProgressCallback) -> ProgressCallback:
+    """A callback, for several threads, that adds how many bytes of the whole run are done."""
     # Looked at or merged once; where shards are carried over as they are, copied as well.
     total = plan.checkpoint.size * (1 if isinstance(plan.recipe.merge, Grouped) else 2)
     done, lock = 0, threading.Lock()
 
-    def advance(what: str, size: int) -> None:
+    def count(event: ProgressEvent) -> None:
         nonlocal done
         with lock:
-            done += size
-            if progress is not None:
-                progress(what, min(done, total), total)
+            done += event.amount
+            progress(replace(event, done=min(done, total), total=total))
 
-    return advance
+    return count
 
 
 def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], seconds: float) -> Report:

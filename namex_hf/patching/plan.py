@@ -14,7 +14,7 @@ from ..checkpoint.header import TensorSpan
 from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
-from ..errors import FamilyError, RecipeError
+from ..errors import FamilyError, RecipeError, UsageError
 from ..families import EMBEDDING, FAMILIES, HEAD, PROJECTIONS, Family, MoeShape, family_of
 from ..merging.budget import LOSS_TOKENS
 from ..merging.members import GAMES
@@ -262,6 +262,7 @@ def make_plan(
 
     Raises:
         CalibrationError: no such text, or no tokenizer to read it with.
+        UsageError: no size of a shard.
         FamilyError: an unsupported family, or one without the form asked for.
         RecipeError: the recipe does not fit this model, or the shard size is none.
         CheckpointError: tensors that contradict the configuration.
@@ -371,7 +372,7 @@ def _bytes(size: str | int) -> int:
         return size
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]B|)", size.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise RecipeError(f"--shard-size is {size!r}; accepted: a size such as 5GB or 500MB")
+        raise UsageError(f"--shard-size is {size!r}; accepted: a size such as 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

@@ -15,6 +15,7 @@ from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
 from ..merging.base import own_base
 from ..merging.propagation import Walk, propagate
+from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from ..recipe import AroundBase
 from .added import KINDS, kronecker_tensors, router_tensors
 from .finite import check_finite, require_finite_result
@@ -22,7 +23,6 @@ from .layer import named, read_experts, read_shared
 from .plan import Plan
 from .state import State
 
-Advance = Callable[[str, int], None]
 METADATA = {"format": "pt"}
 
 
@@ -42,7 +42,7 @@ def carry_over(
     plan: Plan,
     folder: Path,
     names: list[str],
-    advance: Advance,
+    progress: ProgressCallback,
     stop: Event,
     state: State,
     items_of: Callable[[Plan, Path], list[Item]] = carried_items,
@@ -54,18 +54,19 @@ def carry_over(
             if stop.is_set():
                 return
             target = folder / name
-            if not target.is_file():
+            resumed = target.is_file()
+            if not resumed:
                 items = items_of(plan, shard)
                 if is_unchanged(plan, shard, items):
                     settled.append(copy_file(shard, target, settling, state.record_shard))
                 else:
                     write_shard(target, items, reader, METADATA, state.record_shard)
-            advance("copying", shard.stat().st_size)
+            progress(ProgressEvent("copying", amount=shard.stat().st_size, resumed=resumed))
         for future in settled:
             future.result()
 
 
-def walk_through(plan: Plan, state: State, advance: Advance) -> None:
+def walk_through(plan: Plan, state: State, progress: ProgressCallback) -> None:
     """Take the base expert, where there is one, through all MoE layers and leave what each adds in the state folder.
 
     Memory: one layer's experts in their own dtype, the base in float32 three times, momentum buffers, chunks.
@@ -79,7 +80,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
     experts = None
     with Reader(plan.checkpoint.identity.digests) as reader:
         for done in layers[:position]:
-            advance(f"layer {done}", plan.layer_bytes(done))
+            progress(ProgressEvent(FINISHED, done, amount=plan.layer_bytes(done), resumed=True))
         for place, layer in list(enumerate(layers))[position:]:
             start = time.perf_counter()
             dtype = plan.expert_spans(layer)[0].dtype
@@ -104,7 +105,7 @@ def walk_through(plan: Plan, state: State, advance: Advance) -> None:
             record |= {"seconds": round(time.perf_counter() - start, 4), "bytes": plan.layer_bytes(layer)}
             state.save_layer(layer, stored, record)
             state.save_walk(place + 1, walk)
-            advance(f"layer {layer}", plan.layer_bytes(layer))
+            progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer)))
 
 
 def stored_base(walk: Walk, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -133,7 +134,7 @@ def added_items(plan: Plan, state: State, layer: int | None) -> list[Item]:
     return items
 
 
-def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> dict[str, str]:
+def patch_walking(plan: Plan, folder: Path, state: State, progress: ProgressCallback) -> dict[str, str]:
     """Write all shards; returns the weight map (tensor name to file name).
 
     The copy runs beside the arithmetic: one waits for the disk, the other for the processor.
@@ -143,11 +144,11 @@ def patch_walking(plan: Plan, folder: Path, state: State, advance: Advance) -> d
     carried = len(plan.shards)
     stop = Event()
     with ThreadPoolExecutor(1) as pool:
-        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], advance, stop, state)
+        copying: Future[None] = pool.submit(carry_over, plan, folder, names[:carried], progress, stop, state)
         try:
-            check_finite(plan, advance)
+            check_finite(plan, progress)
             if plan.all_added_bytes:
-                walk_through(plan, state, advance)
+                walk_through(plan, state, progress)
         except BaseException:
             stop.set()  # bad input or an interrupt: no further shard is begun
             raise

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from ..checkpoint.companions import has_tokenizer
 from ..defaults import PICTURE_TOKENS, SMALL_BYTES
-from ..errors import CheckpointError, MissingExtraError
+from ..errors import CheckpointError, MissingExtraError, UsageError
 from ..files import PAGE, PICTURES, REPORT, write_bytes, write_text
 from .answers import Answers, answers
 from .folder import PatchedFolder, open_patched
@@ -36,7 +36,8 @@ def write_pictures(
 
     Raises:
         MissingExtraError: no matplotlib.
-        CheckpointError, FamilyError, RecipeError: no patched folder, a damaged one, or one without that layer.
+        CheckpointError, FamilyError, RecipeError: no patched folder, or a damaged one.
+        UsageError: the folder has no MoE layer of that number.
     """
     try:
         from .pictures import Material, draw
@@ -45,7 +46,7 @@ def write_pictures(
     console = console or Console(quiet=True)
     folder = open_patched(path)
     if layer is not None and layer not in folder.shape.layers:
-        raise CheckpointError(f"--layer {layer}: accepted: a MoE layer of {path}, {_listed(folder.shape.layers)}")
+        raise UsageError(f"--layer {layer}: accepted: a MoE layer of {path}, {_listed(folder.shape.layers)}")
     with console.status("the experts answer to text"):
         answered = _answered(folder, tokens, console)
     with console.status("the methods walk over the experts"):

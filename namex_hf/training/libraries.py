@@ -5,27 +5,27 @@ from transformers.integrations import get_reporting_integration_callbacks
 from transformers.utils import is_liger_kernel_available
 from trl import SFTConfig
 
-from ..errors import TrainingError
+from ..errors import UsageError
 
 
 def check_libraries(arguments: SFTConfig) -> None:
     """Make what the trainer would make of trackers, optimiser and kernels, as far as no model is needed.
 
     Raises:
-        TrainingError: a library is missing, or a value means nothing to transformers; the message names it.
+        UsageError: a library is missing, or a value means nothing to transformers; the message names it.
     """
     for tracker in arguments.report_to or []:
         try:
             for kind in get_reporting_integration_callbacks([tracker]):
                 kind()
         except Exception as error:  # every tracker's callback raises its own
-            raise TrainingError(f"--report_to {tracker}: {error}") from error
+            raise UsageError(f"--report_to {tracker}: {error}") from error
     try:
         Trainer.get_optimizer_cls_and_kwargs(arguments)
     except ImportError as error:
-        raise TrainingError(f"--optim {arguments.optim.value}: {error}") from error
+        raise UsageError(f"--optim {arguments.optim.value}: {error}") from error
     except ValueError as error:
         if "model" not in str(error):  # else all is there but the model
-            raise TrainingError(f"--optim {arguments.optim.value}: {error}") from error
+            raise UsageError(f"--optim {arguments.optim.value}: {error}") from error
     if arguments.use_liger_kernel and not is_liger_kernel_available():
-        raise TrainingError("--use_liger_kernel needs the library liger-kernel: pip install liger-kernel")
+        raise UsageError("--use_liger_kernel needs the library liger-kernel: pip install liger-kernel")

@@ -15,7 +15,7 @@ from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer import open_tokenizer
-from ..errors import TrainingError
+from ..errors import TrainingError, UsageError
 from ..families import family_of, original_family
 from ..models import load_patched
 from ..patching.added import patched_config
@@ -70,7 +70,7 @@ class Start:
             attention: its implementation, as of `from_pretrained`.
 
         Raises:
-            TrainingError: this implementation needs a library that is missing, or there is none of that name.
+            UsageError: this implementation needs a library that is missing, or there is none of that name.
         """
         config, family = self.checkpoint.config, original_family(self.checkpoint.config)
         if not self.patched:
@@ -83,7 +83,7 @@ class Start:
         except (ImportError, ValueError) as error:
             if attention is None:
                 raise
-            raise TrainingError(f"--attn_implementation {attention}: {error}") from error
+            raise UsageError(f"--attn_implementation {attention}: {error}") from error
 
     def model(self, tokenizer: Any, **options: Any) -> Any:
         """The patched model.

@@ -4,6 +4,7 @@ import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, FamilyError
 from namex_hf.families import family_of
+from namex_hf.progress import ProgressEvent
 
 SEQUENCES, LENGTH = 5, 12
 BATCHES_OF_2 = 2 * LENGTH
@@ -172,6 +174,10 @@ def test_one_batch_of_all_taps_what_the_experts_see_to_the_bit(folder_of: Callab
         assert torch.equal(ours, theirs)
 
 
+def noted(told: list[int], event: ProgressEvent) -> None:
+    told.append(event.amount)
+
+
 @pytest.mark.parametrize(("batch_tokens", "batches"), [(1, [1] * 5), (2 * LENGTH + 1, [2, 2, 1]), (10**6, [5])])
 @pytest.mark.parametrize("case", ["qwen-sliding", "deepseek"])
 def test_batches_do_not_matter(
@@ -180,13 +186,14 @@ def test_batches_do_not_matter(
     folder, ids = folder_of(case), token_ids()
     for index in range(2):
         runs, told = [], []
+        progress = partial(noted, told)
         for tokens in (3 * LENGTH, batch_tokens):
             decoder = decoder_in(folder, batch_tokens=tokens)
             told.clear()
             with decoder.layer(index) as layer:
                 given = decoder.embed(ids)
-                tapped = layer.tap(given, told.append) if layer.is_mixture else None
-                runs.append(vars(tapped) if tapped else {"hidden": layer.forward(given, told.append)})
+                tapped = layer.tap(given, progress) if layer.is_mixture else None
+                runs.append(vars(tapped) if tapped else {"hidden": layer.forward(given, progress)})
         assert told == batches
         for name in runs[0]:
             close(runs[0][name], runs[1][name])

@@ -19,6 +19,7 @@ from namex_hf.checkpoint.identity import hash_weights
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, OutputError
 from namex_hf.files import hash_file
+from namex_hf.progress import ProgressEvent
 
 HASH = "xxh3_128"
 TENSOR = "model.layers.2.mlp.experts.3.up_proj.weight"
@@ -207,8 +208,8 @@ def test_hashes_of_source_and_result(odd: Callable[..., Path], tmp_path: Path, r
 def test_a_source_that_changes_under_the_run(source: Path, tmp_path: Path) -> None:
     """Layers of two models in one folder: refused, and nothing is left."""
 
-    def changing(what: str, done: int, total: int) -> None:
-        if what == "layer 2":
+    def changing(event: ProgressEvent) -> None:
+        if str(event) == "layer 2":
             train(source, "model.norm.weight")
 
     with pytest.raises(CheckpointError, match=r"model-.*\.safetensors was changed while it was read"):
@@ -224,8 +225,8 @@ class Stop(BaseException):
 
 
 def stopped(source: Path, out: Path, recipe: Recipe, what: str, **options: Any) -> None:
-    def stop(said: str, done: int, total: int) -> None:
-        if said == what:
+    def stop(event: ProgressEvent) -> None:
+        if str(event) == what:
             raise Stop
 
     with pytest.raises(Stop):
@@ -273,7 +274,7 @@ def test_an_unfinished_run_of_a_touched_source_goes_on(source: Path, tmp_path: P
     touch(source)
     state = {path.name: path.stat().st_mtime_ns for path in (out / ".namex").glob("layer-*")}
 
-    def look(what: str, done: int, total: int) -> None:
+    def look(event: ProgressEvent) -> None:
         layers.append({path.name: path.stat().st_mtime_ns for path in (out / ".namex").glob("layer-*")})
 
     patch_checkpoint(source, out, progress=look)

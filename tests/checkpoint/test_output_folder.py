@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.errors import OutputError
+from namex_hf.progress import ProgressEvent
 
 GROUPED = Recipe(merge="grouped", experts=3)
 
@@ -123,8 +124,8 @@ def test_two_runs_on_one_folder(source: Path, tmp_path: Path) -> None:
     out, answers = tmp_path / "out", []
     command = [sys.executable, "-c", COMMAND, str(source), "--out", str(out), "--quiet"]
 
-    def meanwhile(what: str, done: int, total: int) -> None:
-        if not answers and what.startswith("layer"):
+    def meanwhile(event: ProgressEvent) -> None:
+        if not answers and str(event).startswith("layer"):
             answers.append(subprocess.run(command, capture_output=True, text=True, check=False))
 
     patch_checkpoint(source, out, progress=meanwhile)
@@ -187,12 +188,12 @@ def test_disk_runs_full(odd, tmp_path: Path, small_disk: Path, recipe: Recipe) -
     source = odd("qwen2_moe", torch.bfloat16, num_hidden_layers=6, tokenizer=True)
     run(source, tmp_path / "undisturbed", recipe, shard_size="20KB")
     steps: list[str] = []
-    patch_checkpoint(source, tmp_path / "counted", recipe, shard_size="20KB", progress=lambda w, d, t: steps.append(w))
+    patch_checkpoint(source, tmp_path / "counted", recipe, shard_size="20KB", progress=lambda e: steps.append(str(e)))
     lot = random.Random(11)
     for number, moment in enumerate([1, *sorted(lot.sample(range(2, len(steps) - 1), 4)), len(steps)]):
         seen = 0
 
-        def filling(what: str, done: int, total: int, moment: int = moment) -> None:
+        def filling(event: ProgressEvent, moment: int = moment) -> None:
             nonlocal seen
             seen += 1
             if seen == moment:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from namex_hf import patch_checkpoint
 from namex_hf.commands import push
+from namex_hf.errors import PublishError
 from namex_hf.hub import checks, client
-from namex_hf.hub.errors import PublishError
 from namex_hf.recipe import Recipe
 from tests.cli.toy import change_config, save_toy
 

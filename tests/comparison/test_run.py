@@ -14,9 +14,10 @@ from namex_hf.comparison.files import as_json
 from namex_hf.comparison.grid import Cell, grid, recipe_files
 from namex_hf.comparison.journal import Journal
 from namex_hf.comparison.measure import tokenizer_of
-from namex_hf.comparison.run import BEGINS, ENDED, FLOOR, KNOWN, ORIGINAL, Event, How, Plan, compare, make_plan_of
+from namex_hf.comparison.run import BEGINS, ENDED, FLOOR, KNOWN, ORIGINAL, How, Plan, compare, make_plan_of
 from namex_hf.comparison.settings import Settings
 from namex_hf.errors import CalibrationError, OutputError, RecipeError
+from namex_hf.progress import ProgressEvent
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import perplexities
 from tests.killing import SERVER, hold_folder
@@ -24,7 +25,7 @@ from tests.killing import SERVER, hold_folder
 SOURCE = "tiny-deepseek"
 
 
-def quiet(event: Event) -> None:
+def quiet(event: ProgressEvent) -> None:
     pass
 
 
@@ -35,10 +36,10 @@ class Heard(list[tuple[str, str]]):
         super().__init__()
         self.out = out
 
-    def __call__(self, event: Event) -> None:
-        if event.what in (BEGINS, KNOWN):
-            self.append((event.label, event.what))
-        if event.what == ENDED and self.out:
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.stage in (BEGINS, KNOWN):
+            self.append((event.model, event.stage))
+        if event.stage == ENDED and self.out:
             assert not list((self.out / "work").iterdir())
 
 
@@ -195,10 +196,10 @@ def test_a_cell_that_fails_is_told_of_and_the_others_go_on(few: Settings, tmp_pa
     killed, stands = cells(experts=[8, 4])
     fails = replace(fails, name="fails")
 
-    def disturb(event: Event) -> None:
-        if event.label == fails.label and event.what == BEGINS:
+    def disturb(event: ProgressEvent) -> None:
+        if event.model == fails.label and event.stage == BEGINS:
             text.unlink()
-        if event.label == killed.label and event.what.startswith("perplexity"):
+        if event.model == killed.label and event.stage.startswith("perplexity"):
             for process in multiprocessing.active_children():
                 process.kill()
 

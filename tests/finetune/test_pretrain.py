@@ -12,7 +12,7 @@ import pytest
 import torch
 from scratch import ROWS, Schedule, balance_loss, mixed_batches, new_model, train
 
-from namex_hf.errors import RecipeError, TrainingError
+from namex_hf.errors import RecipeError, TrainingError, UsageError
 from namex_hf.training.live_blocks import LiveLayer
 
 SCRIPT = Path(__file__).parents[2] / "finetune" / "pretrain.py"
@@ -78,7 +78,7 @@ def test_two_rows_and_two_seeds_in_two_goes(main, tmp_path, capsys):
     ],
 )
 def test_refused(main, tmp_path, arguments, text):
-    with pytest.raises(TrainingError, match=text):
+    with pytest.raises(UsageError, match=text):
         main(["--output_dir", str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
 

@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import PACKAGED
-from namex_hf.errors import CheckpointError, MissingExtraError
+from namex_hf.errors import CheckpointError, MissingExtraError, TaskError
 from namex_hf.harness.candidates import bytes_in, candidates, found
 from namex_hf.harness.checks import check_answers
-from namex_hf.harness.errors import TaskError
 from namex_hf.harness.memory import check_fits, free_bytes
 from namex_hf.harness.tasks import chosen
 from tests.odd_checkpoints import forget_files

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from namex_hf.calibration.sources import PACKAGED as CALIBRATION
-from namex_hf.harness.errors import TaskError
+from namex_hf.errors import TaskError
 from namex_hf.harness.tasks import chosen
 from namex_hf.harness.text import pieces
 

@@ -12,7 +12,7 @@ from huggingface_hub import ModelCard
 
 from namex_hf import patch_checkpoint
 from namex_hf.checkpoint.source import open_checkpoint
-from namex_hf.errors import CheckpointError
+from namex_hf.errors import CheckpointError, UsageError
 from namex_hf.harness.paired import difference
 from namex_hf.harness.report import Model, Score, ZeroShotReport
 from namex_hf.hub.scores import read_evaluation, row_of, with_scores
@@ -133,7 +133,7 @@ def test_a_recipe_that_was_applied_on_the_way(folder: Path, tmp_path: Path):
     pinned = evaluation(stock, replace(row, commit="c" * 40), other)
     assert row_of(pinned, path, folder) == "tiny+full"
     twice = evaluation(replace(row, commit="c" * 40), replace(row, commit="c" * 40, label="again"))
-    with pytest.raises(CheckpointError, match=r"several rows are of .*: tiny\+full, again; --eval-label says which"):
+    with pytest.raises(UsageError, match=r"several rows are of .*: tiny\+full, again; --eval-label says which"):
         row_of(twice, path, folder)
     trained = replace(report_of(folder), training={"steps": 1})
     (folder / "namex/report.json").write_text(trained.to_json())

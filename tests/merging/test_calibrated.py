@@ -205,7 +205,7 @@ def test_errors_fall_from_stage_to_stage() -> None:
     for seed in range(4):
         run = shrinking(3, mixture(seed), length=10 * LENGTH, **FITTED)
         told: list[str] = []
-        run.advance = told.append
+        run.progress = lambda event, told=told: told.append(str(event))
         run.run()
         stages, errors = zip(*(entry.values() for entry in run.record["errors"]), strict=True)
         assert list(stages) == told == ["merged", "router", "down", "router", "down"]
@@ -228,7 +228,7 @@ def test_errors_fall_from_stage_to_stage() -> None:
 def test_stages(how: dict, stages: list[str]) -> None:
     run = shrinking(3, **how)
     told: list[str] = []
-    run.advance = told.append
+    run.progress = lambda event: told.append(str(event))
     run.run()
     assert [entry["stage"] for entry in run.record["errors"]] == stages
     assert [fit["of"] for fit in run.record["fits"]] == [stage for stage in stages if stage in ("router", "layer")]

@@ -427,5 +427,5 @@ def test_progress() -> None:
     """Told at every check."""
     told: list[int] = []
     left = near(3, 0.5)
-    fit_layer(problem(noisy(), check_every=4), *left, 10, 0, told.append)
+    fit_layer(problem(noisy(), check_every=4), *left, 10, 0, lambda event: told.append(event.step))
     assert told == [4, 8, 10]

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.models.modeling_namex_deepseek import SoftDeepseekMoeBlock
+from namex_hf.progress import ProgressEvent
 
 ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
     ("qwen2_moe", torch.bfloat16, {}, {"base": "first"}),
@@ -123,8 +124,8 @@ def test_a_run_that_is_continued_reuses_no_fallback(odd, words: Path, tmp_path: 
     if text:
         fields |= {"merge": "soft", "align": "weights", "calibration_data": str(words), "calibration_tokens": 512}
 
-    def stop(said: str, done: int, total: int) -> None:
-        if said == "layer 1":
+    def stop(event: ProgressEvent) -> None:
+        if str(event) == "layer 1":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -149,7 +149,7 @@ def test_killed_once_it_was_dealt_out(odd, words: Path, tmp_path: Path) -> None:
     process.join()
     assert process.exitcode == -9
     told: list[str] = []
-    patch_checkpoint(source, tmp_path / "out", recipe, progress=lambda what, done, total: told.append(what))
+    patch_checkpoint(source, tmp_path / "out", recipe, progress=lambda event: told.append(str(event)))
     assert not [what for what in told if what.endswith(": measured")]
     assert settled_files(tmp_path / "out") == settled_files(tmp_path / "undisturbed")
 

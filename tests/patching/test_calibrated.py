@@ -33,6 +33,7 @@ from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
 from namex_hf.merging import calibrated as merging
 from namex_hf.patching import on_text
 from namex_hf.patching.text import text_for
+from namex_hf.progress import ProgressEvent
 
 LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
 
@@ -306,7 +307,11 @@ def test_progress_names_layer_and_stage(odd, words: Path, tmp_path: Path) -> Non
     """Long layers are followed stage by stage; bytes grow to those of the model."""
     told: list[tuple[str, int, int]] = []
     source = odd("qwen2_moe", torch.bfloat16, tokenizer=True)
-    patch_checkpoint(source, tmp_path / "out", recipe_on(words, fit="router"), progress=lambda *what: told.append(what))
+
+    def note(event: ProgressEvent) -> None:
+        told.append((str(event), event.done, event.total))
+
+    patch_checkpoint(source, tmp_path / "out", recipe_on(words, fit="router"), progress=note)
     stages = ["read", "merged", "router", "down", "router", "down"]
     wanted = [line for n in (0, 2, 3) for line in (*(f"layer {n}: {stage}" for stage in stages), f"layer {n}")]
     assert [what for what, _, _ in told if what != "checking"] == wanted

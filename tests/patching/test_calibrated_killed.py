@@ -43,7 +43,7 @@ def killed(source: Path, out: Path, recipe: Recipe, what: str, times: int = 1) -
 def layers_made(source: Path, out: Path, recipe: Recipe) -> list[int]:
     """Run in this process to the end; the layers that were read for it."""
     told: list[str] = []
-    patch_checkpoint(source, out, recipe, progress=lambda what, done, total: told.append(what), **OPTIONS)
+    patch_checkpoint(source, out, recipe, progress=lambda event: told.append(str(event)), **OPTIONS)
     assert not (out / ".namex").exists()
     assert not list(out.rglob("*.part"))
     return [int(what.split()[1].rstrip(":")) for what in told if what.endswith(": read")]

@@ -12,6 +12,7 @@ from odd_checkpoints import settled_files
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import OutputError
+from namex_hf.progress import ProgressEvent
 
 SHARD_SIZE = "100KB"
 
@@ -61,8 +62,8 @@ def begun(request: pytest.FixtureRequest, odd: Callable[..., Path], words: Path,
     folder = tmp_path_factory.mktemp("state")
     patch_checkpoint(source, folder / "undisturbed", recipe, shard_size=SHARD_SIZE)
 
-    def stop(said: str, done: int, total: int) -> None:
-        if said == what:
+    def stop(event: ProgressEvent) -> None:
+        if str(event) == what:
             raise Stop
 
     with pytest.raises(Stop):

@@ -14,6 +14,7 @@ from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import RecipeError
 from namex_hf.patching.plan import make_plan
+from namex_hf.progress import ProgressEvent
 
 PLAIN: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {}),
@@ -85,16 +86,14 @@ def test_a_run_that_broke_off_goes_on(odd, words: Path, tmp_path: Path, fields: 
     source, (recipe, _) = odd("deepseek", torch.bfloat16, tokenizer=True, num_hidden_layers=5), recipes(words, **fields)
     patch_checkpoint(source, tmp_path / "undisturbed", recipe, shard_size="4KB")
 
-    def stop(what: str, done: int, total: int) -> None:
-        if what == "layer 2":
+    def stop(event: ProgressEvent) -> None:
+        if str(event) == "layer 2":
             raise Broken
 
     with pytest.raises(Broken):
         patch_checkpoint(source, tmp_path / "out", recipe, shard_size="4KB", progress=stop)
     told: list[str] = []
-    patch_checkpoint(
-        source, tmp_path / "out", recipe, shard_size="4KB", progress=lambda what, done, total: told.append(what)
-    )
+    patch_checkpoint(source, tmp_path / "out", recipe, shard_size="4KB", progress=lambda event: told.append(str(event)))
     assert "layer 3" in told
     assert settled_files(tmp_path / "out") == settled_files(tmp_path / "undisturbed")
     layers = json.loads((tmp_path / "out" / "namex" / "report.json").read_text())["layers"]

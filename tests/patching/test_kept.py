@@ -42,6 +42,7 @@ from namex_hf.patching import blocks as patched_blocks
 from namex_hf.patching.patch import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
+from namex_hf.progress import ProgressEvent
 from tests.patching.test_calibrated import block_inputs, block_output, live, load, logits, refused
 from tests.patching.test_killed import TRIES, is_clean, is_no_model
 
@@ -452,7 +453,11 @@ def test_progress_names_layer_and_stage(odd, words: Path, tmp_path: Path, fields
     """Long layers are followed stage by stage; bytes grow to those of the model, read and then copied."""
     told: list[tuple[str, int, int]] = []
     source = odd("qwen2_moe", torch.bfloat16, tokenizer=True)
-    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **fields), progress=lambda *what: told.append(what))
+
+    def note(event: ProgressEvent) -> None:
+        told.append((str(event), event.done, event.total))
+
+    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **fields), progress=note)
     wanted = [
         line for n in (0, 2, 3) for line in (*(f"layer {n}: {stage}" for stage in ("read", *stages)), f"layer {n}")
     ]
@@ -517,7 +522,7 @@ def killed(source: Path, out: Path, recipe: Recipe, what: str, times: int = 1) -
 def layers_made(source: Path, out: Path, recipe: Recipe) -> list[int]:
     """Run in this process to the end; the layers that were read for it."""
     told: list[str] = []
-    patch_checkpoint(source, out, recipe, progress=lambda what, done, total: told.append(what), **OPTIONS)
+    patch_checkpoint(source, out, recipe, progress=lambda event: told.append(str(event)), **OPTIONS)
     is_clean(out)
     return [int(what.split()[1].rstrip(":")) for what in told if what.endswith(": read")]
 

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from namex_hf import Recipe, load_patched
 from namex_hf.commands import patch
 from namex_hf.errors import CheckpointError
+from namex_hf.progress import ProgressEvent
 
 TRIES = 5
 
@@ -134,7 +135,7 @@ def _stopping(last: int) -> Callable[..., None]:
     return counting
 
 
-def _stop(what: str, done: int, total: int) -> None:
+def _stop(event: ProgressEvent) -> None:
     raise StopIteration
 
 

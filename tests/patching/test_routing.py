@@ -600,7 +600,7 @@ def test_killed_again_and_again(long_checkpoint: Path, words: Path, tmp_path: Pa
         killed(long_checkpoint, out, recipe, what, times)
     whole = {path.name: path.stat().st_mtime_ns for path in out.glob("model-*.safetensors")}
     told: list[str] = []
-    patch_checkpoint(long_checkpoint, out, recipe, progress=lambda what, done, total: told.append(what), **OPTIONS)
+    patch_checkpoint(long_checkpoint, out, recipe, progress=lambda event: told.append(str(event)), **OPTIONS)
     assert [int(what.split()[1].rstrip(":")) for what in told if what.endswith(": read")] == left
     is_clean(out)
     wanted = settled_files(tmp_path / "undisturbed")
