@@ -20,7 +20,7 @@ from torch.nn.functional import silu
 from namex_hf.errors import RecipeError
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.members import Members, gather, merge_members
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 from namex_hf.merging.weightings import ExpertStatistics
 from namex_hf.recipe import Grouped, Recipe
 
@@ -34,7 +34,7 @@ ALIGN, CURVATURE, POWER = (
 )
 
 
-def group(experts, numbers=(4, 1, 2), align: str = "none", routing: Routing = ROUTING, inputs=INPUTS) -> Members:
+def group(experts, numbers=(4, 1, 2), align: str = "none", routing: TokenRouting = ROUTING, inputs=INPUTS) -> Members:
     count = len(experts["gate_proj"])
     usage, saliency = usage64(routing, count), saliency64(INPUTS, routing, experts)
     statistics = ExpertStatistics(*(torch.from_numpy(amount[list(numbers)]) for amount in (usage, saliency)))

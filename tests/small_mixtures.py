@@ -7,7 +7,7 @@ import torch
 from float64_reference import double
 
 from namex_hf.merging.experts import PROJECTIONS, ExpertWeights
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 
 HIDDEN, WIDTH = 6, 5
 
@@ -32,11 +32,11 @@ def random_tokens(count: int, seed: int) -> torch.Tensor:
     return torch.randn(count, HIDDEN, generator=draws(10_000 + seed))
 
 
-def random_routing(tokens: int, experts: int, top_k: int, seed: int) -> Routing:
+def random_routing(tokens: int, experts: int, top_k: int, seed: int) -> TokenRouting:
     """Gate values from 0.1 to 1.1, in no order."""
     draw = draws(20_000 + seed)
     index = torch.rand(tokens, experts, generator=draw).argsort(1)[:, :top_k]
-    return Routing(index, 0.1 + torch.rand(tokens, top_k, generator=draw))
+    return TokenRouting(index, 0.1 + torch.rand(tokens, top_k, generator=draw))
 
 
 def expert_at(experts: Mapping[str, torch.Tensor], number: int) -> ExpertWeights:
@@ -60,7 +60,7 @@ def shared64(inputs: torch.Tensor, shared: Mapping[str, torch.Tensor]) -> np.nda
     return given / (1 + np.exp(-double(inputs) @ double(shared["gate"]).T)) if "gate" in shared else given
 
 
-def gates64(routing: Routing, experts: int) -> np.ndarray:
+def gates64(routing: TokenRouting, experts: int) -> np.ndarray:
     """Gate values ``[tokens, N]``, 0 beyond the top-k."""
     gates = np.zeros((len(routing.index), experts))
     for token, (numbers, values) in enumerate(zip(routing.index.tolist(), routing.value.tolist(), strict=True)):
@@ -68,17 +68,17 @@ def gates64(routing: Routing, experts: int) -> np.ndarray:
     return gates
 
 
-def output64(inputs: torch.Tensor, routing: Routing, experts: Mapping[str, torch.Tensor]) -> np.ndarray:
+def output64(inputs: torch.Tensor, routing: TokenRouting, experts: Mapping[str, torch.Tensor]) -> np.ndarray:
     """The routed output, ``[tokens, hidden]``."""
     return np.einsum("tn,tnh->th", gates64(routing, len(experts["gate_proj"])), answers64(inputs, experts))
 
 
-def usage64(routing: Routing, experts: int) -> np.ndarray:
+def usage64(routing: TokenRouting, experts: int) -> np.ndarray:
     """Tokens that every expert received, ``[N]``."""
     return (gates64(routing, experts) > 0).sum(0).astype(float)
 
 
-def saliency64(inputs: torch.Tensor, routing: Routing, experts: Mapping[str, torch.Tensor]) -> np.ndarray:
+def saliency64(inputs: torch.Tensor, routing: TokenRouting, experts: Mapping[str, torch.Tensor]) -> np.ndarray:
     """Mean over an expert's tokens of gate value times norm of its answer, ``[N]``; 0 of one without tokens."""
     gates = gates64(routing, len(experts["gate_proj"]))
     added = (gates * np.linalg.norm(answers64(inputs, experts), axis=2)).sum(0)

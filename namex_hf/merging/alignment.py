@@ -10,7 +10,7 @@ from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
 from .experts import Expert, Experts, ExpertWeights, NotFiniteError
-from .routing import Activation, Routing, neurons
+from .routing import Activation, TokenRouting, neurons
 
 ALIGNMENT_TOKENS = 4096
 
@@ -25,7 +25,7 @@ def permuted(expert: Expert, order: torch.Tensor) -> Expert:
 
 
 def permuted_matrix(name: str, matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """One of `permuted`, by the name of its projection."""
+    """One tensor of `permuted`, by its name."""
     if name == "down_proj.bias":
         return matrix
     return matrix[:, order] if name == "down_proj" else matrix[order]
@@ -68,15 +68,15 @@ def _assignment(likeness: torch.Tensor) -> torch.Tensor:
 
 
 def layer_orders(
-    experts: Experts, align: str, inputs: torch.Tensor, routing: Routing, activation: Activation
+    experts: Experts, align: str, inputs: torch.Tensor, routing: TokenRouting, activation: Activation
 ) -> torch.Tensor:
-    """Orders of all experts of a layer that fit its most used one best, int64 ``[experts, width]`` on the CPU.
+    """Orders of neurons of all experts of a layer, to match the most used one, int64 ``[experts, width]`` on the CPU.
 
     Args:
         align: ``none``, ``weights``, ``activations``.
         inputs: float32 ``[tokens, hidden]``; of these `ALIGNMENT_TOKENS` at most are taken.
 
-    Memory: two experts in float32, and what they answer to those tokens.
+    Memory: two experts in float32, and their activations on those tokens.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.

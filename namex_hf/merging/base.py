@@ -1,4 +1,4 @@
-"""The base expert that a layer itself gives: of the first MoE layer, or of every one (CAMEx)."""
+"""The base expert from a layer's own experts: in the first MoE layer, or in every one (CAMEx)."""
 
 from collections.abc import Callable, Mapping
 
@@ -15,7 +15,7 @@ def own_base(
 
     Args:
         experts: of the layer.
-        shared: reads the layer's shared expert, where it is asked for.
+        shared: reads the layer's shared expert; called for ``base: shared`` only.
         width: of a routed expert.
     """
     if choice.base == "mean":

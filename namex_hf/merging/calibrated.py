@@ -1,7 +1,7 @@
 """A layer with fewer experts, merged on its activations on calibration text."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -19,7 +19,7 @@ from .moe_layer import MoELayer, Text
 from .record import cosines
 from .refit import refit_downs
 from .router_fit import RouterProblem, fit_router, output_products
-from .routing import Routing, expert_output, shared_expert_output
+from .routing import TokenRouting, expert_output, shared_expert_output
 from .settings import DEFAULTS, FitSettings
 from .weightings import ExpertStatistics
 
@@ -65,20 +65,19 @@ class Shrinking:
         Raises:
             NotFiniteError: an expert holds NaN or infinity.
         """
-        source, text, count = self.source, self.text, len(self.source.router)
-        self.gram = grams(source.experts, source.experts.zeros(), "expert", text.inputs.device)[0]
-        self.record |= {"usage": text.routing.count(count).tolist(), "mass": self.mass.tolist(), "games": []}
+        routing, count = self.text.routing, len(self.source.router)
+        self.gram = grams(self.source.experts, self.source.experts.zeros(), "expert", self.text.inputs.device)[0]
+        self.record |= {"usage": routing.count(count).tolist(), "mass": self.mass.tolist(), "games": []}
         if self.merge.experts == count:
-            return source, self.target
+            return self.source, self.target
         self.groups = self.find_groups()
         self.record |= {"groups": [list(group) for group in self.groups], "errors": [], "fits": []}
         if self.merge.operator == "keep":
             self.groups = tuple((max(group, key=self.pruning_score),) for group in self.groups)
             self.record["kept"] = [group[0] for group in self.groups]
-        top_k = min(source.top_k, self.merge.experts)
-        self.result = MoELayer(
-            self.initial_experts(), self.average_rows(), top_k, source.renormalises, source.activation
-        )
+        top_k = min(self.source.top_k, self.merge.experts)
+        # The source gets no local name here, so that `fit_all` can free its experts.
+        self.result = replace(self.source, experts=self.initial_experts(), router=self.average_rows(), top_k=top_k)
         output = self.record_error("merged", self.output())
         for _ in range(self.settings.rounds if self.fit != "none" and self.merge.down == "refit" else 1):
             if self.fit != "none" and self.merge.experts > 1:  # one expert has all the mass whatever its row
@@ -191,7 +190,7 @@ class Shrinking:
             if len(group) == 1:
                 continue
             ranked = tuple(sorted(group, key=lambda number: -float(self.mass[number])))
-            routing = Routing(text.routing.index, text.routing.value * self.weight[:, None])
+            routing = TokenRouting(text.routing.index, text.routing.value * self.weight[:, None])
             own, align = self.statistics.subset(ranked), merge.curvature.align
             members = gather(source.experts, ranked, text.inputs, routing, source.activation, align, own)
             merged, games = merge_members(members, merge)

@@ -1,4 +1,4 @@
-"""One expert out of a group, and one router row out of its rows."""
+"""The merge of a group: one expert, and one router row."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,31 +17,31 @@ def shares(
 ) -> Weights:
     """Weights of the members of one group, on the simplex, the base included.
 
-    The game is played around the group's first member, which is its base: its own domain vector is zero, so it has no
-    stake and the bargain gives it nothing. It keeps the share 1/n that it has in a plain mean, and the others divide
-    the rest by the bargain. Otherwise a group of two would be its second member. A game without agreement falls back
-    to uniform weights, recorded as ``uniform_fallback``.
+    The group's first member is the base of the game: its own domain vector is zero, so it has no stake and the bargain
+    gives it nothing. It gets the share 1/n of a plain mean, and the others divide the rest by the bargain. Otherwise a
+    group of two would become its second member. A game without agreement falls back to uniform weights, recorded as
+    ``uniform_fallback``.
 
     Args:
         gram: float64 ``[games, n, n]`` of the members' domain vectors around the first.
-        statistics: where calibration text tells.
+        statistics: None without calibration text.
     """
     weighting = merge.weights_by or "uniform"
-    found = WEIGHTINGS[weighting](gram, merge.game, precision, statistics)
+    solution = WEIGHTINGS[weighting](gram, merge.game, precision, statistics)
     if weighting != "nash":
-        return found
+        return solution
     size = gram.shape[-1]
-    values, status = found.values * (size - 1) / size, list(found.status)
+    values, status = solution.values * (size - 1) / size, list(solution.status)
     values[:, 0] += 1 / size
-    for index, word in enumerate(found.status):
+    for index, word in enumerate(solution.status):
         if word != "agreement":
             values[index], status[index] = 1 / size, FALLBACK
-    return Weights(values, tuple(status), found.residual, found.iterations)
+    return Weights(values, tuple(status), solution.residual, solution.iterations)
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group whose game has been played."""
+    """The members of a group, and their shares."""
 
     members: tuple[int, ...]
     shares: torch.Tensor  # float64 [games, n]
@@ -49,7 +49,7 @@ class Group:
 
 
 def play(experts: Experts, members: tuple[int, ...], merge: Grouped, device: str) -> Group:
-    """Settle the shares of one group's members. A group of one plays no game.
+    """The shares of one group's members by their game. A group of one plays no game.
 
     Raises:
         NotFiniteError: a member holds NaN or infinity.
@@ -73,7 +73,7 @@ def merged_expert(experts: Experts, group: Group, merge: Grouped, device: str, f
     Memory: the expert, and chunks.
     """
     if len(group.members) == 1:
-        # A copy: the layer's own memory may be filled again while this one waits to be written.
+        # A copy: the layer's memory may be filled again before this expert is written.
         return experts.expert(group.members[0]).map(torch.clone)
     inside, of_game = experts.subset(group.members), by_projection(group.shares, merge.game.granularity)
 

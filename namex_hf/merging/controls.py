@@ -1,4 +1,4 @@
-"""Experts that know nothing of a layer's routed ones: where a fit may begin, to tell what a merge contributes to it."""
+"""Control initialisations: experts without information about the routed ones, to measure what a merge contributes."""
 
 from collections.abc import Mapping
 

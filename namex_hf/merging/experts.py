@@ -1,4 +1,4 @@
-"""Tensors of a layer's experts, and the games that are played over them."""
+"""The matrices of experts, and the sums over a layer's experts that games and merges need."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class ExpertWeights(Mapping[str, T_co]):
     One expert: gate and up ``[width, hidden]``, down ``[hidden, width]``, biases ``[rows]``. A layer: N of each.
     """
 
-    gate: T_co | None  # None: the activation function acts on what up gives
+    gate: T_co | None  # None: the neurons are the activation of up alone
     up: T_co
     down: T_co
     gate_bias: T_co | None = None
@@ -44,10 +44,10 @@ class ExpertWeights(Mapping[str, T_co]):
         return ExpertWeights(**fields)
 
     def __getitem__(self, name: str) -> T_co:
-        held: T_co | None = getattr(self, FIELDS[name])
-        if held is None:
+        value: T_co | None = getattr(self, FIELDS[name])
+        if value is None:
             raise KeyError(name)
-        return held
+        return value
 
     def __iter__(self) -> Iterator[str]:
         return (name for name, field in FIELDS.items() if getattr(self, field) is not None)
@@ -99,7 +99,7 @@ Experts = ExpertWeights[Matrices]
 
 
 class NotFiniteError(NamexError):
-    """An expert's matrix holds NaN or infinity; the caller, who knows names, says which tensor that is."""
+    """An expert's matrix holds NaN or infinity. Callers that know the tensor's name add it."""
 
     def __init__(self, expert: int, projection: str):
         super().__init__(f"expert {expert}: {projection} holds NaN or infinite values; finite weights are needed")
@@ -107,20 +107,20 @@ class NotFiniteError(NamexError):
 
 
 def games_of(granularity: str) -> tuple[tuple[str, ...], ...]:
-    """The projections that bargain together: one game a matrix, or one a whole expert."""
+    """The projections of each game: one game a matrix, or one for the whole expert."""
     return (PROJECTIONS,) if granularity == "expert" else tuple((name,) for name in PROJECTIONS)
 
 
 def by_projection(values: torch.Tensor, granularity: str) -> dict[str, torch.Tensor]:
-    """Of values ``[games, ...]`` those of the game that a projection takes part in."""
+    """Of values ``[games, ...]`` the row of every projection's game."""
     return {name: values[index] for index, game in enumerate(games_of(granularity)) for name in game}
 
 
 def each_projection(make: Callable[[str], torch.Tensor], names: Iterable[str] = PROJECTIONS) -> Expert:
-    """``make`` of gate, up and down, side by side: torch's own threads split a chunk less well than three matrices."""
+    """``make`` of gate, up and down, a thread each: torch itself splits a chunk less well than three matrices."""
     with ThreadPoolExecutor(len(PROJECTIONS)) as pool:
-        made = {name: pool.submit(make, name) for name in names}
-        return ExpertWeights.of(lambda name: made[name].result(), made)
+        results = {name: pool.submit(make, name) for name in names}
+        return ExpertWeights.of(lambda name: results[name].result(), results)
 
 
 def grams(experts: Experts, base: Expert, granularity: str, device: str | torch.device = "cpu") -> torch.Tensor:
@@ -193,7 +193,7 @@ def weighted_step(
 
     Memory: that buffer, a chunk of every expert, beyond the result.
     """
-    players = weights.nonzero().flatten().tolist()  # those without weight are not read
+    players = weights.nonzero().flatten().tolist()  # the others are not read
     centre = base.flatten()
     step = torch.zeros_like(centre)
     if not players:

@@ -1,4 +1,4 @@
-"""A whole layer with fewer experts."""
+"""A layer with fewer experts, without calibration text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from .record import cosines
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What a layer becomes. Experts are made when they are asked for: none is held here but the layer's own."""
+    """A layer with fewer experts. They are merged on demand: only the experts of the original are held."""
 
     source: Experts
     groups: list[Group]
@@ -39,7 +39,7 @@ def merge_layer(layer: MoELayer, norm: torch.Tensor, merge: Grouped, seed: int, 
         layer: the original. Router rows are averaged within the groups.
         norm: ``[hidden]``, the weight of the norm before the router.
 
-    Memory: nothing but what the games need; experts are merged on demand.
+    Memory: that of the games; experts are merged on demand.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.

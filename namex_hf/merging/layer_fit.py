@@ -32,20 +32,20 @@ class Problem:
         weighted = self.weight[tokens].square() * self.target[tokens].square().sum(1)
         return weighted.sum().clamp(min=torch.finfo(torch.float32).tiny)  # experts may be zero
 
-    def missed(self, tokens: torch.Tensor, layer: "Trained") -> torch.Tensor:
+    def missed(self, tokens: torch.Tensor, layer: "FitParameters") -> torch.Tensor:
         """The sum of weighted squares."""
         error = layer.output(self.inputs[tokens], self) - self.target[tokens]
         return (self.weight[tokens].square() * error.square().sum(1)).sum()
 
     @torch.no_grad()
-    def error(self, tokens: torch.Tensor, layer: "Trained") -> float:
+    def error(self, tokens: torch.Tensor, layer: "FitParameters") -> float:
         missed = torch.stack([self.missed(some, layer) for some in tokens.split(self.settings.batch)]).sum()
         return float(missed / self.energy(tokens))
 
 
 @dataclass(frozen=True)
-class Trained:
-    """The parameters of a fit, in float32: a matrix of its own an expert and projection, and the router's rows."""
+class FitParameters:
+    """The parameters of a fit, in float32: the experts' matrices, the router's rows, the shared expert."""
 
     experts: Experts
     router: torch.Tensor  # [K, hidden]
@@ -54,7 +54,7 @@ class Trained:
     @classmethod
     def of(
         cls, experts: Experts, router: torch.Tensor, shared: Mapping[str, torch.Tensor], like: torch.Tensor
-    ) -> "Trained":
+    ) -> "FitParameters":
         def leaf(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.detach().to(like, copy=True).requires_grad_()
 
@@ -73,14 +73,14 @@ class Trained:
         for number in range(len(self.router)):
             token = gates[:, number].nonzero()[:, 0]
             if len(token):
-                output_of = expert_output(inputs[token], self.experts.expert(number), problem.activation)
-                output = output.index_add(0, token, gates[token, number, None] * output_of)
+                expert_outputs = expert_output(inputs[token], self.experts.expert(number), problem.activation)
+                output = output.index_add(0, token, gates[token, number, None] * expert_outputs)
         return output
 
 
 @dataclass(frozen=True)
 class LayerFit:
-    """How a fit went. Errors are relative to the energy of the target, on tokens held out."""
+    """The result of a fit. Errors are relative to the energy of the target, on tokens held out."""
 
     before: float
     after: float
@@ -99,7 +99,7 @@ def fit_layer(
 ) -> LayerFit:
     """Adafactor with a first moment (Shazeer & Stern 2018) on the squared error, cosine schedule, early stopping.
 
-    The layer that is best on the held-out tokens is left in what was given, the start where none is better.
+    The arguments end as the layer with the least error on the held-out tokens, which may be the start.
     Deterministic: batches are drawn by a generator of their own.
 
     Args:
@@ -109,12 +109,12 @@ def fit_layer(
             experts alone.
         progress: called after every check of the held-out tokens.
 
-    Memory: parameters and first moments, each as large as ``experts`` and ``shared`` in float32 (the second moments are
+    Memory: parameters and first moments, each as large as ``experts`` and ``shared`` in float32 (second moments are
     a row and a column a matrix), the gradient of one matrix, and a batch of tokens through top-k experts and
     the shared one.
     """
     settings = problem.settings
-    layer = Trained.of(experts, router, shared, problem.inputs)
+    layer = FitParameters.of(experts, router, shared, problem.inputs)
     descent = Descent(layer.parameters(), steps, settings)
     fitted, checked = (~problem.held_out).nonzero()[:, 0], problem.held_out.nonzero()[:, 0]
     checked = checked[:: max(1, len(checked) // settings.checked_tokens)]
@@ -154,7 +154,7 @@ class Descent:
         self.hooks = [parameter.register_post_accumulate_grad_hook(self._take) for parameter in parameters]
 
     def release(self) -> None:
-        """Let go of the parameters: no garbage collection finds the way from one through its hook and back."""
+        """Remove the hooks: garbage collection does not find the cycle from a parameter through its hook and back."""
         for hook in self.hooks:
             hook.remove()
 
@@ -177,7 +177,7 @@ def _batches(tokens: torch.Tensor, size: int, seed: int) -> Iterator[torch.Tenso
         yield from tokens[torch.randperm(len(tokens), generator=draw).to(tokens.device)].split(size)
 
 
-def _copy(layer: Trained, experts: Experts, router: torch.Tensor, shared: Mapping[str, torch.Tensor]) -> None:
+def _copy(layer: FitParameters, experts: Experts, router: torch.Tensor, shared: Mapping[str, torch.Tensor]) -> None:
     for number in range(experts.count):
         experts.set_expert(number, layer.experts.expert(number).map(torch.Tensor.detach))
     router.copy_(layer.router.detach())

@@ -1,4 +1,4 @@
-"""One group of experts on the text of its tokens: aligned, weighed, and made one under its curvature."""
+"""The merge of one group on calibration text: neurons aligned, members weighted, averaged under their curvature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,18 +12,18 @@ from .combine import shares
 from .curvature import CurvedSum, second_moment
 from .experts import Expert, Experts, ExpertWeights, by_projection, grams, weighted_sum
 from .record import game_records
-from .routing import Activation, Routing, neurons
+from .routing import Activation, TokenRouting, neurons
 from .weightings import ExpertStatistics
 
 
 @dataclass(frozen=True)
 class Members:
-    """A group's experts, the most used first, in the order of that one's neurons."""
+    """A group's experts, the most used first; the others have their neurons in its order."""
 
     numbers: tuple[int, ...]
     matrices: Expert  # of all of them, stacked, in the experts' dtype
-    inputs: torch.Tensor  # float32 [tokens, hidden], the layer's
-    routing: Routing
+    inputs: torch.Tensor  # float32 [tokens, hidden], of the layer
+    routing: TokenRouting
     activation: Activation
     statistics: ExpertStatistics
 
@@ -44,12 +44,12 @@ def gather(
     experts: Experts,
     numbers: tuple[int, ...],
     inputs: torch.Tensor,
-    routing: Routing,
+    routing: TokenRouting,
     activation: Activation,
     align: str,
     statistics: ExpertStatistics,
 ) -> Members:
-    """Bring a group's experts into one order of neurons, that of the first.
+    """Copies of a group's experts with their neurons in one order, that of the first.
 
     Args:
         statistics: of the group's experts, in the order of ``numbers``.
@@ -73,7 +73,7 @@ def gather(
 
 
 def merge_members(members: Members, merge: Grouped) -> tuple[Expert, list[dict[str, Any]]]:
-    """The one expert of a group, in the experts' dtype, and what is written down about its games.
+    """The one expert of a group, in the experts' dtype, and the record of its games.
 
     Memory: float64 sums of one matrix and one second moment.
     """
@@ -82,7 +82,7 @@ def merge_members(members: Members, merge: Grouped) -> tuple[Expert, list[dict[s
         matrices = members.matrices
         return ExpertWeights.of(lambda name: weighted_sum(matrices[name], weights[name]), matrices), record
     merged: dict[str, torch.Tensor] = {}
-    for names in (("gate_proj", "up_proj"), ("down_proj",)):  # gate and up see the same inputs
+    for names in (("gate_proj", "up_proj"), ("down_proj",)):  # gate and up have the same inputs
         sums = {name: CurvedSum(merge.curvature.kind == "diagonal", merge.curvature.ridge) for name in names}
         for place in range(len(members.numbers)):
             expert, moment = members.expert(place), members.moment(place, names[0])
@@ -92,18 +92,17 @@ def merge_members(members: Members, merge: Grouped) -> tuple[Expert, list[dict[s
     return ExpertWeights.of(merged.__getitem__, merged), record
 
 
-Weighed = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
-"""Weights ``[n]`` by projection that sum to 1, and the record of the games they come from."""
+GroupWeights = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
+"""Weights ``[n]`` by projection, which sum to 1, and the record of their games."""
 
 
-def by_weights(members: Members, merge: Grouped) -> Weighed:
-    """The game over the members' weights as they are: Gram matrices of the domain vectors around the first."""
+def by_weights(members: Members, merge: Grouped) -> GroupWeights:
+    """The game over the members' matrices themselves: Gram matrices of the domain vectors around the first."""
     granularity, matrices = merge.game.granularity, members.matrices
     gram = grams(matrices, matrices.expert(0), granularity, members.inputs.device)
-    settled = shares(gram, merge, matrices.dtype, members.statistics)
-    return by_projection(settled.values, granularity), game_records(gram, settled, granularity)
+    weights = shares(gram, merge, matrices.dtype, members.statistics)
+    return by_projection(weights.values, granularity), game_records(gram, weights, granularity)
 
 
-Settle = Callable[[Members, Grouped], Weighed]
-GAMES: dict[str, Settle] = {"euclidean": by_weights}
-"""How the shares of a group's members are settled, by the recipe's ``metric``. An experiment adds its own here."""
+GAMES: dict[str, Callable[[Members, Grouped], GroupWeights]] = {"euclidean": by_weights}
+"""Functions for the shares of a group's members, by the recipe's ``metric``. An experiment adds its own here."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .experts import Expert, Experts, ExpertWeights
-from .routing import Activation, Routing, gate_values, route, routed_output
+from .routing import Activation, TokenRouting, gate_values, route, routed_output
 
 
 @dataclass(frozen=True)
@@ -30,18 +30,16 @@ class MoELayer:
         """A copy without the experts, so that the caller can free them."""
         return replace(self, experts=ExpertWeights(None, (), ()))
 
-    def route(self, inputs: torch.Tensor) -> Routing:
+    def route(self, inputs: torch.Tensor) -> TokenRouting:
         return route(inputs, self.router.to(inputs), self.top_k, self.renormalises)
 
     def gates(self, inputs: torch.Tensor) -> torch.Tensor:
         """Gate values ``[tokens, N]``, zero beyond the top-k."""
         return gate_values(inputs, self.router.to(inputs), self.top_k, self.renormalises)
 
-    def output(self, inputs: torch.Tensor, routing: Routing) -> torch.Tensor:
+    def output(self, inputs: torch.Tensor, routing: TokenRouting) -> torch.Tensor:
         """The routed output, float32 ``[tokens, hidden]``."""
-        return routed_output(
-            inputs, routing, len(self.router), lambda number: self.expert(number, inputs), self.activation
-        )
+        return routed_output(inputs, routing, self.experts, self.activation)
 
 
 @dataclass(frozen=True)
@@ -49,7 +47,7 @@ class Text:
     """What a layer receives on calibration text, and what its output is to be."""
 
     inputs: torch.Tensor  # float32 [tokens, hidden]
-    routing: Routing  # by the layer's own router
+    routing: TokenRouting  # by the layer's own router
     sequences: int  # of equal length, one after the other
     held_out: torch.Tensor  # bool [sequences]: not for the fits by steps, but for choosing among them
     target: torch.Tensor | None = None  # float32 [tokens, hidden]; None: the layer's own routed output

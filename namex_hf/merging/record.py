@@ -1,4 +1,4 @@
-"""What is written down about a merge: everything here follows from Gram matrices and weights alone."""
+"""The record of a merge: plain values that follow from Gram matrices and weights alone."""
 
 import math
 from typing import Any
@@ -16,38 +16,34 @@ KEYS = (
 """Of a game's record, in this order."""
 
 
-def game_records(grams: torch.Tensor, weights: Weights, granularity: str) -> list[dict[str, Any]]:
+def game_records(grams: torch.Tensor, weights: Weights | None, granularity: str) -> list[dict[str, Any]]:
     """The games of one layer, as plain values.
 
     Args:
         grams: float64 ``[games, N, N]`` of the games' domain vectors.
+        weights: None where the layer keeps its own base, so that there is no game and no step.
     """
-    return [_game_record(game, grams[index], weights, index) for index, game in enumerate(games_of(granularity))]
+    records = []
+    for index, (game, gram) in enumerate(zip(games_of(granularity), grams, strict=True)):
+        norms = gram.diagonal().sqrt().tolist()
+        records.append(dict.fromkeys(KEYS) | {"projections": list(game), "status": "own_base", "norms": norms})
+        if weights is not None:
+            records[-1] |= _solution(gram, weights, index)
+    return records
 
 
-def _game_record(game: tuple[str, ...], gram: torch.Tensor, weights: Weights, index: int) -> dict[str, Any]:
+def _solution(gram: torch.Tensor, weights: Weights, index: int) -> dict[str, Any]:
     values = weights.values[index]
     active = values[values > 0]
     return {
-        "projections": list(game),
         "weights": values.tolist(),
         "status": weights.status[index],
         "residual": weights.residual[index],
         "newton_steps": weights.iterations[index],
         "spread": float(active.std(correction=0) / active.mean()) if len(active) else 0.0,
-        "norms": gram.diagonal().sqrt().tolist(),
         "step_norm": math.sqrt(max(0.0, float(values @ gram @ values))),
         "cosine_to_mean": cosine_to_mean(gram, values),
     }
-
-
-def own_base_records(grams: torch.Tensor, granularity: str) -> list[dict[str, Any]]:
-    """`game_records` of a layer that keeps its own base: no game, no weights, no step."""
-    return [
-        dict.fromkeys(KEYS)
-        | {"projections": list(game), "status": "own_base", "norms": gram.diagonal().sqrt().tolist()}
-        for game, gram in zip(games_of(granularity), grams, strict=True)
-    ]
 
 
 def cosine_to_mean(gram: torch.Tensor, weights: torch.Tensor) -> float | None:

@@ -6,15 +6,14 @@ so the best down is a least-squares problem.
 """
 
 import torch
+from torch import Tensor
 
 from .curvature import with_ridge
 from .moe_layer import MoELayer
-from .routing import Routing, neurons
+from .routing import TokenRouting, neurons
 
 
-def refitted_down(
-    down: torch.Tensor, activations: torch.Tensor, target: torch.Tensor, weight: torch.Tensor, ridge: float
-) -> torch.Tensor:
+def refitted_down(down: Tensor, activations: Tensor, target: Tensor, weight: Tensor, ridge: float) -> Tensor:
     """The D that makes ``sum_t w_t^2 |D h_t - y_t|^2 + ridge |D - down|^2`` least, float64.
 
     Args:
@@ -34,14 +33,8 @@ def refitted_down(
 
 
 def refit_downs(
-    layer: MoELayer,
-    inputs: torch.Tensor,
-    routing: Routing,
-    target: torch.Tensor,
-    weight: torch.Tensor,
-    ridge: float,
-    sweeps: int,
-) -> torch.Tensor:
+    layer: MoELayer, inputs: Tensor, routing: TokenRouting, target: Tensor, weight: Tensor, ridge: float, sweeps: int
+) -> Tensor:
     """Fit all downs of a layer to its target in place, each expert to what the others leave over.
 
     ``sum_t w_t^2 |sum_k g_tk D_k h_tk - y_t|^2`` is least squares in all D_k together. This is block coordinate descent

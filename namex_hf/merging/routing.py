@@ -5,13 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .experts import Expert, ExpertWeights
+from .experts import Expert, Experts, ExpertWeights
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Routing:
+class TokenRouting:
     """Where a layer's tokens went."""
 
     index: torch.Tensor  # int64 [tokens, top_k]
@@ -32,7 +32,7 @@ class Routing:
         return sums.index_add_(0, self.index.flatten(), self.value.flatten().double())
 
 
-def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> Routing:
+def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> TokenRouting:
     """Softmax over the experts, then the top-k values, as Qwen2-MoE and DeepSeek-MoE have it.
 
     Args:
@@ -41,7 +41,7 @@ def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: 
         renormalises: whether the top-k values are scaled to sum to 1.
     """
     value, index = (inputs @ router.float().T).softmax(-1).topk(top_k, dim=-1)
-    return Routing(index, value / value.sum(-1, keepdim=True) if renormalises else value)
+    return TokenRouting(index, value / value.sum(-1, keepdim=True) if renormalises else value)
 
 
 def gate_values(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> torch.Tensor:
@@ -80,22 +80,16 @@ def shared_expert_output(
 
 
 def routed_output(
-    inputs: torch.Tensor,
-    routing: Routing,
-    experts: int,
-    expert: Callable[[int], Expert],
-    activation: Activation,
+    inputs: torch.Tensor, routing: TokenRouting, experts: Experts, activation: Activation
 ) -> torch.Tensor:
     """``sum_topk s_i f_i(x)``, float32 ``[tokens, hidden]``.
 
-    Memory: beyond the result one expert in float32, and its tokens three times.
-
-    Args:
-        expert: the float32 matrices of one expert, asked for once each, and only of those that have tokens.
+    Memory: beyond the result one expert in float32, and its tokens three times. Experts without tokens are not read.
     """
     output = torch.zeros_like(inputs)
-    for number in range(experts):
+    for number in range(experts.count):
         token, gate = routing.of(number)
         if len(token):
-            output.index_add_(0, token, gate[:, None] * expert_output(inputs[token], expert(number), activation))
+            expert = experts.expert(number).to(inputs)
+            output.index_add_(0, token, gate[:, None] * expert_output(inputs[token], expert, activation))
     return output

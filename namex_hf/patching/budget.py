@@ -7,10 +7,10 @@ import torch
 
 from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText
-from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, between, least_damage, tried
+from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, candidate_counts, interpolate_error, least_damage
 from ..merging.calibrated import Shrinking
 from ..merging.moe_layer import MoELayer, Text
-from ..merging.routing import Routing
+from ..merging.routing import TokenRouting
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Grouped, Recipe
 from .on_text import Source, unpatched
@@ -53,7 +53,7 @@ def spend(source: Source, recipe: Recipe, text: CalibrationText, progress: Progr
             for stream in damaged.values():
                 unpatched(mixture, module.tap(stream), device)
             tapped = module.tap(hidden)
-        routing = Routing(tapped.index.to(device), tapped.value.to(device))
+        routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
         inputs = tapped.inputs.to(device)
         wanted = mixture.output(inputs, routing)
         heard = Text(inputs, routing, len(held_out), held_out.to(device), wanted)
@@ -78,7 +78,7 @@ def dealt_out(
     record, curves = [], []
     for (layer, by_count), loss in zip(errors.items(), losses, strict=True):
         unit = loss / by_count[mean] if by_count[mean] else 0.0
-        curves.append(between({count: unit * error for count, error in by_count.items()}, experts))
+        curves.append(interpolate_error({count: unit * error for count, error in by_count.items()}, experts))
         record.append({"layer": layer, "loss": loss, "errors": {str(count): e for count, e in by_count.items()}})
     counts = least_damage(curves, mean * len(curves))
     return [{**one, "experts": count} for one, count in zip(record, counts, strict=True)]
@@ -99,7 +99,7 @@ def shorter(text: CalibrationText) -> tuple[torch.Tensor, torch.Tensor]:
 def _tried(mixture: MoELayer, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
     """The error of a layer's output by number of experts, and the output with the recipe's own number."""
     found, kept = {}, text.inputs
-    for count in tried(len(mixture.router), merge.experts):
+    for count in candidate_counts(len(mixture.router), merge.experts):
         shrinking = Shrinking(mixture, text, replace(merge, experts=count), seed, fits=False)
         _, output = shrinking.run()
         found[count] = shrinking.record["errors"][-1]["error"]

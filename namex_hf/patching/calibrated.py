@@ -12,7 +12,7 @@ from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
-from ..families import PROJECTIONS, Config
+from ..families import Config
 from ..merging.calibrated import Shrinking
 from ..merging.moe_layer import MoELayer
 from ..progress import FINISHED, ProgressCallback, ProgressEvent, no_progress, of_layer
@@ -135,9 +135,8 @@ def new_items(plan: Plan, state: State, layer: int) -> list[Item]:
     """A layer's new tensors, as spans of the file that `shrink_checkpoint` left, and `added_items`."""
     spans: dict[str, TensorSpan] = read_header(state.layer_file(layer))
     items = [Item.of(plan.family.router(layer), spans["new.router"])]
-    for expert in range(plan.kept_of(layer)):
-        for name in PROJECTIONS:
-            items.append(Item.of(plan.family.expert(layer, expert, name), spans[f"new.{expert}.{name}"]))
+    for name, (expert, projection) in plan.family.experts(layer, plan.kept_of(layer)).items():
+        items.append(Item.of(name, spans[f"new.{expert}.{projection}"]))
     for part, name in plan.family.shared_parts(layer).items():
         if (span := spans.get(f"new.shared.{part}")) is not None:
             items.append(Item.of(name, span))

@@ -13,7 +13,6 @@ from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item, write_shard
 from ..errors import FamilyError
-from ..families import PROJECTIONS
 from ..merging.experts import Expert
 from ..merging.groups import MergedLayer, merge_layer
 from ..progress import FINISHED, ProgressCallback, ProgressEvent
@@ -70,10 +69,9 @@ class LayerMaker:
         plan = self.plan
         router = plan.spans[name := plan.family.router(layer)]
         items = [Item(name, router.dtype, (plan.kept, plan.shape.hidden), partial(self.router, layer))]
-        for expert in range(plan.kept):
-            for projection in PROJECTIONS:
-                span = plan.spans[name := plan.family.expert(layer, expert, projection)]
-                items.append(Item(name, span.dtype, span.shape, partial(self.expert, layer, expert, projection)))
+        for name, place in plan.family.experts(layer, plan.kept).items():
+            span = plan.spans[name]
+            items.append(Item(name, span.dtype, span.shape, partial(self.expert, layer, *place)))
         for name, shape in cosine_shapes(plan.recipe, plan.kept, plan.shape.hidden).items():
             added = plan.family.added(layer, *name.split("."))
             items.append(Item(added, router.dtype, shape, partial(self.router_part, layer, name)))
@@ -138,12 +136,7 @@ def items_of(plan: Plan, made: Callable[[int], list[Item]], reader: Reader) -> l
     Args:
         made: router and experts of a MoE layer, and what else of it takes the place of a tensor of its name.
     """
-    gone = {
-        plan.family.expert(layer, expert, projection)
-        for layer in plan.shape.layers
-        for expert in range(plan.shape.experts)
-        for projection in PROJECTIONS
-    } | {plan.family.router(layer) for layer in plan.shape.layers}
+    gone = {*plan.family.all_experts(plan.shape), *map(plan.family.router, plan.shape.layers)}
     by_name = {name: Item.of(name, span) for name, span in plan.spans.items() if name not in gone}
     for layer in plan.shape.layers:
         by_name |= {item.name: item for item in made(layer)}

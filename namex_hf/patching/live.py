@@ -15,7 +15,7 @@ from ..families import Family, MoeShape, family_of
 from ..merging.base import own_base
 from ..merging.experts import Expert, Experts, ExpertWeights
 from ..merging.groups import merge_layer
-from ..merging.propagation import Walk, propagate
+from ..merging.propagation import PropagationState, propagate
 from ..models.convert import patch_classes
 from ..progress import no_progress
 from ..recipe import AroundBase, Grouped, Recipe
@@ -121,12 +121,12 @@ def _keep(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
         added[layer] |= router_tensors(recipe, block.gate.weight.detach().cpu(), _norm(model, layer), patched)
         if isinstance(merge, AroundBase) and merge.has_base:
             if walk is None:
-                walk = Walk(own_base(merge.base, experts, partial(_shared, block, family), shape.width))
+                walk = PropagationState(own_base(merge.base, experts, partial(_shared, block, family), shape.width))
             else:
                 require_finite_result(layer, stored_base(walk, experts.dtype), recipe)
             if not merge.stays_sparse(layer, shape.layers):
                 added[layer] |= stored_base(walk, experts.dtype)
-            walk = propagate(experts, walk, merge, position, device=recipe.device).walk
+            walk = propagate(experts, walk, merge, position, device=recipe.device).state
         require_finite_result(layer, added[layer], recipe)
     if recipe.own_class:
         patch_classes(model, recipe.to_stored())

@@ -14,7 +14,7 @@ from ..checkpoint.bytes import Reader
 from ..families import Config, Family, MoeShape
 from ..merging.experts import Expert
 from ..merging.moe_layer import MoELayer, Text
-from ..merging.routing import Routing
+from ..merging.routing import TokenRouting
 from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from ..recipe import Grouped, Recipe
 from .layer import moe_layer, named, read_experts
@@ -95,7 +95,7 @@ def heard_layers(
             tapped = module.tap(hidden)
         progress(ProgressEvent("read", layer))
         hidden = tapped.rest
-        routing = Routing(tapped.index.to(device), tapped.value.to(device))
+        routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
         mixture = source.moe_layer(layer)
         target = None
         if aim is not None:
@@ -111,7 +111,7 @@ def heard_layers(
 
 def unpatched(mixture: MoELayer, tapped: Tapped, device: str) -> torch.Tensor:
     """A layer's whole output, over ``tapped.rest``, with the routed experts of `mixture`."""
-    routing = Routing(tapped.index.to(device), tapped.value.to(device))
+    routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
     output = mixture.output(tapped.inputs.to(device), routing)
     return tapped.rest.add_(output.cpu().view_as(tapped.rest))
 

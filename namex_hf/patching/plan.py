@@ -115,11 +115,7 @@ class Plan:
         return self.kept if self.counts is None else self.counts[self.shape.layers.index(layer)]
 
     def expert_spans(self, layer: int) -> list[TensorSpan]:
-        return [
-            self.spans[self.family.expert(layer, expert, projection)]
-            for expert in range(self.shape.experts)
-            for projection in PROJECTIONS
-        ]
+        return [self.spans[name] for name in self.family.experts(layer, self.shape.experts)]
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of the routed experts of a layer."""

@@ -20,7 +20,7 @@ from ..checkpoint.shard import write_tensors
 from ..errors import CheckpointError
 from ..files import HASH, hash_bytes, read_checked, write_checked
 from ..merging.experts import ExpertWeights
-from ..merging.propagation import Walk
+from ..merging.propagation import PropagationState
 from .added import KINDS
 
 WALK, STREAM, BUDGET, SHARDS = "walk.safetensors", "stream.safetensors", "budget.safetensors", "shards.json"
@@ -35,7 +35,7 @@ class Stream:
     layer: int
     hidden: torch.Tensor  # float32 [sequences, length, hidden]
     original: torch.Tensor | None = None  # as hidden, of the model that is patched, where layers aim at that
-    walk: Walk | None = None  # the base expert that arrives with it
+    walk: PropagationState | None = None  # the base expert that arrives with it
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,11 @@ class State:
         self.identity.save_digests(self.folder)
         _save(self.layer_file(layer), tensors, record)
 
-    def save_walk(self, position: int, walk: Walk | None) -> None:
+    def save_walk(self, position: int, walk: PropagationState | None) -> None:
         """The walk on arrival at the ``position``-th MoE layer; None where that begins with its own base."""
         _save(self.folder / WALK, _tensors(walk), {"position": position})
 
-    def load_walk(self) -> tuple[int, Walk | None]:
+    def load_walk(self) -> tuple[int, PropagationState | None]:
         """What was saved last; the first position where nothing was."""
         path = self.folder / WALK
         if not path.is_file():
@@ -156,19 +156,19 @@ class State:
         return found
 
 
-def _tensors(walk: Walk | None) -> dict[str, torch.Tensor]:
+def _tensors(walk: PropagationState | None) -> dict[str, torch.Tensor]:
     if walk is None:
         return {}
     assert walk.weights is not None
     return {**walk.base, **walk.momentum, "weights": walk.weights}
 
 
-def _walk(tensors: dict[str, torch.Tensor]) -> Walk | None:
+def _walk(tensors: dict[str, torch.Tensor]) -> PropagationState | None:
     """What `_tensors` made of one."""
     if not tensors:
         return None
     base, weights = ExpertWeights.of(tensors.pop), tensors.pop("weights")
-    return Walk(base, weights, tensors)
+    return PropagationState(base, weights, tensors)
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:

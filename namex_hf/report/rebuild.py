@@ -18,7 +18,7 @@ from ..families import Family, original_family
 from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, found, read_text, write_text
 from ..merging.base import own_base
 from ..merging.experts import Expert, ExpertWeights, NotFiniteError
-from ..merging.propagation import Walk, propagate
+from ..merging.propagation import PropagationState, propagate
 from ..recipe import AroundBase, Recipe
 from .card import card
 from .report import Report
@@ -89,7 +89,7 @@ def _layers(checkpoint: Checkpoint, merge: AroundBase) -> tuple[list[dict[str, A
             else:
                 base = base_expert(reader, spans, family, layer)
             try:
-                step = propagate(experts, Walk(base), merge, position)
+                step = propagate(experts, PropagationState(base), merge, position)
             except NotFiniteError as error:
                 raise CheckpointError(f"{checkpoint.name}: layer {layer}, {error}") from error
             layers.append({"layer": layer, "games": step.record, "drift": None, "seconds": None})

@@ -14,7 +14,7 @@ from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
 from ..families import original_family
 from ..merging.experts import NotFiniteError
-from ..merging.propagation import Step, Walk, propagate
+from ..merging.propagation import PropagationState, Step, propagate
 from ..merging.weightings import FALLBACK
 from ..patching.threads import shared_out
 from ..recipe import AroundBase, Recipe
@@ -74,7 +74,7 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
                 trained = own_of(layer.mlp) if merge.stays_sparse(index, shape.layers) else base_of(layer.mlp)
                 own = walk is None or not write
                 if walk is None or not write:
-                    walk = Walk(trained)
+                    walk = PropagationState(trained)
                 device = str(trained.down.device)
                 try:
                     step = _pass_layer(layer.mlp, walk, merge, position, device)
@@ -86,11 +86,11 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
             if write and isinstance(layer.mlp, LiveBlock) and step.weights is not None:
                 layer.mlp.weights = of_first_process(step.weights, device).cpu()
             settled.append(Settled(index, step.record, step.cosines, drift))
-            walk = step.walk
+            walk = step.state
     return settled
 
 
-def _pass_layer(block: Any, walk: Walk, merge: AroundBase, position: int, device: str) -> Step:
+def _pass_layer(block: Any, walk: PropagationState, merge: AroundBase, position: int, device: str) -> Step:
     """One layer passed, under `AroundBase.curved_step` with M_i as it is now."""
     experts, curvature = experts_of(block), curvature_of(block) if merge.curved_step else None
     if curvature is None:

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..bargaining import CHUNK_BYTES
 from ..merging.experts import Expert, by_projection, weighted_step
-from ..merging.momentum import advance
+from ..merging.momentum import momentum_step
 from ..models.soft_kronecker import Factors, curved
 from ..recipe import AroundBase
 
@@ -103,4 +103,4 @@ def step_on(
         step = {name: WeightedStep.apply(matrices, base[name], shares[name]) for name, matrices in experts.items()}
     else:
         step = {name: curved_step(one, base[name], shares[name], curvature[name]) for name, one in experts.items()}
-    return advance(base, step, momentum, merge.propagation.gamma, merge.propagation.complex_beta)
+    return momentum_step(base, step, momentum, merge.propagation.gamma, merge.propagation.complex_beta)

@@ -13,7 +13,7 @@ from torch.nn.functional import silu
 
 from namex_hf.merging import alignment
 from namex_hf.merging.alignment import layer_orders, order_by_activations, order_by_weights, permuted
-from namex_hf.merging.routing import Routing, expert_output
+from namex_hf.merging.routing import TokenRouting, expert_output
 
 INPUTS = random_tokens(30, 0)
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -80,11 +80,11 @@ def test_a_dead_neuron(how: str) -> None:
 # --- all experts of a layer -------------------------------------------------------------------------------------------
 
 
-def most_used(expert: int, experts: int) -> Routing:
+def most_used(expert: int, experts: int) -> TokenRouting:
     """Of `INPUTS`. That expert has the largest gate values; the one after it has more tokens."""
     other = (expert + 1) % experts
     index = torch.tensor([[expert], [other], [other]]).repeat(len(INPUTS) // 3, 1)
-    return Routing(index, torch.where(index == expert, 0.9, 0.3))
+    return TokenRouting(index, torch.where(index == expert, 0.9, 0.3))
 
 
 @pytest.mark.parametrize("how", ["weights", "activations"])
@@ -148,7 +148,7 @@ def test_tokens_to_align_by_are_taken_from_the_whole_text(monkeypatch: pytest.Mo
 
 
 def test_experts_that_no_token_reached_are_aligned_too() -> None:
-    experts, nothing = random_experts(3, 0), Routing(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
+    experts, nothing = random_experts(3, 0), TokenRouting(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
     orders = layer_orders(experts, "weights", INPUTS[:0], nothing, silu)
     for number in range(3):  # none is used most: the first it is
         assert orders[number].tolist() == order_by_weights(expert_at(experts, 0), expert_at(experts, number)).tolist()

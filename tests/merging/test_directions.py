@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from namex_hf.merging.directions import LayerCurvature, Leading, Spans, layer_curvature, spans
 from namex_hf.merging.experts import ExpertWeights
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 
 COLUMNS = 6
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -195,18 +195,18 @@ def test_no_expert_with_tokens_is_the_identity() -> None:
 # --- a layer ----------------------------------------------------------------------------------------------------------
 
 
-def some_routing(tokens: int, experts: tuple[int, ...], seed: int = 0) -> Routing:
+def some_routing(tokens: int, experts: tuple[int, ...], seed: int = 0) -> TokenRouting:
     """Two of those experts a token, with gate values from 0.1 to 1.1."""
     draw = draws(seed)
     places = torch.rand(tokens, len(experts), generator=draw).argsort(1)[:, :2]
-    return Routing(torch.tensor(experts)[places], 0.1 + torch.rand(tokens, 2, generator=draw))
+    return TokenRouting(torch.tensor(experts)[places], 0.1 + torch.rand(tokens, 2, generator=draw))
 
 
 def assert_layer(
     found: LayerCurvature,
     experts: ExpertWeights,
     inputs: torch.Tensor,
-    routing: Routing,
+    routing: TokenRouting,
     rank: int,
     ridge: float,
 ) -> None:

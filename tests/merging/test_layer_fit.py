@@ -24,7 +24,7 @@ from torch.nn.functional import silu
 
 from namex_hf.merging import layer_fit
 from namex_hf.merging.experts import ExpertWeights
-from namex_hf.merging.layer_fit import Descent, LayerFit, Problem, Trained, fit_layer
+from namex_hf.merging.layer_fit import Descent, FitParameters, LayerFit, Problem, fit_layer
 from namex_hf.merging.settings import FitSettings
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 320
@@ -133,7 +133,7 @@ def fit(of: Layer, aim: Problem, steps: int, seed: int = 0) -> LayerFit:
 def test_errors(batch: int, renormalises: bool, shared: str) -> None:
     """Those of whole outputs, on any tokens, however many at a time."""
     wanted, start = noisy(), layer(2, shared=shared)
-    aim, trained = problem(wanted, renormalises=renormalises, batch=batch), Trained.of(*start, INPUTS)
+    aim, trained = problem(wanted, renormalises=renormalises, batch=batch), FitParameters.of(*start, INPUTS)
     for tokens in (torch.arange(TOKENS), HELD_OUT.nonzero()[:, 0], torch.tensor([5])):
         expected = error64(start, wanted, tokens, renormalises=renormalises)
         assert aim.error(tokens, trained) == pytest.approx(expected, rel=1e-4)
@@ -168,7 +168,7 @@ def leaves64(of: Layer) -> list[torch.Tensor]:
 def test_gradients(renormalises: bool, dtype: torch.dtype, shared: str) -> None:
     """Of every matrix and of the rows."""
     wanted, start, tokens = noisy(), layer(2, dtype, shared=shared), torch.arange(3, 200)
-    aim, trained, leaves = problem(wanted, renormalises=renormalises), Trained.of(*start, INPUTS), leaves64(start)
+    aim, trained, leaves = problem(wanted, renormalises=renormalises), FitParameters.of(*start, INPUTS), leaves64(start)
     loss, expected = aim.missed(tokens, trained) / aim.energy(tokens), loss64(leaves, wanted, tokens, renormalises)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.backward()
@@ -236,7 +236,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Errors as they are measured, the start's first."""
     seen, error = [], Problem.error
 
-    def spy(self: Problem, tokens: torch.Tensor, trained: Trained) -> float:
+    def spy(self: Problem, tokens: torch.Tensor, trained: FitParameters) -> float:
         seen.append(error(self, tokens, trained))
         return seen[-1]
 

@@ -1,5 +1,6 @@
 """Refitted downs against numpy's least squares: one of them, and all of a layer together."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.nn.functional import silu
 
 from namex_hf.merging.moe_layer import MoELayer
 from namex_hf.merging.refit import refit_downs, refitted_down
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 60
 quick = settings(max_examples=30, deadline=None, derandomize=True)
@@ -50,6 +51,7 @@ def test_one_down(seed: int, tokens: int, ridge: float) -> None:
     np.testing.assert_allclose(found.numpy(), best, rtol=1e-7, atol=1e-8)
 
 
+@dataclass(frozen=True)
 class Recorded(MoELayer):
     """Which experts get another down matrix."""
 
@@ -63,7 +65,7 @@ class Recorded(MoELayer):
 class Layer:
     """Experts whose downs are refitted, in place and rounded to a dtype, to the output of other experts."""
 
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float32, routing: Routing | None = None):
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32, routing: TokenRouting | None = None):
         self.experts = random_experts(EXPERTS, seed, dtype)
         self.inputs = random_tokens(TOKENS, seed)
         self.routing = routing or random_routing(TOKENS, EXPERTS, TOP_K, seed)
@@ -73,8 +75,7 @@ class Layer:
         self.kept: list[int] = []
 
     def refit(self, sweeps: int, ridge: float = 1e-6) -> torch.Tensor:
-        layer = Recorded(self.experts, torch.zeros(EXPERTS, HIDDEN), TOP_K, False, silu)
-        object.__setattr__(layer, "kept", self.kept)
+        layer = Recorded(self.experts, torch.zeros(EXPERTS, HIDDEN), TOP_K, False, silu, self.kept)
         return refit_downs(layer, self.inputs, self.routing, self.wanted, self.weight, ridge, sweeps)
 
     def output(self) -> np.ndarray:
@@ -119,7 +120,7 @@ def test_many_sweeps_come_to_the_joint_solution(seed: int) -> None:
 def test_one_expert_alone() -> None:
     """It gets its least-squares solution at once; the others have no tokens and are left as they are."""
     gate = 0.1 + torch.rand(TOKENS, 1, generator=draws(3))
-    layer = Layer(0, routing=Routing(torch.full((TOKENS, 1), 2), gate))
+    layer = Layer(0, routing=TokenRouting(torch.full((TOKENS, 1), 2), gate))
     before = {name: matrix.clone() for name, matrix in layer.experts.items()}
     layer.refit(1)
     assert layer.kept == [2]

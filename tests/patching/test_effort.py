@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.merging.experts import ExpertWeights
-from namex_hf.merging.layer_fit import Problem, Trained
+from namex_hf.merging.layer_fit import FitParameters, Problem
 from namex_hf.merging.settings import FitSettings
 from namex_hf.patching.effort import effort_of, measured_speed
 from namex_hf.patching.patch import space_needed
@@ -30,7 +30,7 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     tokens = torch.randn(BATCH, hidden)
     matrices = ExpertWeights.of(lambda name: torch.randn(kept, *plan.shape.of(name)))
     shared = {name: torch.randn(*plan.shape.of_shared(name)) for name in matrices}
-    layer = Trained.of(matrices, torch.randn(kept, hidden), shared, tokens)
+    layer = FitParameters.of(matrices, torch.randn(kept, hidden), shared, tokens)
     every = torch.zeros(BATCH, dtype=torch.bool)
     problem = Problem(tokens, tokens, torch.ones(BATCH), every, top_k, False, torch.nn.functional.silu)
     with FlopCounterMode(display=False) as forward:

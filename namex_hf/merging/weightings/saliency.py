@@ -1,14 +1,13 @@
-"""Experts by what they add to their tokens: mean of gate value times norm of the answer (REAP, Lasby et al. 2025)."""
+"""Experts by what they add to their tokens: mean of gate value times norm of the output (REAP, Lasby et al. 2025)."""
 
-import torch
-from torch import Tensor
+from torch import Tensor, dtype
 
 from ...recipe import Game
 from .weighting import ExpertStatistics, Weights, by_share
 
 
-def weighting(gram: Tensor, game: Game, precision: torch.dtype, statistics: ExpertStatistics | None = None) -> Weights:
-    """Shares of the players' saliencies; uniform where nobody has any.
+def weighting(gram: Tensor, game: Game, precision: dtype, statistics: ExpertStatistics | None = None) -> Weights:
+    """Shares of the players' saliencies; uniform where all are 0.
 
     Raises:
         ValueError: no saliency is known.

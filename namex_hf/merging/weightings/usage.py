@@ -1,14 +1,13 @@
 """Experts by how much they are used: tokens received on calibration text."""
 
-import torch
-from torch import Tensor
+from torch import Tensor, dtype
 
 from ...recipe import Game
 from .weighting import ExpertStatistics, Weights, by_share
 
 
-def weighting(gram: Tensor, game: Game, precision: torch.dtype, statistics: ExpertStatistics | None = None) -> Weights:
-    """Shares of the tokens that the players receive; uniform where nobody receives any.
+def weighting(gram: Tensor, game: Game, precision: dtype, statistics: ExpertStatistics | None = None) -> Weights:
+    """Shares of the tokens that the players receive; uniform where no player receives any.
 
     Raises:
         ValueError: no usage is known.

@@ -14,7 +14,7 @@ FALLBACK = "uniform_fallback"
 
 @dataclass(frozen=True)
 class Weights:
-    """Shares of the players of one layer's games, and what the weighting has to say for them."""
+    """Shares of the players of one layer's games, and how they were found."""
 
     values: torch.Tensor  # float64 [games, N]
     status: tuple[str, ...]  # a game: 'agreement', 'no_agreement', `FALLBACK`, 'uniform', 'reused' ...
