@@ -4,6 +4,7 @@ After the import, transformers' Auto classes know the patched model types (and D
 models are left as they are. The import is cheap: the public names below are imported when they are first used.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -12,27 +13,33 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .bargaining import NashSolution, nash_bargaining
+    from .merging.weightings import register_weighting
     from .models import load_patched
     from .patching.live import patch_model
     from .patching.patch import patch_checkpoint
+    from .progress import ProgressEvent
     from .recipe import Recipe
 
 __all__ = [
     "NashSolution",
+    "ProgressEvent",
     "Recipe",
     "__version__",
     "load_patched",
     "nash_bargaining",
     "patch_checkpoint",
     "patch_model",
+    "register_weighting",
 ]
 _MODULES = {
     "NashSolution": ".bargaining",
+    "ProgressEvent": ".progress",
     "Recipe": ".recipe",
     "load_patched": ".models",
     "nash_bargaining": ".bargaining",
     "patch_checkpoint": ".patching.patch",
     "patch_model": ".patching.live",
+    "register_weighting": ".merging.weightings",
 }
 
 
@@ -47,4 +54,5 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # who wants the log installs a handler
 register_models()

@@ -17,7 +17,8 @@ def limited(what: str, raises: type[NamexError], seconds: float | None = None) -
     """End the block when the time by the clock is over.
 
     Relies on SIGALRM, which Python handles between two steps of its own: a template is compiled to such steps. Only the
-    main thread of a process can be stopped so; in others, and where SIGALRM is in use, the block has no limit.
+    main thread of a process can be stopped so; in others, and where SIGALRM is in use or missing, the block has no
+    limit.
 
     Args:
         what: runs in the block; named in the message.
@@ -27,7 +28,7 @@ def limited(what: str, raises: type[NamexError], seconds: float | None = None) -
         NamexError: of the kind ``raises``: it took longer.
     """
     limit = SECONDS if seconds is None else seconds
-    in_use = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    in_use = not hasattr(signal, "SIGALRM") or signal.getitimer(signal.ITIMER_REAL)[0] > 0
     if in_use or threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -116,4 +116,5 @@ def _shifted_factor(hessian: Tensor) -> Tensor:
     lowest = torch.linalg.eigvalsh(scaled)[:, 0]
     eps = torch.finfo(hessian.dtype).eps * hessian.shape[-1]
     scaled.diagonal(dim1=-2, dim2=-1).add_(((-2 * lowest).clamp(min=0) + (lowest < eps) * eps)[:, None])
-    return torch.linalg.cholesky_ex(scaled).L * unit[:, :, None]
+    factor: Tensor = torch.linalg.cholesky_ex(scaled).L
+    return factor * unit[:, :, None]

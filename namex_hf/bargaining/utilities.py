@@ -68,7 +68,7 @@ def furthest_gains(gram: Tensor, directions: Tensor) -> Tensor:
         [..., 3], the points of the ellipsoid in these directions.
     """
     values, vectors = torch.linalg.eigh(cosine(gram))
-    inverse = vectors @ torch.diag(1 / values.clamp(min=FLAT)) @ vectors.T
+    inverse: Tensor = vectors @ torch.diag(1 / values.clamp(min=FLAT)) @ vectors.T
     return directions / ((directions @ inverse) * directions).sum(-1, keepdim=True).sqrt()
 
 
@@ -94,7 +94,7 @@ def three_most_apart(gram: Tensor) -> Three | None:
     players = gram.diagonal().nonzero().flatten().tolist()
     triples = torch.tensor(list(combinations(players, 3)), dtype=torch.long)
     found: list[Three] = []
-    for some in triples.split(TRIPLES_AT_ONCE) if len(triples) else ():
+    for some in torch.split(triples, TRIPLES_AT_ONCE) if len(triples) else ():
         grams = gram[some[:, :, None], some[:, None, :]]
         solution = nash_bargaining(grams)
         agreed = torch.tensor([word == AGREEMENT for word in solution.status])

@@ -6,7 +6,6 @@ where every file that its report lists is there with its size; else the same run
 """
 
 import errno
-import fcntl
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -14,6 +13,8 @@ from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ..errors import CheckpointError, OutputError
 from ..files import (
@@ -33,6 +34,8 @@ from ..files import (
 from .identity import Difference, Identity, differing, hash_weights, read_digests
 
 STATE, RUN, LOCK = ".namex", "run.json", "lock"
+DEVICE = "device"
+"""Field of a run's file that its results do not have."""
 ANEW = "anew"
 """In the state of a run that was begun by ``--overwrite``: the same command goes on, and does not begin once more."""
 DAMAGED = {"damaged": True}
@@ -130,6 +133,8 @@ class OutputFolder:
         run: what makes the run this run (recipe, source, options), plain.
         identity: of the source, whose files are under ``files`` in `run`.
         verify: compare the hashes of a finished folder's files too.
+        device: the kind that the run computes on: an unfinished run goes on on the same, for its bytes' sake. It is no
+            part of the run, as results do not say it.
         resumes: patterns of what a finished folder that lost a file goes on from; all else is made anew.
 
     Raises:
@@ -143,13 +148,16 @@ class OutputFolder:
         identity: Identity | None = None,
         verify: bool = False,
         resumes: Iterable[str] = (),
+        device: str | None = None,
     ):
         check_name(path, OutputError)
         self.path, self.run, self.state = path, json.loads(json.dumps(run)), path / STATE
-        self._identity, self._verify, self._resumes = identity, verify, resumes
+        self._identity, self._verify, self._resumes, self._device = identity, verify, resumes, device
 
     def _difference(self, found: dict[str, Any]) -> Difference:
         """Between a run on record and this one; files of the source are read where their times differ."""
+        if DEVICE not in self.run:
+            found = {name: value for name, value in found.items() if name != DEVICE}
         return differing(found, self.run, self._identity, read_digests(self.state))
 
     @cached_property
@@ -195,6 +203,20 @@ class OutputFolder:
             raise OutputError(
                 f"{self.path} belongs to a run with another {difference}; use --overwrite or another folder{files}"
             )
+        if begun := self._other_device(previous):
+            raise OutputError(
+                f"{self.path} was begun on device {begun}; this run is on {self._device}, which rounds in another way; "
+                f"use --device {begun} or --overwrite"
+            )
+
+    def _other_device(self, found: dict[str, Any]) -> str | None:
+        """The kind of device that a run on record computed on, where it is not that of this one."""
+        begun = found.get(DEVICE)
+        return begun if self._device not in (None, begun) else None
+
+    def _say_which(self) -> None:
+        device = {DEVICE: self._device} if self._device else {}
+        write_text(self.state / RUN, json.dumps(self.run | device, indent=1))
 
     def check_space(self, needed: int) -> None:
         """Raises:
@@ -215,11 +237,11 @@ class OutputFolder:
             OutputError: another process holds it.
         """
         self.state.mkdir(parents=True, exist_ok=True)
-        with (self.state / LOCK).open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise OutputError(f"{self.path} is in use by another run") from error
+        try:
+            held = FileLock(self.state / LOCK).acquire(blocking=False)
+        except Timeout as error:
+            raise OutputError(f"{self.path} is in use by another run") from error
+        with held:
             self._prepare(overwrite)
             try:
                 yield
@@ -235,7 +257,7 @@ class OutputFolder:
         previous = read_run(self.path)
         if previous is not None:
             difference = self._difference(previous)
-            same = not difference and difference.proven
+            same = not difference and difference.proven and not self._other_device(previous)
             lost = (self.path / CONFIG).exists() or not (self.state / RUN).exists()  # it was finished
             if overwrite and not (same and (self.state / ANEW).exists() and not lost):
                 self._empty()
@@ -247,12 +269,12 @@ class OutputFolder:
             elif self._identity is not None:
                 self._identity.take(read_digests(self.state) or {})
         if not (self.state / RUN).is_file():
-            write_text(self.state / RUN, json.dumps(self.run, indent=1))
+            self._say_which()
 
     def begin_anew(self) -> None:
         """Drop all that an unfinished run has written, as its state is damaged."""
         self._empty()
-        write_text(self.state / RUN, json.dumps(self.run, indent=1))
+        self._say_which()
 
     def finish(self, config: str) -> None:
         """Make the folder a model: the configuration last, then the state goes."""

@@ -95,12 +95,13 @@ def _compare(options: argparse.Namespace) -> int:
         from ..comparison.files import NUMBERS, PAGE, write
         from ..comparison.run import How, compare, make_plan_of
         from ..comparison.settings import settings
+        from ..patching.device import resolved
         from .compare_screen import Shown, print_tables
 
     console = Console(stderr=True, quiet=options.quiet)
     if options.quiet:
         disable_progress_bars()
-    device = options.device[0] if options.device else "cpu"
+    device = resolved(options.device[0] if options.device else "auto")
     chosen = settings(options.texts, options.tokens, options.problems, device)
     checkpoint = resolve(options.model, options.revision)
     if not has_tokenizer(checkpoint.folder):

@@ -81,7 +81,7 @@ def _patch(options: argparse.Namespace) -> int:
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
     if line := left_out_line(plan.left_out):
         console.print(line, soft_wrap=True, markup=False)
-    folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify)
+    folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.dry_run:
         # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.needs_text)

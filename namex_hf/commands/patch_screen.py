@@ -203,6 +203,7 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     table.add_row("recipe", f"{recipe.merge.kind}, {recipe.merge.method}, {recipe.routing.kind} routing")
     table.add_row("MoE layers", str(what["layers"]))
     table.add_row("routed experts a layer", f"{what['experts']} -> {what['kept']}")
+    table.add_row("device of the arithmetic", what["device"])
     table.add_row("bytes in", size_text(what["bytes_in"]))
     table.add_row("bytes out", size_text(what["bytes_out"]))
     table.add_row("peak memory (estimate)", size_text(what["peak_bytes"]))
@@ -253,8 +254,9 @@ def print_report(report: Report, out: Path) -> None:
         warning = "" if radius < 1 else " [bold red]warning: 1 or more, the walk of the base does not settle[/bold red]"
         console.print(f"spectral radius of the walk: {radius:.3f} a layer, {over:.3g} over its layers{warning}")
     console.print(
-        f"{size_text(totals['bytes_in'])} in, {size_text(totals['bytes_out'])} out, {totals['seconds']:.1f} s, "
-        f"peak memory {size_text(totals['peak_resident_bytes'])}: [bold]{marked(out)}[/bold]",
+        f"{size_text(totals['bytes_in'])} in, {size_text(totals['bytes_out'])} out, {totals['seconds']:.1f} s"
+        + (f", peak memory {size_text(peak)}" if (peak := totals["peak_resident_bytes"]) else "")
+        + f": [bold]{marked(out)}[/bold]",
         soft_wrap=True,
     )
 

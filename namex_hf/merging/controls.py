@@ -13,7 +13,8 @@ def random_experts(experts: Experts, count: int, seed: int) -> Expert:
 
     def drawn(matrices: Matrices) -> torch.Tensor:
         size = sum(float(matrix.float().square().mean()) for matrix in matrices) / len(matrices)
-        return (torch.randn(count, *matrices[0].shape, generator=draw) * size**0.5).to(matrices[0])
+        scale: float = size**0.5
+        return (torch.randn(count, *matrices[0].shape, generator=draw) * scale).to(matrices[0])
 
     return experts.map(drawn)
 

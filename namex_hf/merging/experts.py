@@ -149,7 +149,7 @@ def grams(experts: Experts, base: Expert, granularity: str, device: str | torch.
 def _first_not_finite(matrices: Matrices, suspects: torch.Tensor) -> int:
     for index in suspects.nonzero().flatten().tolist():
         if not matrices[index].isfinite().all():
-            return index
+            return int(index)
     return int(suspects.nonzero()[0])
 
 

@@ -1,5 +1,6 @@
 """``merge: grouped`` out of core: every layer's experts are clustered, each group becomes one, the result is stock."""
 
+import logging
 import re
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from .plan import LAYER, Plan, constant_items
 from .state import State
 from .walk import METADATA, shard_names
 
+logger = logging.getLogger(__name__)
 NUMBERS = re.compile(r"(\d+)")
 
 
@@ -123,6 +125,7 @@ def write_packs(
         target = folder / name
         layers = sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))} & {*plan.shape.layers})
         if target.is_file() and all(state.layer_file(layer).is_file() for layer in layers):
+            logger.info("%s is there; continues after it", name)
             for layer in layers:
                 progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=True))
         else:

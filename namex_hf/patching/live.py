@@ -55,7 +55,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     config = model.config.to_dict()
     family = family_of(config)
     shape = family.shape(config)
-    check_fit(recipe, shape)
+    recipe = check_fit(recipe, shape)
     if not hasattr(model, "model") or not hasattr(model, "lm_head"):
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
     fit_for_others(model, family)

@@ -1,5 +1,6 @@
 """Calibration text on its way through a model, layer by layer, each on what the layers below it really produce."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -21,6 +22,8 @@ from .layer import moe_layer, named, read_experts
 from .plan import Plan
 from .state import State, Stream
 from .text import measures
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -131,6 +134,8 @@ def source_of(plan: Plan, reader: Reader) -> Source:
 def resumed(plan: Plan, state: State, progress: ProgressCallback) -> Stream | None:
     """Where a killed run left the text; None at the bottom."""
     stream = state.load_stream()
+    if stream is not None:
+        logger.info("continues at layer %d", stream.layer)
     for layer in plan.shape.layers:
         if stream is not None and layer < stream.layer:
             progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=True))

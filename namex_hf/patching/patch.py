@@ -1,7 +1,7 @@
 """`patch_checkpoint`: a checkpoint in, a patched model folder out, two layers in memory at most."""
 
 import json
-import resource
+import logging
 import shutil
 import sys
 import threading
@@ -16,6 +16,7 @@ from ..checkpoint.bytes import copy_file
 from ..checkpoint.companions import carry, companions
 from ..checkpoint.folder import STATE, OutputFolder, list_files
 from ..checkpoint.identity import hash_weights
+from ..checkpoint.layout import left_out_line
 from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
@@ -35,6 +36,12 @@ from .state import State
 from .threads import shared_out
 from .walk import METADATA, patch_walking
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
+
+logger = logging.getLogger(__name__)
 MARGIN = 64 << 20
 
 
@@ -79,10 +86,11 @@ def run_plan(
     plan: Plan, out: Path, *, overwrite: bool = False, verify: bool = False, progress: ProgressCallback = no_progress
 ) -> Report:
     """Carry out a checked plan. See `patch_checkpoint`."""
-    folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify)
+    folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
     _keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
     if not overwrite and folder.complete:
+        logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
         return Report.from_file(found(out, REPORT))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
@@ -90,7 +98,10 @@ def run_plan(
     with folder.claimed(overwrite):
         state = State(out / STATE, plan.checkpoint.identity)
         if state.is_damaged(plan.shape.layers):
+            logger.warning("%s: the state of an earlier run is damaged; the run begins anew", out)
             folder.begin_anew()
+        if line := left_out_line(plan.left_out):
+            logger.warning(line)
         earlier = set(state.shards())
         try:
             progress = _counting(plan, progress)
@@ -171,14 +182,13 @@ def _counting(plan: Plan, progress: ProgressCallback) -> ProgressCallback:
 
 def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], seconds: float) -> Report:
     files = {name: (out / name).stat().st_size for name in sorted(set(weight_map.values()))}
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     totals: dict[str, Any] = {
         "seconds": round(seconds, 3),
         "bytes_in": plan.checkpoint.size,
         "bytes_out": sum(files.values()),
         "files": len(files),
         "tensors": len(weight_map),
-        "peak_resident_bytes": kilobytes if sys.platform == "darwin" else kilobytes * 1024,
+        "peak_resident_bytes": _peak_resident_bytes(),
     }
     if plan.left_out:
         totals["left_out"] = plan.left_out
@@ -196,6 +206,14 @@ def _report(plan: Plan, state: State, out: Path, weight_map: dict[str, str], sec
         "bytes": plan.checkpoint.size,
     }
     return Report(plan.run, source, plan.family.model_type, state.records(), totals)
+
+
+def _peak_resident_bytes() -> int | None:
+    """The most memory that this process has had so far; None where the system does not count it."""
+    if resource is None:
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def _stability(propagation: Propagation, layers: list[dict[str, Any]]) -> dict[str, float]:
@@ -236,6 +254,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "calibration_tokens": plan.recipe.calibration.tokens if plan.recipe.needs_text else None,
         "curvature_parameters": plan.curvature_parameters,
         "fit": effort_of(plan),
+        "device": plan.recipe.device,
     }
 
 

@@ -19,12 +19,14 @@ from ..families import EMBEDDING, FAMILIES, HEAD, PROJECTIONS, Family, MoeShape,
 from ..merging.budget import LOSS_TOKENS
 from ..merging.members import GAMES
 from ..merging.settings import FitSettings
+from ..merging.weightings import WEIGHTINGS
 from ..models import remote_code
 from ..models.soft import LARGEST
 from ..models.soft_kronecker import kronecker_parameters
 from ..recipe import AroundBase, Grouped, Recipe, Residual, Soft
 from ..recipe.choices import FitKind
 from .added import curvature_bytes, patched_config, ranked_curvature, router_bytes
+from .device import on_device
 from .text import check_text, text_of
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -50,6 +52,11 @@ class Plan:
         """What makes this run this run."""
         source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
         return source | self.options
+
+    @property
+    def device(self) -> str:
+        """The kind of device that the arithmetic runs on; another kind gives other roundings."""
+        return torch.device(self.recipe.device).type
 
     @property
     def options(self) -> dict[str, Any]:
@@ -260,12 +267,12 @@ def make_plan(
         CalibrationError: no such text, or no tokenizer to read it with.
         UsageError: no size of a shard.
         FamilyError: an unsupported family, or one without the form asked for.
-        RecipeError: the recipe does not fit this model, or the shard size is none.
+        RecipeError: the recipe does not fit this model.
         CheckpointError: tensors that contradict the configuration.
     """
     family = family_of(checkpoint.config)
     shape = family.shape(checkpoint.config)
-    check_fit(recipe, shape)
+    recipe = check_fit(recipe, shape)
     if export_as is not None and (family.as_qwen2_moe is None or export_as != "qwen2_moe"):
         able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.as_qwen2_moe))
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
@@ -290,25 +297,26 @@ def make_plan(
     return replace(plan, text=text, recipe=recipe.with_text(text.name))
 
 
-def check_fit(recipe: Recipe, shape: MoeShape) -> None:
-    """Check a recipe against the numbers of a model.
+def check_fit(recipe: Recipe, shape: MoeShape) -> Recipe:
+    """Check a recipe against the numbers of a model; returns it with the device that its arithmetic runs on.
 
     Raises:
         RecipeError: naming the field, its value, and what this model, or this machine, allows.
     """
     check_game(recipe)
-    try:
-        torch.ones((), device=recipe.device).item()
-    except (RuntimeError, AssertionError) as error:  # torch's answers to a device it has not
+    if (weighting := recipe.merge.weights_by) not in (None, *WEIGHTINGS):
         raise RecipeError(
-            f"recipe field 'device' is {recipe.device!r}; accepted: a torch device that this machine has, such as cpu"
-        ) from error
+            f"recipe field 'weighting' is {weighting!r}, which no installed package registers; "
+            f"accepted here: {', '.join(WEIGHTINGS)}"
+        )
+    recipe = on_device(recipe)
     if isinstance(recipe.merge, Grouped):
         _check_grouped(recipe.merge, shape)
     if isinstance(recipe.merge, Soft):
         _check_soft(recipe.merge, shape)
     if isinstance(recipe.merge, AroundBase):
         _check_base(recipe.merge, shape)
+    return recipe
 
 
 def _check_grouped(merge: Grouped, shape: MoeShape) -> None:

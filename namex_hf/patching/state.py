@@ -5,6 +5,8 @@ and the base expert on their way through the model depend on all layers below.
 """
 
 import json
+import logging
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
@@ -21,9 +23,11 @@ from ..errors import CheckpointError
 from ..files import HASH, hash_bytes, read_checked, write_checked
 from ..merging.experts import ExpertWeights
 from ..merging.propagation import PropagationState
+from ..merging.weightings import FALLBACK
 from .added import KINDS
 
 WALK, STREAM, BUDGET, SHARDS = "walk.safetensors", "stream.safetensors", "budget.safetensors", "shards.json"
+logger = logging.getLogger(__name__)
 RESULTS = (*(f"{kind}." for kind in KINDS), "new.")
 """How names of tensors begin that go into the result; the others of a layer are statistics."""
 
@@ -105,6 +109,7 @@ class State:
     def save_layer(self, layer: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
         self.identity.save_digests(self.folder)
         _save(self.layer_file(layer), tensors, record)
+        _log_decisions(record)
 
     def save_walk(self, position: int, walk: PropagationState | None) -> None:
         """The walk on arrival at the ``position``-th MoE layer; None where that begins with its own base."""
@@ -154,6 +159,15 @@ class State:
                 f"layers.{layer}.{name}": t for name, t in load_file(path).items() if not name.startswith(RESULTS)
             }
         return found
+
+
+def _log_decisions(record: dict[str, Any]) -> None:
+    """Say what was decided for a layer."""
+    layer, statuses = record["layer"], Counter(game["status"] for game in record["games"])
+    if groups := record.get("groups"):
+        logger.info("layer %d: %d experts in %d groups: %s", layer, sum(map(len, groups)), len(groups), groups)
+    if fallbacks := statuses[FALLBACK]:
+        logger.warning("layer %d: uniform weights in place of %d of %d bargains", layer, fallbacks, statuses.total())
 
 
 def _tensors(walk: PropagationState | None) -> dict[str, torch.Tensor]:

@@ -1,5 +1,6 @@
 """Recipes that keep the experts, out of core: every shard is carried over, and each layer's base, if any, is added."""
 
+import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,6 +24,7 @@ from .layer import named, read_experts, read_shared
 from .plan import Plan
 from .state import State
 
+logger = logging.getLogger(__name__)
 METADATA = {"format": "pt"}
 
 
@@ -77,6 +79,8 @@ def walk_through(plan: Plan, state: State, progress: ProgressCallback) -> None:
     recipe, layers, config = plan.recipe, plan.shape.layers, plan.config()
     merge = recipe.merge
     position, walk = state.load_walk()
+    if 0 < position < len(layers):
+        logger.info("continues at layer %d", layers[position])
     experts = None
     with Reader(plan.checkpoint.identity.digests) as reader:
         for done in layers[:position]:

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, cast, get
 
 from ..errors import RecipeError
 from ..printable import did_you_mean
+from .choices import load_offered
 
 LARGEST = 1e6
 """Of factors."""
@@ -97,6 +98,8 @@ class Leaf(NamedTuple):
         """
         if value is None and self.default is None:
             return None
+        if self.spec.registry is not None and value not in self.choices:
+            load_offered()
         if self.choices and (registered or self.literals):
             if value not in self.choices:
                 raise self._refusal(value, ", ".join(self.choices))

@@ -45,7 +45,9 @@ class Recipe(Part):
         belongs="belongs to merge 'grouped', to curvature 'kronecker' and to recipes that read calibration text",
         shown=("merge", "curvature"),
     )
-    device: str = leaf("cpu", "torch device of the arithmetic; never stored in outputs")
+    device: str = leaf(
+        "auto", "torch device of the arithmetic, auto: an accelerator if there is one; never stored in outputs"
+    )
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(

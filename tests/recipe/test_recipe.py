@@ -500,7 +500,7 @@ def test_class_base_and_walk(values: dict[str, Any], expected: tuple[bool, ...])
 def test_yaml_round_trip_without_the_device(tmp_path: Path, values: dict[str, Any]):
     recipe, file = Recipe.from_dict(values), tmp_path / "recipe.yaml"
     file.write_text(recipe.to_yaml())
-    assert Recipe.from_yaml(file) == Recipe.from_dict({**values, "device": "cpu"})
+    assert Recipe.from_yaml(file) == Recipe.from_dict({**values, "device": Recipe().device})
     assert "device" not in recipe.to_dict()
     assert "device" not in recipe.to_yaml()
     assert list(yaml.safe_load(recipe.to_yaml())) == [name for name in SPECS if name != "device"]
@@ -806,7 +806,7 @@ def test_any_values_build_or_are_refused_as_a_recipe(values: dict[str, Any]):
         assert type(error) is RecipeError  # noqa: PT017  (any other exception fails by itself)
         return
     assert not any(rule.broken(part) for part in (recipe, *recipe.parts) for rule in part.rules)
-    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == Recipe.from_dict({**values, "device": "cpu"})
+    assert Recipe.from_dict(yaml.safe_load(recipe.to_yaml())) == Recipe.from_dict({**values, "device": Recipe().device})
     assert recipe.merge.weights_by in ("nash", "uniform", "usage", "saliency", None)
 
 

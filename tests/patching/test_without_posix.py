@@ -1,0 +1,26 @@
+"""Where Python has no POSIX modules, as on Windows: everything imports, and a run patches and reports."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.cli.toy import save_toy
+
+SCRIPT = """
+import sys
+import transformers.modeling_utils  # libraries take POSIX modules for granted where the system is not Windows
+sys.modules.update(dict.fromkeys(("fcntl", "resource")))
+from namex_hf.commands.patch import main
+sys.exit(main([*sys.argv[1:], "--method", "ep-camex"]))
+"""
+
+
+def test_without_posix_modules(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-c", SCRIPT, str(save_toy(tmp_path / "model")), "--out", str(out)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads((out / "namex/report.json").read_text())["totals"]["peak_resident_bytes"] is None
+    assert "peak memory" not in ended.stdout
+    assert not (out / ".namex").exists()
