@@ -30,10 +30,9 @@ from transformers.activations import ACT2FN
 from namex_hf import Recipe, patch_model
 from namex_hf.bargaining import cosine
 from namex_hf.checkpoint.resolve import PACKAGED, packaged_models, resolve
-from namex_hf.families import PROJECTIONS
 from namex_hf.merging.experts import grams
 from namex_hf.merging.routers import load_entropy
-from namex_hf.merging.routing import answer
+from namex_hf.merging.routing import expert_output
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
 from namex_hf.training.gathered import base_of, experts_of
@@ -91,16 +90,12 @@ def measure(model: Any, ids: torch.Tensor) -> list[Layer]:
 def layer_of(block: Any, inputs: torch.Tensor, index: torch.Tensor, activation: Any) -> Layer:
     """Args: inputs of the block, ``[tokens, hidden]``; index, the experts of every token."""
     experts = experts_of(block)
-    count = len(experts["gate_proj"])
+    count = experts.count
     some = inputs[:: max(1, len(inputs) // ASKED)][:ASKED]
-    said = torch.stack(
-        [
-            normalize(answer(some, {name: experts[name][expert] for name in PROJECTIONS}, activation), dim=-1).flatten()
-            for expert in range(count)
-        ]
-    )
+    outputs = (expert_output(some, experts.expert(number), activation) for number in range(count))
+    said = torch.stack([normalize(output, dim=-1).flatten() for output in outputs])
     has_base = getattr(block, "base_expert", None) is not None
-    base = base_of(block) if has_base else {name: torch.zeros_like(experts[name][0]) for name in PROJECTIONS}
+    base = base_of(block) if has_base else experts.zeros()
     vectors = cosine(grams(experts, base, "expert")[0])
     counts = index.flatten().bincount(minlength=count)
     return Layer(counts, load_entropy(index, count), pairs(said @ said.T / len(some)), pairs(vectors))

@@ -21,14 +21,15 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
 from namex_hf.merging.curvature import second_moment
-from namex_hf.merging.routing import Routing, neurons
+from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.routing import TokenRouting, neurons
 from namex_hf.models.soft import Merged, SoftExperts, swiglu
 from namex_hf.patching.text import text_for
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
 
 EXPERTS, COLUMNS = 60, 2048
-Given = dict[int, tuple[torch.Tensor, Routing]]
+Given = dict[int, tuple[torch.Tensor, TokenRouting]]
 """What the routed experts of each layer are given."""
 
 
@@ -101,7 +102,7 @@ def listen(model: Any, ids: torch.Tensor) -> Given:
     for hook in hooks:
         hook.remove()
     found = {index: [torch.cat(parts) for parts in zip(*given, strict=True)] for index, given in seen.items()}
-    return {index: (inputs, Routing(chosen, value)) for index, (inputs, chosen, value) in found.items()}
+    return {index: (inputs, TokenRouting(chosen, value)) for index, (inputs, chosen, value) in found.items()}
 
 
 @torch.no_grad()
@@ -114,7 +115,8 @@ def form(model: Any, given: Given, change: Callable[[torch.Tensor], torch.Tensor
         moments: tuple[list[torch.Tensor], list[torch.Tensor]] = [], []
         for number in range(count):
             token, gate = routing.of(number)
-            one = {"gate_proj": experts.gate_up_proj[number, :width], "up_proj": experts.gate_up_proj[number, width:]}
+            gate_up, down = experts.gate_up_proj[number], experts.down_proj[number]
+            one = ExpertWeights(gate_up[:width], gate_up[width:], down)
             heard = inputs[token], neurons(inputs[token], one, experts.act_fn)
             for kept, part in zip(moments, heard, strict=True):
                 kept.append(second_moment(part, gate).double() / mass[number])

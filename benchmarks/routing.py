@@ -29,7 +29,7 @@ from namex_hf.merging.routers import (
     scale_by_entropy,
     scale_by_norms,
 )
-from namex_hf.merging.routing import Routing, route
+from namex_hf.merging.routing import TokenRouting, route
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
 
@@ -48,7 +48,7 @@ def listen(model: Any, ids: torch.Tensor) -> list[torch.Tensor]:
     return [torch.cat(found).flatten(0, -2) for found in heard if found]
 
 
-def student(ids: torch.Tensor, routing: Routing, experts: int, rank: int) -> torch.Tensor:
+def student(ids: torch.Tensor, routing: TokenRouting, experts: int, rank: int) -> torch.Tensor:
     """Logits ``[ids that occur, experts]`` of a student of this rank, by Adam on StableMoE's cross-entropy."""
     seen, place = ids.unique(return_inverse=True)
     cells = (place[:, None] * experts + routing.index).flatten()
@@ -126,7 +126,7 @@ def rank_table(name: str, model: Any, ids: torch.Tensor, heard: list[torch.Tenso
     for gate, inputs in zip(gates, heard, strict=True):
         experts, top_k = len(gate.weight), gate.top_k
         routing = route(inputs, gate.weight.detach(), top_k, renormalises=False)
-        mine, theirs = (Routing(routing.index[some], routing.value[some]) for some in (~tokens, tokens))
+        mine, theirs = (TokenRouting(routing.index[some], routing.value[some]) for some in (~tokens, tokens))
         table_of = assignment(learnt, mine, experts, model.config.vocab_size)
         known = table_of[others, 0] >= 0
         forms = {f"counts, int32 table, {4 * top_k}": table_of[others[known]].long()}

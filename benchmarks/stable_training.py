@@ -23,7 +23,7 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 from namex_hf.calibration.text import calibration_text
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
 from namex_hf.merging.routers import assignment
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 from namex_hf.models.convert import patch_classes
 from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
 from namex_hf.scoring.compare import load
@@ -81,7 +81,7 @@ def count(model: Any, rows: torch.Tensor) -> None:
     for router, heard in zip(stable_routers(model), hear(model, rows, 8), strict=True):
         value = heard.logits.softmax(-1).gather(-1, heard.linear)
         vocabulary, experts = len(router.assignment), heard.logits.shape[1]
-        router.assignment.copy_(assignment(heard.ids, Routing(heard.linear, value), experts, vocabulary))
+        router.assignment.copy_(assignment(heard.ids, TokenRouting(heard.linear, value), experts, vocabulary))
 
 
 def show(console: Console, title: str, found: list[dict[str, Any]]) -> None:

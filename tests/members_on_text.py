@@ -18,9 +18,10 @@ from small_mixtures import (
 from torch.nn.functional import silu
 
 from namex_hf.errors import RecipeError
+from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.members import Members, gather, merge_members
-from namex_hf.merging.routing import Routing
-from namex_hf.merging.weightings import Seen
+from namex_hf.merging.routing import TokenRouting
+from namex_hf.merging.weightings import ExpertStatistics
 from namex_hf.recipe import Grouped, Recipe
 
 EXPERTS, TOKENS = 6, 120
@@ -33,11 +34,11 @@ ALIGN, CURVATURE, POWER = (
 )
 
 
-def group(experts, numbers=(4, 1, 2), align: str = "none", routing: Routing = ROUTING, inputs=INPUTS) -> Members:
+def group(experts, numbers=(4, 1, 2), align: str = "none", routing: TokenRouting = ROUTING, inputs=INPUTS) -> Members:
     count = len(experts["gate_proj"])
     usage, saliency = usage64(routing, count), saliency64(INPUTS, routing, experts)
-    seen = Seen(*(torch.from_numpy(amount[list(numbers)]) for amount in (usage, saliency)))
-    return gather(experts, numbers, inputs, routing, silu, align, seen)
+    statistics = ExpertStatistics(*(torch.from_numpy(amount[list(numbers)]) for amount in (usage, saliency)))
+    return gather(experts, numbers, inputs, routing, silu, align, statistics)
 
 
 def tuning(weighting: str = "nash", point: str = "zero", **choices) -> Grouped:
@@ -57,7 +58,7 @@ def every_way(**choices: tuple[str, ...]) -> list[Grouped]:
     return list(found)
 
 
-def merge(members: Members, how: Grouped) -> dict[str, torch.Tensor]:
+def merge(members: Members, how: Grouped) -> ExpertWeights:
     return merge_members(members, how)[0]
 
 

@@ -6,7 +6,7 @@ import torch
 from losses import LossSolution, loss_bargaining
 
 from namex_hf.merging.experts import PROJECTIONS
-from namex_hf.merging.members import GAMES, Members, Weighed
+from namex_hf.merging.members import GAMES, GroupWeights, Members
 from namex_hf.recipe import Grouped
 
 
@@ -15,7 +15,7 @@ def register() -> None:
     GAMES["calibrated"] = by_losses
 
 
-def by_losses(members: Members, merge: Grouped) -> Weighed:
+def by_losses(members: Members, merge: Grouped) -> GroupWeights:
     """The bargain over the errors that the members' own tokens would see, a game a matrix.
 
     Without agreement all weigh alike, recorded as such. With the zero point the first member is what everybody has
@@ -31,7 +31,7 @@ def by_losses(members: Members, merge: Grouped) -> Weighed:
         point = matrices[0] if zero else torch.stack(matrices).mean(0)
         power = torch.ones(count, dtype=torch.float64)
         if merge.game.power == "usage":
-            power = members.seen.usage
+            power = members.statistics.usage
         elif merge.game.power == "loss":
             losses = [curved_loss(point, *pair) for pair in zip(matrices, moments, strict=True)]
             power = torch.tensor(losses, dtype=torch.float64)
@@ -57,7 +57,7 @@ def curved_loss(matrix: torch.Tensor, expert: torch.Tensor, moment: torch.Tensor
 
 
 def loss_record(name: str, found: LossSolution, weights: torch.Tensor) -> dict[str, Any]:
-    """`game_record` of a bargain over losses. Norms and steps are losses there: of every player, at the disagreement
+    """The record of a bargain over losses. Norms and steps are losses there: of every player, at the disagreement
     point and at the solution.
 
     Args:

@@ -5,12 +5,11 @@ A fused tensor of transformers 5 holds its experts end to end, so each expert's 
 
 import re
 from collections.abc import Iterable, Mapping
-from itertools import chain
 
 import torch
 
 from ..errors import CheckpointError
-from ..families import PROJECTIONS, Family, MoeShape
+from ..families import Family, MoeShape
 from ..families.outline import TensorSpec, check_counts, check_tensors, outline_of
 from ..printable import printable
 from .header import TensorSpan
@@ -73,19 +72,14 @@ def _expect_experts(spans: dict[str, TensorSpan], family: Family, shape: MoeShap
     """
     for layer in shape.layers:
         count = shape.experts_of(layer)
-        names = (family.expert(layer, expert, projection) for expert in range(count) for projection in PROJECTIONS)
-        for name in chain(names, [family.router(layer)]):
+        for name in (*family.experts(layer, count), family.router(layer)):
             if name not in spans:
                 raise CheckpointError(f"tensor {name} is missing; config.json counts {count} experts a layer")
 
 
 def _check_dtypes(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
     for layer in shape.layers:
-        dtypes = {
-            spans[family.expert(layer, expert, projection)].dtype
-            for expert in range(shape.experts_of(layer))
-            for projection in PROJECTIONS
-        }
+        dtypes = {spans[name].dtype for name in family.experts(layer, shape.experts_of(layer))}
         if len(dtypes) != 1 or not dtypes.issubset(FLOATS):
             found = ", ".join(sorted(map(str, dtypes)))
             raise CheckpointError(f"experts of layer {layer} are {found}; accepted: one of bfloat16, float16, float32")

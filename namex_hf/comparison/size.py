@@ -37,12 +37,7 @@ def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
     family = original_family(checkpoint.config)
     shape = family.shape(checkpoint.config)
     spans = per_expert(checkpoint, family, shape)
-    experts = {
-        family.expert(layer, expert, projection)
-        for layer in shape.layers
-        for expert in range(shape.experts_of(layer))
-        for projection in PROJECTIONS
-    }
+    experts = family.all_experts(shape)
     recipe = checkpoint.config.get("namex") or {}
     choice = soft_choice(recipe)
     apart = set(experts)

@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FamilyError
+from ..merging.experts import PROJECTIONS
 
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Config = Mapping[str, Any]
 MAX_LAYERS, MAX_SIZE = 10_000, 1 << 31
@@ -155,6 +155,15 @@ class Family:
 
     def expert(self, layer: int, expert: int, projection: str) -> str:
         return f"{self.block(layer)}.experts.{expert}.{projection}.weight"
+
+    def experts(self, layer: int, count: int) -> dict[str, tuple[int, str]]:
+        """Expert and projection of every tensor of a layer's routed experts, by the tensor's name."""
+        return {self.expert(layer, e, name): (e, name) for e in range(count) for name in PROJECTIONS}
+
+    def all_experts(self, shape: MoeShape) -> dict[str, tuple[int, int, str]]:
+        """Layer, expert and projection of every tensor of all routed experts, by the tensor's name."""
+        layers = {layer: self.experts(layer, shape.experts_of(layer)) for layer in shape.layers}
+        return {name: (layer, *place) for layer, places in layers.items() for name, place in places.items()}
 
     def fused(self, layer: int, name: str) -> str:
         """Name of a fused tensor, ``gate_up_proj [N, 2 width, hidden]`` or ``down_proj [N, hidden, width]``."""

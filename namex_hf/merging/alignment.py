@@ -9,19 +9,26 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch.nn.functional import normalize
 
-from .experts import PROJECTIONS, Experts, NotFiniteError
-from .routing import Activation, Expert, Routing, neurons
+from .experts import Expert, Experts, ExpertWeights, NotFiniteError
+from .routing import Activation, TokenRouting, neurons
 
 ALIGNMENT_TOKENS = 4096
 
 
-def permuted(expert: Expert, order: torch.Tensor) -> dict[str, torch.Tensor]:
+def permuted(expert: Expert, order: torch.Tensor) -> Expert:
     """The expert with its neurons in another order: the same function.
 
     Args:
         order: int64 ``[width]``; neuron ``order[n]`` goes to place n.
     """
-    return {name: matrix[:, order] if name == "down_proj" else matrix[order] for name, matrix in expert.items()}
+    return ExpertWeights.of(lambda name: permuted_matrix(name, expert[name], order), expert)
+
+
+def permuted_matrix(name: str, matrix: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """One tensor of `permuted`, by its name."""
+    if name == "down_proj.bias":
+        return matrix
+    return matrix[:, order] if name == "down_proj" else matrix[order]
 
 
 def order_by_weights(reference: Expert, expert: Expert) -> torch.Tensor:
@@ -31,7 +38,7 @@ def order_by_weights(reference: Expert, expert: Expert) -> torch.Tensor:
     """
 
     def directions(one: Expert) -> torch.Tensor:
-        rows = one["gate_proj"], one["up_proj"], one["down_proj"].T
+        rows = [matrix.T if name == "down_proj" else matrix for name, matrix in one.items()]
         return torch.cat([normalize(part.float(), dim=1) for part in rows], dim=1)
 
     return _assignment(directions(reference) @ directions(expert).T)
@@ -61,28 +68,28 @@ def _assignment(likeness: torch.Tensor) -> torch.Tensor:
 
 
 def layer_orders(
-    experts: Experts, align: str, inputs: torch.Tensor, routing: Routing, activation: Activation
+    experts: Experts, align: str, inputs: torch.Tensor, routing: TokenRouting, activation: Activation
 ) -> torch.Tensor:
-    """Orders of all experts of a layer that fit its most used one best, int64 ``[experts, width]`` on the CPU.
+    """Orders of neurons of all experts of a layer, to match the most used one, int64 ``[experts, width]`` on the CPU.
 
     Args:
         align: ``none``, ``weights``, ``activations``.
         inputs: float32 ``[tokens, hidden]``; of these `ALIGNMENT_TOKENS` at most are taken.
 
-    Memory: two experts in float32, and what they answer to those tokens.
+    Memory: two experts in float32, and their activations on those tokens.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    count = len(experts["gate_proj"])
-    orders = torch.arange(experts["gate_proj"][0].shape[0]).repeat(count, 1)
+    count = experts.count
+    orders = torch.arange(len(experts.up[0])).repeat(count, 1)
     if align == "none":
         return orders
     sample = inputs[:: max(1, -(-len(inputs) // ALIGNMENT_TOKENS))]
     first = int(routing.mass(count).argmax())
 
-    def finite(number: int) -> dict[str, torch.Tensor]:
-        expert = {name: experts[name][number].to(inputs) for name in PROJECTIONS}
+    def finite(number: int) -> Expert:
+        expert = experts.expert(number).to(inputs)
         for name, matrix in expert.items():
             if not matrix.isfinite().all():
                 raise NotFiniteError(number, name)

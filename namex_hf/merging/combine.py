@@ -1,4 +1,4 @@
-"""One expert out of a group, and one router row out of its rows."""
+"""The merge of a group: one expert, and one router row."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -6,40 +6,42 @@ from typing import Any
 import torch
 
 from ..recipe import Grouped
-from .experts import PROJECTIONS, Base, Experts, each_projection, games_of, grams, weighted_sum
+from .experts import Expert, Experts, by_projection, each_projection, games_of, grams, weighted_sum
 from .grouping import Groups
-from .record import game_record
-from .weightings import FALLBACK, WEIGHTINGS, Seen, Weights
+from .record import game_records
+from .weightings import FALLBACK, WEIGHTINGS, ExpertStatistics, Weights
 
 
-def shares(gram: torch.Tensor, merge: Grouped, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def shares(
+    gram: torch.Tensor, merge: Grouped, precision: torch.dtype, statistics: ExpertStatistics | None = None
+) -> Weights:
     """Weights of the members of one group, on the simplex, the base included.
 
-    The game is played around the group's first member, which is its base: its own domain vector is zero, so it has no
-    stake and the bargain gives it nothing. It keeps the share 1/n that it has in a plain mean, and the others divide
-    the rest by the bargain. Otherwise a group of two would be its second member. A game without agreement falls back
-    to uniform weights, recorded as ``uniform_fallback``.
+    The group's first member is the base of the game: its own domain vector is zero, so it has no stake and the bargain
+    gives it nothing. It gets the share 1/n of a plain mean, and the others divide the rest by the bargain. Otherwise a
+    group of two would become its second member. A game without agreement falls back to uniform weights, recorded as
+    ``uniform_fallback``.
 
     Args:
         gram: float64 ``[games, n, n]`` of the members' domain vectors around the first.
-        seen: where calibration text tells.
+        statistics: None without calibration text.
     """
     weighting = merge.weights_by or "uniform"
-    found = WEIGHTINGS[weighting](gram, merge.game, precision, seen)
+    solution = WEIGHTINGS[weighting](gram, merge.game, precision, statistics)
     if weighting != "nash":
-        return found
+        return solution
     size = gram.shape[-1]
-    values, status = found.values * (size - 1) / size, list(found.status)
+    values, status = solution.values * (size - 1) / size, list(solution.status)
     values[:, 0] += 1 / size
-    for index, word in enumerate(found.status):
+    for index, word in enumerate(solution.status):
         if word != "agreement":
             values[index], status[index] = 1 / size, FALLBACK
-    return Weights(values, tuple(status), found.residual, found.iterations)
+    return Weights(values, tuple(status), solution.residual, solution.iterations)
 
 
 @dataclass(frozen=True)
 class Group:
-    """A group whose game has been played."""
+    """The members of a group, and their shares."""
 
     members: tuple[int, ...]
     shares: torch.Tensor  # float64 [games, n]
@@ -47,25 +49,22 @@ class Group:
 
 
 def play(experts: Experts, members: tuple[int, ...], merge: Grouped, device: str) -> Group:
-    """Settle the shares of one group's members. A group of one plays no game.
+    """The shares of one group's members by their game. A group of one plays no game.
 
     Raises:
         NotFiniteError: a member holds NaN or infinity.
     """
-    games = games_of(merge.game.granularity)
+    granularity = merge.game.granularity
     if len(members) == 1:
-        return Group(members, torch.ones(len(games), 1, dtype=torch.float64), [])
-    inside = {name: [experts[name][member] for member in members] for name in PROJECTIONS}
-    base: Base = {name: inside[name][0] for name in PROJECTIONS}
-    gram = grams(inside, base, merge.game.granularity, device)
-    weights = shares(gram, merge, inside["gate_proj"][0].dtype)
-    record = [game_record(game, gram[index], weights, index) for index, game in enumerate(games)]
-    return Group(members, weights.values, [{"members": list(members), **one} for one in record])
+        return Group(members, torch.ones(len(games_of(granularity)), 1, dtype=torch.float64), [])
+    inside = experts.subset(members)
+    gram = grams(inside, inside.expert(0), granularity, device)
+    weights = shares(gram, merge, experts.dtype)
+    records = game_records(gram, weights, granularity)
+    return Group(members, weights.values, [{"members": list(members), **one} for one in records])
 
 
-def merged_expert(
-    experts: Experts, group: Group, merge: Grouped, device: str, factor: float = 1.0
-) -> dict[str, torch.Tensor]:
+def merged_expert(experts: Experts, group: Group, merge: Grouped, device: str, factor: float = 1.0) -> Expert:
     """The one expert of a group, in the experts' dtype; a group of one is its expert, bit for bit.
 
     Args:
@@ -74,17 +73,14 @@ def merged_expert(
     Memory: the expert, and chunks.
     """
     if len(group.members) == 1:
-        # A copy: the layer's own memory may be filled again while this one waits to be written.
-        return {name: experts[name][group.members[0]].clone() for name in PROJECTIONS}
-    of_game = {
-        name: group.shares[index] for index, game in enumerate(games_of(merge.game.granularity)) for name in game
-    }
+        # A copy: the layer's memory may be filled again before this expert is written.
+        return experts.expert(group.members[0]).map(torch.clone)
+    inside, of_game = experts.subset(group.members), by_projection(group.shares, merge.game.granularity)
 
     def merged(name: str) -> torch.Tensor:
-        inside = [experts[name][member] for member in group.members]
-        return weighted_sum(inside, of_game[name], factor if name == "down_proj" else 1.0, device)
+        return weighted_sum(inside[name], of_game[name], factor if name == "down_proj" else 1.0, device)
 
-    return each_projection(merged)
+    return each_projection(merged, experts)
 
 
 def average_rows(router: torch.Tensor, groups: Groups) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Curvature from calibration text: what a change of an expert's matrix costs on the tokens that the expert sees.
+"""Curvature from calibration text: the error that a change of an expert's matrix makes on the expert's own tokens.
 
 For a linear map W and the inputs x of expert i with gate values g, the loss of replacing E_i by W is
 ``sum_t g_t^2 |(W - E_i) x_t|^2 = tr((W - E_i) C_i (W - E_i)^T)``, the second moment ``C_i = sum_t g_t^2 x_t x_t^T``.
@@ -26,11 +26,11 @@ def second_moment(inputs: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
 
 
 LEAST = 1e-30
-"""Curvature of an expert that no token has reached: none beside others, and all that a group of such experts has."""
+"""Curvature of an expert without tokens: negligible beside others, and enough for a group of such experts."""
 
 
 def with_ridge(moment: torch.Tensor, ridge: float) -> torch.Tensor:
-    """``C + ridge * mean(diag C) * I``: directions that no token has shown are averaged by usage, not lost.
+    """``C + ridge * mean(diag C) * I``: directions without tokens are averaged by usage, not lost.
 
     Args:
         moment: ``[width, width]``, or its diagonal ``[width]``.

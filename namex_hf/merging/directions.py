@@ -1,5 +1,7 @@
-"""The second moments of a layer's experts in few numbers: ``c_i = t_i (I + V_i V_i^T)``, the same trace, the same
-leading directions, and in all others the same energy."""
+"""Low-rank form of the second moments of a layer's experts: ``c_i = t_i (I + V_i V_i^T)``.
+
+Trace and leading directions are those of the second moment; all other directions have the same energy.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,8 +10,8 @@ import torch
 from scipy.sparse.linalg import eigsh
 
 from .curvature import second_moment
-from .experts import PROJECTIONS, Experts
-from .routing import Activation, Routing, neurons
+from .experts import Experts
+from .routing import Activation, TokenRouting, neurons
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class Leading:
         """
         Args:
             moment: ``sum_t g_t^2 x_t x_t^T``, ``[columns, columns]``.
-            mass: ``sum_t g_t``; 0 where no token came.
+            mass: ``sum_t g_t``; 0 without tokens.
             rank: below the number of columns.
         """
         columns = len(moment)
@@ -57,7 +59,7 @@ def spans(leading: Sequence[Leading], usage: torch.Tensor, ridge: float) -> Span
     along = torch.stack([one.energy.sum() for one in leading])
     rest = torch.tensor([one.rest for one in leading], dtype=torch.float64)
     whole = float(usage @ (along + (columns - rank) * rest))
-    if whole == 0:  # no text, or none that any expert saw
+    if whole == 0:  # no token, or none but zeros
         nothing = torch.zeros(len(leading), columns, rank, dtype=torch.float64)
         return Spans(nothing, torch.ones(len(leading), dtype=torch.float64), 0.0)
     floor = rest + ridge * whole / columns
@@ -70,7 +72,7 @@ def spans(leading: Sequence[Leading], usage: torch.Tensor, ridge: float) -> Span
 
 @dataclass(frozen=True)
 class LayerCurvature:
-    """What a layer's experts hear."""
+    """The curvature of a layer's experts, from their activations."""
 
     usage: torch.Tensor  # p, float64 [experts]: shares of the gate values, summing to 1
     inputs: Spans  # of gate and up
@@ -88,23 +90,22 @@ class LayerCurvature:
 
 
 def layer_curvature(
-    experts: Experts, inputs: torch.Tensor, routing: Routing, activation: Activation, rank: int, ridge: float
+    experts: Experts, inputs: torch.Tensor, routing: TokenRouting, activation: Activation, rank: int, ridge: float
 ) -> LayerCurvature:
     """The curvature of a layer's experts from the tokens that each receives.
 
     Args:
-        experts: in the order of neurons that they are to have.
+        experts: with their neurons in the final order.
         inputs: float32 ``[tokens, hidden]``.
 
-    Memory: one expert, its tokens and their answers in float32; one second moment in float64 twice.
+    Memory: one expert, its tokens and their neurons in float32; one second moment in float64 twice.
     """
-    mass = routing.mass(len(experts["gate_proj"])).cpu()
-    heard: tuple[list[Leading], list[Leading]] = ([], [])
-    for number, own in enumerate(mass.tolist()):
+    mass = routing.mass(experts.count).cpu()
+    leading: tuple[list[Leading], list[Leading]] = ([], [])
+    for number, gate_mass in enumerate(mass.tolist()):
         token, gate = routing.of(number)
-        mine = inputs[token]
-        expert = {name: experts[name][number].to(inputs) for name in PROJECTIONS}
-        heard[0].append(Leading.of(second_moment(mine, gate), own, rank))
-        heard[1].append(Leading.of(second_moment(neurons(mine, expert, activation), gate), own, rank))
+        rows, expert = inputs[token], experts.expert(number).to(inputs)
+        leading[0].append(Leading.of(second_moment(rows, gate), gate_mass, rank))
+        leading[1].append(Leading.of(second_moment(neurons(rows, expert, activation), gate), gate_mass, rank))
     usage = mass / mass.sum() if mass.sum() > 0 else torch.full_like(mass, 1 / len(mass))
-    return LayerCurvature(usage, *(spans(one, usage, ridge) for one in heard))
+    return LayerCurvature(usage, *(spans(one, usage, ridge) for one in leading))

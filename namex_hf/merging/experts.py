@@ -1,7 +1,11 @@
-"""Tensors of a layer's experts, and the games that are played over them."""
+"""The matrices of experts, and the sums over a layer's experts that games and merges need."""
 
-from collections.abc import Callable, Mapping, Sequence
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
@@ -9,17 +13,93 @@ from ..bargaining import CHUNK_BYTES, domain_gram
 from ..errors import NamexError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+FIELDS = dict(zip(PROJECTIONS, ("gate", "up", "down"), strict=True))
+FIELDS |= {f"{name}.bias": f"{field}_bias" for name, field in FIELDS.items()}
+"""Fields of `ExpertWeights` by the names that files and records have for them."""
 
 Matrices = torch.Tensor | Sequence[torch.Tensor]
-"""One matrix an expert, stacked or not; they are read in place, never copied as a whole."""
-Experts = Mapping[str, Matrices]
-"""Routed experts by projection: N gates and ups of ``[width, hidden]``, N downs of ``[hidden, width]``."""
-Base = Mapping[str, torch.Tensor]
-"""The base expert by projection: in float32, unrounded, while it is propagated; in a group the member that it is."""
+"""One matrix an expert, stacked or listed; they are read in place, never copied as a whole."""
+T = TypeVar("T", bound=Matrices)
+T_co = TypeVar("T_co", bound=Matrices, covariant=True)
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertWeights(Mapping[str, T_co]):
+    """The matrices of one expert, or of all N experts of a layer; also a mapping, by the names that files have.
+
+    One expert: gate and up ``[width, hidden]``, down ``[hidden, width]``, biases ``[rows]``. A layer: N of each.
+    """
+
+    gate: T_co | None  # None: the neurons are the activation of up alone
+    up: T_co
+    down: T_co
+    gate_bias: T_co | None = None
+    up_bias: T_co | None = None
+    down_bias: T_co | None = None
+
+    @classmethod
+    def of(cls, make: Callable[[str], T], names: Iterable[str] = PROJECTIONS) -> ExpertWeights[T]:
+        """What ``make`` gives for each name, one after the other."""
+        fields: dict[str, Any] = {"gate": None, **{FIELDS[name]: make(name) for name in names}}
+        return ExpertWeights(**fields)
+
+    def __getitem__(self, name: str) -> T_co:
+        value: T_co | None = getattr(self, FIELDS[name])
+        if value is None:
+            raise KeyError(name)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, field in FIELDS.items() if getattr(self, field) is not None)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def map(self, make: Callable[[T_co], T]) -> ExpertWeights[T]:
+        return self.of(lambda name: make(self[name]), self)
+
+    @property
+    def count(self) -> int:
+        """N, of a layer."""
+        return len(self.up)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a layer's experts."""
+        return next(iter(self.values()))[0].dtype
+
+    def expert(self, number: int) -> Expert:
+        """One expert of a layer: views."""
+        return self.of(lambda name: self[name][number], self)
+
+    def subset(self, numbers: Sequence[int]) -> Experts:
+        """Some experts of a layer, listed: views."""
+        return self.of(lambda name: [self[name][number] for number in numbers], self)
+
+    def stacked(self, numbers: Sequence[int]) -> Expert:
+        """Some experts of a layer, copied: ``[n, rows, columns]`` each."""
+        return self.of(lambda name: torch.stack([self[name][number] for number in numbers]), self)
+
+    def set_expert(self, number: int, expert: Expert) -> None:
+        """Give a layer another expert, in place."""
+        for name, matrix in expert.items():
+            self[name][number].copy_(matrix)
+
+    def to(self: Expert, like: torch.Tensor) -> Expert:
+        """In the dtype of ``like``, and where it is."""
+        return self.map(lambda matrix: matrix.to(like))
+
+    def zeros(self) -> Expert:
+        """Zeros in the shapes of one expert of a layer, in float32 on the CPU."""
+        return self.of(lambda name: torch.zeros(self[name][0].shape), self)
+
+
+Expert = ExpertWeights[torch.Tensor]
+Experts = ExpertWeights[Matrices]
 
 
 class NotFiniteError(NamexError):
-    """An expert's matrix holds NaN or infinity; the caller, who knows names, says which tensor that is."""
+    """An expert's matrix holds NaN or infinity. Callers that know the tensor's name add it."""
 
     def __init__(self, expert: int, projection: str):
         super().__init__(f"expert {expert}: {projection} holds NaN or infinite values; finite weights are needed")
@@ -27,17 +107,23 @@ class NotFiniteError(NamexError):
 
 
 def games_of(granularity: str) -> tuple[tuple[str, ...], ...]:
-    """The projections that bargain together: one game a matrix, or one a whole expert."""
+    """The projections of each game: one game a matrix, or one for the whole expert."""
     return (PROJECTIONS,) if granularity == "expert" else tuple((name,) for name in PROJECTIONS)
 
 
-def each_projection(make: Callable[[str], torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``make`` of gate, up and down, side by side: torch's own threads split a chunk less well than three matrices."""
+def by_projection(values: torch.Tensor, granularity: str) -> dict[str, torch.Tensor]:
+    """Of values ``[games, ...]`` the row of every projection's game."""
+    return {name: values[index] for index, game in enumerate(games_of(granularity)) for name in game}
+
+
+def each_projection(make: Callable[[str], torch.Tensor], names: Iterable[str] = PROJECTIONS) -> Expert:
+    """``make`` of gate, up and down, a thread each: torch itself splits a chunk less well than three matrices."""
     with ThreadPoolExecutor(len(PROJECTIONS)) as pool:
-        return dict(zip(PROJECTIONS, pool.map(make, PROJECTIONS), strict=True))
+        results = {name: pool.submit(make, name) for name in names}
+        return ExpertWeights.of(lambda name: results[name].result(), results)
 
 
-def grams(experts: Experts, base: Base, granularity: str, device: str | torch.device = "cpu") -> torch.Tensor:
+def grams(experts: Experts, base: Expert, granularity: str, device: str | torch.device = "cpu") -> torch.Tensor:
     """Gram matrices of the domain vectors tau_i = E_i - E_m, one a game.
 
     Memory: no copy of the layer; a chunk of every expert in float32 at a time.
@@ -63,7 +149,7 @@ def grams(experts: Experts, base: Base, granularity: str, device: str | torch.de
 def _first_not_finite(matrices: Matrices, suspects: torch.Tensor) -> int:
     for index in suspects.nonzero().flatten().tolist():
         if not matrices[index].isfinite().all():
-            return index
+            return int(index)
     return int(suspects.nonzero()[0])
 
 
@@ -107,7 +193,7 @@ def weighted_step(
 
     Memory: that buffer, a chunk of every expert, beyond the result.
     """
-    players = weights.nonzero().flatten().tolist()  # those without weight are not read
+    players = weights.nonzero().flatten().tolist()  # the others are not read
     centre = base.flatten()
     step = torch.zeros_like(centre)
     if not players:

@@ -1,4 +1,4 @@
-"""Which experts become one."""
+"""Groups of experts, each of which becomes one expert."""
 
 import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
@@ -24,13 +24,13 @@ def groups_by_outputs(outputs: torch.Tensor, count: int) -> Groups:
     """Average linkage of the distances between mean outputs (HC-SMoE, Chen et al. 2024).
 
     Args:
-        outputs: float64 ``[N, hidden]``, every expert's mean answer to the same tokens.
+        outputs: float64 ``[N, hidden]``, every expert's mean output on the same tokens.
     """
     return average_linkage(torch.cdist(outputs, outputs), count)
 
 
 def groups_by_router(gates: torch.Tensor, count: int) -> Groups:
-    """Average linkage of 1 - correlation of gate values: experts that speak on the same tokens go together.
+    """Average linkage of 1 - correlation of gate values: groups of experts that are chosen for the same tokens.
 
     Args:
         gates: ``[tokens, N]``, 0 where an expert is not among the top-k.
@@ -59,16 +59,17 @@ def average_linkage(distance: torch.Tensor, count: int) -> Groups:
 def groups_by_damage(gram: torch.Tensor, gates: torch.Tensor, count: int) -> Groups:
     """Join, again and again, the two groups that add least to the error of the layer's output.
 
-    A group g answers as the mean f_g of its members' answers, each as heavy as its squared gate values e_i, with the
-    sum s_g of their gate values. What that misses of the layer's output is ``r = sum_i g_i f_i - sum_g s_g f_g``. To
-    join a and b changes r by ``c (f_a - f_b)`` with ``c = (s_a e_b - s_b e_a) / (e_a + e_b)``, token by token, so that
+    The output of a group g is s_g f_g: f_g is the mean of its members' outputs, weighted by squared gate values e_i,
+    and s_g is the sum of their gate values. The error of the layer's output is ``r = sum_i g_i f_i - sum_g s_g f_g``.
+    To join a and b changes r by ``c (f_a - f_b)`` with ``c = (s_a e_b - s_b e_a) / (e_a + e_b)``, token by token. The
+    change of the squared error,
 
         sum_t 2 c_t <f_a - f_b, r>_t + c_t^2 |f_a - f_b|_t^2
 
-    follows from inner products alone. Unlike a distance between experts it knows which of them speak together.
+    follows from inner products alone. Unlike a distance between experts it depends on which are chosen together.
 
     Args:
-        gram: float32 ``[tokens, N, N]``, inner products of the experts' answers to each token.
+        gram: float32 ``[tokens, N, N]``, inner products of the expert outputs on each token.
         gates: float32 ``[tokens, N]``, 0 where an expert is not among the top-k.
 
     Memory: four times ``gram``.
@@ -96,7 +97,7 @@ def groups_by_damage(gram: torch.Tensor, gates: torch.Tensor, count: int) -> Gro
 
 def _joined(rows: torch.Tensor, axis: int, first: int, second: int, share: float, other: float) -> torch.Tensor:
     """Two entries of an axis become ``share * first + other * second``, in the place of the first."""
-    kept = [index for index in range(rows.shape[axis]) if index != second]
-    result = rows.index_select(axis, torch.tensor(kept, device=rows.device))
+    others = [index for index in range(rows.shape[axis]) if index != second]
+    result = rows.index_select(axis, torch.tensor(others, device=rows.device))
     result.select(axis, first).copy_(share * rows.select(axis, first) + other * rows.select(axis, second))
     return result

@@ -1,4 +1,4 @@
-"""A whole layer with fewer experts."""
+"""A layer with fewer experts, without calibration text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,15 +7,16 @@ import torch
 
 from ..recipe import Grouped
 from .combine import Group, average_rows, merged_expert, play
-from .experts import PROJECTIONS, Experts, grams
+from .experts import Expert, Experts, grams
 from .grouping import groups_by_weights
 from .mass import expected_mass
+from .moe_layer import MoELayer
 from .record import cosines
 
 
 @dataclass(frozen=True)
 class MergedLayer:
-    """What a layer becomes. Experts are made when they are asked for: none is held here but the layer's own."""
+    """A layer with fewer experts. They are merged on demand: only the experts of the original are held."""
 
     source: Experts
     groups: list[Group]
@@ -26,46 +27,35 @@ class MergedLayer:
     record: dict[str, Any]
     cosines: torch.Tensor  # float32 [1, N, N], between whole experts
 
-    def expert(self, index: int) -> dict[str, torch.Tensor]:
-        """The ``index``-th of the K experts, by projection."""
+    def expert(self, index: int) -> Expert:
+        """The ``index``-th of the K experts."""
         return merged_expert(self.source, self.groups[index], self.merge, self.device, self.factor)
 
 
-def merge_layer(
-    experts: Experts,
-    router: torch.Tensor,
-    norm: torch.Tensor,
-    merge: Grouped,
-    top_k: int,
-    renormalises: bool,
-    seed: int,
-    device: str = "cpu",
-) -> MergedLayer:
+def merge_layer(layer: MoELayer, norm: torch.Tensor, merge: Grouped, seed: int, device: str = "cpu") -> MergedLayer:
     """Cluster a layer's experts into as many groups as the recipe has `experts`, and make each group one expert.
 
     Args:
-        router: ``[N, hidden]``; its rows are averaged within the groups.
+        layer: the original. Router rows are averaged within the groups.
         norm: ``[hidden]``, the weight of the norm before the router.
-        top_k: of the original; the result's is min(top_k, count).
 
-    Memory: nothing but what the games need; experts are merged on demand.
+    Memory: that of the games; experts are merged on demand.
 
     Raises:
         NotFiniteError: an expert holds NaN or infinity.
     """
-    nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
-    gram = grams(experts, nothing, "expert", device)
+    gram = grams(layer.experts, layer.experts.zeros(), "expert", device)
     count = merge.experts
     groups = groups_by_weights(gram[0], count)
-    rows = average_rows(router, groups)
+    rows = average_rows(layer.router, groups)
     factor = 1.0
-    if not renormalises and count < len(router):
-        before = expected_mass(router, norm, top_k, seed)
-        factor = before / expected_mass(rows, norm, min(top_k, count), seed)
-    played = [play(experts, members, merge, device) for members in groups]
+    if not layer.renormalises and count < len(layer.router):
+        before = expected_mass(layer.router, norm, layer.top_k, seed)
+        factor = before / expected_mass(rows, norm, min(layer.top_k, count), seed)
+    played = [play(layer.experts, members, merge, device) for members in groups]
     record = {
         "groups": [list(members) for members in groups],
         "mass_factor": factor,
         "games": [game for group in played for game in group.record],
     }
-    return MergedLayer(experts, played, merge, device, factor, rows, record, cosines(gram))
+    return MergedLayer(layer.experts, played, merge, device, factor, rows, record, cosines(gram))

@@ -1,7 +1,7 @@
-"""The routed mass: how much of the routed experts' output a router's top-k lets through.
+"""The routed mass: the sum of a router's top-k values.
 
-Where top-k values are not renormalised, their sum grows as experts become fewer (it is 1 when one is left), and the
-merged experts would speak louder than the originals did. The ratio of the two sums corrects it.
+Where top-k values are not renormalised, their sum grows as experts become fewer; it is 1 for a single expert. The
+output of the merged experts would then be larger than that of the originals. The ratio of the two sums corrects it.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""One group of experts on the text that it was seen with: aligned, weighed, and made one under its curvature."""
+"""The merge of one group on calibration text: neurons aligned, members weighted, averaged under their curvature."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,26 +10,26 @@ from ..recipe import Grouped
 from .alignment import ALIGNMENT_TOKENS, order_by_activations, order_by_weights, permuted
 from .combine import shares
 from .curvature import CurvedSum, second_moment
-from .experts import PROJECTIONS, Experts, games_of, grams, weighted_sum
-from .record import game_record
-from .routing import Activation, Routing, neurons
-from .weightings import Seen
+from .experts import Expert, Experts, ExpertWeights, by_projection, grams, weighted_sum
+from .record import game_records
+from .routing import Activation, TokenRouting, neurons
+from .weightings import ExpertStatistics
 
 
 @dataclass(frozen=True)
 class Members:
-    """A group's experts, the most used first, in the order of that one's neurons."""
+    """A group's experts, the most used first; the others have their neurons in its order."""
 
     numbers: tuple[int, ...]
-    matrices: dict[str, torch.Tensor]  # by projection [n, rows, columns], in the experts' dtype
-    inputs: torch.Tensor  # float32 [tokens, hidden], the layer's
-    routing: Routing
+    matrices: Expert  # of all of them, stacked, in the experts' dtype
+    inputs: torch.Tensor  # float32 [tokens, hidden], of the layer
+    routing: TokenRouting
     activation: Activation
-    seen: Seen
+    statistics: ExpertStatistics
 
-    def expert(self, place: int) -> dict[str, torch.Tensor]:
+    def expert(self, place: int) -> Expert:
         """A member's matrices in float32, where the inputs are."""
-        return {name: self.matrices[name][place].to(self.inputs) for name in PROJECTIONS}
+        return self.matrices.expert(place).to(self.inputs)
 
     def moment(self, place: int, name: str) -> torch.Tensor:
         """The second moment of the inputs of a member's matrix, from its own tokens, float32."""
@@ -44,69 +44,65 @@ def gather(
     experts: Experts,
     numbers: tuple[int, ...],
     inputs: torch.Tensor,
-    routing: Routing,
+    routing: TokenRouting,
     activation: Activation,
     align: str,
-    seen: Seen,
+    statistics: ExpertStatistics,
 ) -> Members:
-    """Bring a group's experts into one order of neurons, that of the first.
+    """Copies of a group's experts with their neurons in one order, that of the first.
 
     Args:
-        seen: of the group's experts, in the order of ``numbers``.
+        statistics: of the group's experts, in the order of ``numbers``.
 
     Memory: a copy of the group in the experts' dtype.
     """
-    reference = {name: experts[name][numbers[0]].to(inputs) for name in PROJECTIONS}
+    reference = experts.expert(numbers[0]).to(inputs)
     own = torch.cat([routing.of(number)[0] for number in numbers])
     sample = inputs[own[:: max(1, len(own) // ALIGNMENT_TOKENS)]]
-    matrices = {name: torch.stack([experts[name][number] for number in numbers]) for name in PROJECTIONS}
+    matrices = experts.stacked(numbers)
     for place, number in enumerate(numbers[1:], start=1):
-        expert = {name: experts[name][number].to(inputs) for name in PROJECTIONS}
+        expert = experts.expert(number).to(inputs)
         if align == "weights":
             order = order_by_weights(reference, expert)
         elif align == "activations" and len(sample):
             order = order_by_activations(reference, expert, sample, activation)
         else:
             continue
-        for name, matrix in permuted({n: matrices[n][place] for n in PROJECTIONS}, order.cpu()).items():
-            matrices[name][place] = matrix
-    return Members(numbers, matrices, inputs, routing, activation, seen)
+        matrices.set_expert(place, permuted(matrices.expert(place), order.cpu()))
+    return Members(numbers, matrices, inputs, routing, activation, statistics)
 
 
-def merge_members(members: Members, merge: Grouped) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-    """The one expert of a group, in the experts' dtype, and what is written down about its games.
+def merge_members(members: Members, merge: Grouped) -> tuple[Expert, list[dict[str, Any]]]:
+    """The one expert of a group, in the experts' dtype, and the record of its games.
 
     Memory: float64 sums of one matrix and one second moment.
     """
     weights, record = GAMES[merge.game.metric](members, merge)
     if merge.curvature.kind == "identity":
-        return {name: weighted_sum(members.matrices[name], weights[name]) for name in PROJECTIONS}, record
+        matrices = members.matrices
+        return ExpertWeights.of(lambda name: weighted_sum(matrices[name], weights[name]), matrices), record
     merged: dict[str, torch.Tensor] = {}
-    for names in (("gate_proj", "up_proj"), ("down_proj",)):  # gate and up see the same inputs
+    for names in (("gate_proj", "up_proj"), ("down_proj",)):  # gate and up have the same inputs
         sums = {name: CurvedSum(merge.curvature.kind == "diagonal", merge.curvature.ridge) for name in names}
         for place in range(len(members.numbers)):
             expert, moment = members.expert(place), members.moment(place, names[0])
             for name in names:
                 sums[name].add(float(weights[name][place]), expert[name], moment)
         merged |= {name: sums[name].solve().to(members.matrices[name]) for name in names}
-    return merged, record
+    return ExpertWeights.of(merged.__getitem__, merged), record
 
 
-Weighed = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
-"""Weights ``[n]`` by projection that sum to 1, and the record of the games they come from."""
+GroupWeights = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
+"""Weights ``[n]`` by projection, which sum to 1, and the record of their games."""
 
 
-def by_weights(members: Members, merge: Grouped) -> Weighed:
-    """The game over the members' weights as they are: Gram matrices of the domain vectors around the first."""
+def by_weights(members: Members, merge: Grouped) -> GroupWeights:
+    """The game over the members' matrices themselves: Gram matrices of the domain vectors around the first."""
     granularity, matrices = merge.game.granularity, members.matrices
-    first = {name: matrices[name][0] for name in PROJECTIONS}
-    gram = grams(matrices, first, granularity, members.inputs.device)
-    settled = shares(gram, merge, first["gate_proj"].dtype, members.seen)
-    games = games_of(granularity)
-    record = [game_record(game, gram[index], settled, index) for index, game in enumerate(games)]
-    return {name: settled.values[index] for index, game in enumerate(games) for name in game}, record
+    gram = grams(matrices, matrices.expert(0), granularity, members.inputs.device)
+    weights = shares(gram, merge, matrices.dtype, members.statistics)
+    return by_projection(weights.values, granularity), game_records(gram, weights, granularity)
 
 
-Settle = Callable[[Members, Grouped], Weighed]
-GAMES: dict[str, Settle] = {"euclidean": by_weights}
-"""How the shares of a group's members are settled, by the recipe's ``metric``. An experiment adds its own here."""
+GAMES: dict[str, Callable[[Members, Grouped], GroupWeights]] = {"euclidean": by_weights}
+"""Functions for the shares of a group's members, by the recipe's ``metric``. An experiment adds its own here."""

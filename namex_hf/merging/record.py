@@ -1,4 +1,4 @@
-"""What is written down about a merge: everything here follows from Gram matrices and weights alone."""
+"""The record of a merge: plain values that follow from Gram matrices and weights alone."""
 
 import math
 from typing import Any
@@ -6,43 +6,43 @@ from typing import Any
 import torch
 
 from ..bargaining import cosine
+from .experts import games_of
 from .weightings import Weights
 
+KEYS = (
+    *("projections", "weights", "status", "residual", "newton_steps", "spread"),
+    *("norms", "step_norm", "cosine_to_mean"),
+)
+"""Of a game's record, in this order."""
 
-def game_record(game: tuple[str, ...], gram: torch.Tensor, weights: Weights, index: int) -> dict[str, Any]:
-    """One game of one layer, as plain values.
+
+def game_records(grams: torch.Tensor, weights: Weights | None, granularity: str) -> list[dict[str, Any]]:
+    """The games of one layer, as plain values.
 
     Args:
-        gram: float64 ``[N, N]`` of the game's domain vectors.
-        index: of the game in ``weights``.
+        grams: float64 ``[games, N, N]`` of the games' domain vectors.
+        weights: None where the layer keeps its own base, so that there is no game and no step.
     """
+    records = []
+    for index, (game, gram) in enumerate(zip(games_of(granularity), grams, strict=True)):
+        norms = gram.diagonal().sqrt().tolist()
+        records.append(dict.fromkeys(KEYS) | {"projections": list(game), "status": "own_base", "norms": norms})
+        if weights is not None:
+            records[-1] |= _solution(gram, weights, index)
+    return records
+
+
+def _solution(gram: torch.Tensor, weights: Weights, index: int) -> dict[str, Any]:
     values = weights.values[index]
     active = values[values > 0]
     return {
-        "projections": list(game),
         "weights": values.tolist(),
         "status": weights.status[index],
         "residual": weights.residual[index],
         "newton_steps": weights.iterations[index],
         "spread": float(active.std(correction=0) / active.mean()) if len(active) else 0.0,
-        "norms": gram.diagonal().sqrt().tolist(),
         "step_norm": math.sqrt(max(0.0, float(values @ gram @ values))),
         "cosine_to_mean": cosine_to_mean(gram, values),
-    }
-
-
-def own_base_record(game: tuple[str, ...], gram: torch.Tensor) -> dict[str, Any]:
-    """`game_record` of a layer that keeps its own base: no game was played, nothing has weights and no step is made."""
-    return {
-        "projections": list(game),
-        "weights": None,
-        "status": "own_base",
-        "residual": None,
-        "newton_steps": None,
-        "spread": None,
-        "norms": gram.diagonal().sqrt().tolist(),
-        "step_norm": None,
-        "cosine_to_mean": None,
     }
 
 

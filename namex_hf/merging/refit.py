@@ -1,80 +1,67 @@
-"""``down_proj`` refitted in closed form, on the activations that the merged gate and up really produce.
+"""``down_proj`` refitted in closed form, on the activations of the merged gate and up.
 
-The calibrated mean of the downs (`curvature`) assumes that a merged expert's neurons answer as each member's did. They
-do not: gate and up have changed, and the activation function bends the difference. Down is linear in what they do
-produce, so the best one is a least-squares problem.
+The calibrated mean of the downs (`curvature`) assumes that the neurons of a merged expert act as each member's did.
+They do not: gate and up have changed, and the activation function bends the difference. The output is linear in down,
+so the best down is a least-squares problem.
 """
 
-from collections.abc import Callable
-
 import torch
+from torch import Tensor
 
 from .curvature import with_ridge
-from .routing import Activation, Expert, Routing, neurons, routed_output
+from .moe_layer import MoELayer
+from .routing import TokenRouting, neurons
 
 
-def refitted_down(
-    down: torch.Tensor, produced: torch.Tensor, wanted: torch.Tensor, weight: torch.Tensor, ridge: float
-) -> torch.Tensor:
+def refitted_down(down: Tensor, activations: Tensor, target: Tensor, weight: Tensor, ridge: float) -> Tensor:
     """The D that makes ``sum_t w_t^2 |D h_t - y_t|^2 + ridge |D - down|^2`` least, float64.
 
     Args:
-        down: where the tokens say nothing, ``[hidden, width]``.
-        produced: h, ``[tokens, width]``.
-        wanted: y, ``[tokens, hidden]``.
+        down: the D of directions without tokens, ``[hidden, width]``.
+        activations: h, ``[tokens, width]``.
+        target: y, ``[tokens, hidden]``.
         weight: w, ``[tokens]``.
         ridge: relative to the mean of the diagonal of ``sum_t w_t^2 h_t h_t^T``.
 
     Memory: three matrices in float64 beyond the result.
     """
-    heavy = produced * weight.square()[:, None]
-    moment = (heavy.T @ produced).double()
-    solid = with_ridge(moment, ridge)
-    product = (wanted.T @ heavy).double() + down.double() * (solid - moment).diagonal()
-    return torch.cholesky_solve(product.T, torch.linalg.cholesky(solid)).T
+    weighted = activations * weight.square()[:, None]
+    moment = (weighted.T @ activations).double()
+    ridged = with_ridge(moment, ridge)
+    product = (target.T @ weighted).double() + down.double() * (ridged - moment).diagonal()
+    return torch.cholesky_solve(product.T, torch.linalg.cholesky(ridged)).T
 
 
 def refit_downs(
-    inputs: torch.Tensor,
-    routing: Routing,
-    experts: int,
-    expert: Callable[[int], Expert],
-    wanted: torch.Tensor,
-    activation: Activation,
-    ridge: float,
-    sweeps: int,
-    weight: torch.Tensor,
-    keep: Callable[[int, torch.Tensor], torch.Tensor],
-) -> torch.Tensor:
-    """Fit all downs of a layer to its routed output, one expert after the other on what the others leave over.
+    layer: MoELayer, inputs: Tensor, routing: TokenRouting, target: Tensor, weight: Tensor, ridge: float, sweeps: int
+) -> Tensor:
+    """Fit all downs of a layer to its target in place, each expert to what the others leave over.
 
-    ``sum_t w_t^2 |sum_k g_tk D_k h_tk - y_t|^2`` is least squares in all D_k together; this is block coordinate
-    descent on it, so no sweep makes it worse, but for rounding: the ridge holds on to the down as it stands.
+    ``sum_t w_t^2 |sum_k g_tk D_k h_tk - y_t|^2`` is least squares in all D_k together. This is block coordinate descent
+    on it, so no sweep makes it worse, but for rounding: the ridge holds on to the present down.
 
     Args:
         inputs: ``[tokens, hidden]``.
-        routing: of the layer's own new router.
-        expert: the float32 matrices of one of the experts as they stand.
-        wanted: y, the original layer's routed output ``[tokens, hidden]``.
+        routing: of the inputs, by the layer's own new router.
+        target: y, ``[tokens, hidden]``.
         weight: w, ``[tokens]``.
-        keep: takes each new down and gives it back as it is kept, rounded, in float32.
 
     Returns:
         The layer's routed output with the new downs, ``[tokens, hidden]``.
 
     Memory: that output, one expert, and its tokens.
     """
-    output = routed_output(inputs, routing, experts, expert, activation)
+    output = layer.output(inputs, routing)
     for _ in range(sweeps):
-        for number in range(experts):
+        for number in range(layer.experts.count):
             token, gate = routing.of(number)
             if not len(token):
                 continue
-            matrices = expert(number)
-            old = matrices["down_proj"].clone()  # what `keep` fills may be the same memory
-            produced = neurons(inputs[token], matrices, activation)
-            heard = gate[:, None] * produced
-            missing = wanted[token] - output[token] + heard @ old.T
-            new = keep(number, refitted_down(old, heard, missing, weight[token], ridge))
-            output.index_add_(0, token, heard @ (new - old).T)
+            expert = layer.expert(number, inputs)
+            old = expert.down.clone()  # `set_down` may fill the same memory
+            activations = gate[:, None] * neurons(inputs[token], expert, layer.activation)
+            missing = target[token] - output[token] + activations @ old.T
+            layer.set_down(number, refitted_down(old, activations, missing, weight[token], ridge))
+            new = layer.experts.down[number].to(inputs)  # as rounded
+            output.index_add_(0, token, activations @ (new - old).T)
     return output

@@ -1,27 +1,23 @@
-"""The router's rows fitted to a layer's routed output, with the experts as they are.
+"""The router's rows fitted to a layer's target, with the experts as they are.
 
-For a token with the experts' answers O ``[K, hidden]``, gate values v ``[K]`` (zero beyond the top-k) and the output
-wanted y, the squared error is ``|O^T v - y|^2 = v^T G v - 2 v^T b + |y|^2`` with ``G = O O^T`` and ``b = O y``. So the
-experts are asked once, and no step of the fit runs them again.
+For a token with the expert outputs O ``[K, hidden]``, gate values v ``[K]`` (zero beyond the top-k) and the target y,
+the squared error is ``|O^T v - y|^2 = v^T G v - 2 v^T b + |y|^2`` with ``G = O O^T`` and ``b = O y``. So every expert
+runs once, and no step of the fit runs one again.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from ..progress import ProgressCallback, ProgressEvent, no_progress
-from .routing import Activation, Expert, answer
-
-CHUNK_BYTES = 256 << 20  # of answers that are held at once
-BATCH = 1024
-CHECK_EVERY = 25
-RATE = 0.05  # of Adam, relative to the root mean square of the rows' entries
+from .moe_layer import MoELayer
+from .routing import expert_output, gate_values
+from .settings import DEFAULTS, FitSettings
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What is left of the experts' answers to the tokens of a fit.
+class OutputProducts:
+    """Inner products of expert outputs and target, for the tokens of a fit.
 
     Memory: ``tokens * (K^2 + K + 1)`` numbers in float32.
     """
@@ -30,10 +26,10 @@ class Answers:
     cross: torch.Tensor  # b, [tokens, K]
     energy: torch.Tensor  # |y|^2, [tokens]
 
-    def weighted(self, weight: torch.Tensor) -> "Answers":
+    def weighted(self, weight: torch.Tensor) -> "OutputProducts":
         """With errors times ``weight [tokens]``; in place."""
         square = weight.square()
-        return Answers(
+        return OutputProducts(
             self.gram.mul_(square[:, None, None]), self.cross.mul_(square[:, None]), self.energy.mul_(square)
         )
 
@@ -43,96 +39,95 @@ class Answers:
         return (inner * gate).sum(-1) + self.energy[tokens]
 
 
-def answers(
+def output_products(
     inputs: torch.Tensor,
-    wanted: torch.Tensor,
-    experts: int,
-    expert: Callable[[int], Expert],
-    activation: Activation,
+    target: torch.Tensor,
+    layer: MoELayer,
     progress: ProgressCallback = no_progress,
-) -> Answers:
-    """Ask every expert about every token.
+    chunk_bytes: int = FitSettings.chunk_bytes,
+) -> OutputProducts:
+    """Run every expert of a layer on every token.
 
-    Memory: beyond the result, `CHUNK_BYTES` of answers, one expert and its neurons.
+    Memory: beyond the result, ``chunk_bytes`` of outputs, one expert and its neurons.
 
     Args:
         progress: called after every chunk of tokens.
     """
-    count = len(inputs)
+    count, experts = len(inputs), layer.experts.count
     gram = inputs.new_empty(count, experts, experts)
     cross = inputs.new_empty(count, experts)
-    chunk = max(1, CHUNK_BYTES // (4 * experts * inputs.shape[1]))
+    chunk = max(1, chunk_bytes // (4 * experts * inputs.shape[1]))
     for start in range(0, count, chunk):
         rows = slice(start, start + chunk)
-        given = torch.stack([answer(inputs[rows], expert(number), activation) for number in range(experts)], dim=1)
-        torch.bmm(given, given.mT, out=gram[rows])
-        cross[rows] = (given @ wanted[rows, :, None])[..., 0]
-        progress(ProgressEvent("answers", amount=len(given), done=min(start + chunk, count), total=count))
-    return Answers(gram, cross, wanted.square().sum(-1))
+        outputs = [expert_output(inputs[rows], layer.expert(k, inputs), layer.activation) for k in range(experts)]
+        stacked = torch.stack(outputs, dim=1)
+        torch.bmm(stacked, stacked.mT, out=gram[rows])
+        cross[rows] = (stacked @ target[rows, :, None])[..., 0]
+        progress(ProgressEvent("outputs", amount=len(stacked), done=min(start + chunk, count), total=count))
+    return OutputProducts(gram, cross, target.square().sum(-1))
+
+
+@dataclass(frozen=True)
+class RouterProblem:
+    """What the rows of a router are fitted to."""
+
+    inputs: torch.Tensor  # float32 [tokens, hidden]
+    products: OutputProducts
+    held_out: torch.Tensor  # bool [tokens]
+    top_k: int
+    renormalises: bool
+    settings: FitSettings = DEFAULTS
+
+    def error(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """The sum of squared errors."""
+        return self.products.errors(gate_values(self.inputs[tokens], rows, self.top_k, self.renormalises), tokens).sum()
+
+    def energy(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The sum of squares of the target."""
+        return self.products.energy[tokens].sum().clamp(min=torch.finfo(torch.float32).tiny)  # experts may be zero
+
+    @torch.no_grad()
+    def held_out_error(self, rows: torch.Tensor) -> float:
+        """Relative to the energy, on the tokens held out."""
+        tokens = self.held_out.nonzero()[:, 0]
+        errors = torch.stack([self.error(some, rows) for some in tokens.split(self.settings.batch)])
+        return float(errors.sum() / self.energy(tokens))
 
 
 @dataclass(frozen=True)
 class RouterFit:
-    """The fitted rows and how they came about. Errors are relative to the energy of the output wanted."""
+    """The fitted rows, and their errors relative to the energy of the target on the tokens held out."""
 
     router: torch.Tensor  # float32 [K, hidden]
-    before: float  # on the tokens held out
+    before: float
     after: float
-    steps: int  # after which the rows were kept
+    steps: int  # after which the rows were the best
 
 
-def gate_values(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> torch.Tensor:
-    """Dense gate values ``[tokens, K]``, zero beyond the top-k; differentiable in the router."""
-    value, index = (inputs @ router.T).softmax(-1).topk(top_k, dim=-1)
-    if renormalises:
-        value = value / value.sum(-1, keepdim=True)
-    return torch.zeros(len(inputs), len(router), dtype=value.dtype, device=value.device).scatter(1, index, value)
-
-
-def fit_router(
-    inputs: torch.Tensor,
-    known: Answers,
-    router: torch.Tensor,
-    top_k: int,
-    renormalises: bool,
-    held_out: torch.Tensor,
-    steps: int,
-    seed: int,
-) -> RouterFit:
-    """Adam on the squared error, cosine schedule; the rows that are best on the held-out tokens are kept.
+def fit_router(problem: RouterProblem, router: torch.Tensor, steps: int, seed: int) -> RouterFit:
+    """Adam on the squared error, cosine schedule; the rows that are best on the held-out tokens are returned.
 
     Deterministic: batches are drawn by a generator of their own.
 
     Args:
-        inputs: float32 ``[tokens, hidden]``.
         router: ``[K, hidden]``, the start.
-        held_out: bool ``[tokens]``.
     """
+    settings = problem.settings
     rows = router.detach().float().clone().requires_grad_()
-    fitted, checked = (~held_out).nonzero()[:, 0], held_out.nonzero()[:, 0]
+    fitted = (~problem.held_out).nonzero()[:, 0]
     draw = torch.Generator().manual_seed(seed)
-    adam = torch.optim.Adam([rows], lr=RATE * float(router.float().square().mean().sqrt()))
+    adam = torch.optim.Adam([rows], lr=settings.router_rate * float(router.float().square().mean().sqrt()))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(adam, max(1, steps))
-
-    def missed(tokens: torch.Tensor) -> torch.Tensor:
-        return known.errors(gate_values(inputs[tokens], rows, top_k, renormalises), tokens).sum()
-
-    def energy(tokens: torch.Tensor) -> torch.Tensor:
-        return known.energy[tokens].sum().clamp(min=torch.finfo(torch.float32).tiny)  # experts may be zero
-
-    @torch.no_grad()
-    def check() -> float:
-        return float(torch.stack([missed(some) for some in checked.split(BATCH)]).sum() / energy(checked))
-
-    before = after = check()
-    best, kept_at = rows.detach().clone(), 0
+    before = after = problem.held_out_error(rows)
+    best, best_at = rows.detach().clone(), 0
     with torch.enable_grad():
         for step in range(1, steps + 1):
-            batch = fitted[torch.randint(len(fitted), (BATCH,), generator=draw).to(fitted.device)]
+            batch = fitted[torch.randint(len(fitted), (settings.batch,), generator=draw).to(fitted.device)]
             adam.zero_grad()
-            (missed(batch) / energy(batch)).backward()
+            (problem.error(batch, rows) / problem.energy(batch)).backward()
             adam.step()
             schedule.step()
-            if (step % CHECK_EVERY == 0 or step == steps) and (now := check()) < after:
-                best, after, kept_at = rows.detach().clone(), now, step
-    return RouterFit(best, before, after, kept_at)
+            checks = step % settings.router_check_every == 0 or step == steps
+            if checks and (error := problem.held_out_error(rows)) < after:
+                best, after, best_at = rows.detach().clone(), error, step
+    return RouterFit(best, before, after, best_at)

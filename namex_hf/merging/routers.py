@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .routing import Routing
+from .routing import TokenRouting
 
 STEPS = 60
 """Halvings of the interval in which the logarithm of a scale lies: down to the last bit of a float64."""
@@ -13,7 +13,7 @@ SHARPEST = math.log(1e6)
 
 
 def cosine_form(router: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Projection P and expert embeddings e of a cosine router: ``P h . e_i = W_i h`` until something is trained.
+    """Projection P and expert embeddings e of a cosine router: ``P h . e_i = W_i h`` until one is trained.
 
     The rows of P are an orthonormal basis of all that the router sees of h, so no direction of W is lost and none is
     added: with W = U S V^T, P = V^T and e = U S.
@@ -41,7 +41,7 @@ def scale_by_norms(router: torch.Tensor, norm: torch.Tensor) -> float:
     """The scale 1/t of a cosine router without data: ``mean_i |W_i| E|P h|``.
 
     That gives logits the size that they have on average, where |W_i| |P h| gives each the size that it has. What a
-    cosine router divides by is |P h|, so it is that, not |h|, whose mean belongs here. h is what comes out of the norm
+    cosine router divides by is |P h|, so it is that, not |h|, whose mean belongs here. h is the output of the norm
     before the router: its direction is taken as uniform, so E|P h|^2 = |P diag(norm)|^2.
 
     Args:
@@ -59,24 +59,24 @@ def mean_entropy(logits: torch.Tensor, scale: float = 1.0) -> float:
 
 
 def scale_by_entropy(logits: torch.Tensor, cosines: torch.Tensor) -> float:
-    """The scale 1/t under which a cosine router is as decided as the linear one, on average over the tokens.
+    """The scale 1/t at which a cosine router has the mean entropy of the linear one over the tokens.
 
-    The entropy of every token falls as the scale rises, so the one that matches is found by halving. Where no scale is
+    The entropy of every token falls as the scale rises, so halving finds it. Where no scale is
     sharp enough the sharpest is taken.
 
     Args:
         logits: of the linear router, ``[tokens, experts]``.
         cosines: ``[tokens, experts]``.
     """
-    wanted = mean_entropy(logits)
+    target = mean_entropy(logits)
     low, high = -SHARPEST, SHARPEST
     for _ in range(STEPS):
         middle = (low + high) / 2
-        low, high = (middle, high) if mean_entropy(cosines, math.exp(middle)) > wanted else (low, middle)
+        low, high = (middle, high) if mean_entropy(cosines, math.exp(middle)) > target else (low, middle)
     return math.exp(high)
 
 
-def assignment(ids: torch.Tensor, routing: Routing, experts: int, vocabulary: int) -> torch.Tensor:
+def assignment(ids: torch.Tensor, routing: TokenRouting, experts: int, vocabulary: int) -> torch.Tensor:
     """Which experts every token id gets: those that the router chose for it most often.
 
     StableMoE distils the router into a student that sees the id alone, by cross-entropy against the expert that was
@@ -93,14 +93,14 @@ def assignment(ids: torch.Tensor, routing: Routing, experts: int, vocabulary: in
 
     Memory: twice ``[ids that occur, experts]`` in float64.
     """
-    seen, place = ids.unique(return_inverse=True)
-    top_k, tokens = routing.index.shape[1], place.bincount(minlength=len(seen))
+    unique, place = ids.unique(return_inverse=True)
+    top_k, tokens = routing.index.shape[1], place.bincount(minlength=len(unique))
     cells = (place[:, None] * experts + routing.index).flatten()
-    counts = cells.bincount(minlength=len(seen) * experts).view(len(seen), experts).double()
-    mass = cells.bincount(routing.value.flatten().double(), minlength=len(seen) * experts).view(len(seen), experts)
+    counts = cells.bincount(minlength=len(unique) * experts).view(len(unique), experts).double()
+    mass = cells.bincount(routing.value.flatten().double(), minlength=len(unique) * experts).view(len(unique), experts)
     table = torch.full((vocabulary, top_k), -1, dtype=torch.int32, device=ids.device)
     # A sum of gate values is at most the number of tokens: below one, it decides between equal counts alone.
-    table[seen] = (counts + mass / (tokens[:, None] + 1)).topk(top_k, dim=-1).indices.to(torch.int32)
+    table[unique] = (counts + mass / (tokens[:, None] + 1)).topk(top_k, dim=-1).indices.to(torch.int32)
     return table
 
 

@@ -1,17 +1,17 @@
-"""What a router does with a layer's tokens, and what the experts that it chose answer."""
+"""What a router does with a layer's tokens, and the outputs of the experts that it chooses."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
-Expert = Mapping[str, torch.Tensor]
-"""One expert by projection: gate and up ``[width, hidden]``, down ``[hidden, width]``."""
+from .experts import Expert, Experts, ExpertWeights
+
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Routing:
+class TokenRouting:
     """Where a layer's tokens went."""
 
     index: torch.Tensor  # int64 [tokens, top_k]
@@ -32,7 +32,7 @@ class Routing:
         return sums.index_add_(0, self.index.flatten(), self.value.flatten().double())
 
 
-def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> Routing:
+def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> TokenRouting:
     """Softmax over the experts, then the top-k values, as Qwen2-MoE and DeepSeek-MoE have it.
 
     Args:
@@ -41,46 +41,55 @@ def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: 
         renormalises: whether the top-k values are scaled to sum to 1.
     """
     value, index = (inputs @ router.float().T).softmax(-1).topk(top_k, dim=-1)
-    return Routing(index, value / value.sum(-1, keepdim=True) if renormalises else value)
+    return TokenRouting(index, value / value.sum(-1, keepdim=True) if renormalises else value)
+
+
+def gate_values(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> torch.Tensor:
+    """Dense gate values ``[tokens, K]``, zero beyond the top-k; differentiable in the router."""
+    value, index = (inputs @ router.T).softmax(-1).topk(top_k, dim=-1)
+    if renormalises:
+        value = value / value.sum(-1, keepdim=True)
+    return torch.zeros(len(inputs), len(router), dtype=value.dtype, device=value.device).scatter(1, index, value)
 
 
 def neurons(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
-    """What an expert's ``down_proj`` receives, ``act(x gate^T) * (x up^T)``: ``[tokens, width]``."""
-    return activation(inputs @ expert["gate_proj"].T) * (inputs @ expert["up_proj"].T)
+    """What an expert's down matrix receives, ``act(x gate^T) * (x up^T)``, or ``act(x up^T)``: ``[tokens, width]``."""
+    up = _linear(inputs, expert.up, expert.up_bias)
+    return activation(up) if expert.gate is None else activation(_linear(inputs, expert.gate, expert.gate_bias)) * up
 
 
-def answer(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
+def _linear(inputs: torch.Tensor, matrix: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    return inputs @ matrix.T if bias is None else inputs @ matrix.T + bias
+
+
+def expert_output(inputs: torch.Tensor, expert: Expert, activation: Activation) -> torch.Tensor:
     """An expert's output, ``[tokens, hidden]``, before its gate value."""
-    return neurons(inputs, expert, activation) @ expert["down_proj"].T
+    return _linear(neurons(inputs, expert, activation), expert.down, expert.down_bias)
 
 
-def shared_answer(inputs: torch.Tensor, shared: Expert, activation: Activation) -> torch.Tensor:
-    """What every token hears beside the routed experts, ``[tokens, hidden]``.
+def shared_expert_output(
+    inputs: torch.Tensor, shared: Mapping[str, torch.Tensor], activation: Activation
+) -> torch.Tensor:
+    """The output of the shared expert, which every token receives, ``[tokens, hidden]``.
 
     Args:
-        shared: the shared expert, and where it has one ``gate`` ``[1, hidden]``, whose sigmoid scales the answer.
+        shared: by projection, and where the family has one ``gate`` ``[1, hidden]``, whose sigmoid scales the output.
     """
-    given = answer(inputs, shared, activation)
-    return (inputs @ shared["gate"].T).sigmoid() * given if "gate" in shared else given
+    output = expert_output(inputs, ExpertWeights.of(shared.__getitem__), activation)
+    return (inputs @ shared["gate"].T).sigmoid() * output if "gate" in shared else output
 
 
 def routed_output(
-    inputs: torch.Tensor,
-    routing: Routing,
-    experts: int,
-    expert: Callable[[int], Expert],
-    activation: Activation,
+    inputs: torch.Tensor, routing: TokenRouting, experts: Experts, activation: Activation
 ) -> torch.Tensor:
     """``sum_topk s_i f_i(x)``, float32 ``[tokens, hidden]``.
 
-    Memory: beyond the result one expert in float32, and its tokens three times.
-
-    Args:
-        expert: the float32 matrices of one expert, asked for once each, and only of those that have tokens.
+    Memory: beyond the result one expert in float32, and its tokens three times. Experts without tokens are not read.
     """
     output = torch.zeros_like(inputs)
-    for number in range(experts):
+    for number in range(experts.count):
         token, gate = routing.of(number)
         if len(token):
-            output.index_add_(0, token, gate[:, None] * answer(inputs[token], expert(number), activation))
+            expert = experts.expert(number).to(inputs)
+            output.index_add_(0, token, gate[:, None] * expert_output(inputs[token], expert, activation))
     return output

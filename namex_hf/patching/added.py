@@ -9,9 +9,9 @@ import torch
 
 from ..checkpoint.rope import both_forms
 from ..families import LAYER_EXPERTS, Config, Family, MoeShape
-from ..merging.calibrated import Text
+from ..merging.moe_layer import Text
 from ..merging.routers import assignment, cosine_form, cosines, scale_by_entropy, scale_by_norms
-from ..merging.routing import Routing, route
+from ..merging.routing import TokenRouting, route
 from ..models.soft_kronecker import KroneckerCurvature, kronecker_parameters
 from ..recipe import Grouped, Recipe, Soft
 from ..recipe.parts import Curvature
@@ -89,7 +89,7 @@ def router_tensors(
         ids = ids.to(routing.index.device)
         learnt = ~text.held_out.to(ids.device)
         tokens = learnt.repeat_interleave(ids.shape[1])
-        learnt_routing = Routing(routing.index[tokens], routing.value[tokens])
+        learnt_routing = TokenRouting(routing.index[tokens], routing.value[tokens])
         table = assignment(ids[learnt].flatten(), learnt_routing, len(router), config["vocab_size"])
         return {"stable_router.assignment": table.cpu()}
     return {}

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from ..calibration.decoder import BATCH_TOKENS, on_meta
-from ..families import PROJECTIONS, Config, Family
-from ..merging.calibrated import Text
+from ..families import Config, Family
 from ..merging.experts import Experts
+from ..merging.moe_layer import Text
 from ..models.configuration_namex import soft_choice
 from ..models.soft import SoftRouting
 from ..models.soft_segments import History, plan_segments
@@ -19,10 +19,10 @@ from .compared import compared
 
 def block_tensors(experts: Experts, router: torch.Tensor, added: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of a block of the patched class, by their names in it, in one dtype as in a loaded model."""
-    down = torch.as_tensor(experts["down_proj"])
+    gate, up, down = map(torch.as_tensor, experts.values())
     return {
         "gate.weight": router.to(down.dtype),
-        "experts.gate_up_proj": torch.cat([torch.as_tensor(experts[name]) for name in PROJECTIONS[:2]], dim=1),
+        "experts.gate_up_proj": torch.cat([gate, up], dim=1),
         "experts.down_proj": down,
         **{n: t.to(down.dtype) if t.is_floating_point() else t for n, t in by_block_name(added).items()},
     }

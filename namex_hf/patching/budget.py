@@ -4,13 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText
-from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, between, least_damage, tried
-from ..merging.calibrated import Mixture, Shrinking, Text
-from ..merging.routing import Routing
+from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, candidate_counts, interpolate_error, least_damage
+from ..merging.calibrated import Shrinking
+from ..merging.moe_layer import MoELayer, Text
+from ..merging.routing import TokenRouting
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Grouped, Recipe
 from .on_text import Source, unpatched
@@ -49,11 +49,11 @@ def spend(source: Source, recipe: Recipe, text: CalibrationText, progress: Progr
                 for stream in (hidden, *damaged.values()):
                     module.forward(stream)
                 continue
-            mixture = _mixture(source, layer)
+            mixture = source.moe_layer(layer)
             for stream in damaged.values():
                 unpatched(mixture, module.tap(stream), device)
             tapped = module.tap(hidden)
-        routing = Routing(tapped.index.to(device), tapped.value.to(device))
+        routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
         inputs = tapped.inputs.to(device)
         wanted = mixture.output(inputs, routing)
         heard = Text(inputs, routing, len(held_out), held_out.to(device), wanted)
@@ -78,7 +78,7 @@ def dealt_out(
     record, curves = [], []
     for (layer, by_count), loss in zip(errors.items(), losses, strict=True):
         unit = loss / by_count[mean] if by_count[mean] else 0.0
-        curves.append(between({count: unit * error for count, error in by_count.items()}, experts))
+        curves.append(interpolate_error({count: unit * error for count, error in by_count.items()}, experts))
         record.append({"layer": layer, "loss": loss, "errors": {str(count): e for count, e in by_count.items()}})
     counts = least_damage(curves, mean * len(curves))
     return [{**one, "experts": count} for one, count in zip(record, counts, strict=True)]
@@ -96,16 +96,10 @@ def shorter(text: CalibrationText) -> tuple[torch.Tensor, torch.Tensor]:
     return text.ids[chosen], held_out[chosen]
 
 
-def _mixture(source: Source, layer: int) -> Mixture:
-    shape, activation = source.shape, ACT2FN[source.config.get("hidden_act", "silu")]
-    router = source.read(source.family.router(layer))
-    return Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
-
-
-def _tried(mixture: Mixture, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
+def _tried(mixture: MoELayer, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
     """The error of a layer's output by number of experts, and the output with the recipe's own number."""
     found, kept = {}, text.inputs
-    for count in tried(len(mixture.router), merge.experts):
+    for count in candidate_counts(len(mixture.router), merge.experts):
         shrinking = Shrinking(mixture, text, replace(merge, experts=count), seed, fits=False)
         _, output = shrinking.run()
         found[count] = shrinking.record["errors"][-1]["error"]

@@ -12,8 +12,9 @@ from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
-from ..families import PROJECTIONS, Config
-from ..merging.calibrated import Mixture, Shrinking
+from ..families import Config
+from ..merging.calibrated import Shrinking
+from ..merging.moe_layer import MoELayer
 from ..progress import FINISHED, ProgressCallback, ProgressEvent, no_progress, of_layer
 from ..recipe import Grouped, Recipe
 from .added import router_tensors
@@ -32,7 +33,7 @@ class Made:
     """A MoE layer that is finished."""
 
     layer: int
-    mixture: Mixture
+    mixture: MoELayer
     cosines: torch.Tensor
     record: dict[str, Any]
     stream: Stream
@@ -82,10 +83,10 @@ def shrink_layers(
             routers = router_tensors(recipe, smaller.router, norm, patched, heard.text, text.ids)
             with blocks.filled(layer, block_tensors(smaller.experts, smaller.router, routers), recipe.device) as block:
                 output = blocks.output(block, heard.text.inputs, text.ids)
-                if shrinking.moved is not None:
-                    output += shrinking.moved
+                if shrinking.shared_output_delta is not None:
+                    output += shrinking.shared_output_delta
                 shrinking.record |= blocks.compared(block, heard.text, text.ids)
-        hidden = heard.passed_on(output if recipe.calibration.when == "after" else shrinking.wanted)
+        hidden = heard.passed_on(output if recipe.calibration.when == "after" else shrinking.target)
         record = {"layer": layer, **shrinking.record, "seconds": heard.seconds}
         stream = Stream(layer + 1, hidden, heard.original)
         yield Made(layer, smaller, shrinking.cosines, record, stream, routers, shrinking.refitted)
@@ -121,9 +122,8 @@ def shrink_checkpoint(plan: Plan, state: State, progress: ProgressCallback) -> N
         for made in shrink_layers(source, plan.config(), plan.recipe, plan.text, stream, progress, plan.counts):
             usage = torch.tensor(made.record["usage"])
             tensors = {"new.router": made.mixture.router, "cosines": made.cosines, "usage": usage, **made.routers}
-            for name in PROJECTIONS:
-                for expert in range(plan.kept_of(made.layer)):
-                    tensors[f"new.{expert}.{name}"] = made.mixture.experts[name][expert]
+            for name, matrices in made.mixture.experts.items():
+                tensors |= {f"new.{number}.{name}": matrix for number, matrix in enumerate(matrices)}
             tensors |= {f"new.shared.{part}": tensor for part, tensor in made.shared.items()}
             state.save_layer(made.layer, tensors, {**made.record, "bytes": plan.layer_bytes(made.layer)})
             state.save_stream(made.stream)
@@ -135,9 +135,8 @@ def new_items(plan: Plan, state: State, layer: int) -> list[Item]:
     """A layer's new tensors, as spans of the file that `shrink_checkpoint` left, and `added_items`."""
     spans: dict[str, TensorSpan] = read_header(state.layer_file(layer))
     items = [Item.of(plan.family.router(layer), spans["new.router"])]
-    for expert in range(plan.kept_of(layer)):
-        for name in PROJECTIONS:
-            items.append(Item.of(plan.family.expert(layer, expert, name), spans[f"new.{expert}.{name}"]))
+    for name, (expert, projection) in plan.family.experts(layer, plan.kept_of(layer)).items():
+        items.append(Item.of(name, spans[f"new.{expert}.{projection}"]))
     for part, name in plan.family.shared_parts(layer).items():
         if (span := spans.get(f"new.shared.{part}")) is not None:
             items.append(Item.of(name, span))

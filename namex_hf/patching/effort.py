@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..merging.layer_fit import BATCH, CHECK_EVERY, CHECKED_TOKENS
+from ..merging.settings import FitSettings
 from .plan import Plan
 
 FORWARD, BACKWARD = 3, 4  # products a token and expert: three matrices; their gradients, and that of the neurons
@@ -30,8 +30,8 @@ def effort_of(plan: Plan) -> Effort | None:
     if plan.fits != "layer" or plan.kept == shape.experts:
         return None
     steps = plan.grouped.fit.steps
-    checked = min(CHECKED_TOKENS, plan.recipe.calibration.tokens // 8) / CHECK_EVERY
-    products = steps * ((FORWARD + BACKWARD) * BATCH + FORWARD * checked)
+    checked = min(FitSettings.checked_tokens, plan.recipe.calibration.tokens // 8) / FitSettings.check_every
+    products = steps * ((FORWARD + BACKWARD) * FitSettings.batch + FORWARD * checked)
     neurons = shape.width * min(shape.top_k, plan.kept) + shape.shared_width  # of a token
     return Effort(steps, 2.0 * shape.hidden * neurons * products)
 
@@ -39,7 +39,7 @@ def effort_of(plan: Plan) -> Effort | None:
 def measured_speed(plan: Plan) -> float:
     """Operations a second in products of the size that one expert's tokens have in a step, on the recipe's device."""
     rows, columns = plan.shape.of("gate_proj")
-    tokens = max(1, BATCH * min(plan.shape.top_k, plan.kept) // plan.kept)
+    tokens = max(1, FitSettings.batch * min(plan.shape.top_k, plan.kept) // plan.kept)
     left = torch.ones(tokens, columns, device=plan.recipe.device)
     right = torch.ones(columns, rows, device=plan.recipe.device)
     float((left @ right)[0, 0])  # the first product is slower, and a device answers when it is asked for a number

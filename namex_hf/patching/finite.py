@@ -7,7 +7,6 @@ import torch
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan
 from ..errors import CheckpointError, RecipeError
-from ..families import PROJECTIONS
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import AroundBase, Grouped, Recipe, Soft
 from .plan import Plan
@@ -21,12 +20,7 @@ def check_finite(plan: Plan, progress: ProgressCallback) -> None:
     Raises:
         CheckpointError: naming the tensor.
     """
-    experts = {
-        plan.family.expert(layer, expert, projection)
-        for layer in plan.shape.layers
-        for expert in range(plan.shape.experts)
-        for projection in PROJECTIONS
-    }
+    experts = plan.family.all_experts(plan.shape)
     merge = plan.recipe.merge
     merged = merge.has_base or plan.recipe.needs_text or isinstance(merge, Grouped)
     with Reader(plan.checkpoint.identity.digests) as reader:

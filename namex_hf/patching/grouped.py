@@ -14,12 +14,12 @@ from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item, write_shard
 from ..errors import FamilyError
-from ..families import PROJECTIONS
+from ..merging.experts import Expert
 from ..merging.groups import MergedLayer, merge_layer
 from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from .added import cosine_shapes, router_tensors
 from .finite import check_finite, is_finite, require_finite_result
-from .layer import named, read_experts
+from .layer import moe_layer, named, read_experts
 from .plan import LAYER, Plan, constant_items
 from .state import State
 from .walk import METADATA, shard_names
@@ -42,9 +42,9 @@ class LayerMaker:
     layer: int | None = None
     merged: MergedLayer | None = None
     routers: dict[str, torch.Tensor] = field(default_factory=dict)  # the layer's router in another form
-    room: dict[str, torch.Tensor] | None = None  # the latest layer's experts
+    room: Expert | None = None  # the latest layer's experts
     latest: tuple[int, int] | None = None  # layer and index of the expert that was made last
-    made: dict[str, torch.Tensor] = field(default_factory=dict)
+    made: Expert | None = None
 
     def get(self, layer: int) -> MergedLayer:
         if self.layer != layer or self.merged is None:
@@ -60,7 +60,7 @@ class LayerMaker:
         return self.routers[name]
 
     def expert(self, layer: int, expert: int, projection: str) -> torch.Tensor:
-        if self.latest != (layer, expert):
+        if self.made is None or self.latest != (layer, expert):
             self.made, self.latest = self.get(layer).expert(expert), (layer, expert)
             named = {f"expert {expert} {name}": tensor for name, tensor in self.made.items()}
             require_finite_result(layer, named, self.plan.recipe)
@@ -71,10 +71,9 @@ class LayerMaker:
         plan = self.plan
         router = plan.spans[name := plan.family.router(layer)]
         items = [Item(name, router.dtype, (plan.kept, plan.shape.hidden), partial(self.router, layer))]
-        for expert in range(plan.kept):
-            for projection in PROJECTIONS:
-                span = plan.spans[name := plan.family.expert(layer, expert, projection)]
-                items.append(Item(name, span.dtype, span.shape, partial(self.expert, layer, expert, projection)))
+        for name, place in plan.family.experts(layer, plan.kept).items():
+            span = plan.spans[name]
+            items.append(Item(name, span.dtype, span.shape, partial(self.expert, layer, *place)))
         for name, shape in cosine_shapes(plan.recipe, plan.kept, plan.shape.hidden).items():
             added = plan.family.added(layer, *name.split("."))
             items.append(Item(added, router.dtype, shape, partial(self.router_part, layer, name)))
@@ -89,16 +88,8 @@ class LayerMaker:
         if later:
             self.reader.expect(plan.expert_spans(later[0]))
         with named(plan, layer):
-            merged = merge_layer(
-                experts,
-                router,
-                norm,
-                plan.grouped,
-                plan.shape.top_k,
-                plan.shape.renormalises,
-                plan.recipe.seed,
-                plan.recipe.device,
-            )
+            before = moe_layer(plan.checkpoint.config, plan.shape, experts, router)
+            merged = merge_layer(before, norm, plan.grouped, plan.recipe.seed, plan.recipe.device)
         self.routers = router_tensors(plan.recipe, merged.router, norm, plan.config())
         require_finite_result(layer, {"router": merged.router, **self.routers}, plan.recipe)
         record = {
@@ -148,12 +139,7 @@ def items_of(plan: Plan, made: Callable[[int], list[Item]], reader: Reader) -> l
     Args:
         made: router and experts of a MoE layer, and what else of it takes the place of a tensor of its name.
     """
-    gone = {
-        plan.family.expert(layer, expert, projection)
-        for layer in plan.shape.layers
-        for expert in range(plan.shape.experts)
-        for projection in PROJECTIONS
-    } | {plan.family.router(layer) for layer in plan.shape.layers}
+    gone = {*plan.family.all_experts(plan.shape), *map(plan.family.router, plan.shape.layers)}
     by_name = {name: Item.of(name, span) for name, span in plan.spans.items() if name not in gone}
     for layer in plan.shape.layers:
         by_name |= {item.name: item for item in made(layer)}

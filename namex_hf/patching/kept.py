@@ -15,12 +15,12 @@ from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
-from ..families import PROJECTIONS, Config
-from ..merging.alignment import layer_orders, permuted
+from ..families import Config
+from ..merging.alignment import layer_orders, permuted, permuted_matrix
 from ..merging.base import own_base
 from ..merging.directions import layer_curvature
 from ..merging.experts import Experts, grams
-from ..merging.propagation import Walk, propagate
+from ..merging.propagation import PropagationState, propagate
 from ..merging.record import cosines
 from ..progress import FINISHED, ProgressCallback, ProgressEvent, of_layer
 from ..recipe import AroundBase, Recipe, Soft
@@ -100,12 +100,12 @@ def _keep(
     source: Source,
     recipe: Recipe,
     heard: Heard,
-    walk: Walk | None,
+    walk: PropagationState | None,
     progress: ProgressCallback,
-) -> tuple[Kept, Walk | None]:
+) -> tuple[Kept, PropagationState | None]:
     """A layer without the record's end and the stream, and the base expert on its way to the next."""
-    text, activation, experts = heard.text, heard.mixture.activation, dict(heard.mixture.experts)
-    count, dtype = len(experts["gate_proj"]), experts["gate_proj"][0].dtype
+    text, activation, experts = heard.text, heard.mixture.activation, heard.mixture.experts
+    count, dtype = experts.count, experts.dtype
     merge = recipe.merge
     curvature = merge.curvature if isinstance(merge, Soft) else None
     align = curvature.align if curvature else "none"
@@ -118,17 +118,18 @@ def _keep(
     sparse = merge.stays_sparse(heard.layer, source.shape.layers)
     if isinstance(merge, AroundBase) and merge.has_base:
         if walk is None:
-            walk = Walk(own_base(merge.base, experts, partial(source.shared, heard.layer), source.shape.width))
+            walk = PropagationState(
+                own_base(merge.base, experts, partial(source.shared, heard.layer), source.shape.width)
+            )
         else:
             require_finite_result(heard.layer, stored_base(walk, dtype), recipe)
         position = source.shape.layers.index(heard.layer)
         if not sparse:
             tensors |= stored_base(walk, dtype)
         step = propagate(experts, walk, merge, position, device=recipe.device)
-        record["games"], alike, walk = step.record, step.cosines, step.walk
+        record["games"], alike, walk = step.record, step.cosines, step.state
     else:
-        nothing = {name: torch.zeros(experts[name][0].shape) for name in PROJECTIONS}
-        alike = cosines(grams(experts, nothing, "expert", recipe.device))
+        alike = cosines(grams(experts, experts.zeros(), "expert", recipe.device))
     tensors |= kronecker_tensors(recipe, source.shape, heard.layer, dtype)
     if curvature and curvature.kind == "calibrated" and not sparse:
         assert curvature.rank is not None
@@ -142,8 +143,7 @@ def _keep(
 def reorder(experts: Experts, orders: torch.Tensor) -> None:
     """Bring every expert's neurons into its order, in place."""
     for number, order in enumerate(orders):
-        for name, matrix in permuted({name: experts[name][number] for name in PROJECTIONS}, order).items():
-            experts[name][number].copy_(matrix)
+        experts.set_expert(number, permuted(experts.expert(number), order))
 
 
 def patch_kept(plan: Plan, folder: Path, state: State, progress: ProgressCallback) -> dict[str, str]:
@@ -179,13 +179,7 @@ def keep_checkpoint(plan: Plan, state: State, progress: ProgressCallback) -> Non
 
 def reordered_items(state: State, reader: Reader, plan: Plan, shard: Path) -> list[Item]:
     """A source shard's tensors, those of experts to be made in their new order."""
-    places = {
-        plan.family.expert(layer, expert, name): (layer, expert, name)
-        for layer in plan.shape.layers
-        for expert in range(plan.shape.experts)
-        for name in PROJECTIONS
-    }
-    items = []
+    places, items = plan.family.all_experts(plan.shape), []
     for item in carried_items(plan, shard):
         if item.name in places:
             assert isinstance(item.source, TensorSpan)
@@ -199,4 +193,4 @@ def _reordered(
 ) -> torch.Tensor:
     with safe_open(state.layer_file(layer), framework="pt") as file:
         order = file.get_slice("new.orders")[expert]
-    return permuted({projection: reader.read(span)}, order)[projection]
+    return permuted_matrix(projection, reader.read(span), order)

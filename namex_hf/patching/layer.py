@@ -4,18 +4,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from transformers.activations import ACT2FN
 
 from ..checkpoint.bytes import Reader
 from ..errors import CheckpointError
-from ..families import PROJECTIONS
-from ..merging.experts import NotFiniteError
+from ..families import PROJECTIONS, Config, MoeShape
+from ..merging.experts import Expert, ExpertWeights, NotFiniteError
+from ..merging.moe_layer import MoELayer
 from .plan import Plan
 
 
-def read_experts(
-    plan: Plan, reader: Reader, layer: int, room: dict[str, torch.Tensor] | None = None
-) -> dict[str, torch.Tensor]:
-    """The routed experts of a layer by projection, stacked, in their own dtype. Every byte is read once.
+def read_experts(plan: Plan, reader: Reader, layer: int, room: Expert | None = None) -> Expert:
+    """The routed experts of a layer, stacked, in their own dtype. Every byte is read once.
 
     Args:
         room: an earlier layer's tensors that nobody needs any more; they are filled again where they fit.
@@ -29,12 +29,18 @@ def read_experts(
         places += list(zip(spans, stacked[projection], strict=True))
     for span, target in sorted(places, key=lambda place: (place[0].file, place[0].begin)):
         reader.read_into(span, target)
-    return stacked
+    return ExpertWeights.of(stacked.__getitem__)
 
 
-def read_shared(plan: Plan, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
-    """The shared expert of a layer by projection."""
-    return {name: reader.read(plan.spans[plan.family.shared(layer, name)]) for name in PROJECTIONS}
+def read_shared(plan: Plan, reader: Reader, layer: int) -> Expert:
+    """The shared expert of a layer."""
+    return ExpertWeights.of(lambda name: reader.read(plan.spans[plan.family.shared(layer, name)]))
+
+
+def moe_layer(config: Config, shape: MoeShape, experts: Expert, router: torch.Tensor) -> MoELayer:
+    """A layer of the model with this ``config.json``."""
+    activation = ACT2FN[config.get("hidden_act", "silu")]
+    return MoELayer(experts, router, shape.top_k, shape.renormalises, activation)
 
 
 @contextmanager

@@ -11,10 +11,11 @@ from torch import nn
 from ..calibration.text import CalibrationText
 from ..checkpoint.rope import both_forms
 from ..errors import CalibrationError, FamilyError
-from ..families import PROJECTIONS, Family, MoeShape, family_of
+from ..families import Family, MoeShape, family_of
 from ..merging.base import own_base
+from ..merging.experts import Expert, Experts, ExpertWeights
 from ..merging.groups import merge_layer
-from ..merging.propagation import Walk, propagate
+from ..merging.propagation import PropagationState, propagate
 from ..models.convert import patch_classes
 from ..progress import no_progress
 from ..recipe import AroundBase, Grouped, Recipe
@@ -23,6 +24,7 @@ from .budget import spend
 from .calibrated import shrink_layers
 from .finite import require_finite_result
 from .kept import keep_layers, reorder
+from .layer import moe_layer
 from .on_text import Source
 from .plan import check_fit
 from .text import text_for
@@ -93,19 +95,19 @@ def _block(model: Any, layer: int) -> Any:
     return model.model.layers[layer].mlp
 
 
-def _experts(block: Any, width: int) -> dict[str, torch.Tensor]:
-    """Views of the fused experts by projection, on the CPU, where the checkpoint path computes too."""
+def _experts(block: Any, width: int) -> Expert:
+    """Views of the fused experts, on the CPU, where the checkpoint path computes too."""
     gate_up, down = block.experts.gate_up_proj.detach().cpu(), block.experts.down_proj.detach().cpu()
-    return {"gate_proj": gate_up[:, :width], "up_proj": gate_up[:, width:], "down_proj": down}
+    return ExpertWeights(gate_up[:, :width], gate_up[:, width:], down)
 
 
 def _norm(model: Any, layer: int) -> torch.Tensor:
     return model.model.layers[layer].post_attention_layernorm.weight.detach().cpu()
 
 
-def _shared(block: Any, family: Family) -> dict[str, torch.Tensor]:
+def _shared(block: Any, family: Family) -> Expert:
     shared = getattr(block, family.shared_name)
-    return {name: getattr(shared, name).weight.detach().cpu() for name in PROJECTIONS}
+    return ExpertWeights.of(lambda name: getattr(shared, name).weight.detach().cpu())
 
 
 def _keep(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
@@ -115,16 +117,16 @@ def _keep(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
     for position, layer in enumerate(shape.layers):
         block = _block(model, layer)
         experts = _experts(block, shape.width)
-        added[layer] = kronecker_tensors(recipe, shape, layer, experts["gate_proj"].dtype)
+        added[layer] = kronecker_tensors(recipe, shape, layer, experts.dtype)
         added[layer] |= router_tensors(recipe, block.gate.weight.detach().cpu(), _norm(model, layer), patched)
         if isinstance(merge, AroundBase) and merge.has_base:
             if walk is None:
-                walk = Walk(own_base(merge.base, experts, partial(_shared, block, family), shape.width))
+                walk = PropagationState(own_base(merge.base, experts, partial(_shared, block, family), shape.width))
             else:
-                require_finite_result(layer, stored_base(walk, experts["gate_proj"].dtype), recipe)
+                require_finite_result(layer, stored_base(walk, experts.dtype), recipe)
             if not merge.stays_sparse(layer, shape.layers):
-                added[layer] |= stored_base(walk, experts["gate_proj"].dtype)
-            walk = propagate(experts, walk, merge, position, device=recipe.device).walk
+                added[layer] |= stored_base(walk, experts.dtype)
+            walk = propagate(experts, walk, merge, position, device=recipe.device).state
         require_finite_result(layer, added[layer], recipe)
     if recipe.own_class:
         patch_classes(model, recipe.to_stored())
@@ -136,24 +138,17 @@ def _group(model: Any, family: Family, shape: MoeShape, recipe: Recipe) -> None:
     """Merge without text."""
     merge = recipe.merge
     assert isinstance(merge, Grouped)
-    patched, added = patched_config(model.config.to_dict(), family, shape, recipe), {}
+    config = model.config.to_dict()
+    patched, added = patched_config(config, family, shape, recipe), {}
     for layer in shape.layers:
-        block = _block(model, layer)
-        merged = merge_layer(
-            _experts(block, shape.width),
-            block.gate.weight.detach().cpu(),
-            _norm(model, layer),
-            merge,
-            shape.top_k,
-            shape.renormalises,
-            recipe.seed,
-            recipe.device,
-        )
+        block, norm = _block(model, layer), _norm(model, layer)
+        before = moe_layer(config, shape, _experts(block, shape.width), block.gate.weight.detach().cpu())
+        merged = merge_layer(before, norm, merge, recipe.seed, recipe.device)
         experts = [merged.expert(index) for index in range(merge.experts)]
         for index, one in enumerate(experts):
-            require_finite_result(layer, {f"expert {index} {name}": one[name] for name in PROJECTIONS}, recipe)
-        _replace(block, {name: torch.stack([one[name] for one in experts]) for name in PROJECTIONS}, merged.router)
-        added[layer] = router_tensors(recipe, merged.router, _norm(model, layer), patched)
+            require_finite_result(layer, {f"expert {index} {name}": matrix for name, matrix in one.items()}, recipe)
+        _replace(block, _stacked(experts), merged.router)
+        added[layer] = router_tensors(recipe, merged.router, norm, patched)
     _finish_grouped(model, family, shape, recipe, added)
 
 
@@ -195,8 +190,8 @@ def _keep_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, t
     """Recipes that keep the experts, on calibration text."""
     patched = patched_config(model.config.to_dict(), family, shape, recipe)
 
-    def experts(layer: int) -> dict[str, torch.Tensor]:
-        return {name: stacked.clone() for name, stacked in _experts(_block(model, layer), shape.width).items()}
+    def experts(layer: int) -> Expert:
+        return _experts(_block(model, layer), shape.width).map(torch.clone)
 
     source, made = _source(model, family, shape, experts), {}
     for one in keep_layers(source, patched, recipe, text, None, no_progress):
@@ -205,11 +200,11 @@ def _keep_on_text(model: Any, family: Family, shape: MoeShape, recipe: Recipe, t
     for layer, (orders, tensors) in made.items():
         fused, width = _block(model, layer).experts, shape.width
         gate, up, down = fused.gate_up_proj[:, :width], fused.gate_up_proj[:, width:], fused.down_proj
-        reorder(dict(zip(PROJECTIONS, (gate, up, down), strict=True)), orders.to(down.device))
+        reorder(ExpertWeights(gate, up, down), orders.to(down.device))
         _fill(_block(model, layer), tensors)
 
 
-def _source(model: Any, family: Family, shape: MoeShape, experts: Callable[[int], dict[str, torch.Tensor]]) -> Source:
+def _source(model: Any, family: Family, shape: MoeShape, experts: Callable[[int], Expert]) -> Source:
     """A live model to be read. A layer is read before it is replaced, and no layer above reads one below."""
     parameters = dict(model.named_parameters())
 
@@ -226,11 +221,16 @@ def _fill(block: Any, tensors: dict[str, torch.Tensor]) -> None:
         places[block_name(name)].copy_(tensor)
 
 
-def _replace(block: Any, experts: Mapping[str, Any], router: torch.Tensor) -> None:
+def _stacked(experts: list[Expert]) -> Expert:
+    return ExpertWeights.of(lambda name: torch.stack([one[name] for one in experts]))
+
+
+def _replace(block: Any, experts: Experts, router: torch.Tensor) -> None:
     """Give a block other experts, and a row of the router for each."""
     place, count = block.gate.weight.device, len(router)
-    block.experts.gate_up_proj = nn.Parameter(torch.cat([experts["gate_proj"], experts["up_proj"]], dim=1).to(place))
-    block.experts.down_proj = nn.Parameter(experts["down_proj"].to(place))
+    gate, up, down = map(torch.as_tensor, experts.values())
+    block.experts.gate_up_proj = nn.Parameter(torch.cat([gate, up], dim=1).to(place))
+    block.experts.down_proj = nn.Parameter(down.to(place))
     block.gate.weight = nn.Parameter(router.to(place))
     block.experts.num_experts = block.gate.num_experts = count
     block.gate.top_k = min(block.gate.top_k, count)

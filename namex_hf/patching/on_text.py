@@ -8,18 +8,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from transformers.activations import ACT2FN
 
 from ..calibration.decoder import Decoder, Read, Tapped
 from ..calibration.text import CalibrationText
 from ..checkpoint.bytes import Reader
 from ..families import Config, Family, MoeShape
-from ..merging.calibrated import Mixture, Text
-from ..merging.experts import Base
-from ..merging.routing import Routing
+from ..merging.experts import Expert
+from ..merging.moe_layer import MoELayer, Text
+from ..merging.routing import TokenRouting
 from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from ..recipe import Grouped, Recipe
-from .layer import named, read_experts
+from .layer import moe_layer, named, read_experts
 from .plan import Plan
 from .state import State, Stream
 from .text import measures
@@ -35,10 +34,13 @@ class Source:
     family: Family
     shape: MoeShape
     read: Read
-    experts: Callable[[int], dict[str, torch.Tensor]]  # of a MoE layer, stacked by projection, for the caller to change
+    experts: Callable[[int], Expert]  # of a MoE layer, stacked, for the caller to change
     named: Callable[[int], AbstractContextManager[None]]  # gives a complaint about an expert its tensor's name
 
-    def shared(self, layer: int) -> Base:
+    def moe_layer(self, layer: int) -> MoELayer:
+        return moe_layer(self.config, self.shape, self.experts(layer), self.read(self.family.router(layer)))
+
+    def shared(self, layer: int) -> dict[str, torch.Tensor]:
         """The shared expert of a MoE layer by projection, and its ``gate`` where it has one."""
         return {part: self.read(name) for part, name in self.family.shared_parts(layer).items()}
 
@@ -49,7 +51,7 @@ class Heard:
 
     layer: int
     tapped: Tapped
-    mixture: Mixture
+    mixture: MoELayer
     text: Text
     original: torch.Tensor | None  # what the model that is patched hands to the next layer, where layers aim at that
     start: float  # of the work on it, by `time.perf_counter`
@@ -85,7 +87,6 @@ def heard_layers(
     original = None
     if isinstance(recipe.merge, Grouped) and recipe.merge.target == "model":
         original = hidden.clone() if stream is None else stream.original
-    activation = ACT2FN[source.config.get("hidden_act", "silu")]
     for layer in range(0 if stream is None else stream.layer, max(shape.layers) + 1):
         start = time.perf_counter()
         with decoder.layer(layer) as module:
@@ -97,24 +98,23 @@ def heard_layers(
             tapped = module.tap(hidden)
         progress(ProgressEvent("read", layer))
         hidden = tapped.rest
-        routing = Routing(tapped.index.to(device), tapped.value.to(device))
-        router = source.read(source.family.router(layer))
-        mixture = Mixture(source.experts(layer), router, shape.top_k, shape.renormalises, activation)
-        wanted = None
+        routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
+        mixture = source.moe_layer(layer)
+        target = None
         if aim is not None:
             original = unpatched(mixture, aim, device)
-            wanted = (original - hidden).view_as(tapped.inputs).to(device)
+            target = (original - hidden).view_as(tapped.inputs).to(device)
             del aim
         held_out = text.held_out if measures(recipe) else torch.zeros(len(text.ids), dtype=torch.bool)
-        shown = Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device), wanted)
+        shown = Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device), target)
         handed_over = [Heard(layer, tapped, mixture, shown, original, start)]
-        del tapped, routing, mixture, wanted, shown  # what whoever takes it lets go of is gone
+        del tapped, routing, mixture, target, shown  # what whoever takes it lets go of is gone
         yield handed_over.pop()
 
 
-def unpatched(mixture: Mixture, tapped: Tapped, device: str) -> torch.Tensor:
+def unpatched(mixture: MoELayer, tapped: Tapped, device: str) -> torch.Tensor:
     """A layer's whole output, over ``tapped.rest``, with the routed experts of `mixture`."""
-    routing = Routing(tapped.index.to(device), tapped.value.to(device))
+    routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
     output = mixture.output(tapped.inputs.to(device), routing)
     return tapped.rest.add_(output.cpu().view_as(tapped.rest))
 

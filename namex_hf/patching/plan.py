@@ -17,10 +17,8 @@ from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError, UsageError
 from ..families import EMBEDDING, FAMILIES, HEAD, PROJECTIONS, Family, MoeShape, family_of
 from ..merging.budget import LOSS_TOKENS
-from ..merging.calibrated import FIT_TOKENS
-from ..merging.layer_fit import BATCH
 from ..merging.members import GAMES
-from ..merging.router_fit import CHUNK_BYTES
+from ..merging.settings import FitSettings
 from ..merging.weightings import WEIGHTINGS
 from ..models import remote_code
 from ..models.soft import LARGEST
@@ -124,11 +122,7 @@ class Plan:
         return self.kept if self.counts is None else self.counts[self.shape.layers.index(layer)]
 
     def expert_spans(self, layer: int) -> list[TensorSpan]:
-        return [
-            self.spans[self.family.expert(layer, expert, projection)]
-            for expert in range(self.shape.experts)
-            for projection in PROJECTIONS
-        ]
+        return [self.spans[name] for name in self.family.experts(layer, self.shape.experts)]
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of the routed experts of a layer."""
@@ -217,7 +211,8 @@ class Plan:
         if isinstance(merge := self.recipe.merge, Soft) and merge.segment is not None:
             merged = min(2 * LARGEST, 2 * -(-BATCH_TOKENS // merge.segment) * layer // self.shape.experts)
         tokens = self.recipe.calibration.tokens
-        answered = min(tokens, FIT_TOKENS) * kept * (kept + 1) * 4 + CHUNK_BYTES if self.fits != "none" else 0
+        products = min(tokens, FitSettings.router_tokens) * kept * (kept + 1) * 4 + FitSettings.chunk_bytes
+        answered = products if self.fits != "none" else 0
         sums = 8 * (3 * hidden * hidden + 6 * hidden * width)
         around = 4 * hidden * (4 * hidden + 3 * self.shape.shared_width)
         again = layer * kept // self.shape.experts + layer // 2 + merged
@@ -236,7 +231,7 @@ class Plan:
             return 0
         hidden, width, shared = self.shape.hidden, self.shape.width, self.shape.shared_width
         active = min(self.shape.top_k, self.most)
-        batch = BATCH * (active * (4 * width + 3 * hidden) + 4 * shared + 3 * hidden)
+        batch = FitSettings.batch * (active * (4 * width + 3 * hidden) + 4 * shared + 3 * hidden)
         matrices = 2 * 3 * hidden * (self.most * width + shared) + hidden * max(width, shared)
         return 4 * (matrices + batch + 2 * self.recipe.calibration.tokens * hidden)
 

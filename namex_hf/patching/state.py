@@ -21,8 +21,8 @@ from ..checkpoint.identity import DIGESTS, HEADER, Identity, combined, hash_head
 from ..checkpoint.shard import write_tensors
 from ..errors import CheckpointError
 from ..files import HASH, hash_bytes, read_checked, write_checked
-from ..merging.experts import PROJECTIONS
-from ..merging.propagation import Walk
+from ..merging.experts import ExpertWeights
+from ..merging.propagation import PropagationState
 from ..merging.weightings import FALLBACK
 from .added import KINDS
 
@@ -39,7 +39,7 @@ class Stream:
     layer: int
     hidden: torch.Tensor  # float32 [sequences, length, hidden]
     original: torch.Tensor | None = None  # as hidden, of the model that is patched, where layers aim at that
-    walk: Walk | None = None  # the base expert that arrives with it
+    walk: PropagationState | None = None  # the base expert that arrives with it
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,11 @@ class State:
         _save(self.layer_file(layer), tensors, record)
         _log_decisions(record)
 
-    def save_walk(self, position: int, walk: Walk | None) -> None:
+    def save_walk(self, position: int, walk: PropagationState | None) -> None:
         """The walk on arrival at the ``position``-th MoE layer; None where that begins with its own base."""
         _save(self.folder / WALK, _tensors(walk), {"position": position})
 
-    def load_walk(self) -> tuple[int, Walk | None]:
+    def load_walk(self) -> tuple[int, PropagationState | None]:
         """What was saved last; the first position where nothing was."""
         path = self.folder / WALK
         if not path.is_file():
@@ -170,19 +170,19 @@ def _log_decisions(record: dict[str, Any]) -> None:
         logger.warning("layer %d: uniform weights in place of %d of %d bargains", layer, fallbacks, statuses.total())
 
 
-def _tensors(walk: Walk | None) -> dict[str, torch.Tensor]:
+def _tensors(walk: PropagationState | None) -> dict[str, torch.Tensor]:
     if walk is None:
         return {}
     assert walk.weights is not None
     return {**walk.base, **walk.momentum, "weights": walk.weights}
 
 
-def _walk(tensors: dict[str, torch.Tensor]) -> Walk | None:
+def _walk(tensors: dict[str, torch.Tensor]) -> PropagationState | None:
     """What `_tensors` made of one."""
     if not tensors:
         return None
-    base, weights = {name: tensors.pop(name) for name in PROJECTIONS}, tensors.pop("weights")
-    return Walk(base, weights, tensors)
+    base, weights = ExpertWeights.of(tensors.pop), tensors.pop("weights")
+    return PropagationState(base, weights, tensors)
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:

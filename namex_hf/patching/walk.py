@@ -14,9 +14,8 @@ import torch
 from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, write_shard
-from ..families import PROJECTIONS
 from ..merging.base import own_base
-from ..merging.propagation import Walk, propagate
+from ..merging.propagation import PropagationState, propagate
 from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from ..recipe import AroundBase
 from .added import KINDS, kronecker_tensors, router_tensors
@@ -99,13 +98,13 @@ def walk_through(plan: Plan, state: State, progress: ProgressCallback) -> None:
                 with named(plan, layer):
                     if walk is None:
                         shared = partial(read_shared, plan, reader, layer)
-                        walk = Walk(own_base(merge.base, experts, shared, plan.shape.width))
+                        walk = PropagationState(own_base(merge.base, experts, shared, plan.shape.width))
                     else:
                         require_finite_result(layer, stored_base(walk, dtype), recipe)
                     if not merge.stays_sparse(layer, layers):
                         stored |= stored_base(walk, dtype)
                     step = propagate(experts, walk, merge, place, device=recipe.device)
-                stored["cosines"], record["games"], walk = step.cosines, step.record, step.walk
+                stored["cosines"], record["games"], walk = step.cosines, step.record, step.state
             require_finite_result(layer, stored, recipe)
             record |= {"seconds": round(time.perf_counter() - start, 4), "bytes": plan.layer_bytes(layer)}
             state.save_layer(layer, stored, record)
@@ -113,9 +112,9 @@ def walk_through(plan: Plan, state: State, progress: ProgressCallback) -> None:
             progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer)))
 
 
-def stored_base(walk: Walk, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def stored_base(walk: PropagationState, dtype: torch.dtype) -> dict[str, torch.Tensor]:
     """The base expert of a layer, as the result holds it."""
-    return {f"base.{name}": walk.base[name].to(dtype) for name in PROJECTIONS}
+    return {f"base.{name}": matrix.to(dtype) for name, matrix in walk.base.items()}
 
 
 def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int | None]], names: list[str]) -> None:

@@ -1,7 +1,6 @@
 """What the experts of a patched folder answer to calibration text, and how often each is asked."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText, calibration_text
 from ..checkpoint.bytes import Reader
 from ..errors import CalibrationError
-from ..families import PROJECTIONS
-from ..merging.routing import Routing, answer, routed_output
+from ..merging.routing import TokenRouting, expert_output, routed_output
 from .folder import PatchedFolder
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
@@ -74,20 +72,17 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
                     hidden = module.forward(hidden)
                     continue
                 tapped = module.tap(hidden)
-            experts, routing = folder.experts(reader, layer), Routing(tapped.index, tapped.value)
-            one, count = partial(_expert, experts), folder.shape.experts_of(layer)
+            experts, routing = folder.experts(reader, layer), TokenRouting(tapped.index, tapped.value)
+            count = experts.count
             some = tapped.inputs[::every][:ASKED]
-            said = torch.stack([normalize(answer(some, one(e), activation), dim=-1).flatten() for e in range(count)])
+            outputs = (expert_output(some, experts.expert(e).to(some), activation) for e in range(count))
+            said = torch.stack([normalize(output, dim=-1).flatten() for output in outputs])
             asked = len(some)
             found[layer] = Layer(said @ said.T / asked, routing.count(count))
-            output = routed_output(tapped.inputs, routing, count, one, activation)
+            output = routed_output(tapped.inputs, routing, experts, activation)
             hidden = tapped.rest.add_(output.view_as(tapped.rest))
             del experts, said, output  # before the next layer is read
     return Answers(found, text.sha256, text.tokens, asked)
-
-
-def _expert(experts: dict[str, torch.Tensor], number: int) -> dict[str, torch.Tensor]:
-    return {name: experts[name][number].float() for name in PROJECTIONS}
 
 
 def _text(folder: PatchedFolder, tokens: int) -> CalibrationText:

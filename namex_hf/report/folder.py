@@ -12,10 +12,11 @@ from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.layout import per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..families import PROJECTIONS, Family, MoeShape, original_family
+from ..families import Family, MoeShape, original_family
 from ..files import REPORT, STATISTICS, found, read_json
+from ..merging.experts import Expert
 from ..recipe import Recipe
-from .rebuild import has_recipe_alone, rebuild
+from .rebuild import has_recipe_alone, layer_experts, rebuild, shared_expert
 from .report import Report
 
 ACCEPTED = "accepted: a finished folder of namex-patch or sft_smoltalk.py"
@@ -46,21 +47,13 @@ class PatchedFolder:
                 return record
         raise CheckpointError(f"{REPORT} has no record of layer {layer}, of which {STATISTICS} has cosines")
 
-    def experts(self, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
-        """The routed experts of a layer by projection, stacked, in their own dtype."""
-        return {
-            name: torch.stack(
-                [
-                    reader.read(self.spans[self.family.expert(layer, e, name)])
-                    for e in range(self.shape.experts_of(layer))
-                ]
-            )
-            for name in PROJECTIONS
-        }
+    def experts(self, reader: Reader, layer: int) -> Expert:
+        """The routed experts of a layer, stacked, in their own dtype."""
+        return layer_experts(reader, self.spans, self.family, layer, self.shape.experts_of(layer))
 
-    def shared(self, reader: Reader, layer: int) -> dict[str, torch.Tensor]:
-        """The shared expert of a layer by projection."""
-        return {name: reader.read(self.spans[self.family.shared(layer, name)]) for name in PROJECTIONS}
+    def shared(self, reader: Reader, layer: int) -> Expert:
+        """The shared expert of a layer."""
+        return shared_expert(reader, self.spans, self.family, layer)
 
     def domain_grams(self, layer: int) -> torch.Tensor | None:
         """Gram matrices of the domain vectors of a layer's games, float64 ``[games, N, N]``, from norms and cosines.

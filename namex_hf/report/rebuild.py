@@ -14,11 +14,11 @@ from ..checkpoint.layout import per_expert
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..families import PROJECTIONS, original_family
+from ..families import Family, original_family
 from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, found, read_text, write_text
 from ..merging.base import own_base
-from ..merging.experts import NotFiniteError
-from ..merging.propagation import Walk, propagate
+from ..merging.experts import Expert, ExpertWeights, NotFiniteError
+from ..merging.propagation import PropagationState, propagate
 from ..recipe import AroundBase, Recipe
 from .card import card
 from .report import Report
@@ -82,17 +82,14 @@ def _layers(checkpoint: Checkpoint, merge: AroundBase) -> tuple[list[dict[str, A
     layers, cosines = [], {}
     with Reader() as reader:
         for position, layer in enumerate(shape.layers):
-            experts = {
-                name: torch.stack([reader.read(spans[family.expert(layer, e, name)]) for e in range(shape.experts)])
-                for name in PROJECTIONS
-            }
+            experts = layer_experts(reader, spans, family, layer, shape.experts)
             if merge.stays_sparse(layer, shape.layers):
-                shared = partial(_shared, reader, {name: spans[family.shared(layer, name)] for name in PROJECTIONS})
+                shared = partial(shared_expert, reader, spans, family, layer)
                 base = own_base(merge.base, experts, shared, shape.width)
             else:
-                base = {name: reader.read(spans[family.added(layer, "base", name)]).float() for name in PROJECTIONS}
+                base = base_expert(reader, spans, family, layer)
             try:
-                step = propagate(experts, Walk(base), merge, position)
+                step = propagate(experts, PropagationState(base), merge, position)
             except NotFiniteError as error:
                 raise CheckpointError(f"{checkpoint.name}: layer {layer}, {error}") from error
             layers.append({"layer": layer, "games": step.record, "drift": None, "seconds": None})
@@ -101,5 +98,18 @@ def _layers(checkpoint: Checkpoint, merge: AroundBase) -> tuple[list[dict[str, A
     return layers, cosines
 
 
-def _shared(reader: Reader, spans: dict[str, TensorSpan]) -> dict[str, torch.Tensor]:
-    return {name: reader.read(span) for name, span in spans.items()}
+def layer_experts(reader: Reader, spans: dict[str, TensorSpan], family: Family, layer: int, count: int) -> Expert:
+    """The routed experts of a layer, stacked, in their own dtype."""
+    return ExpertWeights.of(
+        lambda name: torch.stack([reader.read(spans[family.expert(layer, e, name)]) for e in range(count)])
+    )
+
+
+def base_expert(reader: Reader, spans: dict[str, TensorSpan], family: Family, layer: int) -> Expert:
+    """The base expert of a layer, in float32."""
+    return ExpertWeights.of(lambda name: reader.read(spans[family.added(layer, "base", name)]).float())
+
+
+def shared_expert(reader: Reader, spans: dict[str, TensorSpan], family: Family, layer: int) -> Expert:
+    """The shared expert of a layer."""
+    return ExpertWeights.of(lambda name: reader.read(spans[family.shared(layer, name)]))

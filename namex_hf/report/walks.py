@@ -7,7 +7,7 @@ import torch
 
 from ..checkpoint.bytes import Reader
 from ..merging.base import own_base
-from ..merging.propagation import Walk, propagate
+from ..merging.propagation import PropagationState, propagate
 from ..recipe import AroundBase, Propagation, Residual
 from .folder import PatchedFolder
 
@@ -41,7 +41,7 @@ def distances(folder: PatchedFolder) -> dict[str, list[float]]:
     layers, merge = folder.shape.layers, folder.recipe.merge
     if not (isinstance(merge, AroundBase) and merge.has_base) or len(layers) < 2:
         return {}
-    walks: dict[str, Walk] = {}
+    walks: dict[str, PropagationState] = {}
     found: dict[str, list[float]] = {}
     with Reader() as reader:
         for position, layer in enumerate(layers[:-1]):
@@ -49,8 +49,8 @@ def distances(folder: PatchedFolder) -> dict[str, list[float]]:
             if position == 0:
                 base = own_base(merge.base, experts, lambda: folder.shared(reader, layers[0]), folder.shape.width)
             for name, choice in methods(merge.propagation).items():
-                before = walks.get(name) or Walk(base)
-                after = propagate(experts, before, choice, position).walk
+                before = walks.get(name) or PropagationState(base)
+                after = propagate(experts, before, choice, position).state
                 assert after is not None, "every method here moves its base"
                 moved = sum(float((after.base[part] - before.base[part]).square().sum()) for part in before.base)
                 found.setdefault(name, []).append(math.sqrt(moved))

@@ -12,9 +12,9 @@ from transformers import TrainerCallback
 
 from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
-from ..families import PROJECTIONS, original_family
-from ..merging.experts import Base, NotFiniteError
-from ..merging.propagation import Step, Walk, propagate
+from ..families import original_family
+from ..merging.experts import NotFiniteError
+from ..merging.propagation import PropagationState, Step, propagate
 from ..merging.weightings import FALLBACK
 from ..patching.threads import shared_out
 from ..recipe import AroundBase, Recipe
@@ -74,8 +74,8 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
                 trained = own_of(layer.mlp) if merge.stays_sparse(index, shape.layers) else base_of(layer.mlp)
                 own = walk is None or not write
                 if walk is None or not write:
-                    walk = Walk(trained)
-                device = str(trained["gate_proj"].device)
+                    walk = PropagationState(trained)
+                device = str(trained.down.device)
                 try:
                     step = _pass_layer(layer.mlp, walk, merge, position, device)
                 except NotFiniteError as error:
@@ -86,11 +86,11 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
             if write and isinstance(layer.mlp, LiveBlock) and step.weights is not None:
                 layer.mlp.weights = of_first_process(step.weights, device).cpu()
             settled.append(Settled(index, step.record, step.cosines, drift))
-            walk = step.walk
+            walk = step.state
     return settled
 
 
-def _pass_layer(block: Any, walk: Walk, merge: AroundBase, position: int, device: str) -> Step:
+def _pass_layer(block: Any, walk: PropagationState, merge: AroundBase, position: int, device: str) -> Step:
     """One layer passed, under `AroundBase.curved_step` with M_i as it is now."""
     experts, curvature = experts_of(block), curvature_of(block) if merge.curved_step else None
     if curvature is None:
@@ -103,10 +103,10 @@ def _pass_layer(block: Any, walk: Walk, merge: AroundBase, position: int, device
     return propagate(experts, walk, merge, position, step_of, device)
 
 
-def distance(found: Base, wanted: Base) -> float:
+def distance(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
     """``|found - wanted| / |wanted|`` over all projections; infinite where nothing but zeros is wanted."""
-    moved = sum(float((found[name] - wanted[name]).square().sum()) for name in PROJECTIONS)
-    norm = sum(float(wanted[name].square().sum()) for name in PROJECTIONS)
+    moved = sum(float((found[name] - matrix).square().sum()) for name, matrix in wanted.items())
+    norm = sum(float(matrix.square().sum()) for matrix in wanted.values())
     return math.sqrt(moved / norm) if norm else math.inf
 
 

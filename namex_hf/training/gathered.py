@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..families import PROJECTIONS
 from ..merging.base import own_base
+from ..merging.experts import Expert, ExpertWeights
 from ..models.soft import dense_weight
 from ..models.soft_kronecker import Factors
 from ..recipe import BaseExpert
@@ -56,35 +57,34 @@ def applied(module: Any, name: str) -> torch.Tensor:
     return value if delta is None else value + delta
 
 
-def attached_experts_of(block: Any) -> dict[str, torch.Tensor]:
-    """Routed experts of a block by projection, stacked: views where no adapter acts on them. They hand gradients on."""
+def attached_experts_of(block: Any) -> Expert:
+    """Routed experts of a block, stacked: views where no adapter acts on them. They hand gradients on."""
     gate, up = applied(block.experts, "gate_up_proj").chunk(2, dim=1)
-    return {"gate_proj": gate, "up_proj": up, "down_proj": applied(block.experts, "down_proj")}
+    return ExpertWeights(gate, up, applied(block.experts, "down_proj"))
 
 
-def experts_of(block: Any) -> dict[str, torch.Tensor]:
+def experts_of(block: Any) -> Expert:
     """`attached_experts_of`, without gradients."""
     with torch.no_grad():
-        return {name: matrices.detach() for name, matrices in attached_experts_of(block).items()}
+        return attached_experts_of(block).map(torch.Tensor.detach)
 
 
-def base_of(block: Any) -> dict[str, torch.Tensor]:
-    """A copy of the base expert of a block by projection, in float32."""
+def base_of(block: Any) -> Expert:
+    """A copy of the base expert of a block, in float32."""
     return matrices_of(block.base_expert)
 
 
-def own_base_of(block: Any, choice: BaseExpert, shared_name: str, width: int) -> dict[str, torch.Tensor]:
+def own_base_of(block: Any, choice: BaseExpert, shared_name: str, width: int) -> Expert:
     """The base expert that a block's own parameters give (`merging.base.own_base`), which has none stored."""
     experts = experts_of(block)
     base = own_base(choice, experts, lambda: matrices_of(getattr(block, shared_name)), width)
-    return {name: matrix.to(experts[name].device) for name, matrix in base.items()}
+    return base.map(lambda matrix: matrix.to(experts.down.device))
 
 
-def matrices_of(mlp: Any) -> dict[str, torch.Tensor]:
-    """A copy of the matrices of a SwiGLU MLP by projection, in float32."""
-    linears = {name: getattr(mlp, name) for name in PROJECTIONS}
+def matrices_of(mlp: Any) -> Expert:
+    """A copy of the matrices of a SwiGLU MLP, in float32."""
     like = next(mlp.parameters())
-    return {name: dense_weight(linear, like).detach().float().clone() for name, linear in linears.items()}
+    return ExpertWeights.of(lambda name: dense_weight(getattr(mlp, name), like).detach().float().clone())
 
 
 def curvature_of(block: Any) -> dict[str, Factors] | None:
@@ -103,9 +103,9 @@ def write_base(block: Any, base: Mapping[str, torch.Tensor]) -> None:
     Args:
         base: by projection, whole.
     """
-    for name in PROJECTIONS:
+    for name, matrix in base.items():
         parameter = getattr(block.base_expert, name).weight
-        value = base[name].to(parameter.dtype).contiguous()
+        value = matrix.to(parameter.dtype).contiguous()
         if isinstance(parameter, DTensor):
             sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # the first process's
             parameter.to_local().copy_(sharded.to_local())
@@ -115,7 +115,7 @@ def write_base(block: Any, base: Mapping[str, torch.Tensor]) -> None:
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
             if parameter.requires_grad:  # the optimiser's own copy, from which its next step would write the old base
-                deepspeed.utils.safe_set_full_fp32_param(parameter, base[name].to(parameter.device))
+                deepspeed.utils.safe_set_full_fp32_param(parameter, matrix.to(parameter.device))
         else:
             parameter.copy_(of_first_process(value, parameter.device))
 

@@ -29,7 +29,7 @@ class Passing(NamedTuple):
     base: dict[str, torch.Tensor]
     """E_m by projection, in float32 (float64 where the model is)."""
     momentum: dict[str, torch.Tensor]
-    """As `merging.momentum.advance` has it: none, one or two buffers a projection, alike."""
+    """As `merging.momentum.momentum_step` has it: none, one or two buffers a projection, alike."""
 
 
 class Carried(NamedTuple):

@@ -8,9 +8,8 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from ..bargaining import CHUNK_BYTES
-from ..families import PROJECTIONS
-from ..merging.experts import Base, games_of, weighted_step
-from ..merging.momentum import advance
+from ..merging.experts import Expert, by_projection, weighted_step
+from ..merging.momentum import momentum_step
 from ..models.soft_kronecker import Factors, curved
 from ..recipe import AroundBase
 
@@ -78,8 +77,8 @@ def _curved(expert: torch.Tensor, base: torch.Tensor, *own: torch.Tensor) -> tor
 
 @torch.compiler.disable  # chunks and players are plain numbers: one break a layer in place of one at each of them
 def step_on(
-    experts: Mapping[str, torch.Tensor],
-    base: Base,
+    experts: Expert,
+    base: Mapping[str, torch.Tensor],
     momentum: Mapping[str, torch.Tensor],
     weights: torch.Tensor,
     merge: AroundBase,
@@ -90,7 +89,7 @@ def step_on(
     The arithmetic of `merging.propagation.propagate`, without the games.
 
     Args:
-        experts: of the layer by projection, stacked.
+        experts: of the layer, stacked.
         base: E_m of this layer, in float32 or float64.
         momentum: buffers as the layer before left them; empty at the first MoE layer.
         weights: float64 ``[games, N]``, on the CPU; constants.
@@ -99,9 +98,9 @@ def step_on(
     Returns:
         The base of the next MoE layer, and its momentum buffers.
     """
-    of_game = {name: weights[index] for index, game in enumerate(games_of(merge.game.granularity)) for name in game}
+    shares = by_projection(weights, merge.game.granularity)
     if curvature is None:
-        step = {name: WeightedStep.apply(experts[name], base[name], of_game[name]) for name in PROJECTIONS}
+        step = {name: WeightedStep.apply(matrices, base[name], shares[name]) for name, matrices in experts.items()}
     else:
-        step = {name: curved_step(experts[name], base[name], of_game[name], curvature[name]) for name in PROJECTIONS}
-    return advance(base, step, momentum, merge.propagation.gamma, merge.propagation.complex_beta)
+        step = {name: curved_step(one, base[name], shares[name], curvature[name]) for name, one in experts.items()}
+    return momentum_step(base, step, momentum, merge.propagation.gamma, merge.propagation.complex_beta)

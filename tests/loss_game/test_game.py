@@ -26,7 +26,7 @@ from small_mixtures import PROJECTIONS, WIDTH, draws, random_experts, random_rou
 
 from namex_hf.merging.curvature import second_moment
 from namex_hf.merging.members import GAMES, merge_members
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 
 EVERY_WAY = every_way(point=("zero", "mean"), metric=("calibrated",), power=POWER)
 
@@ -69,7 +69,7 @@ def test_every_way(align: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("align", ALIGN)
 def test_equal_experts_merge_to_themselves(align: str) -> None:
     one = random_experts(1, 0, torch.bfloat16)
-    experts = {name: matrix.repeat(EXPERTS, 1, 1) for name, matrix in one.items()}
+    experts = one.map(lambda matrix: matrix.repeat(EXPERTS, 1, 1))
     for how in EVERY_WAY:
         merged, record = merge_members(group(experts, align=align), how)
         for name in PROJECTIONS:
@@ -137,7 +137,7 @@ def test_losses_without_agreement() -> None:
     experts = random_experts(EXPERTS, 0)
     for name in PROJECTIONS:
         experts[name][2] = 2 * experts[name][4] - experts[name][1]
-    routing = Routing(torch.tensor([[1, 2, 4]]).repeat(TOKENS, 1), torch.ones(TOKENS, 3))
+    routing = TokenRouting(torch.tensor([[1, 2, 4]]).repeat(TOKENS, 1), torch.ones(TOKENS, 3))
     weights, record = by_losses(group(experts, routing=routing), tuning(metric="calibrated"))
     for name, game in zip(PROJECTIONS[:2], record[:2], strict=True):  # downs see inputs of their own
         assert game["status"] == "no_agreement"
@@ -149,7 +149,7 @@ def test_change_that_no_token_sees() -> None:
     """Power by loss where rounding could make the loss of one that loses nothing negative."""
     for seed in range(20):
         experts, routing = random_experts(EXPERTS, seed), random_routing(TOKENS, EXPERTS, 2, seed)
-        few = Routing(torch.where(routing.index == 1, 0, routing.index), routing.value)
+        few = TokenRouting(torch.where(routing.index == 1, 0, routing.index), routing.value)
         few.index[0, 0] = 1
         seen = INPUTS[0].double()
         for name in ("gate_proj", "up_proj"):

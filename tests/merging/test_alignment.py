@@ -8,12 +8,12 @@ import torch
 from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import WIDTH, draws, expert_at, neurons64, random_experts, random_routing, random_tokens
+from small_mixtures import WIDTH, draws, expert_at, neurons64, random_experts, random_routing, random_tokens, weights_of
 from torch.nn.functional import silu
 
 from namex_hf.merging import alignment
 from namex_hf.merging.alignment import layer_orders, order_by_activations, order_by_weights, permuted
-from namex_hf.merging.routing import Routing, answer
+from namex_hf.merging.routing import TokenRouting, expert_output
 
 INPUTS = random_tokens(30, 0)
 quick = settings(max_examples=25, deadline=None, derandomize=True)
@@ -42,7 +42,7 @@ def likeness(how: str, reference, expert) -> np.ndarray:
 @given(st.sampled_from(["weights", "activations"]), seeds)
 def test_best_of_all_orders(how: str, seed: int) -> None:
     """Of two unlike experts, whose matrices have lengths of their own."""
-    experts = {n: m * 10.0**i for i, (n, m) in enumerate(random_experts(2, seed).items(), start=-1)}
+    experts = weights_of({n: m * 10.0**i for i, (n, m) in enumerate(random_experts(2, seed).items(), start=-1)})
     reference, expert = expert_at(experts, 0), expert_at(experts, 1)
     alike = likeness(how, reference, expert)
     wanted = max(permutations(range(WIDTH)), key=lambda order: alike[range(WIDTH), order].sum())
@@ -63,13 +63,13 @@ def test_another_order_is_the_same_function() -> None:
     other = permuted(expert, order)
     assert torch.equal(other["gate_proj"][0], expert["gate_proj"][3])
     assert not torch.equal(other["down_proj"], expert["down_proj"])
-    torch.testing.assert_close(answer(INPUTS, other, silu), answer(INPUTS, expert, silu))
+    torch.testing.assert_close(expert_output(INPUTS, other, silu), expert_output(INPUTS, expert, silu))
 
 
 @pytest.mark.parametrize("how", ["weights", "activations"])
 def test_a_dead_neuron(how: str) -> None:
     """It is like none; the others find their places, and it takes what is left."""
-    original = {name: matrix.clone() for name, matrix in expert_at(random_experts(1, 0), 0).items()}
+    original = expert_at(random_experts(1, 0), 0).map(torch.clone)
     for name, matrix in original.items():
         matrix[(slice(None), 2) if name == "down_proj" else 2] = 0
     copy = permuted(original, torch.tensor([3, 0, 4, 1, 2]))
@@ -80,11 +80,11 @@ def test_a_dead_neuron(how: str) -> None:
 # --- all experts of a layer -------------------------------------------------------------------------------------------
 
 
-def most_used(expert: int, experts: int) -> Routing:
+def most_used(expert: int, experts: int) -> TokenRouting:
     """Of `INPUTS`. That expert has the largest gate values; the one after it has more tokens."""
     other = (expert + 1) % experts
     index = torch.tensor([[expert], [other], [other]]).repeat(len(INPUTS) // 3, 1)
-    return Routing(index, torch.where(index == expert, 0.9, 0.3))
+    return TokenRouting(index, torch.where(index == expert, 0.9, 0.3))
 
 
 @pytest.mark.parametrize("how", ["weights", "activations"])
@@ -94,7 +94,7 @@ def test_a_layer_in_the_order_of_its_most_used_expert(how: str, first: int) -> N
     original = expert_at(random_experts(1, 0), 0)
     copies = [permuted(original, torch.randperm(WIDTH, generator=draws(seed))) for seed in range(4)]
     assert not any(torch.equal(copies[first]["up_proj"], copies[i]["up_proj"]) for i in range(4) if i != first)
-    experts = {name: torch.stack([one[name] for one in copies]).bfloat16() for name in original}
+    experts = weights_of({name: torch.stack([one[name] for one in copies]).bfloat16() for name in original})
     held = {name: matrices.clone() for name, matrices in experts.items()}
     orders = layer_orders(experts, how, INPUTS, most_used(first, 4), silu)
     assert (orders.shape, orders.dtype, orders.device.type) == ((4, WIDTH), torch.int64, "cpu")
@@ -118,7 +118,9 @@ def test_every_expert_of_a_layer_stays_the_same_function(how: str, seed: int) ->
         expert = expert_at(experts, number)
         assert sorted(order.tolist()) == list(range(WIDTH))
         assert order.tolist() == found_order(how, reference, expert).tolist()
-        torch.testing.assert_close(answer(INPUTS, permuted(expert, order), silu), answer(INPUTS, expert, silu))
+        torch.testing.assert_close(
+            expert_output(INPUTS, permuted(expert, order), silu), expert_output(INPUTS, expert, silu)
+        )
 
 
 def test_no_alignment_is_the_order_as_it_is() -> None:
@@ -146,7 +148,7 @@ def test_tokens_to_align_by_are_taken_from_the_whole_text(monkeypatch: pytest.Mo
 
 
 def test_experts_that_no_token_reached_are_aligned_too() -> None:
-    experts, nothing = random_experts(3, 0), Routing(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
+    experts, nothing = random_experts(3, 0), TokenRouting(torch.empty(0, 1, dtype=torch.int64), torch.empty(0, 1))
     orders = layer_orders(experts, "weights", INPUTS[:0], nothing, silu)
     for number in range(3):  # none is used most: the first it is
         assert orders[number].tolist() == order_by_weights(expert_at(experts, 0), expert_at(experts, number)).tolist()

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from namex_hf.merging.budget import between, least_damage, tried
+from namex_hf.merging.budget import candidate_counts, interpolate_error, least_damage
 
 curves = st.lists(st.lists(st.integers(0, 30).map(float), min_size=5, max_size=5), min_size=1, max_size=4)
 
@@ -38,11 +38,11 @@ def test_what_cannot_be_spent(total: int) -> None:
 @given(st.integers(2, 70), st.data())
 def test_numbers_to_measure(experts: int, data: st.DataObject) -> None:
     mean = data.draw(st.integers(1, experts - 1))
-    numbers = tried(experts, mean)
+    numbers = candidate_counts(experts, mean)
     assert {1, mean} <= set(numbers) <= set(range(1, experts))
     assert numbers == sorted(set(numbers))
 
 
 def test_between_what_was_measured() -> None:
-    assert between({1: 8.0, 3: 4.0, 5: 1.0}, 7) == [8.0, 6.0, 4.0, 2.5, 1.0, 0.5, 0.0]
-    assert between({1: 5.0, 2: 1.0, 3: 2.0}, 4) == [5.0, 2.0, 2.0, 0.0]  # more experts never do more damage
+    assert interpolate_error({1: 8.0, 3: 4.0, 5: 1.0}, 7) == [8.0, 6.0, 4.0, 2.5, 1.0, 0.5, 0.0]
+    assert interpolate_error({1: 5.0, 2: 1.0, 3: 2.0}, 4) == [5.0, 2.0, 2.0, 0.0]  # more experts never do more damage

@@ -23,12 +23,15 @@ from small_mixtures import (
 from torch.nn.functional import silu
 
 from namex_hf.merging import calibrated
-from namex_hf.merging.calibrated import Mixture, Shrinking, Text
+from namex_hf.merging.calibrated import Shrinking
+from namex_hf.merging.controls import random_experts as controls
+from namex_hf.merging.controls import shared_experts
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from namex_hf.merging.layer_fit import Problem
-from namex_hf.merging.strangers import random_experts as strangers
-from namex_hf.merging.strangers import shared_experts
+from namex_hf.merging.moe_layer import MoELayer, Text
+from namex_hf.merging.router_fit import RouterProblem
+from namex_hf.merging.settings import FitSettings
 from namex_hf.recipe import Recipe
 
 EXPERTS, TOP_K, SEQUENCES, LENGTH = 6, 2, 4, 40
@@ -39,19 +42,19 @@ WHOLE = {"down": "refit", "fit": "layer", "fit_steps": 25}
 SALIENT = {"weighting": "saliency"}
 
 
-def mixture(seed: int = 0, dtype: torch.dtype = torch.float32, renormalises: bool = False) -> Mixture:
+def mixture(seed: int = 0, dtype: torch.dtype = torch.float32, renormalises: bool = False) -> MoELayer:
     router = torch.randn(EXPERTS, HIDDEN, generator=draws(seed + 1)).to(dtype)
-    return Mixture(random_experts(EXPERTS, seed, dtype), router, TOP_K, renormalises, silu)
+    return MoELayer(random_experts(EXPERTS, seed, dtype), router, TOP_K, renormalises, silu)
 
 
-def text(of: Mixture, loud: float, length: int) -> Text:
+def text(of: MoELayer, loud: float, length: int) -> Text:
     """Of four sequences the last is held out, and the first is louder."""
     inputs = random_tokens(SEQUENCES * length, 0)
     inputs[:length] *= loud
     return Text(inputs, of.route(inputs), SEQUENCES, torch.tensor([False, False, False, True]))
 
 
-def shrinking(count: int, of: Mixture | None = None, loud: float = 1.0, length: int = LENGTH, **choices) -> Shrinking:
+def shrinking(count: int, of: MoELayer | None = None, loud: float = 1.0, length: int = LENGTH, **choices) -> Shrinking:
     """A control is made without its fit where ``fit`` is none."""
     of, seed = of or mixture(), choices.pop("seed", 0)
     operator = choices.get("operator", "merge")
@@ -85,11 +88,11 @@ def error64(found: np.ndarray, wanted: np.ndarray) -> float:
     return float((missed / whole).mean())
 
 
-def output_of(result: Mixture, inputs: torch.Tensor) -> np.ndarray:
+def output_of(result: MoELayer, inputs: torch.Tensor) -> np.ndarray:
     return output64(inputs, result.route(inputs), dict(result.experts))
 
 
-def assert_same(one: Mixture, other: Mixture) -> None:
+def assert_same(one: MoELayer, other: MoELayer) -> None:
     assert torch.equal(one.router, other.router)
     assert all(torch.equal(one.experts[name], other.experts[name]) for name in PROJECTIONS)
 
@@ -282,7 +285,7 @@ def test_what_the_layer_is_fitted_to(count: int, monkeypatch: pytest.MonkeyPatch
     assert (problem.top_k, problem.renormalises, problem.activation) == (min(count, TOP_K), True, silu)
     assert torch.equal(problem.inputs, run.text.inputs)
     together = wanted + shared64(run.text.inputs, shared())
-    np.testing.assert_allclose(double(problem.wanted), together, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(double(problem.target), together, rtol=1e-3, atol=1e-3)
     weight = weights64(wanted)
     np.testing.assert_allclose(double(problem.weight) ** 2, weight / weight.mean(), rtol=1e-4)
     assert problem.held_out.tolist() == 3 * LENGTH * [False] + LENGTH * [True]
@@ -339,7 +342,7 @@ def seen64(run: Shrinking, by: str) -> np.ndarray:
     return saliency64(run.text.inputs, run.text.routing, dict(run.source.experts))
 
 
-def assert_kept(result: Mixture, of: Mixture, numbers: list[int]) -> None:
+def assert_kept(result: MoELayer, of: MoELayer, numbers: list[int]) -> None:
     assert torch.equal(result.router, of.router[numbers])
     assert all(torch.equal(result.experts[name], of.experts[name][numbers]) for name in PROJECTIONS)
 
@@ -420,7 +423,7 @@ def test_strangers_in_the_place_of_groups() -> None:
     merged, drawn, sliced = (shrinking(3, operator=one, seed=3, **PLAIN) for one in ("merge", "random", "shared"))
     sliced.shared = shared
     rows = merged.run()[0].router
-    for run, wanted in ((drawn, strangers(drawn.source.experts, 3, 3)), (sliced, None)):
+    for run, wanted in ((drawn, controls(drawn.source.experts, 3, 3)), (sliced, None)):
         result, _ = run.run()
         wanted = wanted or shared_experts(shared(), run.source.experts, 3)
         assert_same(result, replace(result, experts=wanted, router=rows))
@@ -436,7 +439,7 @@ def aiming(count: int, **how) -> tuple[Shrinking, np.ndarray]:
     """A layer that is to answer as another would."""
     run = shrinking(count, **how)
     wanted = mixture(8).output(run.text.inputs, mixture(8).route(run.text.inputs))
-    run.text = replace(run.text, wanted=wanted)
+    run.text = replace(run.text, target=wanted)
     return run, double(wanted)
 
 
@@ -515,9 +518,9 @@ def test_moments_carry_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
         seen["groups"] = double(gates)
         return groups(gram, gates, count)
 
-    def fitted(inputs, known, *rest):
-        seen["fit"] = double(known.energy)
-        return fit(inputs, known, *rest)
+    def fitted(problem: RouterProblem, *rest):
+        seen["fit"] = double(problem.products.energy)
+        return fit(problem, *rest)
 
     for name, spy in (("gather", gathered), ("groups_by_damage", grouped), ("fit_router", fitted)):
         monkeypatch.setattr(calibrated, name, spy)
@@ -531,23 +534,24 @@ def test_moments_carry_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_allclose(seen["fit"], weight * (wanted**2).sum(1), rtol=1e-3)
 
 
-@pytest.mark.parametrize("tokens", [calibrated.FIT_TOKENS, 50])
+@pytest.mark.parametrize("tokens", [FitSettings.router_tokens, 50])
 def test_rows_are_checked_on_the_sequences_held_out(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """And on no others, also where only every fourth token is fitted on; errors are of the same tokens."""
-    monkeypatch.setattr(calibrated, "FIT_TOKENS", tokens)
     fit, masks = calibrated.fit_router, []
 
-    def spy(inputs, known, router, top_k, renormalises, held_out, *rest):
+    def spy(problem: RouterProblem, *rest):
+        inputs = problem.inputs
         assert len(inputs) <= tokens
-        masks.append((inputs, held_out, known.energy))
-        return fit(inputs, known, router, top_k, renormalises, held_out, *rest)
+        masks.append((inputs, problem.held_out, problem.products.energy))
+        return fit(problem, *rest)
 
     monkeypatch.setattr(calibrated, "fit_router", spy)
     run = shrinking(3, loud=5.0, **FITTED)
+    run.settings = FitSettings(router_tokens=tokens)
     run.run()
     energy = (double(run.weight)[:, None] * output_of(run.source, run.text.inputs)) ** 2
     held_out = {tuple(token) for token in run.text.inputs[-LENGTH:].tolist()}
-    assert len(masks) == calibrated.ROUNDS
+    assert len(masks) == FitSettings.rounds
     for inputs, mask, found in masks:
         np.testing.assert_allclose(double(found), energy.sum(1)[:: len(energy) // len(inputs)], rtol=1e-3)
         assert mask.tolist() == [tuple(token) in held_out for token in inputs.tolist()]
@@ -556,7 +560,6 @@ def test_rows_are_checked_on_the_sequences_held_out(tokens: int, monkeypatch: py
 
 def test_few_tokens_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only some tokens are asked about, gate values, weights and answers are of the same ones."""
-    monkeypatch.setattr(calibrated, "OUTPUT_TOKENS", 40)
     groups, seen = calibrated.groups_by_damage, {}
 
     def spy(gram, gates, count):
@@ -565,6 +568,7 @@ def test_few_tokens_for_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(calibrated, "groups_by_damage", spy)
     run = shrinking(3, loud=5.0, **PLAIN)
+    run.settings = FitSettings(grouping_tokens=40)
     run.run()
     every = run.text.inputs[::4]
     wanted = double(run.weight)[::4, None] * gates64(run.source.route(every), EXPERTS)

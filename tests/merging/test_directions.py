@@ -10,7 +10,8 @@ from small_mixtures import HIDDEN, WIDTH, draws, expert_at, gates64, neurons64, 
 from torch.nn.functional import silu
 
 from namex_hf.merging.directions import LayerCurvature, Leading, Spans, layer_curvature, spans
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.routing import TokenRouting
 
 COLUMNS = 6
 quick = settings(max_examples=40, deadline=None, derandomize=True)
@@ -194,18 +195,18 @@ def test_no_expert_with_tokens_is_the_identity() -> None:
 # --- a layer ----------------------------------------------------------------------------------------------------------
 
 
-def some_routing(tokens: int, experts: tuple[int, ...], seed: int = 0) -> Routing:
+def some_routing(tokens: int, experts: tuple[int, ...], seed: int = 0) -> TokenRouting:
     """Two of those experts a token, with gate values from 0.1 to 1.1."""
     draw = draws(seed)
     places = torch.rand(tokens, len(experts), generator=draw).argsort(1)[:, :2]
-    return Routing(torch.tensor(experts)[places], 0.1 + torch.rand(tokens, 2, generator=draw))
+    return TokenRouting(torch.tensor(experts)[places], 0.1 + torch.rand(tokens, 2, generator=draw))
 
 
 def assert_layer(
     found: LayerCurvature,
-    experts: dict[str, torch.Tensor],
+    experts: ExpertWeights,
     inputs: torch.Tensor,
-    routing: Routing,
+    routing: TokenRouting,
     rank: int,
     ridge: float,
 ) -> None:
@@ -249,7 +250,7 @@ def test_a_layer_with_few_tokens_and_an_idle_expert() -> None:
 @pytest.mark.parametrize("tokens", [0, 5])
 def test_a_layer_that_hears_nothing(tokens: int) -> None:
     """No text, or experts that answer zeros alone."""
-    experts = {name: torch.zeros_like(matrices) for name, matrices in random_experts(3, 0).items()}
+    experts = random_experts(3, 0).map(torch.zeros_like)
     inputs, routing = random_tokens(tokens, 0), some_routing(tokens, (0, 1, 2))
     found = layer_curvature(experts, inputs, routing, silu, 2, 1e-4)
     np.testing.assert_array_equal(rebuilt(found.neurons), [np.eye(WIDTH)] * 3)

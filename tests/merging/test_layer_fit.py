@@ -2,18 +2,30 @@
 
 import math
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 
 import numpy as np
 import pytest
 import torch
 from float64_reference import double
-from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, random_experts, random_tokens, shared64
+from small_mixtures import (
+    HIDDEN,
+    PROJECTIONS,
+    WIDTH,
+    answers64,
+    draws,
+    random_experts,
+    random_tokens,
+    shared64,
+    weights_of,
+)
 from torch.nn.functional import silu
 
 from namex_hf.merging import layer_fit
-from namex_hf.merging.layer_fit import Descent, LayerFit, Problem, Trained, fit_layer
+from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.layer_fit import Descent, FitParameters, LayerFit, Problem, fit_layer
+from namex_hf.merging.settings import FitSettings
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 320
 INPUTS = random_tokens(TOKENS, 0)
@@ -21,7 +33,7 @@ HELD_OUT = torch.arange(TOKENS) % 4 == 0
 WEIGHT = 0.5 + torch.rand(TOKENS, generator=draws(7))
 
 Parts = dict[str, torch.Tensor]
-Layer = tuple[Parts, torch.Tensor, Parts]
+Layer = tuple[ExpertWeights, torch.Tensor, Parts]
 
 ALONE, GATELESS, GATED = ("alone", "gateless", "gated")
 """What is beside the routed experts: nothing, a shared expert, one behind a gate."""
@@ -45,11 +57,11 @@ def layer(seed: int, dtype: torch.dtype = torch.float32, experts: int = EXPERTS,
 def near(seed: int, far: float, dtype: torch.dtype = torch.float32, shared: str = ALONE) -> Layer:
     """A layer beside layer 0."""
 
-    def between(one: Parts, other: Parts) -> Parts:
+    def between(one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> Parts:
         return {name: (one[name] + far * other[name]).to(dtype) for name in one}
 
     one, other = layer(0, shared=shared), layer(seed, shared=shared)
-    return between(one[0], other[0]), (one[1] + far * other[1]).to(dtype), between(one[2], other[2])
+    return weights_of(between(one[0], other[0])), (one[1] + far * other[1]).to(dtype), between(one[2], other[2])
 
 
 def cast(of: Layer, dtype: torch.dtype | None = None) -> Layer:
@@ -58,7 +70,7 @@ def cast(of: Layer, dtype: torch.dtype | None = None) -> Layer:
     def one(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype or tensor.dtype, copy=True)
 
-    return {n: one(t) for n, t in of[0].items()}, one(of[1]), {n: one(t) for n, t in of[2].items()}
+    return of[0].map(one), one(of[1]), {n: one(t) for n, t in of[2].items()}
 
 
 def parts_of(of: Layer) -> list[torch.Tensor]:
@@ -97,9 +109,13 @@ def noisy() -> torch.Tensor:
 
 
 def problem(
-    wanted: torch.Tensor, held_out: torch.Tensor = HELD_OUT, renormalises: bool = False, top_k: int = TOP_K
+    wanted: torch.Tensor,
+    held_out: torch.Tensor = HELD_OUT,
+    renormalises: bool = False,
+    top_k: int = TOP_K,
+    **settings: float,
 ) -> Problem:
-    return Problem(INPUTS, wanted, WEIGHT, held_out, top_k, renormalises, silu)
+    return Problem(INPUTS, wanted, WEIGHT, held_out, top_k, renormalises, silu, FitSettings(**settings))
 
 
 def fit(of: Layer, aim: Problem, steps: int, seed: int = 0) -> LayerFit:
@@ -113,12 +129,11 @@ def fit(of: Layer, aim: Problem, steps: int, seed: int = 0) -> LayerFit:
 
 @beside
 @pytest.mark.parametrize("renormalises", [False, True])
-@pytest.mark.parametrize("batch", [1, 70, layer_fit.BATCH])
-def test_errors(batch: int, renormalises: bool, shared: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("batch", [1, 70, FitSettings.batch])
+def test_errors(batch: int, renormalises: bool, shared: str) -> None:
     """Those of whole outputs, on any tokens, however many at a time."""
-    monkeypatch.setattr(layer_fit, "BATCH", batch)
     wanted, start = noisy(), layer(2, shared=shared)
-    aim, trained = problem(wanted, renormalises=renormalises), Trained.of(*start, INPUTS)
+    aim, trained = problem(wanted, renormalises=renormalises, batch=batch), FitParameters.of(*start, INPUTS)
     for tokens in (torch.arange(TOKENS), HELD_OUT.nonzero()[:, 0], torch.tensor([5])):
         expected = error64(start, wanted, tokens, renormalises=renormalises)
         assert aim.error(tokens, trained) == pytest.approx(expected, rel=1e-4)
@@ -153,7 +168,7 @@ def leaves64(of: Layer) -> list[torch.Tensor]:
 def test_gradients(renormalises: bool, dtype: torch.dtype, shared: str) -> None:
     """Of every matrix and of the rows."""
     wanted, start, tokens = noisy(), layer(2, dtype, shared=shared), torch.arange(3, 200)
-    aim, trained, leaves = problem(wanted, renormalises=renormalises), Trained.of(*start, INPUTS), leaves64(start)
+    aim, trained, leaves = problem(wanted, renormalises=renormalises), FitParameters.of(*start, INPUTS), leaves64(start)
     loss, expected = aim.missed(tokens, trained) / aim.energy(tokens), loss64(leaves, wanted, tokens, renormalises)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
     loss.backward()
@@ -221,7 +236,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Errors as they are measured, the start's first."""
     seen, error = [], Problem.error
 
-    def spy(self: Problem, tokens: torch.Tensor, trained: Trained) -> float:
+    def spy(self: Problem, tokens: torch.Tensor, trained: FitParameters) -> float:
         seen.append(error(self, tokens, trained))
         return seen[-1]
 
@@ -231,11 +246,9 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_the_best_of_all_checks_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long fit to few tokens gets worse on all others, and ends when it has for a quarter of its steps."""
-    monkeypatch.setattr(layer_fit, "CHECK_EVERY", 5)
-    monkeypatch.setattr(layer_fit, "RATE", 0.2)
     seen, wanted, most = checked(monkeypatch), noisy(), torch.arange(TOKENS) >= 12
     left = near(3, 0.5)
-    found = fit(left, problem(wanted, most), 200)
+    found = fit(left, problem(wanted, most, check_every=5, rate=0.2), 200)
     best = int(np.argmin(seen))
     assert found.before == seen[0]
     assert found.after == seen[best] < 0.95 * seen[0]
@@ -248,9 +261,8 @@ def test_the_best_of_all_checks_is_left(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_no_fit_ends_before_its_first_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of a short fit would be over before anything is known of it."""
-    monkeypatch.setattr(layer_fit, "CHECK_EVERY", 20)
     seen, left = checked(monkeypatch), near(3, 0.5)
-    found = fit(left, problem(noisy()), 45)
+    found = fit(left, problem(noisy(), check_every=20), 45)
     assert (found.tried, len(seen)) == (45, 4)
 
 
@@ -268,11 +280,9 @@ def test_a_start_that_is_best_stays(dtype: torch.dtype, shared: str) -> None:
 
 def test_worse_at_first_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patience counts from the lowest check so far, not from the start, which the first steps may leave far below."""
-    for name, value in {"CHECK_EVERY": 2, "PATIENCE": 0.1, "RATE": 0.5, "WARM_UP": 1}.items():
-        monkeypatch.setattr(layer_fit, name, value)
     wanted = torch.from_numpy(output64(layer(0))).float()
     seen, left = checked(monkeypatch), near(3, 0.01)
-    found = fit(left, problem(wanted), 100)
+    found = fit(left, problem(wanted, check_every=2, patience=0.1, rate=0.5, warm_up=1), 100)
     assert min(seen[1:7]) > 3 * seen[0]
     assert found.tried > 20
 
@@ -304,7 +314,7 @@ def test_an_expert_without_tokens_stays() -> None:
     inputs = torch.cat([INPUTS[:, :-1], bias + 5], dim=1)
     start[1][:3, -1], start[1][3, -1] = 1.0, -9.0
     left, aim = cast(start), problem(noisy())
-    found = fit(left, Problem(inputs, aim.wanted, WEIGHT, HELD_OUT, TOP_K, False, silu), 20)
+    found = fit(left, Problem(inputs, aim.target, WEIGHT, HELD_OUT, TOP_K, False, silu), 20)
     assert found.after < found.before
     for name in PROJECTIONS:
         assert torch.equal(left[0][name][3], start[0][name][3])
@@ -314,7 +324,7 @@ def test_an_expert_without_tokens_stays() -> None:
 def test_experts_that_are_zero() -> None:
     """Nothing to fit, nothing to divide by."""
     start = layer(2)
-    start = ({name: torch.zeros_like(tensor) for name, tensor in start[0].items()}, start[1], {})
+    start = start[0].map(torch.zeros_like), start[1], {}
     left = cast(start)
     found = fit(left, problem(torch.zeros(TOKENS, HIDDEN)), 60)
     assert same(left, start)
@@ -335,37 +345,34 @@ def test_not_fitted_on_what_is_held_out() -> None:
 
 
 @pytest.mark.parametrize("most", [25, 80, 4096])
-def test_some_of_the_tokens_held_out_are_checked(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_of_the_tokens_held_out_are_checked(most: int) -> None:
     """Every n-th of them, so that at least so many are, where there are as many."""
-    monkeypatch.setattr(layer_fit, "CHECKED_TOKENS", most)
     wanted, start = noisy(), layer(2)
-    found = fit(cast(start), problem(wanted), 1)
+    found = fit(cast(start), problem(wanted, checked_tokens=most), 1)
     some = HELD_OUT.nonzero()[:, 0][:: 3 if most == 25 else 1]
     assert found.before == pytest.approx(error64(start, wanted, some), rel=1e-4)
 
 
-def epochs(seed: int, size: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
-    monkeypatch.setattr(layer_fit, "BATCH", size)
-    batches = layer_fit._batches((~HELD_OUT).nonzero()[:, 0], seed)
+def epochs(seed: int, size: int) -> Iterator[list[torch.Tensor]]:
+    batches = layer_fit._batches((~HELD_OUT).nonzero()[:, 0], size, seed)
     while True:
         yield list(islice(batches, math.ceil(int((~HELD_OUT).sum()) / size)))
 
 
-def test_every_token_once_before_one_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_token_once_before_one_comes_again() -> None:
     """In another order every time, and none that is held out."""
     fitted = (~HELD_OUT).nonzero()[:, 0]
-    first, second = islice(epochs(0, 64, monkeypatch), 2)
+    first, second = islice(epochs(0, 64), 2)
     assert [len(batch) for batch in first] == [64, 64, 64, len(fitted) - 192]
     for epoch in (first, second):
         assert torch.equal(torch.cat(epoch).sort().values, fitted)
     assert not torch.equal(torch.cat(first), torch.cat(second))
-    assert not torch.equal(torch.cat(first), torch.cat(next(epochs(1, 64, monkeypatch))))
+    assert not torch.equal(torch.cat(first), torch.cat(next(epochs(1, 64))))
 
 
-def test_repeats(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeats() -> None:
     """With the seed, whatever else draws random numbers, and drawing none of theirs; another draws other batches."""
-    monkeypatch.setattr(layer_fit, "BATCH", 64)
-    aim, state = problem(noisy()), torch.get_rng_state()
+    aim, state = problem(noisy(), batch=64), torch.get_rng_state()
     one, again, other = (near(3, 0.5) for _ in range(3))
     found = fit(one, aim, 25)
     assert fit(again, aim, 25) == found
@@ -406,9 +413,9 @@ def test_nothing_is_left_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[torch.Tensor]] = []
 
     class Watched(Descent):
-        def __init__(self, parameters: list[torch.Tensor], steps: int) -> None:
+        def __init__(self, parameters: list[torch.Tensor], *rest) -> None:
             alive.extend(map(weakref.ref, parameters))
-            super().__init__(parameters, steps)
+            super().__init__(parameters, *rest)
 
     monkeypatch.setattr(layer_fit, "Descent", Watched)
     fit(near(3, 0.5), problem(noisy()), 2)
@@ -416,10 +423,9 @@ def test_nothing_is_left_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not [one for one in alive if one() is not None]
 
 
-def test_progress(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress() -> None:
     """Told at every check."""
-    monkeypatch.setattr(layer_fit, "CHECK_EVERY", 4)
     told: list[int] = []
     left = near(3, 0.5)
-    fit_layer(problem(noisy()), *left, 10, 0, lambda event: told.append(event.step))
+    fit_layer(problem(noisy(), check_every=4), *left, 10, 0, lambda event: told.append(event.step))
     assert told == [4, 8, 10]

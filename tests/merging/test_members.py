@@ -122,7 +122,7 @@ def test_every_way(align: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("align", ALIGN)
 def test_equal_experts_merge_to_themselves(align: str) -> None:
     one = random_experts(1, 0, torch.bfloat16)
-    experts = {name: matrix.repeat(EXPERTS, 1, 1) for name, matrix in one.items()}
+    experts = one.map(lambda matrix: matrix.repeat(EXPERTS, 1, 1))
     for how in EVERY_WAY:
         merged, record = merge_members(group(experts, align=align), how)
         for name in PROJECTIONS:

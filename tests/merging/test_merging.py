@@ -7,12 +7,13 @@ import torch
 from float64_reference import double, games, merged_group, nash
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_mixtures import expert_at, weights_of
 
 from namex_hf.merging.combine import average_rows, merged_expert, play
-from namex_hf.merging.experts import PROJECTIONS, NotFiniteError, games_of, grams, weighted_step
+from namex_hf.merging.experts import PROJECTIONS, ExpertWeights, NotFiniteError, games_of, grams, weighted_step
 from namex_hf.merging.grouping import groups_by_weights
 from namex_hf.merging.mass import expected_mass
-from namex_hf.merging.propagation import Walk, propagate
+from namex_hf.merging.propagation import PropagationState, propagate
 from namex_hf.recipe import Game, Grouped, GroupGame, Propagation, Residual
 
 WIDTH, HIDDEN = 5, 6
@@ -21,19 +22,21 @@ settings.register_profile("merging", deadline=None, max_examples=60, derandomize
 settings.load_profile("merging")
 
 
-def layer(count: int, seed: int, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def layer(count: int, seed: int, dtype: torch.dtype = torch.float32) -> ExpertWeights:
     """Random experts of different lengths."""
     draw = torch.Generator().manual_seed(seed)
     shapes = {"gate_proj": (WIDTH, HIDDEN), "up_proj": (WIDTH, HIDDEN), "down_proj": (HIDDEN, WIDTH)}
     size = 0.2 + torch.rand(count, 1, 1, generator=draw)
-    return {name: (size * torch.randn(count, *shapes[name], generator=draw)).to(dtype) for name in PROJECTIONS}
+    return weights_of(
+        {name: (size * torch.randn(count, *shapes[name], generator=draw)).to(dtype) for name in PROJECTIONS}
+    )
 
 
-def first(experts: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: experts[name][0].float() for name in PROJECTIONS}
+def first(experts: ExpertWeights) -> ExpertWeights:
+    return expert_at(experts, 0)
 
 
-def a_base(seed: int) -> dict[str, torch.Tensor]:
+def a_base(seed: int) -> ExpertWeights:
     return first(layer(1, seed + 1000))
 
 
@@ -58,12 +61,15 @@ def test_scale_of_all_leaves_the_shares(choice: Residual, count: int, seed: int,
     """
     experts = layer(count, seed)
     base = first(experts) if own else a_base(seed)
-    larger = ({n: scale * t for n, t in experts.items()}, {n: scale * t for n, t in base.items()})
-    one, other = propagate(experts, Walk(base), choice, 0), propagate(larger[0], Walk(larger[1]), choice, 0)
+    larger = experts.map(lambda t: scale * t), base.map(lambda t: scale * t)
+    one, other = (
+        propagate(experts, PropagationState(base), choice, 0),
+        propagate(larger[0], PropagationState(larger[1]), choice, 0),
+    )
     raw = choice.game.scale == "lemma" and choice.weights_by == "nash"
-    torch.testing.assert_close(other.walk.weights * (scale if raw else 1), one.walk.weights, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(other.state.weights * (scale if raw else 1), one.state.weights, rtol=1e-4, atol=1e-6)
     for name in PROJECTIONS:
-        step, larger_step = one.walk.base[name] - base[name], other.walk.base[name] - larger[1][name]
+        step, larger_step = one.state.base[name] - base[name], other.state.base[name] - larger[1][name]
         torch.testing.assert_close(larger_step / (1 if raw else scale), step, rtol=1e-3, atol=1e-4)
 
 
@@ -72,12 +78,12 @@ def test_order_of_experts(choice: Residual, count: int, seed: int, lot) -> None:
     """Experts in another order: weights in that order, the same step of the base, the same cosines."""
     experts, base, order = layer(count, seed), a_base(seed), list(range(count))
     lot.shuffle(order)
-    one = propagate(experts, Walk(base), choice, 0)
-    other = propagate({name: tensor[order] for name, tensor in experts.items()}, Walk(base), choice, 0)
-    torch.testing.assert_close(other.walk.weights, one.walk.weights[:, order], rtol=1e-5, atol=1e-8)
+    one = propagate(experts, PropagationState(base), choice, 0)
+    other = propagate(experts.map(lambda t: t[order]), PropagationState(base), choice, 0)
+    torch.testing.assert_close(other.state.weights, one.state.weights[:, order], rtol=1e-5, atol=1e-8)
     torch.testing.assert_close(other.cosines, one.cosines[:, order][:, :, order], rtol=1e-5, atol=1e-6)
     for name in PROJECTIONS:
-        torch.testing.assert_close(other.walk.base[name], one.walk.base[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(other.state.base[name], one.state.base[name], rtol=1e-4, atol=1e-5)
 
 
 @given(st.integers(1, 9), st.integers(0, 99), st.sampled_from(GRANULARITIES), st.sampled_from(["zero", "mean"]))
@@ -85,12 +91,15 @@ def test_weights_are_the_bargain(count: int, seed: int, granularity: str, point:
     """Against the reference's solution of K a = 1/a + d, and each weight where it belongs."""
     experts, base = layer(count, seed), a_base(seed)
     found = propagate(
-        experts, Walk(base), Residual(game=Game(granularity=granularity, disagreement=point, scale="lemma")), 0
+        experts,
+        PropagationState(base),
+        Residual(game=Game(granularity=granularity, disagreement=point, scale="lemma")),
+        0,
     )
     for index, names in enumerate(games({"granularity": granularity})):
         tau = np.concatenate([double(experts[n] - base[n]).reshape(count, -1) for n in names], axis=1)
         wanted = nash(tau @ tau.T, point == "mean")
-        np.testing.assert_allclose(found.walk.weights[index].numpy(), wanted, rtol=1e-4)
+        np.testing.assert_allclose(found.state.weights[index].numpy(), wanted, rtol=1e-4)
 
 
 @given(st.integers(2, 9), st.integers(0, 99), st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
@@ -126,8 +135,8 @@ def test_longer_than_a_chunk() -> None:
     wanted = torch.einsum("i,irc->rc", weights, matrices.double() - base)
     torch.testing.assert_close(weighted_step(matrices, base, weights), wanted.float(), rtol=1e-4, atol=1e-5)
     tau = (matrices - base).double().flatten(1)
-    experts = dict.fromkeys(PROJECTIONS, matrices)
-    gram = grams(experts, dict.fromkeys(PROJECTIONS, base), "matrix")
+    experts = ExpertWeights(matrices, matrices, matrices)
+    gram = grams(experts, ExpertWeights(base, base, base), "matrix")
     torch.testing.assert_close(gram[1], tau @ tau.T, rtol=1e-5, atol=1e-2)
 
 
@@ -203,7 +212,7 @@ def test_a_group_of_one(dtype: torch.dtype) -> None:
 
 def test_members_that_pull_apart_fall_back() -> None:
     """Two members on opposite sides of the first cannot agree: the plain mean, recorded as such."""
-    experts = {name: tensor.clone() for name, tensor in layer(3, 5).items()}
+    experts = layer(3, 5)
     for name in PROJECTIONS:
         experts[name][2] = 2 * experts[name][0] - experts[name][1]
     choice = Grouped(experts=1, game=GroupGame(granularity="expert"))
@@ -222,10 +231,15 @@ def test_not_finite_is_named(count: int, seed: int, name: str, value: str) -> No
     experts[name].view(count, -1)[expert, -1] = float(value)
     for choice in (Residual(), Residual(method="ep-camex"), Residual(game=Game(granularity="expert"))):
         with pytest.raises(NotFiniteError) as caught:
-            propagate(experts, Walk(a_base(seed)), choice, 0)
+            propagate(experts, PropagationState(a_base(seed)), choice, 0)
         assert (caught.value.expert, caught.value.projection) == (expert, name)
         with pytest.raises(NotFiniteError) as caught:
-            propagate(experts, Walk(a_base(seed), torch.full((3, count), 1 / count, dtype=torch.float64)), choice, 1)
+            propagate(
+                experts,
+                PropagationState(a_base(seed), torch.full((3, count), 1 / count, dtype=torch.float64)),
+                choice,
+                1,
+            )
         assert (caught.value.expert, caught.value.projection) == (expert, name)
 
 
@@ -233,12 +247,12 @@ def test_reused_weights_move_by_index() -> None:
     """Weights of an earlier layer are taken as they are, by expert index, and recorded as reused."""
     experts, base = layer(4, 1), a_base(1)
     weights = torch.tensor([[0.1, 0.2, 0.3, 0.4]] * 3, dtype=torch.float64)
-    step = propagate(experts, Walk(base, weights), Residual(propagation=Propagation(every=2, gamma=0.5)), 3)
+    step = propagate(experts, PropagationState(base, weights), Residual(propagation=Propagation(every=2, gamma=0.5)), 3)
     assert {game["status"] for game in step.record} == {"reused"}
     for name in PROJECTIONS:
         wanted = base[name] + 0.5 * (weights[0, :, None, None] * (experts[name] - base[name])).sum(0)
-        torch.testing.assert_close(step.walk.base[name], wanted.float())
-    solved = propagate(experts, Walk(base, weights), Residual(propagation=Propagation(every=2)), 2)
+        torch.testing.assert_close(step.state.base[name], wanted.float())
+    solved = propagate(experts, PropagationState(base, weights), Residual(propagation=Propagation(every=2)), 2)
     assert {game["status"] for game in solved.record} == {"agreement"}
 
 

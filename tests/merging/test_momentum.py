@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from namex_hf.merging.momentum import advance, buffer_names
+from namex_hf.merging.momentum import buffer_names, momentum_step
 from namex_hf.recipe.momentum import Momentum, parse_momentum
 
 SHAPES = {"gate_proj": (3, 4), "up_proj": (3, 4), "down_proj": (4, 3)}
@@ -36,7 +36,7 @@ def walk(momentum: Momentum, gamma: float, seed: int = 0) -> list[dict[str, torc
     base, buffers, passed = {name: normal(seed, name) for name in SHAPES}, {}, []
     for layer in range(LAYERS):
         step = {name: normal(seed + layer + 1, name) - base[name] for name in SHAPES}
-        base, buffers = advance(base, step, buffers, gamma, momentum.complex_beta)
+        base, buffers = momentum_step(base, step, buffers, gamma, momentum.complex_beta)
         passed.append(base)
     return passed
 
@@ -152,8 +152,8 @@ def test_buffers_survive_a_file(kind: str, beta: str | None, parts: list[str], t
     straight = resumed = base
     for layer in range(3):
         step = {name: normal(layer + 1, name) for name in SHAPES}
-        straight, kept = advance(straight, step, kept, 0.7, momentum.complex_beta)
-        resumed, reread = advance(resumed, step, reread, 0.7, momentum.complex_beta)
+        straight, kept = momentum_step(straight, step, kept, 0.7, momentum.complex_beta)
+        resumed, reread = momentum_step(resumed, step, reread, 0.7, momentum.complex_beta)
         assert set(kept) == set(buffer_names(SHAPES, momentum.complex_beta)) == names
         assert all(buffer.dtype == torch.float32 for buffer in kept.values())
         save_file(reread, tmp_path / "buffers.safetensors")
@@ -169,7 +169,7 @@ def test_arguments_are_left_alone_and_shared_with_nothing(kind: str) -> None:
     buffers: dict[str, torch.Tensor] = {}
     for _ in range(2):
         before = [{name: tensor.clone() for name, tensor in some.items()} for some in (base, step, buffers)]
-        next_base, next_buffers = advance(base, step, buffers, 1.0, momentum.complex_beta)
+        next_base, next_buffers = momentum_step(base, step, buffers, 1.0, momentum.complex_beta)
         for some, copy in zip((base, step, buffers), before, strict=True):
             assert set(some) == set(copy)
             assert all(torch.equal(some[name], copy[name]) for name in copy)
@@ -180,19 +180,19 @@ def test_arguments_are_left_alone_and_shared_with_nothing(kind: str) -> None:
 
 def test_refuses_buffers_of_another_momentum() -> None:
     base = {name: normal(0, name) for name in SHAPES}
-    _, buffers = advance(base, base, {}, 1.0, 0.9 + 0j)
+    _, buffers = momentum_step(base, base, {}, 1.0, 0.9 + 0j)
     for other in (parse_momentum("quaternion"), parse_momentum("none")):
         with pytest.raises(ValueError, match=r"momentum\.real\.gate_proj"):
-            advance(base, base, buffers, 1.0, other.complex_beta)
+            momentum_step(base, base, buffers, 1.0, other.complex_beta)
     del buffers["momentum.real.up_proj"]
     with pytest.raises(ValueError, match=r"buffers are .* accepted are .*up_proj"):
-        advance(base, base, buffers, 1.0, 0.9 + 0j)
+        momentum_step(base, base, buffers, 1.0, 0.9 + 0j)
 
 
 def test_refuses_steps_of_other_matrices() -> None:
     base = {name: normal(0, name) for name in SHAPES}
     with pytest.raises(ValueError, match="steps are for"):
-        advance(base, {"gate_proj": base["gate_proj"]}, {}, 1.0, 0j)
+        momentum_step(base, {"gate_proj": base["gate_proj"]}, {}, 1.0, 0j)
 
 
 # --- the fields of a recipe ------------------------------------------------------------------------------------------

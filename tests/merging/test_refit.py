@@ -1,5 +1,6 @@
 """Refitted downs against numpy's least squares: one of them, and all of a layer together."""
 
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -22,8 +23,9 @@ from small_mixtures import (
 )
 from torch.nn.functional import silu
 
+from namex_hf.merging.moe_layer import MoELayer
 from namex_hf.merging.refit import refit_downs, refitted_down
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 60
 quick = settings(max_examples=30, deadline=None, derandomize=True)
@@ -49,10 +51,21 @@ def test_one_down(seed: int, tokens: int, ridge: float) -> None:
     np.testing.assert_allclose(found.numpy(), best, rtol=1e-7, atol=1e-8)
 
 
+@dataclass(frozen=True)
+class Recorded(MoELayer):
+    """Which experts get another down matrix."""
+
+    kept: list[int]
+
+    def set_down(self, number: int, down: torch.Tensor) -> None:
+        self.kept.append(number)
+        super().set_down(number, down)
+
+
 class Layer:
     """Experts whose downs are refitted, in place and rounded to a dtype, to the output of other experts."""
 
-    def __init__(self, seed: int, dtype: torch.dtype = torch.float32, routing: Routing | None = None):
+    def __init__(self, seed: int, dtype: torch.dtype = torch.float32, routing: TokenRouting | None = None):
         self.experts = random_experts(EXPERTS, seed, dtype)
         self.inputs = random_tokens(TOKENS, seed)
         self.routing = routing or random_routing(TOKENS, EXPERTS, TOP_K, seed)
@@ -61,24 +74,9 @@ class Layer:
         self.weight = 0.3 + torch.rand(TOKENS, generator=draws(seed + 2))
         self.kept: list[int] = []
 
-    def keep(self, number: int, down: torch.Tensor) -> torch.Tensor:
-        self.kept.append(number)
-        self.experts["down_proj"][number].copy_(down)
-        return self.experts["down_proj"][number].float()
-
     def refit(self, sweeps: int, ridge: float = 1e-6) -> torch.Tensor:
-        return refit_downs(
-            self.inputs,
-            self.routing,
-            EXPERTS,
-            lambda number: expert_at(self.experts, number),  # of float32 experts the very memory that `keep` fills
-            self.wanted,
-            silu,
-            ridge,
-            sweeps,
-            self.weight,
-            self.keep,
-        )
+        layer = Recorded(self.experts, torch.zeros(EXPERTS, HIDDEN), TOP_K, False, silu, self.kept)
+        return refit_downs(layer, self.inputs, self.routing, self.wanted, self.weight, ridge, sweeps)
 
     def output(self) -> np.ndarray:
         return output64(self.inputs, self.routing, self.experts)
@@ -122,7 +120,7 @@ def test_many_sweeps_come_to_the_joint_solution(seed: int) -> None:
 def test_one_expert_alone() -> None:
     """It gets its least-squares solution at once; the others have no tokens and are left as they are."""
     gate = 0.1 + torch.rand(TOKENS, 1, generator=draws(3))
-    layer = Layer(0, routing=Routing(torch.full((TOKENS, 1), 2), gate))
+    layer = Layer(0, routing=TokenRouting(torch.full((TOKENS, 1), 2), gate))
     before = {name: matrix.clone() for name, matrix in layer.experts.items()}
     layer.refit(1)
     assert layer.kept == [2]
@@ -137,7 +135,7 @@ def test_one_expert_alone() -> None:
 @quick
 @given(seeds, st.sampled_from([torch.float32, torch.bfloat16]), st.integers(0, 3))
 def test_the_output_returned_is_that_of_the_downs_kept(seed: int, dtype: torch.dtype, sweeps: int) -> None:
-    """With float32 experts `keep` overwrites what was read; with bfloat16 it rounds. Both are in the output."""
+    """With float32 experts `set_down` overwrites what was read; with bfloat16 it rounds. Both are in the output."""
     layer = Layer(seed, dtype)
     output = layer.refit(sweeps)
     np.testing.assert_allclose(output.double().numpy(), layer.output(), rtol=1e-3, atol=1e-4 * layer.output().std())

@@ -8,7 +8,7 @@ import torch
 
 from namex_hf import Recipe, load_patched, patch_checkpoint, register_weighting
 from namex_hf.errors import RecipeError, UsageError
-from namex_hf.merging.weightings import WEIGHTINGS, Seen, Weights
+from namex_hf.merging.weightings import WEIGHTINGS, ExpertStatistics, Weights
 from namex_hf.recipe import choices
 from namex_hf.report.report import Report
 from tests.cli.toy import save_toy
@@ -21,7 +21,9 @@ register_weighting("offered", WEIGHTINGS["uniform"], needs_text=True)
 """
 
 
-def first(gram: torch.Tensor, game: object, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def first(
+    gram: torch.Tensor, game: object, precision: torch.dtype, statistics: ExpertStatistics | None = None
+) -> Weights:
     """All for the first member of a group."""
     games, count = gram.shape[:2]
     values = torch.zeros(games, count, dtype=torch.float64)

@@ -7,13 +7,15 @@ from float64_reference import double
 from small_mixtures import HIDDEN, answers64, draws, expert_at, gates64, output64, random_experts, random_tokens
 from torch.nn.functional import silu
 
-from namex_hf.merging import router_fit
-from namex_hf.merging.router_fit import Answers, RouterFit, answers, fit_router, gate_values
-from namex_hf.merging.routing import answer, route
+from namex_hf.merging.moe_layer import MoELayer
+from namex_hf.merging.router_fit import OutputProducts, RouterFit, RouterProblem, fit_router, output_products
+from namex_hf.merging.routing import expert_output, gate_values, route
+from namex_hf.merging.settings import FitSettings
 
 EXPERTS, TOP_K, TOKENS = 5, 2, 600
 MODELS = random_experts(EXPERTS, 0)
 INPUTS = random_tokens(TOKENS, 0)
+LAYER = MoELayer(MODELS, torch.zeros(EXPERTS, HIDDEN), TOP_K, False, silu)
 HELD_OUT = torch.arange(TOKENS) % 4 == 0
 
 
@@ -25,12 +27,12 @@ def output(router: torch.Tensor, renormalises: bool = False) -> torch.Tensor:
     return torch.from_numpy(output64(INPUTS, route(INPUTS, router, TOP_K, renormalises), MODELS)).float()
 
 
-def known(wanted: torch.Tensor) -> Answers:
-    return answers(INPUTS, wanted, EXPERTS, lambda number: expert_at(MODELS, number), silu)
+def known(wanted: torch.Tensor) -> OutputProducts:
+    return output_products(INPUTS, wanted, LAYER)
 
 
-def fit(data: Answers, start: torch.Tensor, steps: int, seed: int = 0, renormalises: bool = False) -> RouterFit:
-    return fit_router(INPUTS, data, start, TOP_K, renormalises, HELD_OUT, steps, seed)
+def fit(data: OutputProducts, start: torch.Tensor, steps: int, seed: int = 0, renormalises: bool = False) -> RouterFit:
+    return fit_router(RouterProblem(INPUTS, data, HELD_OUT, TOP_K, renormalises), start, steps, seed)
 
 
 def error(router: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor = HELD_OUT) -> float:
@@ -43,14 +45,11 @@ def error(router: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor = H
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 70 * 4 * EXPERTS * HIDDEN, 1 << 20])
-def test_errors(chunk_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors(chunk_bytes: int) -> None:
     """Those of the combined answers, for any gate values, some tokens twice; whatever the chunks."""
-    monkeypatch.setattr(router_fit, "CHUNK_BYTES", chunk_bytes)
     told: list[int] = []
     few, wanted = INPUTS[:100], output(rows(1))[:100]
-    data = answers(
-        few, wanted, EXPERTS, lambda number: expert_at(MODELS, number), silu, lambda e: told.append(e.amount)
-    )
+    data = output_products(few, wanted, LAYER, lambda event: told.append(event.amount), chunk_bytes)
     assert sum(told) == 100
     assert len(told) == {1: 100, 70 * 4 * EXPERTS * HIDDEN: 2}.get(chunk_bytes, 1)
     tokens, gate = torch.tensor([3, 99, 0, 3]), torch.randn(4, EXPERTS, generator=draws(0))
@@ -72,8 +71,8 @@ def test_gradient(renormalises: bool) -> None:
     value, index = (INPUTS.double() @ other.T).softmax(-1).topk(TOP_K, dim=-1)
     if renormalises:
         value = value / value.sum(-1, keepdim=True)
-    all_of = [{name: matrix.double() for name, matrix in expert_at(MODELS, k).items()} for k in range(EXPERTS)]
-    heard = torch.stack([answer(INPUTS.double(), expert, silu) for expert in all_of], dim=1)
+    all_of = [expert_at(MODELS, k).map(torch.Tensor.double) for k in range(EXPERTS)]
+    heard = torch.stack([expert_output(INPUTS.double(), expert, silu) for expert in all_of], dim=1)
     chosen = heard.gather(1, index[..., None].expand(-1, -1, HIDDEN))
     ((value[..., None] * chosen).sum(1) - wanted).square().sum().backward()
     assert one.grad is not None
@@ -95,13 +94,13 @@ def test_a_planted_router_is_found(renormalises: bool) -> None:
     assert ((agree > 0) == (gates64(route(INPUTS, truth, TOP_K, renormalises), EXPERTS) > 0)).mean() > 0.99
 
 
-def test_errors_are_those_of_the_rows_before_and_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_are_those_of_the_rows_before_and_returned() -> None:
     """On all held-out tokens, more than a batch, when no rows fit exactly."""
-    monkeypatch.setattr(router_fit, "BATCH", 64)
     wanted = output(rows(1)) + torch.randn(TOKENS, HIDDEN, generator=draws(5))
     start = rows(2)
     kept = start.clone()
-    found = fit(known(wanted), start, 60)
+    settings = FitSettings(batch=64)
+    found = fit_router(RouterProblem(INPUTS, known(wanted), HELD_OUT, TOP_K, False, settings), start, 60, 0)
     assert torch.equal(start, kept)
     assert found.after < found.before
     assert found.before == pytest.approx(error(start, wanted), rel=1e-4)
@@ -113,7 +112,7 @@ def test_best_of_all_checks() -> None:
     """A long fit to few tokens gets worse on all others: the rows of its best check are kept."""
     wanted = output(rows(1)) + torch.randn(TOKENS, HIDDEN, generator=draws(5))
     most = torch.arange(TOKENS) >= 20
-    found = fit_router(INPUTS, known(wanted), rows(2), TOP_K, False, most, 400, 0)
+    found = fit_router(RouterProblem(INPUTS, known(wanted), most, TOP_K, False), rows(2), 400, 0)
     assert found.steps in range(25, 400, 25)
     assert found.after < found.before
     assert found.after == pytest.approx(error(found.router, wanted, most), rel=1e-4)

@@ -24,7 +24,7 @@ from namex_hf.merging.routers import (
     scale_by_entropy,
     scale_by_norms,
 )
-from namex_hf.merging.routing import Routing, route
+from namex_hf.merging.routing import TokenRouting, route
 
 SIZES = [(7, 16), (16, 7), (5, 5), (1, 4), (60, 64)]  # experts, hidden
 
@@ -192,7 +192,7 @@ def test_routers_without_an_answer() -> None:
 # By token id.
 
 
-def assigned_by_loops(ids: list[int], routing: Routing, experts: int, vocabulary: int) -> list[list[int]]:
+def assigned_by_loops(ids: list[int], routing: TokenRouting, experts: int, vocabulary: int) -> list[list[int]]:
     """Most tokens first, then most gate mass."""
     top_k = routing.index.shape[1]
     table = []
@@ -219,10 +219,10 @@ def test_assignment_is_a_count(data: st.DataObject) -> None:
     ids = torch.randint(0, used, (tokens,), generator=draw)
     logits = torch.randn(tokens, experts, generator=draw) + 2 * torch.randn(used, experts, generator=draw)[ids]
     value, index = logits.softmax(-1).topk(top_k)
-    table = assignment(ids, Routing(index, value), experts, vocabulary)
+    table = assignment(ids, TokenRouting(index, value), experts, vocabulary)
     assert table.dtype == torch.int32
     assert table.shape == (vocabulary, top_k)
-    wanted = assigned_by_loops(ids.tolist(), Routing(index, value), experts, vocabulary)
+    wanted = assigned_by_loops(ids.tolist(), TokenRouting(index, value), experts, vocabulary)
     # Where an id has chosen fewer experts than top-k, never: every token chooses top-k different ones.
     assert table.tolist() == wanted
     assert [one for one in range(vocabulary) if table[one, 0] < 0] == [
@@ -236,13 +236,13 @@ def test_gate_values_decide_between_equal_counts_alone() -> None:
     ids = torch.tensor([4] * 5 + [2] * 2)
     index = torch.tensor([[0], [1], [0], [1], [0], [3], [1]])
     value = torch.tensor([[0.01], [1.0], [0.01], [1.0], [0.01], [0.30], [0.31]])
-    table = assignment(ids, Routing(index, value), 4, 6)
+    table = assignment(ids, TokenRouting(index, value), 4, 6)
     assert table.tolist() == [[-1], [-1], [1], [-1], [0], [-1]]
 
 
 def test_an_assignment_by_falling_count() -> None:
     index = torch.tensor([[5, 1], [5, 2], [2, 5], [2, 3], [5, 3], [1, 5]])
-    table = assignment(torch.full((6,), 1), Routing(index, torch.full((6, 2), 0.25)), 6, 3)
+    table = assignment(torch.full((6,), 1), TokenRouting(index, torch.full((6, 2), 0.25)), 6, 3)
     assert table.tolist() == [[-1, -1], [5, 2], [-1, -1]]
 
 
@@ -269,7 +269,7 @@ def test_counts_are_what_distillation_ends_at() -> None:
     seen = counts.sum(1) > 0
     assert int(seen.sum()) == vocabulary - 1
     torch.testing.assert_close(student.detach().softmax(-1)[seen], shares[seen], atol=0.01, rtol=0)
-    table, compared = assignment(ids, Routing(index, value), experts, vocabulary), 0
+    table, compared = assignment(ids, TokenRouting(index, value), experts, vocabulary), 0
     for one in seen.nonzero().flatten().tolist():
         falling = counts[one].sort(descending=True).values
         if falling[top_k - 1] > falling[top_k]:

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from small_mixtures import HIDDEN, WIDTH, draws, expert_at, gates64, output64, random_experts, random_routing
+from small_mixtures import HIDDEN, WIDTH, draws, gates64, output64, random_experts, random_routing
 from small_mixtures import random_tokens as tokens
 from torch.nn.functional import silu
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
-from namex_hf.merging.router_fit import gate_values
-from namex_hf.merging.routing import Routing, route, routed_output
+from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.routing import TokenRouting, gate_values, route, routed_output
 
 EXPERTS, TOP_K, TOKENS = 7, 3, 50
 
@@ -36,7 +36,7 @@ def test_as_transformers(renormalises: bool) -> None:
     found = route(inputs, router.weight.detach(), TOP_K, renormalises)
     assert torch.equal(found.index, index)
     torch.testing.assert_close(found.value, value)
-    output = routed_output(inputs, found, EXPERTS, lambda number: expert_at(experts, number), silu)
+    output = routed_output(inputs, found, experts, silu)
     torch.testing.assert_close(output, wanted)
     dense = gate_values(inputs, router.weight.detach(), TOP_K, renormalises)
     np.testing.assert_allclose(dense.numpy(), gates64(found, EXPERTS), rtol=1e-6)
@@ -65,14 +65,15 @@ def test_sums() -> None:
 def test_experts_are_asked_for_once_and_only_with_tokens() -> None:
     experts, inputs = random_experts(EXPERTS, 0), tokens(TOKENS, 0)
     full = random_routing(TOKENS, EXPERTS, TOP_K, 0)
-    routing = Routing(torch.where(full.index == 4, 0, full.index), full.value)  # a token may hear one expert twice
+    routing = TokenRouting(torch.where(full.index == 4, 0, full.index), full.value)  # a token may hear one expert twice
     asked: list[int] = []
 
-    def expert(number: int) -> dict[str, torch.Tensor]:
-        asked.append(number)
-        return expert_at(experts, number)
+    class Recorded(ExpertWeights):
+        def expert(self, number: int) -> ExpertWeights:
+            asked.append(number)
+            return super().expert(number)
 
-    output = routed_output(inputs, routing, EXPERTS, expert, silu)
+    output = routed_output(inputs, routing, Recorded(*experts.values()), silu)
     assert asked == [0, 1, 2, 3, 5, 6]
     twice = output64(inputs, full, {name: matrix[[0, 1, 2, 3, 0, 5, 6]] for name, matrix in experts.items()})
     np.testing.assert_allclose(output.numpy(), twice, rtol=1e-4, atol=1e-4)

@@ -5,13 +5,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from namex_hf.checkpoint.resolve import resolve
-from namex_hf.merging.layer_fit import BATCH, CHECK_EVERY, CHECKED_TOKENS, Problem, Trained
+from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.layer_fit import FitParameters, Problem
+from namex_hf.merging.settings import FitSettings
 from namex_hf.patching.effort import effort_of, measured_speed
 from namex_hf.patching.patch import space_needed
 from namex_hf.patching.plan import Plan, make_plan
 from namex_hf.recipe import Recipe
 
 STEPS = 100
+BATCH = FitSettings.batch
 
 
 def plan_of(experts: int, fit: str = "layer") -> Plan:
@@ -25,9 +28,9 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     plan = plan_of(kept)
     top_k, hidden, width = min(4, kept), plan.shape.hidden, plan.shape.width
     tokens = torch.randn(BATCH, hidden)
-    matrices = {name: torch.randn(kept, *plan.shape.of(name)) for name in ("gate_proj", "up_proj", "down_proj")}
+    matrices = ExpertWeights.of(lambda name: torch.randn(kept, *plan.shape.of(name)))
     shared = {name: torch.randn(*plan.shape.of_shared(name)) for name in matrices}
-    layer = Trained.of(matrices, torch.randn(kept, hidden), shared, tokens)
+    layer = FitParameters.of(matrices, torch.randn(kept, hidden), shared, tokens)
     every = torch.zeros(BATCH, dtype=torch.bool)
     problem = Problem(tokens, tokens, torch.ones(BATCH), every, top_k, False, torch.nn.functional.silu)
     with FlopCounterMode(display=False) as forward:
@@ -40,7 +43,7 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     assert backward.get_total_flops() == 4 * products + rows
     effort = effort_of(plan)
     assert effort is not None
-    checks = CHECKED_TOKENS / CHECK_EVERY / BATCH
+    checks = FitSettings.checked_tokens / FitSettings.check_every / BATCH
     assert effort.operations == pytest.approx(STEPS * (7 + 3 * checks) * products)
     assert effort.seconds(effort.operations / 5) == pytest.approx(5)
 

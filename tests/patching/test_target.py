@@ -74,8 +74,8 @@ def test_what_is_wanted_of_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -
 
     def spy(*given: Any) -> Iterator[Heard]:
         for one in layers(*given):
-            assert one.text.wanted is not None
-            heard[one.layer] = one.tapped.rest.clone(), one.text.wanted.view_as(one.tapped.rest).clone()
+            assert one.text.target is not None
+            heard[one.layer] = one.tapped.rest.clone(), one.text.target.view_as(one.tapped.rest).clone()
             yield one
 
     with monkeypatch.context() as patch:

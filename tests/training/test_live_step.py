@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from namex_hf.merging.experts import PROJECTIONS
+from namex_hf.merging.experts import PROJECTIONS, ExpertWeights
 from namex_hf.recipe import Recipe
 from namex_hf.training.live_step import WeightedStep, step_on
 
@@ -30,7 +30,7 @@ def test_gradients_of_a_walk_are_finite_differences(beta, granularity):
     def walk(*leaves: torch.Tensor) -> tuple[torch.Tensor, ...]:
         base, momentum = dict(zip(PROJECTIONS, leaves[:3], strict=True)), {}
         for layer in range(LAYERS):
-            own = dict(zip(PROJECTIONS, leaves[3 + 3 * layer :][:3], strict=True))
+            own = ExpertWeights(*leaves[3 + 3 * layer :][:3])
             base, momentum = step_on(own, base, momentum, weights[layer], choice)
         return tuple(base.values())
 

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from namex_hf.merging.routers import assignment, load_entropy, overlap
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 from namex_hf.training.stable_moe import StageOne, begin, freeze, student_of
 from namex_hf.training.stable_moe.listening import Heard, stable_routers
 from namex_hf.training.stable_moe.student import balance_loss, distillation_loss
@@ -257,7 +257,7 @@ def test_the_student_learns_at_its_own_rate(make_model, tmp_path):
 
     def counted(layer: int, one: Heard) -> torch.Tensor:
         value = one.logits.softmax(-1).gather(-1, one.linear)
-        return assignment(one.ids, Routing(one.linear, value), 8, 41)[one.ids].long()
+        return assignment(one.ids, TokenRouting(one.linear, value), 8, 41)[one.ids].long()
 
     start = overlaps(lambda layer, one: student.choose(one.ids)[layer])
     trainer.train()

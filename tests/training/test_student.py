@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from namex_hf.merging.routers import assignment, overlap
-from namex_hf.merging.routing import Routing
+from namex_hf.merging.routing import TokenRouting
 from namex_hf.training.stable_moe.student import Student, balance_loss, distillation_loss
 
 SHAPES = st.tuples(st.integers(1, 12), st.integers(2, 6)).flatmap(
@@ -119,7 +119,7 @@ def test_the_student_finds_by_descent_what_counting_finds():
     end = agree()
     for layer in range(layers):
         value, index = logits[layer].softmax(-1).topk(top_k)
-        counted = assignment(ids, Routing(index, value), experts, vocabulary).long()
+        counted = assignment(ids, TokenRouting(index, value), experts, vocabulary).long()
         most = float(overlap(index, counted[ids]).mean())  # that any table of these ids could have
         assert start[layer] < 0.5 * most < 0.97 * most < end[layer] <= most + 1e-6
         seen = torch.arange(vocabulary - 5)

@@ -5,7 +5,7 @@ import pkgutil
 
 from ...errors import UsageError
 from ...recipe.choices import WEIGHTINGS as NEED_TEXT
-from .weighting import FALLBACK, Seen, Weighting, Weights
+from .weighting import FALLBACK, ExpertStatistics, Weighting, Weights
 
 WEIGHTINGS: dict[str, Weighting] = {
     info.name: module.weighting
@@ -13,7 +13,7 @@ WEIGHTINGS: dict[str, Weighting] = {
     if hasattr(module := importlib.import_module(f"{__name__}.{info.name}"), "weighting") and info.name != "weighting"
 }
 
-__all__ = ["FALLBACK", "WEIGHTINGS", "Seen", "Weighting", "Weights", "register_weighting"]
+__all__ = ["FALLBACK", "WEIGHTINGS", "ExpertStatistics", "Weighting", "Weights", "register_weighting"]
 
 
 def register_weighting(name: str, function: Weighting, needs_text: bool = False) -> None:
@@ -23,7 +23,7 @@ def register_weighting(name: str, function: Weighting, needs_text: bool = False)
     imported by its users.
 
     Args:
-        needs_text: whether it reads `Seen`, so that a recipe with it reads calibration text.
+        needs_text: whether it reads `ExpertStatistics`, so that a recipe with it reads calibration text.
 
     Raises:
         UsageError: the name is taken.

@@ -1,14 +1,15 @@
 """NAMEx: the Nash bargaining solution over domain vectors (paper Lemma 3.2)."""
 
 import torch
+from torch import Tensor
 
 from ...bargaining import ccp_bargaining, nash_bargaining
 from ...recipe import Game, GroupGame
 from ...recipe.parts import CCP_ITERATIONS
-from .weighting import Seen, Weights
+from .weighting import ExpertStatistics, Weights
 
 
-def weighting(gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+def weighting(gram: Tensor, game: Game, precision: torch.dtype, statistics: ExpertStatistics | None = None) -> Weights:
     """Solve K a = 1/a (zero disagreement point) or K a = 1/a + d (mean), one game a leading index.
 
     The mean point gives every player what the step of the plain mean gives it, d = K 1/N, in units where the mean of
@@ -29,7 +30,7 @@ def weighting(gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen
         solution = ccp_bargaining(scaled, game.ccp_iterations or CCP_ITERATIONS, precision)
     else:
         point = scaled.mean(-1) if game.disagreement == "mean" else None
-        power = _power(game, seen, gram)
+        power = _power(game, statistics, gram)
         solution = nash_bargaining(scaled, disagreement=point, power=power, precision=precision)
     values = solution.weights / unit
     if game.scale == "simplex":
@@ -43,7 +44,7 @@ def weighting(gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen
     )
 
 
-def _power(game: Game, seen: Seen | None, gram: torch.Tensor) -> torch.Tensor | None:
-    if not isinstance(game, GroupGame) or game.power == "equal" or seen is None or not seen.usage.any():
+def _power(game: Game, statistics: ExpertStatistics | None, gram: torch.Tensor) -> torch.Tensor | None:
+    if not isinstance(game, GroupGame) or game.power == "equal" or statistics is None or not statistics.usage.any():
         return None
-    return (seen.usage / seen.usage.mean()).to(gram)
+    return (statistics.usage / statistics.usage.mean()).to(gram)

@@ -1,17 +1,17 @@
-"""Experts by what they add to their tokens: mean of gate value times norm of the answer (REAP, Lasby et al. 2025)."""
+"""Experts by what they add to their tokens: mean of gate value times norm of the output (REAP, Lasby et al. 2025)."""
 
-import torch
+from torch import Tensor, dtype
 
 from ...recipe import Game
-from .weighting import Seen, Weights, by_share
+from .weighting import ExpertStatistics, Weights, by_share
 
 
-def weighting(gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen | None = None) -> Weights:
-    """Shares of the players' saliencies; uniform where nobody has any.
+def weighting(gram: Tensor, game: Game, precision: dtype, statistics: ExpertStatistics | None = None) -> Weights:
+    """Shares of the players' saliencies; uniform where all are 0.
 
     Raises:
         ValueError: no saliency is known.
     """
-    if seen is None or seen.saliency is None:
+    if statistics is None or statistics.saliency is None:
         raise ValueError("weights by saliency need calibration text")
-    return by_share(seen.saliency, len(gram), "saliency")
+    return by_share(statistics.saliency, len(gram), "saliency")

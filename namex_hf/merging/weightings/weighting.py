@@ -1,5 +1,6 @@
 """What a weighting is: from the Gram matrices of the games to every player's share."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ FALLBACK = "uniform_fallback"
 
 @dataclass(frozen=True)
 class Weights:
-    """Shares of the players of one layer's games, and what the weighting has to say for them."""
+    """Shares of the players of one layer's games, and how they were found."""
 
     values: torch.Tensor  # float64 [games, N]
     status: tuple[str, ...]  # a game: 'agreement', 'no_agreement', `FALLBACK`, 'uniform', 'reused' ...
@@ -22,23 +23,29 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What calibration text shows of a game's players."""
+class ExpertStatistics:
+    """Statistics of a game's players, measured on calibration text."""
 
     usage: torch.Tensor  # float64 [N], tokens that each received
-    saliency: torch.Tensor | None = None  # float64 [N], mean over them of gate value times norm of the answer
+    saliency: torch.Tensor | None = None  # float64 [N], mean over them of gate value times norm of the output
+
+    def subset(self, numbers: Sequence[int]) -> "ExpertStatistics":
+        chosen = list(numbers)
+        return ExpertStatistics(self.usage[chosen], None if self.saliency is None else self.saliency[chosen])
 
 
 class Weighting(Protocol):
-    """A function of the Gram matrices, and of what text shows of the players where there is any."""
+    """A function of the Gram matrices, and of statistics of the players where there is text."""
 
-    def __call__(self, gram: torch.Tensor, game: Game, precision: torch.dtype, seen: Seen | None = None) -> Weights:
+    def __call__(
+        self, gram: torch.Tensor, game: Game, precision: torch.dtype, statistics: ExpertStatistics | None = None
+    ) -> Weights:
         """Weigh the players.
 
         Args:
             gram: float64 ``[games, N, N]``.
             precision: the dtype that the players' vectors were stored in.
-            seen: on calibration text; None without such text.
+            statistics: None without calibration text.
         """
         ...
 

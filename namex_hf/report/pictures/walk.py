@@ -4,9 +4,9 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
+from ...merging.experts import FIELDS
 from ..folder import PatchedFolder
 from .picture import COLOURS, DASHES, MARKS, Material, Picture, figure, from_zero, layers_below, plain
-from .weights import SHORT
 
 
 def picture(material: Material) -> Picture | None:
@@ -44,7 +44,7 @@ def cosines_to_mean(folder: PatchedFolder) -> dict[str, list[tuple[int, float]]]
     for record in folder.report.layers:
         for game in record["games"]:
             if game.get("cosine_to_mean") is not None:
-                name = " + ".join(SHORT[part] for part in game["projections"])
+                name = " + ".join(FIELDS[part] for part in game["projections"])
                 found.setdefault(name, []).append((record["layer"], game["cosine_to_mean"]))
     return found
 

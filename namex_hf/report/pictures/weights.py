@@ -8,11 +8,11 @@ import torch
 from matplotlib.colors import TwoSlopeNorm
 
 from ...bargaining.utilities import interaction
+from ...merging.experts import FIELDS
 from ..folder import PatchedFolder
 from .picture import DIVERGING, Material, Picture, figure, limit
 
 BLANK = "#b9bdc4"  # grey, on either ground, where nothing was given
-SHORT = {"gate_proj": "gate", "up_proj": "up", "down_proj": "down"}
 
 
 def picture(material: Material) -> Picture | None:
@@ -98,4 +98,4 @@ def interactions(folder: PatchedFolder) -> dict[str, np.ndarray]:
 
 
 def _name(game: dict[str, Any]) -> str:
-    return " + ".join(SHORT[name] for name in game["projections"])
+    return " + ".join(FIELDS[name] for name in game["projections"])

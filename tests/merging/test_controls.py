@@ -3,19 +3,20 @@
 import pytest
 import torch
 from float64_reference import double
-from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, neurons64, random_tokens
+from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, neurons64, random_tokens, weights_of
 from small_mixtures import random_experts as experts_of
 
-from namex_hf.merging.strangers import random_experts, shared_experts
+from namex_hf.merging.controls import random_experts, shared_experts
+from namex_hf.merging.experts import ExpertWeights
 
 SLICES = 3
 
 
-def scaled(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def scaled(dtype: torch.dtype = torch.float32) -> ExpertWeights:
     """Experts whose projections, and which themselves, differ in size."""
     of, size = experts_of(4, 0), {"gate_proj": 0.1, "up_proj": 1.0, "down_proj": 7.0}
     own = torch.tensor([0.5, 1.0, 1.5, 2.0])[:, None, None]
-    return {name: (size[name] * own * of[name]).to(dtype) for name in PROJECTIONS}
+    return weights_of({name: (size[name] * own * of[name]).to(dtype) for name in PROJECTIONS})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,7 +48,7 @@ def test_random_experts_repeat() -> None:
 
 def test_random_experts_of_matrices_that_are_not_stacked() -> None:
     layer = scaled()
-    one, other = random_experts(layer, 3, 0), random_experts({name: list(layer[name]) for name in PROJECTIONS}, 3, 0)
+    one, other = random_experts(layer, 3, 0), random_experts(layer.map(list), 3, 0)
     assert all(torch.equal(one[name], other[name]) for name in PROJECTIONS)
 
 

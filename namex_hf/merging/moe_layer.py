@@ -1,0 +1,58 @@
+"""A MoE layer, and its activations on calibration text."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from .experts import Expert, Experts, ExpertWeights
+from .routing import Activation, TokenRouting, gate_values, route, routed_output
+
+
+@dataclass(frozen=True)
+class MoELayer:
+    """The routed experts of a layer, and their router."""
+
+    experts: Experts  # N, in any floating dtype
+    router: torch.Tensor  # [N, hidden]
+    top_k: int
+    renormalises: bool  # whether the top-k gate values are scaled to sum to 1
+    activation: Activation
+
+    def expert(self, number: int, like: torch.Tensor) -> Expert:
+        """One expert's matrices in the dtype of ``like``, and where it is."""
+        return self.experts.expert(number).to(like)
+
+    def set_down(self, number: int, down: torch.Tensor) -> None:
+        """Give an expert another down matrix, in place, rounded to the experts' dtype."""
+        self.experts.down[number].copy_(down)
+
+    def without_experts(self) -> "MoELayer":
+        """A copy without the experts, so that the caller can free them."""
+        return replace(self, experts=ExpertWeights(None, (), ()))
+
+    def route(self, inputs: torch.Tensor) -> TokenRouting:
+        return route(inputs, self.router.to(inputs), self.top_k, self.renormalises)
+
+    def gates(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Gate values ``[tokens, N]``, zero beyond the top-k."""
+        return gate_values(inputs, self.router.to(inputs), self.top_k, self.renormalises)
+
+    def output(self, inputs: torch.Tensor, routing: TokenRouting) -> torch.Tensor:
+        """The routed output, float32 ``[tokens, hidden]``."""
+        return routed_output(inputs, routing, self.experts, self.activation)
+
+
+@dataclass(frozen=True)
+class Text:
+    """What a layer receives on calibration text, and what its output is to be."""
+
+    inputs: torch.Tensor  # float32 [tokens, hidden]
+    routing: TokenRouting  # by the layer's own router
+    sequences: int  # of equal length, one after the other
+    held_out: torch.Tensor  # bool [sequences]: not for the fits by steps, but for choosing among them
+    target: torch.Tensor | None = None  # float32 [tokens, hidden]; None: the layer's own routed output
+
+    @property
+    def held_out_tokens(self) -> torch.Tensor:
+        """Bool ``[tokens]``."""
+        return self.held_out.repeat_interleave(len(self.inputs) // self.sequences)
