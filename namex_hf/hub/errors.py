@@ -1,7 +1,7 @@
-"""What goes wrong with a push."""
+"""Errors of a push."""
 
 from ..errors import NamexError
 
 
 class PublishError(NamexError):
-    """A folder that must not go up as it is, a repository that cannot be written to, or a Hub that does not answer."""
+    """The folder must not be pushed as it is, the repository cannot be written to, or the Hub does not respond."""
