@@ -1,1 +1,1 @@
-"""Publishing a patched folder on the Hub: what goes up, what is checked first, the push itself."""
+"""Publishing a patched folder on the Hub: selection of files, checks, and the push itself."""

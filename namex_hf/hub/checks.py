@@ -1,4 +1,4 @@
-"""What has to hold before a folder goes up: it is whole, it loads, its text can be read, its card is valid."""
+"""Checks before a push: the folder is complete, its model loads, its tokenizer works, its card is valid."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,37 +21,37 @@ from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
 from ..report.rebuild import has_recipe_alone, rebuild
 from ..report.report import Report
-from .files import today_code
+from .files import current_code
 
 RUN_BYTES = 256 << 20
-"""A model up to this size is run on a few tokens; of a larger one every tensor's name and shape is checked."""
+"""A model up to this size is run on a few tokens; of a larger model only names and shapes of tensors are checked."""
 LARGEST_FILE = 50 * 10**9
-"""Bytes of one file, as the Hub recommends."""
+"""Largest size of a file, in bytes, that the Hub recommends."""
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A folder that may go up."""
+class CheckedFolder:
+    """A folder that can be pushed."""
 
     checkpoint: Checkpoint
     card: str
     ran: bool
-    """Whether it was run, not only matched against its class."""
+    """Whether the model was run, not only compared with its class."""
     notes: list[str] = field(default_factory=list)
-    """What is no reason to refuse it, and worth a line."""
+    """Lines for the user that do not stop a push."""
     left_out: tuple[str, ...] = ()
-    """Tensors that the model's class does not have, which do not go up."""
+    """Tensors that the model's class does not have; they are not pushed."""
 
 
-def check_folder(folder: Path, verify: bool = False) -> Checked:
-    """Look at everything that can be wrong with a folder, without a network.
+def check_folder(folder: Path, verify: bool = False) -> CheckedFolder:
+    """Check a folder completely, without a network.
 
     Args:
-        verify: read all files, and compare their hashes with those that its report lists.
+        verify: read all files, and compare their hashes with those in the report.
 
     Raises:
-        PublishError: unfinished, not written by this package, code missing, a card that the Hub would refuse.
-        CheckpointError: damaged, or it does not load.
+        PublishError: the folder is unfinished, foreign, or lacks code, or the Hub would refuse its card.
+        CheckpointError: the folder is damaged, or its model does not load.
     """
     if not folder.is_dir():
         raise PublishError(f"{folder} is no folder; needed: one that namex-patch or sft_smoltalk.py has written")
@@ -67,8 +67,8 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
     notes = _with_report(folder)
     check_whole(folder, verify)
     _check_code(checkpoint)
-    if today_code(checkpoint):
-        notes.append("the code of the model's class is an earlier release's; today's goes up in its place")
+    if current_code(checkpoint):
+        notes.append("the code of the model's class is from an earlier release; the current code replaces it")
     card = _check_card(folder / CARD)
     large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]
     if large:
@@ -81,14 +81,14 @@ def check_folder(folder: Path, verify: bool = False) -> Checked:
     if has_tokenizer(folder):
         _check_tokenizer(folder, rows)
     else:
-        notes.append("no tokenizer: those who load it need the original's")
+        notes.append("no tokenizer: users of the model need the tokenizer of the original")
     if "license" not in read_block(card):
         notes.append("the card states no licence")
-    return Checked(checkpoint, card, checkpoint.size <= RUN_BYTES, notes, tuple(foreign))
+    return CheckedFolder(checkpoint, card, checkpoint.size <= RUN_BYTES, notes, tuple(foreign))
 
 
 def _with_report(folder: Path) -> list[str]:
-    """Notes on the report, which is rebuilt where another training loop left none."""
+    """Notes on the report, which is rebuilt if another training loop wrote none."""
     if not has_recipe_alone(folder):
         Report.from_file(found(folder, REPORT))
         return []
@@ -97,14 +97,14 @@ def _with_report(folder: Path) -> list[str]:
 
 
 def _check_code(checkpoint: Checkpoint) -> None:
-    """The class's files, all of them, and a pointer to them alone."""
+    """Require all code files of the model's class, and an ``auto_map`` that names only them."""
     code = remote_code(str(checkpoint.config.get("model_type")))
-    found = checkpoint.config.get("auto_map") or {}
-    if today_code(checkpoint):
+    value = checkpoint.config.get("auto_map") or {}
+    if current_code(checkpoint):
         return
-    if found != code.auto_map:
+    if value != code.auto_map:
         raise PublishError(
-            f"config.json: auto_map is {found}; accepted for this model_type: {code.auto_map or 'none'}; patch it again"
+            f"config.json: auto_map is {value}; accepted for this model_type: {code.auto_map or 'none'}; patch it again"
         )
     for file in code.files:
         if not (checkpoint.folder / file.name).is_file():
@@ -112,7 +112,7 @@ def _check_code(checkpoint: Checkpoint) -> None:
 
 
 def _check_card(path: Path) -> str:
-    """The card's text, once its metadata is known to be valid."""
+    """The card's text, with valid metadata."""
     text = read_text(path, PublishError)
     check_metadata(text, path)
     return text
@@ -125,11 +125,11 @@ def check_metadata(text: str, path: Path) -> None:
     block = read_block(text)
     if not block:
         raise PublishError(f"{path}: no metadata block (YAML between two lines '---') that can be read")
-    wanted: dict[str, Any] = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list}
-    for name, kind in wanted.items():
+    kinds: dict[str, Any] = {"license": str, "library_name": str, "pipeline_tag": str, "tags": list}
+    for name, kind in kinds.items():
         if name in block and not isinstance(block[name], kind):
-            found = type(block[name]).__name__
-            raise PublishError(f"{path}: metadata field '{name}' is {found}; accepted: {kind.__name__}")
+            actual = type(block[name]).__name__
+            raise PublishError(f"{path}: metadata field '{name}' is {actual}; accepted: {kind.__name__}")
     try:
         ModelCardData(**block)
         if "model-index" in block:
@@ -140,19 +140,19 @@ def check_metadata(text: str, path: Path) -> None:
 
 
 def _check_loads(checkpoint: Checkpoint) -> int:
-    """Load it as its class; returns how many tokens it has embeddings for."""
+    """Load the model as its class; returns the number of rows of its embedding."""
     small = checkpoint.size <= RUN_BYTES
-    shown = logging.is_progress_bar_enabled()
+    had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         model = load_patched(checkpoint.folder, device_map=None if small else "meta", local_files_only=True)
     except CheckpointError:
         raise
-    except Exception as error:  # whatever transformers makes of it
+    except Exception as error:  # transformers can fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{checkpoint.folder} does not load ({reason})") from error
     finally:
-        if shown:
+        if had_bar:
             logging.enable_progress_bar()
     if small:
         _check_runs(model, checkpoint.folder)
@@ -170,9 +170,9 @@ def _check_tokenizer(folder: Path, rows: int) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         largest = max(tokenizer("A test, 1 2 3.", return_attention_mask=False)["input_ids"], default=0)
-        known = max(tokenizer.get_vocab().values(), default=0)
-    except Exception as error:  # whatever a foreign tokenizer raises
+        largest = max([largest, *tokenizer.get_vocab().values()])
+    except Exception as error:  # a foreign tokenizer can raise any error
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{folder}: its tokenizer does not load ({reason})") from error
-    if max(largest, known) >= rows:
-        raise CheckpointError(f"{folder}: its tokenizer has token {max(largest, known)}; the model has rows for {rows}")
+    if largest >= rows:
+        raise CheckpointError(f"{folder}: its tokenizer has token {largest}; the model has rows for {rows}")

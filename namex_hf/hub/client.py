@@ -1,4 +1,4 @@
-"""The Hub's client for a push, with errors in a line that no token can get into."""
+"""The Hub's client for a push. Its errors become a line that never contains a token."""
 
 import re
 from collections.abc import Iterator
@@ -15,35 +15,36 @@ NEEDED = "set HF_TOKEN or run 'hf auth login', with a token that may write"
 OF_TOKENS = re.compile(
     r"token|permission|rights|namespace|write access|authori[sz]|credential|create_pr|forbidden", re.I
 )
-"""In what the Hub says where the token is at fault."""
+"""Words in the Hub's message if the token is the reason of a refusal."""
 OF_QUOTAS = re.compile(r"quota|storage|limit|full|exceed|billing|payment|upgrade", re.I)
 AGAIN = "the same command goes on from there"
-"""Said where a later try may succeed."""
+"""End of a message if a later attempt may succeed."""
 LATER = (408, 409, 412, 425, 429)
+"""Status codes after which a later attempt may succeed."""
 
 
 def check_repo(repo: str) -> None:
     """Raises:
-    PublishError: not of the form USER/NAME.
+    PublishError: `repo` is not of the form USER/NAME.
     """
     try:
         validate_repo_id(repo)
     except HFValidationError:
-        well = False
+        is_valid = False
     else:
-        well = repo.count("/") == 1
-    if not well:
+        is_valid = repo.count("/") == 1
+    if not is_valid:
         raise PublishError(f"{repo!r} is no repository; accepted: USER/NAME, of letters, digits, '-', '_' and '.'")
 
 
 @contextmanager
 def client(repo: str) -> Iterator[HfApi]:
-    """The client, by the token of the environment or the stored login; what it raises comes as a `PublishError`.
+    """The client, with the token of the environment or of the stored login. Its errors become a `PublishError`.
 
-    Its own log is silent meanwhile: what it retries and gives up is told in the end, in a line.
+    The client logs nothing meanwhile: requests that it repeats in vain end in a single line.
 
     Raises:
-        PublishError: no token, one that is refused, no such repository or branch, no network, a server's failure.
+        PublishError: no token or a refused token, no such repository or branch, no network, or a failing server.
     """
     token = get_token()
     if token is None:
@@ -53,16 +54,16 @@ def client(repo: str) -> Iterator[HfApi]:
             yield HfApi(token=token, library_name="namex_hf")
     except PublishError:
         raise
-    except Exception as error:  # the client has no base of its own for errors, and wraps some of them
+    except Exception as error:  # the client's errors have no common base class, and wrap others
         raise PublishError(_failed(error, repo)) from None
 
 
 def _failed(error: BaseException, repo: str) -> str:
-    """What went wrong, from the first error of a chain that says more than that something did."""
+    """The error message, from the most useful error of a chain."""
     root = root_of(error)
     place = "" if str(error) in str(root) else f" ({error})"
     if isinstance(root, HfHubHTTPError):
-        return _answered(root, repo) + place
+        return _response_error(root, repo) + place
     if isinstance(root, NoHubError):
         return f"{repo} cannot be pushed to: {root}{place}"
     if isinstance(root, UNREACHABLE):
@@ -70,16 +71,16 @@ def _failed(error: BaseException, repo: str) -> str:
     return f"{repo} cannot be pushed to ({why(error)})"
 
 
-def _answered(error: HfHubHTTPError, repo: str) -> str:
-    status, said = error.response.status_code, answer_of(error)
+def _response_error(error: HfHubHTTPError, repo: str) -> str:
+    status, message = error.response.status_code, answer_of(error)
     if status == 401:
-        return f"the Hub refuses the token, or {repo} is none of its repositories ({said}); {NEEDED}"
-    if status == 403 and OF_TOKENS.search(said) and not OF_QUOTAS.search(said):
-        return f"the token may not write to {repo} ({said}); {NEEDED}"
+        return f"the Hub refuses the token, or {repo} is none of its repositories ({message}); {NEEDED}"
+    if status == 403 and OF_TOKENS.search(message) and not OF_QUOTAS.search(message):
+        return f"the token may not write to {repo} ({message}); {NEEDED}"
     if isinstance(error, RevisionNotFoundError):
-        return f"{repo} has no such branch ({said})"
+        return f"{repo} has no such branch ({message})"
     if isinstance(error, RepositoryNotFoundError):
-        return f"{repo} does not exist, or the token may not see it ({said})"
+        return f"{repo} does not exist, or the token may not see it ({message})"
     if status >= 500:
-        return f"the Hub failed with {said} while {repo} was pushed; {AGAIN}"
-    return f"the Hub refused the push to {repo}: {said}" + (f"; {AGAIN}" if status in LATER else "")
+        return f"the Hub failed with {message} while {repo} was pushed; {AGAIN}"
+    return f"the Hub refused the push to {repo}: {message}" + (f"; {AGAIN}" if status in LATER else "")

@@ -1,4 +1,4 @@
-"""What of a folder goes up: files that are known, by name; everything else stays and is told."""
+"""Selection of the files to push: files with known names. All other files stay, each with a reason."""
 
 import json
 import re
@@ -17,22 +17,22 @@ from ..models import remote_code
 OURS = (CONFIG, INDEX, CARD, REPORT, SCORES, RECIPE, STATISTICS)
 PICTURE = re.compile(PICTURES + r"/[^/]+\.(?:png|svg|html)")
 FOLDERS = re.compile(r"adapter|compare|checkpoint-\d+")
-"""Folders of a fine-tuning run that go up only when they are asked for."""
+"""Folders of a fine-tuning run that are pushed only on request."""
 INSIDE = (".safetensors", ".json", ".jinja", ".txt", ".md", ".yaml", ".py", ".png", ".svg", ".html")
-"""Kinds of files that go up from such a folder."""
+"""Suffixes of the files that are pushed from such a folder."""
 TRACES = re.compile(
     r"optimizer|scheduler|rng_state|trainer_state|training_args|scaler|[._]log|events\.out|"
     r"(?:^|/)(?:runs|\.namex|checkpoint-\d+)/"
 )
-"""In names of files that belong to a run and not to its result."""
+"""Parts of the names of files that belong to a run and not to its result."""
 
 
 @dataclass(frozen=True)
 class Upload:
-    """One file."""
+    """A file to push."""
 
     name: str
-    """In the repository: the path below the folder, with slashes."""
+    """Name in the repository: the path below the folder, with slashes."""
     path: Path
     size: int
     """Bytes."""
@@ -40,13 +40,13 @@ class Upload:
 
 @dataclass(frozen=True)
 class Selection:
-    """What goes up, and what stays with the reason."""
+    """The files to push, and the other files with their reasons."""
 
     files: tuple[Upload, ...]
     left_out: dict[str, str]
     rewritten: tuple[Callable[[Path], None], ...] = ()
-    """Put files anew into a folder of links to `files`: weights without tensors that stay, a configuration that names
-    today's code."""
+    """Functions that rewrite files in a folder of links to `files`: weights without left-out tensors, a configuration
+    with the current ``auto_map``."""
 
     @property
     def size(self) -> int:
@@ -58,25 +58,25 @@ def select(checkpoint: Checkpoint, include: tuple[str, ...] = (), tensors: tuple
     """The files of a patched folder that belong on the Hub.
 
     Args:
-        tensors: names of those that stay.
-        include: folders of a fine-tuning run to take along: ``adapter``, ``compare``, ``checkpoint-N``.
+        tensors: names of the tensors to leave out.
+        include: folders of a fine-tuning run to push too: ``adapter``, ``compare``, ``checkpoint-N``.
 
     Raises:
-        PublishError: `include` names something else, or a file that is needed is a link that leaves the folder.
+        PublishError: `include` has another value, or a necessary file is a link that leaves the folder.
     """
     folder = checkpoint.folder
     for name in include:
         if not FOLDERS.fullmatch(name) or not (folder / name).is_dir():
             raise PublishError(f"--include {name}: accepted: adapter, compare or checkpoint-N, where {folder} has it")
-    known = _known(checkpoint)
-    code = today_code(checkpoint)
+    known = _known_names(checkpoint)
+    code = current_code(checkpoint)
     files, left_out = [Upload(path.name, path, path.stat().st_size) for path in code], {}
     for path in sorted(path for path in folder.rglob("*") if not path.is_dir() or path.is_symlink()):
         name = path.relative_to(folder).as_posix()
-        place = moved(name)
-        if any(place == today.name for today in code):
+        place = current_place(name)
+        if any(place == file.name for file in code):
             continue
-        reason = _why_not(path, place, folder, known, include)
+        reason = _reason_to_stay(path, place, folder, known, include)
         if reason is None and place != name and (folder / place).exists():
             reason = f"{place} is there too"
         if reason is None:
@@ -86,29 +86,29 @@ def select(checkpoint: Checkpoint, include: tuple[str, ...] = (), tensors: tuple
         else:
             left_out[name] = reason
     weights = (partial(rewrite, checkpoint, tensors),) if tensors else ()
-    configuration = (partial(_name_today_code, checkpoint),) if code else ()
+    configuration = (partial(_write_auto_map, checkpoint),) if code else ()
     return Selection(tuple(sorted(files, key=lambda file: file.name)), left_out, (*weights, *configuration))
 
 
-def today_code(checkpoint: Checkpoint) -> tuple[Path, ...]:
-    """Files of this package that take the place of a folder's code, where an earlier release wrote that; else nothing.
+def current_code(checkpoint: Checkpoint) -> tuple[Path, ...]:
+    """Files of this package that replace the code of a folder from an earlier release; else nothing.
 
-    Such code names fewer classes, and does not run under every transformers that today's runs under.
+    Earlier code has fewer classes, and supports fewer versions of transformers.
     """
     code = remote_code(str(checkpoint.config.get("model_type")))
-    named = checkpoint.config.get("auto_map")
-    earlier = isinstance(named, dict) and bool(named) and named.items() < code.auto_map.items()
-    return code.files if earlier else ()
+    stated = checkpoint.config.get("auto_map")
+    is_earlier = isinstance(stated, dict) and bool(stated) and stated.items() < code.auto_map.items()
+    return code.files if is_earlier else ()
 
 
-def _name_today_code(checkpoint: Checkpoint, folder: Path) -> None:
+def _write_auto_map(checkpoint: Checkpoint, folder: Path) -> None:
     code = remote_code(str(checkpoint.config["model_type"]))
     (folder / CONFIG).unlink()
     write_text(folder / CONFIG, json.dumps({**checkpoint.config, "auto_map": code.auto_map}, indent=2) + "\n")
 
 
-def moved(name: str) -> str:
-    """Where a file goes that lies where releases before 0.2.0 put it; any other stays."""
+def current_place(name: str) -> str:
+    """The current place of a file that a release before 0.2.0 wrote; other names do not change."""
     for now, before in BEFORE_0_2.items():
         if name == before or name.startswith(f"{before}/"):
             return now + name.removeprefix(before)
@@ -118,7 +118,7 @@ def moved(name: str) -> str:
 LINK = "a link that leaves the folder"
 
 
-def _known(checkpoint: Checkpoint) -> set[str]:
+def _known_names(checkpoint: Checkpoint) -> set[str]:
     folder, config = checkpoint.folder, checkpoint.config
     code = {path.name for path in remote_code(str(config.get("model_type"))).files}
     return {
@@ -129,8 +129,8 @@ def _known(checkpoint: Checkpoint) -> set[str]:
     }
 
 
-def _why_not(path: Path, name: str, folder: Path, known: set[str], include: tuple[str, ...]) -> str | None:
-    """Why a file stays; None for one that goes up."""
+def _reason_to_stay(path: Path, name: str, folder: Path, known: set[str], include: tuple[str, ...]) -> str | None:
+    """The reason why a file is not pushed; None if it is."""
     top = name.split("/")[0]
     if not path.resolve().is_relative_to(folder.resolve()) or not path.is_file():
         return LINK
@@ -156,19 +156,18 @@ def _kind(name: str) -> str:
 
 
 def summarised(left_out: dict[str, str]) -> dict[str, str]:
-    """The same, several files of an outermost folder as one entry with their number."""
-    together: dict[tuple[str, str], list[str]] = {}
+    """`left_out` with a single entry for the files of an outermost folder that have the same reason."""
+    groups: dict[tuple[str, str], list[str]] = {}
     for name, reason in left_out.items():
         top, *rest = name.split("/")
-        together.setdefault((f"{top}/" if rest else top, reason), []).append(name)
+        groups.setdefault((f"{top}/" if rest else top, reason), []).append(name)
     return {
-        f"{top} ({len(names)} files)" if len(names) > 1 else names[0]: reason
-        for (top, reason), names in together.items()
+        f"{top} ({len(names)} files)" if len(names) > 1 else names[0]: reason for (top, reason), names in groups.items()
     }
 
 
 def holds(file: Upload, secret: str) -> bool:
-    """Whether a text file that is to go up has `secret` in it."""
+    """Whether a file to push, other than weights, contains `secret`."""
     if file.path.suffix == ".safetensors":
         return False
     return secret.encode() in file.path.read_bytes()

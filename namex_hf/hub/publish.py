@@ -1,4 +1,4 @@
-"""A patched folder goes to the Hub, once it is known to be whole."""
+"""The push of a patched folder to the Hub, after its checks."""
 
 import sys
 from pathlib import Path
@@ -10,24 +10,24 @@ from rich.table import Table
 from ..errors import PublishError
 from ..files import size_text
 from ..printable import marked, printable
-from .checks import Checked, check_folder
+from .checks import CheckedFolder, check_folder
 from .client import check_repo
 from .files import Selection, select, summarised
 from .push import Target, check_access, push
 
 
 def checked_target(repo: str | None, public: bool, asks: bool) -> Target | None:
-    """Where the result of ``namex patch`` is to be pushed, if it is, before anything is read.
+    """The target of the result of ``namex patch``, before any checkpoint is read; None without a push.
 
     Args:
-        asks: whether the Hub is asked for access.
+        asks: whether to check access with the Hub.
 
     Raises:
-        PublishError: no name of a repository, no access, or ``public`` without a repository.
+        PublishError: a wrong name of a repository, no access, or ``public`` without a repository.
     """
     if repo is None:
         if public:
-            raise PublishError("--public says who may see what --push-to-hub REPO pushes, which is missing")
+            raise PublishError("--public belongs to --push-to-hub REPO, which is missing")
         return None
     check_repo(repo)
     if asks:
@@ -52,12 +52,12 @@ def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
     """Push, and print the address."""
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    found = push(selection, card, target)
-    print(printable(f"{found.address} ({'private' if found.private else 'public'}, commit {found.commit})"))
+    result = push(selection, card, target)
+    print(printable(f"{result.address} ({'private' if result.private else 'public'}, commit {result.commit})"))
 
 
-def show(console: Console, checked: Checked, selection: Selection, target: Target) -> None:
-    """Every file with its size, what stays and why, what was checked."""
+def show(console: Console, checked: CheckedFolder, selection: Selection, target: Target) -> None:
+    """Print every file with its size, the files that stay with their reasons, and the checks."""
     console.print(f"to {marked(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
     table = Table()
     table.add_column("goes up")

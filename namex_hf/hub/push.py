@@ -1,4 +1,4 @@
-"""A checked folder goes up, in one commit, to a repository that is private unless told."""
+"""The push of a checked folder in one commit, by default to a private repository."""
 
 import re
 import tempfile
@@ -24,19 +24,19 @@ STALE = re.compile(
     rf"[^/]+\.safetensors|{re.escape(INDEX)}|[^/]+\.py|({OURS}|{BEFORE_0_2[PICTURES]}|{TEMPLATES})/.+|"
     + "|".join(map(re.escape, BEFORE_0_2.values()))
 )
-"""Files of an earlier push that go with the next one, unless they are in it: left-over weights would be loaded."""
+"""Files of an earlier push that a push deletes, unless it replaces them: old weights would be loaded."""
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where a folder goes."""
+    """The target of a push."""
 
     repo: str
     """``USER/NAME``."""
     public: bool = False
     revision: str | None = None
-    """A branch, made where it is missing, or ``refs/pr/N``; None: the main branch."""
+    """A branch, created if it is missing, or ``refs/pr/N``; None: the main branch."""
     pull_request: bool = False
     message: str = "Push with namex_hf"
 
@@ -47,7 +47,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Published:
-    """What came of it."""
+    """The result of a push."""
 
     address: str
     private: bool
@@ -55,17 +55,17 @@ class Published:
 
 
 def push(selection: Selection, card: str, target: Target) -> Published:
-    """Make the repository where it is missing, and send the files; what is there already is not sent again.
+    """Create the repository if it is missing, and send the files that it does not have yet.
 
-    The files go up from a temporary folder of links, so that the folder itself stays as it is.
+    The files are sent from a temporary folder of links, so that the folder itself does not change.
 
     Args:
-        selection: of a folder that was checked.
-        card: goes up in the place of the folder's own, its snippet with the repository's name.
+        selection: files of a checked folder.
+        card: replaces the folder's card; its snippet gets the repository's name.
 
     Raises:
-        PublishError: the repository is another model's, public without consent or cannot be written to; the Hub or
-            the network fails. The same call then goes on.
+        PublishError: the repository holds another model, is public without consent, or cannot be written to; or the Hub
+            or the network fails. The same call then continues.
     """
     for file in selection.files:
         if (token := get_token()) and holds(file, token):
@@ -79,7 +79,7 @@ def push(selection: Selection, card: str, target: Target) -> Published:
         if not target.pull_request:
             _check_ours(names, target)
         _stage(selection, completed(card, api, selection, target.repo), Path(staged))
-        found = api.upload_folder(
+        commit = api.upload_folder(
             repo_id=target.repo,
             folder_path=staged,
             revision=target.revision,
@@ -90,14 +90,14 @@ def push(selection: Selection, card: str, target: Target) -> Published:
         address = f"{api.endpoint}/{target.repo}"
         if target.revision is not None:
             address += f"/tree/{target.revision}"
-        return Published(scrubbed(found.pr_url or address), private, found.oid)
+        return Published(scrubbed(commit.pr_url or address), private, commit.oid)
 
 
 def check_access(repo: str) -> None:
-    """Ask the Hub who the token is, before hours of work.
+    """Check the token with the Hub, before hours of work.
 
     Raises:
-        PublishError: no token, one that is refused, or no Hub.
+        PublishError: no token, a refused token, or no connection to the Hub.
     """
     with client(repo) as api:
         api.whoami()
@@ -105,7 +105,7 @@ def check_access(repo: str) -> None:
 
 def _ready(api: HfApi, target: Target) -> None:
     if target.pull_request:
-        return  # to a repository that is there, which may be somebody else's
+        return  # the repository exists, and may belong to another user
     api.create_repo(target.repo, private=not target.public, exist_ok=True)
     if target.revision is not None and not PULL_REQUEST.fullmatch(target.revision):
         api.create_branch(target.repo, branch=target.revision, exist_ok=True)
@@ -120,7 +120,7 @@ def _check_ours(names: list[str], target: Target) -> None:
 
 
 def completed(card: str, api: HfApi, selection: Selection, repo: str) -> str:
-    """The card with the repository in its snippet and the pictures that go along; where it states no licence, with the
+    """The card with the repository in its snippet and the pushed pictures; without a licence of its own, with the
     licence, languages and tags of the base model's card."""
     card = card.replace(f'"{PLACE}"', f'"{repo}"')
     pictures = [file.name for file in selection.files if re.fullmatch(PICTURES + r"/[^/]+\.png", file.name)]
@@ -129,14 +129,14 @@ def completed(card: str, api: HfApi, selection: Selection, repo: str) -> str:
     block = read_block(card)
     base = block.get("base_model")
     if isinstance(base, str) and "license" not in block:
-        found = _stated(api, base, block.get("base_model_commit"))
-        tags = list(dict.fromkeys([*block.get("tags", []), *found.pop("tags", [])]))
-        card = put_block(card, block | {"tags": tags} | {key: found[key] for key in found if key not in block})
+        inherited = _base_metadata(api, base, block.get("base_model_commit"))
+        tags = list(dict.fromkeys([*block.get("tags", []), *inherited.pop("tags", [])]))
+        card = put_block(card, block | {"tags": tags} | {key: inherited[key] for key in inherited if key not in block})
     return card
 
 
-def _stated(api: HfApi, base: str, commit: str | None) -> dict[str, Any]:
-    """Metadata of the base model's own card, as far as it can be carried; empty where it cannot be seen."""
+def _base_metadata(api: HfApi, base: str, commit: str | None) -> dict[str, Any]:
+    """The usable metadata of the base model's card; empty without access to it."""
     try:
         path = api.hf_hub_download(base, CARD, revision=commit)
     except (RepositoryNotFoundError, EntryNotFoundError):

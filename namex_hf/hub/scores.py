@@ -1,4 +1,4 @@
-"""Zero-shot scores on a card: the row of an evaluation report that is this very folder's, and what is shown of it."""
+"""Zero-shot scores on a card: the row of an evaluation report for a folder, and its table."""
 
 import math
 from filecmp import cmp
@@ -15,25 +15,25 @@ from ..report.report import Report
 
 SECTION = "scores"
 MODELS = "models"
-"""Folder beside the report of what was patched on the way."""
+"""Folder beside the report with the models that the evaluation patched."""
 
 
 def read_evaluation(path: Path) -> ZeroShotReport:
     """``report.json`` of ``eval/zero_shot.py``.
 
     Raises:
-        CheckpointError: the file cannot be read, or is no such report.
+        CheckpointError: the file cannot be read, or is not such a report.
     """
     try:
         text = read_text(path)
         parse_json(text, str(path))
-        found = ZeroShotReport.from_json(text)
-        _ = found.run["limit"], found.run["seed"], found.run["dtype"], found.run["versions"]["lm_eval"]
-        for model in found.models:  # what cannot be shown is no such report
-            _ = score_lines(found, model.label), model_index("name", eval_results(found, model.label))
-        if not all(math.isfinite(score.value) for score in found.scores):
+        report = ZeroShotReport.from_json(text)
+        _ = report.run["limit"], report.run["seed"], report.run["dtype"], report.run["versions"]["lm_eval"]
+        for model in report.models:  # a report whose rows cannot be shown is not valid
+            _ = score_lines(report, model.label), model_index("name", eval_results(report, model.label))
+        if not all(math.isfinite(score.value) for score in report.scores):
             raise ValueError("a score is no finite number")
-        return found
+        return report
     except CheckpointError as error:
         raise CheckpointError(f"{path}: no report of zero_shot.py: {error}") from error
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
@@ -43,53 +43,53 @@ def read_evaluation(path: Path) -> ZeroShotReport:
 def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | None = None) -> str:
     """The label of the row that scored `folder`.
 
-    A row is the folder's where its fingerprint (configuration, names, shapes and places of all tensors) is, and the
-    files were those that lie here, by their bytes, as the results beside the report record them.
-    Or where a recipe was applied to a model of that fingerprint, the folder's report names just these, it was not
-    trained since, and the model came from a commit of the Hub or the patched one beside the report is equal to it. A
-    label that is given stands for the contents of files, which results elsewhere lack, not for the fingerprint.
+    A row fits a folder in two cases. First, both have the same fingerprint (configuration, names, shapes and places of
+    all tensors), and the results beside the report record the same bytes of the files. Second, the row's recipe was
+    applied to a model of the source's fingerprint, the folder's report states the same, and the folder was not trained
+    since. Then the model must come from a commit of the Hub, or the patched model beside the report must be equal to
+    the folder. A given `label` replaces the comparison of bytes, which results elsewhere lack, not the fingerprint.
 
     Args:
-        path: of the report; results lie beside it.
+        path: path of the report; results lie beside it.
 
     Raises:
-        CheckpointError: no such row.
-        UsageError: several, and no label.
+        CheckpointError: no row fits.
+        UsageError: several rows fit, and there is no label.
     """
     fitting = [model for model in evaluation.models if _fits(evaluation, model, path.parent, folder, label is not None)]
     labels = [model.label for model in fitting if label in (None, model.label)]
     if len(labels) == 1:
         return labels[0]
-    known = ", ".join(model.label for model in evaluation.models)
+    rows = ", ".join(model.label for model in evaluation.models)
     if labels:
         raise UsageError(f"{path}: several rows are of {folder}: {', '.join(labels)}; --eval-label says which")
-    what = f"no row {label} of the fingerprint" if label else "no row of the weights"
-    raise CheckpointError(f"{path}: {what} of {folder}; rows: {known}")
+    reason = f"no row {label} of the fingerprint" if label else "no row of the weights"
+    raise CheckpointError(f"{path}: {reason} of {folder}; rows: {rows}")
 
 
-def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path, told: bool) -> bool:
+def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path, has_label: bool) -> bool:
     checkpoint = open_checkpoint(folder)
     if model.fingerprint == checkpoint.fingerprint():
-        return told or _same_files(_files_scored(evaluation, model, results), checkpoint)
+        return has_label or _same_files(_files_scored(evaluation, model, results), checkpoint)
     report = Report.from_file(found(folder, REPORT))
-    made_alike = (
+    same_run = (
         model.recipe is not None
         and report.training is None
         and report.run.get("source") == model.fingerprint
         and report.run.get("recipe") == model.recipe
         and report.run.get("export_as") is None
     )
-    return made_alike and (told or model.commit is not None or _same_bytes(results / MODELS / model.label, folder))
+    return same_run and (has_label or model.commit is not None or _same_bytes(results / MODELS / model.label, folder))
 
 
 def _same_bytes(scored: Path, folder: Path) -> bool:
-    """Whether two folders hold the same weights; False where the first is gone."""
+    """Whether two folders hold the same weights; False if the first is missing."""
     names = sorted(path.name for path in folder.glob("model*.safetensors"))
     return all((scored / name).is_file() and cmp(scored / name, folder / name, shallow=False) for name in names)
 
 
 def _files_scored(evaluation: ZeroShotReport, model: Model, results: Path) -> dict[str, Any]:
-    """The files that were scored, as of `Identity.record`; empty where no result beside the report says so."""
+    """The record of the scored files, from `Identity.record`; empty if no result beside the report has it."""
     for score in evaluation.scores:
         path = results / score.file
         if score.model == model.label and path.is_file():
@@ -107,17 +107,17 @@ def _same_files(scored: dict[str, Any], checkpoint: Checkpoint) -> bool:
 
 
 def with_scores(card: str, evaluation: ZeroShotReport, label: str, name: str) -> str:
-    """The card with ``model-index`` in its metadata and a table of the scores; a second time it is replaced.
+    """The card with ``model-index`` in its metadata and a table of the scores, which replaces an earlier table.
 
     Args:
-        name: what ``model-index`` calls the model.
+        name: name of the model in ``model-index``.
     """
     block = read_block(card) | {"model-index": model_index(name, eval_results(evaluation, label))}
     return put_section(put_block(card, block), SECTION, score_lines(evaluation, label))
 
 
 def score_lines(evaluation: ZeroShotReport, label: str) -> list[str]:
-    """A table of one model's scores, with differences to the model it is compared with where that was scored too."""
+    """A table of a model's scores, with differences to its baseline if that was scored too."""
     run, scores = evaluation.run, [score for score in evaluation.scores if score.model == label]
     limit = "" if run["limit"] is None else f", the first {run['limit']} items of each task only"
     compared = any(score.difference is not None for score in scores)
@@ -140,10 +140,10 @@ def score_lines(evaluation: ZeroShotReport, label: str) -> list[str]:
 def _score_cells(score: Score) -> list[str]:
     metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
     error = "" if score.stderr is None else f" ± {shown(score, score.stderr)}"
-    told = "" if score.num_fewshot == 0 else f", {shots(score)} examples"
-    return [plain(score.task) + told, plain(metric), f"{score.items:,}", shown(score, score.value) + error]
+    examples = "" if score.num_fewshot == 0 else f", {shots(score)} examples"
+    return [plain(score.task) + examples, plain(metric), f"{score.items:,}", shown(score, score.value) + error]
 
 
 def _difference(score: Score) -> str:
-    found = score.difference
-    return "" if found is None else f"{shown(score, found.mean, '+')} ± {shown(score, found.stderr)}"
+    paired = score.difference
+    return "" if paired is None else f"{shown(score, paired.mean, '+')} ± {shown(score, paired.stderr)}"

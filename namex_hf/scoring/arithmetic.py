@@ -37,11 +37,11 @@ def exact_answers(
     new_tokens: int = 110,
     chat: bool = False,
 ) -> list[bool]:
-    """Whether the greedy answer to each problem ends in the right number.
+    """Whether the greedy response to each problem has the right number after ``####``.
 
     Args:
-        model: a causal language model of transformers, in eval mode or not (it is left as it was).
-        chat: ask through the tokenizer's chat template instead of ``Question: ... Answer:``.
+        model: a causal language model of transformers; its mode (training or eval) does not change.
+        chat: use the tokenizer's chat template instead of ``Question: ... Answer:``.
     """
     tokenizer.padding_side = "left"
     training, right = model.training, []
@@ -49,7 +49,7 @@ def exact_answers(
     for start in range(0, len(problems), batch):
         part = problems[start : start + batch]
         prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
-        # A chat template writes its own begin of text.
+        # A chat template writes its own begin-of-text token.
         inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
         check_ids(model, int(inputs.input_ids.max()))
         with without_balance_loss(model):

@@ -1,4 +1,4 @@
-"""Which model a row is compared with: one that routes otherwise, with the model of the same router and no merging."""
+"""The baseline of a row: for a model with another router, the model with the same router and no merge."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,26 +8,26 @@ from ..recipe import Recipe
 DEFAULTS = Recipe().to_dict()
 ROUTER = ("routing", "temperature")
 TEXT = ("calibration_data", "calibration_tokens", "seed")
-"""Fields of the text that the router is made on, where it reads any."""
+"""Fields of the text from which a router is computed, if it reads text."""
 
 Stored = Mapping[str, Any]
-"""A recipe as configurations and reports hold it."""
+"""A recipe as stored in configurations and reports."""
 
 
 def router_of(recipe: Stored) -> dict[str, Any]:
-    """The fields that settle how tokens find experts."""
+    """The fields that determine the routing of tokens to experts."""
     whole = {**DEFAULTS, **recipe}
     reads = whole["routing"] == "stable" or whole["temperature"] == "entropy"
     return {name: whole[name] for name in (*ROUTER, *(TEXT if reads else ()))}
 
 
 def is_baseline(other: Stored | None, recipe: Stored | None) -> bool:
-    """Whether `other` has the router of `recipe` and merges nothing, and the router is not the model's own linear one.
+    """Whether `other` has the router of `recipe` without a merge, and this router is not the model's own linear router.
 
     Args:
-        other, recipe: None of an unpatched model.
+        other, recipe: None for an unpatched model.
     """
     if other is None or recipe is None or router_of(recipe)["routing"] == "linear":
         return False
-    merges = [{**DEFAULTS, **one}["method"] != "smoe" for one in (other, recipe)]
+    merges = [{**DEFAULTS, **stored}["method"] != "smoe" for stored in (other, recipe)]
     return merges == [False, True] and router_of(other) == router_of(recipe)

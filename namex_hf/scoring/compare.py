@@ -1,4 +1,4 @@
-"""Two models over the same text."""
+"""Comparison of two models on the same text."""
 
 import math
 from collections.abc import Sequence
@@ -15,33 +15,33 @@ from .perplexity import held_out_texts, text_ids, window_losses
 
 
 def load(folder: str | Path) -> Any:
-    """A model in float32 on the CPU, without transformers' own progress bar."""
-    shown = logging.is_progress_bar_enabled()
+    """A model in float32 on the CPU, loaded without transformers' own progress bar."""
+    had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     finally:
-        if shown:
+        if had_bar:
             logging.enable_progress_bar()
 
 
 def compare(before: Path, after: Path, tokens: int | None = None) -> dict[str, dict[str, float]]:
     """Perplexity per domain of the packaged held-out text, before and after, with the geometric mean last.
 
-    Beside ``before`` and ``after`` their standard errors over windows of text, and that of the ratio, paired window by
-    window: ``before_stderr``, ``after_stderr``, ``ratio_stderr``; not where a text has a single window.
+    Further entries are the standard errors over windows of text: ``before_stderr``, ``after_stderr``, and
+    ``ratio_stderr``, paired window by window. They are absent if a text has a single window.
 
     Memory: one of the models at a time.
     """
     tokenizer, texts = open_tokenizer(before, before.name), held_out_texts()
-    ids, found = text_ids(tokenizer, texts, tokens), {}
+    ids, losses = text_ids(tokenizer, texts, tokens), {}
     for name, folder in (("before", before), ("after", after)):
         model = load(folder)
-        found[name] = {domain: window_losses(model, each) for domain, each in ids.items()}
-        del model  # one at a time
+        losses[name] = {domain: window_losses(model, each) for domain, each in ids.items()}
+        del model  # before the next model is loaded
     groups = {**{domain: [domain] for domain in texts}, "mean": list(texts)}
     return {
-        group: measured([found["before"][one] for one in domains], [found["after"][one] for one in domains])
+        group: measured([losses["before"][name] for name in domains], [losses["after"][name] for name in domains])
         for group, domains in groups.items()
     }
 
@@ -50,13 +50,13 @@ def measured(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> d
     """Perplexities and their standard errors, by the delta method.
 
     Args:
-        before, after: a text each, the losses of its windows in nats, float64 ``[windows]``.
+        before, after: for each text the losses of its windows in nats, float64 ``[windows]``.
     """
     values = {"before": before, "after": after, "ratio": [new - old for old, new in zip(before, after, strict=True)]}
-    means = {name: math.exp(sum(float(each.mean()) for each in some) / len(some)) for name, some in values.items()}
-    found = {name: means[name] for name in ("before", "after")}
+    means = {name: math.exp(sum(float(each.mean()) for each in texts) / len(texts)) for name, texts in values.items()}
+    results = {name: means[name] for name in ("before", "after")}
     if min(map(len, before)) > 1:
-        for name, some in values.items():
-            spread = math.sqrt(sum(float(each.var()) / len(each) for each in some)) / len(some)
-            found[f"{name}_stderr"] = means[name] * spread
-    return found
+        for name, texts in values.items():
+            spread = math.sqrt(sum(float(each.var()) / len(each) for each in texts)) / len(texts)
+            results[f"{name}_stderr"] = means[name] * spread
+    return results

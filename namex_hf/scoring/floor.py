@@ -1,4 +1,4 @@
-"""What a mixture-of-experts model is without its routed experts: the floor that a merge has to beat."""
+"""A mixture-of-experts model without its routed experts: the lower bound that a merge must exceed."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import torch
 
 
 def without_routed_experts(model: Any) -> Any:
-    """The same model, in place, with routed experts that add nothing: attention and shared experts alone.
+    """Set the output of all routed experts to zero, in place: attention, dense MLPs and shared experts remain.
 
     Args:
-        model: of transformers, with fused experts (``mlp.experts.down_proj``).
+        model: a transformers model with fused experts (``mlp.experts.down_proj``).
 
     Raises:
-        ValueError: it has none.
+        ValueError: it has no such experts.
     """
     names = [name for name, _ in model.named_parameters() if name.endswith("mlp.experts.down_proj")]
     if not names:

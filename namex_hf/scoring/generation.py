@@ -1,4 +1,4 @@
-"""What a model is asked for while it generates."""
+"""Configuration of a model during generation."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,16 +7,16 @@ from typing import Any
 
 @contextmanager
 def without_balance_loss(model: Any) -> Iterator[None]:
-    """The model without the auxiliary loss that ``output_router_logits: true`` in its configuration asks for.
+    """Inside this context the model computes no auxiliary loss, also under ``output_router_logits: true``.
 
-    Only training reads that loss, and transformers' own classes fail at it in a pass that continues a cache.
+    Only training reads that loss, and transformers' own classes fail to compute it in a pass that continues a cache.
     """
     config: Any = getattr(model, "config", None)
-    asked = getattr(config, "output_router_logits", False)
-    if asked:
+    setting = getattr(config, "output_router_logits", False)
+    if setting:
         config.output_router_logits = False
     try:
         yield
     finally:
-        if asked:
-            config.output_router_logits = asked
+        if setting:
+            config.output_router_logits = setting

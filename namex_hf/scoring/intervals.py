@@ -1,4 +1,4 @@
-"""How far a score could be off because other text, or other problems, might have been drawn."""
+"""Confidence intervals of scores over the draw of texts or problems."""
 
 from collections.abc import Sequence
 
@@ -10,9 +10,9 @@ LEVEL = 0.95
 
 
 def mean_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of the groups' means, each group resampled by itself.
+    """Percentile bootstrap interval of the mean of the groups' means, with each group resampled by itself.
 
-    For a comparison pass differences, sample by sample: what two models have in common then cancels.
+    For a comparison pass differences, sample by sample: the common part of two models then cancels.
 
     Args:
         groups: samples of every group, such as the windows of every domain; at least two samples each.
@@ -26,7 +26,7 @@ def mean_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[flo
     def statistic(*samples: np.ndarray, axis: int) -> np.ndarray:
         return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
 
-    found = bootstrap(
+    interval = bootstrap(
         [np.asarray(group, dtype=float) for group in groups],
         statistic,
         n_resamples=RESAMPLES,
@@ -35,4 +35,4 @@ def mean_interval(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[flo
         method="percentile",
         rng=seed,
     ).confidence_interval
-    return float(found.low), float(found.high)
+    return float(interval.low), float(interval.high)

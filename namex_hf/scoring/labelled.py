@@ -14,9 +14,10 @@ def labelled_losses(model: Any, rows: Sequence[dict[str, Any]], pad: int, batch:
     """The mean negative log-likelihood of each row's labelled tokens, in nats, float64 ``[rows]``.
 
     Args:
-        model: a causal language model of transformers, in eval mode or not (it is left as it was).
-        rows: ``input_ids`` and ``labels``, `IGNORED` where a token does not count; each with a label after its first.
-        pad: a token to fill shorter rows of a batch with.
+        model: a causal language model of transformers; its mode (training or eval) does not change.
+        rows: ``input_ids`` and ``labels``, which are `IGNORED` for tokens that do not count. Each row needs a label
+            after its first token.
+        pad: the token that fills shorter rows of a batch.
     """
     training, losses = model.training, []
     model.eval()
@@ -31,9 +32,9 @@ def labelled_losses(model: Any, rows: Sequence[dict[str, Any]], pad: int, batch:
             labels[place, :length] = torch.tensor(row["labels"])
         ids, labels, mask = (tensor.to(model.device) for tensor in (ids, labels, mask))
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()
-        wanted = labels[:, 1:]
-        each = cross_entropy(logits.flatten(0, 1), wanted.flatten(), reduction="none", ignore_index=IGNORED)
-        counted = (wanted != IGNORED).sum(1)
-        losses.append((each.view_as(wanted).double().sum(1) / counted).cpu())
+        targets = labels[:, 1:]
+        each = cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=IGNORED)
+        counted = (targets != IGNORED).sum(1)
+        losses.append((each.view_as(targets).double().sum(1) / counted).cpu())
     model.train(training)
     return torch.cat(losses)

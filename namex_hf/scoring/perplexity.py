@@ -19,16 +19,16 @@ def held_out_texts() -> dict[str, str]:
 
 @torch.no_grad()
 def window_losses(model: Any, tokens: torch.Tensor, window: int = 512, batch: int = 8) -> torch.Tensor:
-    """The mean negative log-likelihood a token of every window, in nats, float64 ``[windows]``.
+    """The mean negative log-likelihood per token of every window, in nats, float64 ``[windows]``.
 
     Text is cut into windows that do not overlap; the first token of each is context only.
 
     Args:
-        model: a causal language model of transformers, in eval mode or not (it is left as it was).
+        model: a causal language model of transformers; its mode (training or eval) does not change.
         tokens: ``[n]`` ids.
 
     Raises:
-        ValueError: fewer tokens than one window of two.
+        ValueError: fewer than 2 tokens.
     """
     window = min(window, len(tokens))
     if window < 2:
@@ -46,12 +46,12 @@ def window_losses(model: Any, tokens: torch.Tensor, window: int = 512, batch: in
 
 
 def perplexity(model: Any, tokens: torch.Tensor, window: int = 512, batch: int = 8) -> float:
-    """exp of the mean negative log-likelihood a token. Args and errors as of `window_losses`."""
+    """exp of the mean negative log-likelihood per token. Args and errors as `window_losses`."""
     return math.exp(float(window_losses(model, tokens, window, batch).mean()))
 
 
 def text_ids(tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None) -> dict[str, torch.Tensor]:
-    """Ids of each text, ``[n]``. Args as of `perplexities`."""
+    """Token ids of each text, ``[n]``. Args as `perplexities`."""
     return {
         name: tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0][:tokens]
         for name, text in texts.items()
@@ -61,7 +61,7 @@ def text_ids(tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None
 def text_losses(
     model: Any, tokenizer: Any, texts: Mapping[str, str], tokens: int | None = None, window: int = 512
 ) -> dict[str, torch.Tensor]:
-    """`window_losses` of each text. Args as of `perplexities`."""
+    """`window_losses` of each text. Args as `perplexities`."""
     return {name: window_losses(model, ids, window) for name, ids in text_ids(tokenizer, texts, tokens).items()}
 
 
@@ -71,9 +71,9 @@ def perplexities(
     """Perplexity of each text, and their geometric mean under ``mean``.
 
     Args:
-        tokens: of each text, from its beginning; all by default.
+        tokens: number of tokens from the beginning of each text; all by default.
     """
     losses = text_losses(model, tokenizer, texts, tokens, window)
-    found = {name: math.exp(float(each.mean())) for name, each in losses.items()}
-    found["mean"] = math.exp(sum(map(math.log, found.values())) / len(found))
-    return found
+    values = {name: math.exp(float(each.mean())) for name, each in losses.items()}
+    values["mean"] = math.exp(sum(map(math.log, values.values())) / len(values))
+    return values

@@ -1,4 +1,4 @@
-"""How fast a model reads and writes, here and now."""
+"""Speed of a model in prefill and decoding, measured on this machine."""
 
 import statistics
 import time
@@ -15,16 +15,16 @@ BATCH, PROMPT, NEW, REPEATS = 8, 128, 16, 3
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens a second, of all sequences of the batch together."""
+    """Tokens per second, over all sequences of the batch."""
 
     prefill: float
-    """Of prompts, up to the first new token of each."""
+    """Prompt tokens, timed up to the first new token."""
     decode: float
-    """Of new tokens after the first, greedily, with a cache."""
+    """New tokens after the first, greedily, with a cache."""
 
 
 class Clock(StoppingCriteria):
-    """Stops nothing; notes when each new token was there."""
+    """Records the time of each new token; never stops generation."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -44,12 +44,12 @@ class Clock(StoppingCriteria):
 def speed(
     model: Any, tokens: torch.Tensor, batch: int = BATCH, prompt: int = PROMPT, new: int = NEW, repeats: int = REPEATS
 ) -> Speed:
-    """Medians over repeats of generating ``new`` tokens after prompts.
+    """Speed of generating ``new`` tokens after prompts, as the median over repeats.
 
     Args:
         model: a causal language model of transformers, in eval mode.
-        tokens: ``[n]`` ids, from which the prompts are cut; used over again where they are too few.
-        new: from 2; the end of text does not stop it.
+        tokens: ``[n]`` ids, from which the prompts are cut; repeated if they are too few.
+        new: at least 2; the end-of-text token does not stop generation.
 
     Raises:
         ValueError: no tokens, or ``new`` below 2.
