@@ -116,8 +116,8 @@ def test_flags_go_before_the_recipe_file(toy: Path, tmp_path: Path):
     recipe.write_text("# a comment\nmethod: ep-camex\ngamma: 0.5\nbase: mean\n")
     assert ran(toy, "--out", tmp_path / "out", "--recipe", recipe, "--gamma", "0.25", "--quiet") == 0
     stored = json.loads((tmp_path / "out" / "config.json").read_text())["namex"]
-    assert stored == Recipe(method="ep-camex", gamma=0.25, base="mean").to_dict()
-    assert Recipe.from_yaml(tmp_path / "out" / "namex/recipe.yaml").to_dict() == stored
+    assert stored == Recipe(method="ep-camex", gamma=0.25, base="mean").to_stored()
+    assert Recipe.from_yaml(tmp_path / "out" / "namex/recipe.yaml").to_stored() == stored
 
 
 def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
@@ -138,16 +138,16 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     walked = {"merge": "soft", "momentum": "complex", "beta": "0.9,0.25", "eta": 0.5, "segment": 8, "top_k": 2}
     walked |= {"curvature": "calibrated", "rank": 2, "calibration_tokens": 4096}
     wanted = Recipe.from_dict({**walked, "routing": "cosine", "temperature": "norms"})
-    assert config["namex"] == wanted.to_dict()
+    assert config["namex"] == wanted.to_stored()
     assert ran(speaking, "--out", tmp_path / "aiming", *aiming.split()) == 0
     config = json.loads((tmp_path / "aiming" / "config.json").read_text())
     wanted = Recipe(merge="grouped", experts=4, budget="damage", down="refit", target="layer", calibration_tokens=4096)
-    assert config["namex"] == wanted.to_dict()
+    assert config["namex"] == wanted.to_stored()
     assert sum(config["layer_experts"]) == 4 * 3
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     wanted = Recipe(merge="grouped", experts=4, weighting="nash", disagreement="mean", granularity="expert", seed=3)
-    assert config["namex"] == wanted.to_dict()
+    assert config["namex"] == wanted.to_stored()
     assert (config["num_experts"], config["num_experts_per_tok"]) == (4, 3)
     assert "device" not in (tmp_path / "out" / "namex/recipe.yaml").read_text()
 

@@ -224,7 +224,7 @@ def test_bytes_in_and_out(file: Path, plan: Plan):
 @patches()
 def test_configurations_of_the_results(file: Path, plan: Plan):
     config, family = plan.config(), plan.family
-    assert config["namex"] == plan.recipe.to_dict()
+    assert config["namex"] == plan.recipe.to_stored()
     assert config[family.experts_field] == plan.kept
     stays = file.stem.startswith("grouped") or file.stem == "smoe"
     assert config["model_type"] == (family.model_type if stays else family.patched_type)

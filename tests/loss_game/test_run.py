@@ -67,7 +67,7 @@ def test_both_paths_agree(
     assert type(stored) is type(patched)
     assert differing(stored.state_dict(), patched.state_dict()) == []
     assert same_bits(logits(stored), logits(patched))
-    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_dict()
+    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_stored()
     for field in (experts_field(read_config(source)), "num_experts_per_tok"):
         assert getattr(stored.config, field) == getattr(patched.config, field) == recipe.to_dict()["experts"]
     for other in ({"fit": "router"}, {**FIELDS, "power": "equal"}):

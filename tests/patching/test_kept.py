@@ -93,7 +93,7 @@ def test_both_paths_agree(odd, words: Path, tmp_path: Path, name: str, form: str
     assert type(stored) is type(patched)
     assert differing(stored.state_dict(), patched.state_dict()) == []
     assert same_bits(logits(stored), logits(patched))
-    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_dict()
+    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_stored()
 
 
 def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:

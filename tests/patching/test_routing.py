@@ -106,7 +106,7 @@ def test_both_paths_agree(odd, words: Path, tmp_path: Path, name: str, form: str
     assert differing(*held) == []
     assert same_bits(logits(stored), logits(patched))
     told = recipe if not recipe.needs_text else replace(recipe, calibration_data=words.name)
-    assert stored.config.namex == patched.config.namex == told.to_dict()
+    assert stored.config.namex == patched.config.namex == told.to_stored()
     written = read_tensors(tmp_path / "out")
     floats = {tensor.dtype for name, tensor in written.items() if not name.endswith("stable_router.assignment")}
     assert floats == {dtype}

@@ -101,7 +101,7 @@ def test_equal_to_the_live_model(odd, tmp_path: Path, family: str, dtype: torch.
     assert type(stored) is type(live)
     assert differing(stored.state_dict(), live.state_dict()) == []
     assert same_bits(logits(stored), logits(live))
-    assert stored.config.namex == live.config.namex == Recipe(**recipe).to_dict()
+    assert stored.config.namex == live.config.namex == Recipe(**recipe).to_stored()
     assert stored.config.num_experts_per_tok == live.config.num_experts_per_tok
 
 

@@ -77,7 +77,7 @@ def test_the_outline_is_the_model_without_its_numbers(name: str, recipe: str):
     assert type(outline) is type(model)
     assert shapes(outline) == shapes(model)
     assert [name for name, _ in outline.named_parameters()] == [name for name, _ in model.named_parameters()]
-    assert model.config.namex == start.recipe.to_dict()
+    assert model.config.namex == start.recipe.to_stored()
     assert model.name_or_path == model.config._name_or_path == name  # not where the package lies
 
 
@@ -208,7 +208,7 @@ def test_another_family(tmp_path: Path, namex: dict[str, Any] | None):
 
 def test_a_model_without_a_tokenizer(tmp_path: Path):
     start = start_from(str(save_toy(tmp_path / "toy")))
-    assert start.model(None).config.namex == Recipe().to_dict()
+    assert start.model(None).config.namex == Recipe().to_stored()
     with pytest.raises(TrainingError) as caught:
         start.tokenizer()
     assert str(caught.value) == "toy has no tokenizer, and chats cannot be read without one"
@@ -232,7 +232,7 @@ def test_a_stock_checkpoint_cannot_be_patched_in_pieces(patched: dict[str, Path]
         TrainingError, match=r"^tiny is not patched, and cannot be where .*; accepted: a folder of namex"
     ):
         start_from("tiny").model(None)
-    assert start_from(str(patched["residual"])).model(None).config.namex == Recipe().to_dict()
+    assert start_from(str(patched["residual"])).model(None).config.namex == Recipe().to_stored()
 
 
 @pytest.mark.parametrize(("found", "context"), [(512, 512), (None, None)])
@@ -260,6 +260,6 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path: Path):
     start = start_from(str(folder))
     assert isinstance(start, Start)
     (folder / "model.safetensors").unlink()
-    assert start.outline().config.namex == Recipe().to_dict()
+    assert start.outline().config.namex == Recipe().to_stored()
     with pytest.raises(OSError, match="safetensors"):
         start.model(None)
