@@ -107,7 +107,7 @@ class Recipe(Part):
 
     def to_stored(self) -> dict[str, Any]:
         """`to_dict` as a run stores it, with its version."""
-        return self.to_dict()
+        return {"recipe_version": VERSION, **self.to_dict()}
 
     def to_yaml(self, stored: bool = False) -> str:
         """`to_dict` or, stored, `to_stored` as YAML."""

@@ -907,3 +907,30 @@ def test_factors_have_bounds(name: str, others: dict):
     for beyond in (1.1e6, 1e300, 2**78, 0, -1):
         with pytest.raises(RecipeError, match=f"'{name}' is .*; accepted: a number above 0, up to 1e"):
             Recipe(**{**others, name: beyond})
+
+
+def test_a_stored_recipe_has_a_version_and_is_read_as_the_run_meant_it():
+    recipe = Recipe(merge="grouped", experts=4)
+    assert recipe.to_stored() == {"recipe_version": 2, **recipe.to_dict()}
+    assert Recipe.from_dict(recipe.to_stored()) == Recipe.from_stored(recipe.to_stored()) == recipe
+    assert yaml.safe_load(recipe.to_yaml(stored=True)) == recipe.to_stored()
+    for version in (0, 3, "2", None):
+        with pytest.raises(RecipeError, match=r"^recipe field 'recipe_version' is .*; accepted: whole numbers to 2$"):
+            Recipe.from_dict({"recipe_version": version})
+
+
+@pytest.mark.parametrize("fields", [GROUPED, {"method": "smoe"}, {}], ids=str)
+def test_what_0_1_0_stored_opens(fields: dict[str, Any]):
+    """Its defaults of other merges' fields are no choices; a user's file is refused for them."""
+    of_that_release = {"merge": "residual", "base": "first", "grouping": "weights", **fields}
+    base = {"base": "first"} if not fields else {}
+    assert Recipe.from_stored(of_that_release) == Recipe.from_dict({**fields, **base})
+    with pytest.raises(RecipeError, match="'(base|grouping)' (is a choice of|belongs to)"):
+        Recipe.from_dict(of_that_release)
+
+
+def test_a_stored_weighting_need_not_be_installed():
+    stored = {**Recipe(**GROUPED, weighting="usage").to_stored(), "weighting": "of-others"}
+    assert Recipe.from_stored(stored).to_stored() == stored
+    with pytest.raises(RecipeError, match="'weighting' is 'of-others'; accepted: nash, uniform, usage, saliency"):
+        Recipe.from_dict({**GROUPED, "weighting": "of-others"})
