@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from namex_hf.merging.routers import comparison
-from namex_hf.training.stable_moe.listening import Heard, listen, stable_routers
+from namex_hf.training.stable_moe.routing_hooks import LayerRouting, record_routing, stable_routers
 from namex_hf.training.stable_moe.student import Student
 
 
@@ -51,11 +51,11 @@ def agreement(
 
 
 @torch.no_grad()
-def hear(model: Any, input_ids: torch.Tensor, batch: int) -> list[Heard]:
+def hear(model: Any, input_ids: torch.Tensor, batch: int) -> list[LayerRouting]:
     """What every layer's router hears in eval mode, all passes in one."""
     training, layers = model.training, len(stable_routers(model))
-    heard: list[Heard] = []
-    handles = listen(model, heard)
+    heard: list[LayerRouting] = []
+    handles = record_routing(model, heard)
     model.eval()
     try:
         for rows in input_ids.split(batch):
@@ -64,4 +64,4 @@ def hear(model: Any, input_ids: torch.Tensor, batch: int) -> list[Heard]:
         model.train(training)
         for handle in handles:
             handle.remove()
-    return [Heard(*map(torch.cat, zip(*heard[layer::layers], strict=True))) for layer in range(layers)]
+    return [LayerRouting(*map(torch.cat, zip(*heard[layer::layers], strict=True))) for layer in range(layers)]

@@ -1,6 +1,6 @@
 """What live propagation and its bargain cost in training (as Table 12): ``python benchmarks/live_training.py``.
 
-Random Qwen2-MoE models (`--layers` mixtures of N experts of 256 beside hidden 512, top-2, float32), patched with
+Random Qwen2-MoE models (`--layers` MoE layers of N experts of 256 beside hidden 512, top-2, float32), patched with
 NAMEx-Full (``merge: residual``, gamma 0.6), once for every number of experts. Clocked, interleaved, the best of the
 rounds: an optimiser step over `--tokens` tokens (forward, backward, AdamW) with the bases stored, and live; and the
 bargain of all layers (Gram matrices, solution, propagation) with games in every Delta-l-th layer, L being the first
@@ -27,7 +27,7 @@ from namex_hf.merging.weightings import WEIGHTINGS
 from namex_hf.recipe import Game
 from namex_hf.training.bargain import rebargain
 from namex_hf.training.gathered import base_of, experts_of
-from namex_hf.training.live import go_live, mixtures, settle
+from namex_hf.training.live import go_live, moe_blocks, settle
 
 GAMMA = 0.6  # at 1 the first base gets no gradient from later layers
 RECIPES = {
@@ -58,7 +58,7 @@ class Bench:
         self.model: Any = patch_model(AutoModelForCausalLM.from_config(config, dtype=torch.float32), RECIPES["1"])
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5)
         self.ids = torch.randint(0, config.vocab_size, (max(1, tokens // 512), min(512, tokens)))
-        blocks = mixtures(self.model)
+        blocks = moe_blocks(self.model)
         self.gram = torch.cat([grams(experts_of(block), base_of(block), "matrix") for block in blocks])
         self.best: dict[tuple[str, str], float] = defaultdict(lambda: float("inf"))
 

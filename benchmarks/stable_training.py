@@ -29,7 +29,7 @@ from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts, perplexities
 from namex_hf.training.stable_moe import StageOne, freeze
-from namex_hf.training.stable_moe.listening import stable_routers
+from namex_hf.training.stable_moe.routing_hooks import stable_routers
 
 LENGTH = 256
 

@@ -1,1 +1,1 @@
-"""Training: what is learnt while a patched model is fine-tuned, and what becomes of it."""
+"""Fine-tuning of patched models: data, trainer, bargaining between steps, and the result."""

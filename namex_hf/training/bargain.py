@@ -1,4 +1,4 @@
-"""The bargain goes on while a patched model is trained: its base expert walks again through the experts as they are."""
+"""Bargaining during the training of a patched model: the base expert is propagated again through current experts."""
 
 import math
 import time
@@ -24,40 +24,40 @@ from .live_step import curved_step
 
 
 @dataclass(frozen=True)
-class Settled:
-    """One layer's games over the experts as they are now."""
+class LayerBargain:
+    """The games of a layer over its current experts."""
 
     layer: int
     record: list[dict[str, Any]]
-    """Of every game, as a report has it."""
+    """The entry of every game in a report."""
     cosines: torch.Tensor
-    """Between the players of every game, float32 ``[games, N, N]``."""
+    """Cosines between the players of every game, float32 ``[games, N, N]``."""
     drift: float | None
-    """How far training had taken the layer's base from where it now is, relative to its norm; None where it stayed."""
+    """Distance of the trained base from the propagated base, relative to the latter's norm; None without a change."""
 
 
 @torch.no_grad()
-def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
-    """Solve the games of all layers again, and let the base expert walk on through them (paper eq. 3, 6 and 9).
+def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[LayerBargain]:
+    """Solve the games of all layers again, and propagate the base expert through them (paper eq. 3, 6 and 9).
 
-    The walk begins with the first MoE layer's base as it was trained. Under ``first_layer: sparse`` it begins with the
-    one that the recipe's `base` makes of this layer's parameters as they are now, and none is written there. Every
-    later layer's base is overwritten with what the walk brings; what gradients had made of it is gone, and reported as
-    its drift. What adapters add to experts counts. Under ``method: camex`` nothing walks, and no base changes. A live
-    model (`live.go_live`), whose base walks in every pass, goes on with the weights that are found here; its bases are
-    written all the same, and their drift is how far the walk has come since they were written last.
+    The propagation begins with the trained base of the first MoE layer. Under ``first_layer: sparse`` it begins with
+    the recipe's `base` of this layer's current parameters, which is not written. Every later layer's base is
+    overwritten with the propagated base. Its drift reports the update by gradients that is lost by this. Adapters on
+    experts are included. Under ``method: camex`` there is no propagation, and no base changes. A live model
+    (`live.go_live`) propagates its base in every pass and gets the new weights. Its bases are written too; their drift
+    is the distance of the propagation since they were last written.
 
     Args:
-        model: a patched one of transformers, as the trainer has it: under an adapter, sharded (FSDP2, DeepSpeed
-            ZeRO-3; on every process, and not before the first pass) or not.
-        recipe: of the model.
-        write: False: the games are played around the bases as they are, and none is changed.
+        model: a patched transformers model from the trainer: also under an adapter, or sharded (FSDP2, DeepSpeed
+            ZeRO-3; call on every process, after the first pass).
+        recipe: recipe of the model.
+        write: False: solve the games around the current bases, and change no base.
 
-    Memory: one decoder layer whole, where it is sharded; a copy of its experts, where an adapter acts on them; the base
-    three times in float32, and chunks.
+    Memory: a whole decoder layer if it is sharded; a copy of its experts if an adapter acts on them; the base three
+    times in float32, and chunks.
 
     Raises:
-        TrainingError: an expert is not finite any more.
+        TrainingError: an expert has a value that is not finite.
     """
     model = getattr(model, "get_base_model", lambda: model)()
     config = model.config.to_dict()
@@ -65,64 +65,64 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[Settled]:
     assert isinstance(merge, AroundBase)
     shape = family.shape(config)
     own_of = partial(own_base_of, choice=merge.base, shared_name=family.shared_name, width=shape.width)
-    settled: list[Settled] = []
+    bargains: list[LayerBargain] = []
     walk = None
     with shared_out():
         for position, index in enumerate(shape.layers):
             layer = model.model.layers[index]
             with gathered(layer):
                 trained = own_of(layer.mlp) if merge.stays_sparse(index, shape.layers) else base_of(layer.mlp)
-                own = walk is None or not write
+                keeps_base = walk is None or not write
                 if walk is None or not write:
                     walk = PropagationState(trained)
                 device = str(trained.down.device)
                 try:
-                    step = _pass_layer(layer.mlp, walk, merge, position, device)
+                    step = _propagate_layer(layer.mlp, walk, merge, position, device)
                 except NotFiniteError as error:
                     raise TrainingError(f"layer {index}, {error}: training has diverged") from error
-            drift = None if own else distance(trained, walk.base)
-            if not own:
+            drift = None if keeps_base else distance(trained, walk.base)
+            if not keeps_base:
                 write_base(layer.mlp, walk.base)
             if write and isinstance(layer.mlp, LiveBlock) and step.weights is not None:
                 layer.mlp.weights = of_first_process(step.weights, device).cpu()
-            settled.append(Settled(index, step.record, step.cosines, drift))
+            bargains.append(LayerBargain(index, step.record, step.cosines, drift))
             walk = step.state
-    return settled
+    return bargains
 
 
-def _pass_layer(block: Any, walk: PropagationState, merge: AroundBase, position: int, device: str) -> Step:
-    """One layer passed, under `AroundBase.curved_step` with M_i as it is now."""
+def _propagate_layer(block: Any, walk: PropagationState, merge: AroundBase, position: int, device: str) -> Step:
+    """Propagate the base through a layer; under `AroundBase.curved_step` with the current M_i."""
     experts, curvature = experts_of(block), curvature_of(block) if merge.curved_step else None
     if curvature is None:
         return propagate(experts, walk, merge, position, device=device)
 
-    @torch.no_grad()  # here too: each projection has a thread of its own
+    @torch.no_grad()  # again, because each projection has its own thread
     def step_of(name: str, base: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         return curved_step(experts[name], base, weights, curvature[name])
 
     return propagate(experts, walk, merge, position, step_of, device)
 
 
-def distance(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> float:
-    """``|found - wanted| / |wanted|`` over all projections; infinite where nothing but zeros is wanted."""
-    moved = sum(float((found[name] - matrix).square().sum()) for name, matrix in wanted.items())
-    norm = sum(float(matrix.square().sum()) for matrix in wanted.values())
-    return math.sqrt(moved / norm) if norm else math.inf
+def distance(base: Mapping[str, torch.Tensor], target: Mapping[str, torch.Tensor]) -> float:
+    """``|base - target| / |target|`` over all projections; infinite if the target is zero."""
+    squared = sum(float((base[name] - matrix).square().sum()) for name, matrix in target.items())
+    norm = sum(float(matrix.square().sum()) for matrix in target.values())
+    return math.sqrt(squared / norm) if norm else math.inf
 
 
-def summary(settled: list[Settled]) -> dict[str, float]:
+def summary(bargains: list[LayerBargain]) -> dict[str, float]:
     """The state of the bargain in a few numbers, for a log.
 
     The largest spread of a game's weights (standard deviation over mean) and the largest residual, over all games; the
     mean drift over layers; the share of games without agreement, and of games that fell back to the plain mean.
     """
-    games = [game for layer in settled for game in layer.record]
-    found: dict[str, list[float]] = {
+    games = [game for layer in bargains for game in layer.record]
+    largest: dict[str, list[float]] = {
         "bargain/spread": [game["spread"] for game in games if game["spread"] is not None],
         "bargain/residual": [game["residual"] for game in games if game["residual"] is not None],
     }
-    drifts = [layer.drift for layer in settled if layer.drift is not None]
-    values = {name: max(numbers) for name, numbers in found.items() if numbers}
+    drifts = [layer.drift for layer in bargains if layer.drift is not None]
+    values = {name: max(numbers) for name, numbers in largest.items() if numbers}
     if drifts:
         values["bargain/drift"] = sum(drifts) / len(drifts)
     for word in (NO_AGREEMENT, FALLBACK):
@@ -131,24 +131,24 @@ def summary(settled: list[Settled]) -> dict[str, float]:
 
 
 def is_live(model: Any) -> bool:
-    """Whether a model's base expert walks in the forward pass (`live.go_live`)."""
+    """Whether a model propagates its base expert in the forward pass (`live.go_live`)."""
     return any(isinstance(module, LiveBlock) for module in model.modules())
 
 
 class BargainCallback(TrainerCallback):
-    """Solves and propagates again after every n-th optimiser step.
+    """Solves the games and propagates the base again after every n-th optimiser step.
 
-    It holds no state that a checkpoint would have to keep: where it acts follows from the number of the step, and what
-    it does from the parameters. A live model's weights are such a state, so they are also solved for after a checkpoint
-    was saved, and where training goes on from one: both find the same.
+    It has no state for a checkpoint: the number of the step determines when it acts, and the parameters what it does. A
+    live model's weights are not in a checkpoint. So they are solved for after a checkpoint is saved and when training
+    resumes from it, with the same result.
 
     Args:
-        recipe: of the model that is trained.
+        recipe: recipe of the trained model.
         every: n, at least 1.
 
     Attributes:
-        state: numbers of the last time, see `summary`, until they are logged.
-        seconds: spent so far.
+        state: `summary` of the last bargain, until it is logged.
+        seconds: time of all bargains so far.
     """
 
     def __init__(self, recipe: Recipe, every: int):
@@ -157,17 +157,17 @@ class BargainCallback(TrainerCallback):
         self.seconds = 0.0
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """After the optimiser, before what is logged and saved."""
+        """Act after the optimiser, before logging and saving."""
         if state.global_step % self.every == 0:
             self._act(model)
 
     def on_save(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """After a checkpoint was written."""
+        """Act after a checkpoint was written."""
         if is_live(model):
             self._act(model)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        """Once a checkpoint has been read, where there is one."""
+        """Act after training resumed from a checkpoint."""
         if state.global_step and is_live(model):
             self._act(model)
 

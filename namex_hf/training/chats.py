@@ -1,4 +1,4 @@
-"""Chats to train on: read and checked. How they become tokens is in `labels`."""
+"""Reading and checking of chats for training; `labels` converts them to tokens."""
 
 import hashlib
 import json
@@ -18,25 +18,25 @@ from ..version import __version__
 PACKAGED = Path(__file__).parent.parent / "packaged" / "chats"
 ROLES = ("system", "user", "assistant", "tool")
 COLUMNS = ("messages", "tools", "chat_template_kwargs")
-"""Of a chat, as TRL has them: turns, tools, and further variables of the chat template."""
+"""Columns of a chat in TRL: turns, tools, and further variables of the chat template."""
 Chat = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Chats:
-    """What is trained on, and what is held back to be scored on, each a `datasets.Dataset` with some of `COLUMNS`."""
+    """Chats for training and held-out chats for scores, each a `datasets.Dataset` with some of `COLUMNS`."""
 
     train: Any
     held_out: Any
     name: str
-    """Of the data, never a path; of a Hub data set with its commit."""
+    """Name of the data, never a path; of a Hub data set with its commit."""
     sha256: str | None
-    """Of a local file's chats."""
+    """Hash of a local file's chats."""
     places: tuple[tuple[str, Sequence[int]], tuple[str, Sequence[int]]] | None = None
-    """Of both, what its rows are called and their numbers in the file or split; None: they are counted."""
+    """For both, the term for a row and the row numbers in the file or split; None: rows are counted."""
 
     def place(self, held_out: bool) -> tuple[str, Sequence[int]]:
-        """What rows are called, and the number of each."""
+        """The term for a row in messages, and the number of each row."""
         if self.places is not None:
             return self.places[held_out]
         return f"{self.name}, {'held-out ' if held_out else ''}chat", range(1, 1 + len(self._split(held_out)))
@@ -46,18 +46,18 @@ class Chats:
 
 
 def load_chats(source: str | None, config: str | None, splits: tuple[str, str], held_out: int, seed: int) -> Chats:
-    """Read the chats that a user names, and check all of them.
+    """Read and check all chats of a source.
 
     Args:
-        source: None: the packaged chats; a ``.jsonl`` or ``.parquet`` file with `messages`; or a Hub data set.
-        config: of a Hub data set.
-        splits: to train on and to score on. A local file has neither: some chats, drawn by `seed`, are held back.
-        held_out: chats to score on, at least 2; of a local file not more than a tenth.
+        source: a ``.jsonl`` or ``.parquet`` file with `messages`, or a Hub data set; None: the packaged chats.
+        config: configuration of a Hub data set.
+        splits: names of the splits for training and for scores. Of a local file, random chats by `seed` are held out.
+        held_out: number of chats for scores, at least 2; of a local file at most a tenth.
 
     Memory: all chats of a local file.
 
     Raises:
-        TrainingError: nothing of that name, a line or row that is no chat (by its number), too few chats.
+        TrainingError: there is no such source, a line or row (given by its number) is not a chat, or there are too few.
         MissingExtraError: ``datasets`` is not installed.
     """
     try:
@@ -74,8 +74,8 @@ def load_chats(source: str | None, config: str | None, splits: tuple[str, str], 
 
 def _packaged(held_out: int) -> Chats:
     rows = list(file_chats(PACKAGED / "train.jsonl"))
-    back = list(file_chats(PACKAGED / "held_out.jsonl"))[:held_out]
-    return Chats(_data_set(rows), _data_set(back), "packaged", _digest(rows, back))
+    held = list(file_chats(PACKAGED / "held_out.jsonl"))[:held_out]
+    return Chats(_data_set(rows), _data_set(held), "packaged", _digest(rows, held))
 
 
 def _of_file(path: Path, held_out: int, seed: int) -> Chats:
@@ -91,17 +91,17 @@ def _of_file(path: Path, held_out: int, seed: int) -> Chats:
     return Chats(_data_set(rows), _data_set(held), path.name, _digest(rows, held), places)
 
 
-def _digest(rows: list[Chat], back: list[Chat]) -> str:
-    return hashlib.sha256(json.dumps([rows, back]).encode()).hexdigest()
+def _digest(rows: list[Chat], held: list[Chat]) -> str:
+    return hashlib.sha256(json.dumps([rows, held]).encode()).hexdigest()
 
 
 def _data_set(rows: list[Chat]) -> Any:
-    """Of JSON columns: in Arrow's structures a field that one turn has would be a null in all others."""
+    """A data set of JSON columns: in Arrow's structures a field of a single turn would be a null in all others."""
     import datasets
 
     columns = [name for name in COLUMNS if any(name in row for row in rows)]
-    whole = [{name: row.get(name) for name in columns} for row in rows]  # datasets goes by the first row's names
-    return datasets.Dataset.from_list(whole, features=_features(columns))
+    filled = [{name: row.get(name) for name in columns} for row in rows]  # datasets takes the names of the first row
+    return datasets.Dataset.from_list(filled, features=_features(columns))
 
 
 def _features(columns: Sequence[str]) -> Any:
@@ -120,7 +120,7 @@ def _of_hub(name: str, config: str | None, splits: tuple[str, str], held_out: in
         with hub_client():
             commit = dataset_info(name).sha
         train, back = (datasets.load_dataset(name, config, split=split, revision=commit) for split in splits)
-    except Exception as error:  # what the library and the network raise is no closed set
+    except Exception as error:  # the library and the network can raise any error
         reason = f"{type(error).__name__}: {error}"
         raise TrainingError(f"--dataset_name {name} cannot be read as a Hub data set: {reason}") from error
     if "messages" not in train.column_names:
@@ -132,17 +132,17 @@ def _of_hub(name: str, config: str | None, splits: tuple[str, str], held_out: in
         )
     units = [f"{name} {split} row" for split in splits]
     rows, held = (_checked_rows(*each) for each in zip((train, chosen), units, strict=True))
-    stated = name if config is None else f"{name}:{config}"
+    source_name = name if config is None else f"{name}:{config}"
     places = ((units[0], range(1, 1 + len(train))), (units[1], range(1, 1 + len(chosen))))
-    return Chats(rows, held, f"{stated}@{commit}", None, places)
+    return Chats(rows, held, f"{source_name}@{commit}", None, places)
 
 
 def _checked_rows(rows: Any, unit: str) -> Any:
-    """The same chats as `_data_set` has them; on disk, where `rows` are there."""
-    found = [name for name in rows.column_names if name in (*COLUMNS, "documents")]
-    columns = [name for name in COLUMNS if name in found or (name == "chat_template_kwargs" and "documents" in found)]
+    """The same chats in the form of `_data_set`; on disk if `rows` are."""
+    names = rows.column_names
+    columns = [name for name in COLUMNS if name in names or (name == "chat_template_kwargs" and "documents" in names)]
     arguments = {"features": rows.features, "unit": unit, "columns": columns, "version": __version__}
-    shown = _progress_bars(False)
+    had_bars = _progress_bars(False)
     try:
         return rows.map(
             _checked_row,
@@ -152,20 +152,20 @@ def _checked_rows(rows: Any, unit: str) -> Any:
             remove_columns=rows.column_names,
         )
     finally:
-        _progress_bars(shown)
+        _progress_bars(had_bars)
 
 
-def _progress_bars(shown: bool) -> bool:
-    """Switch them on or off; returns what they were."""
+def _progress_bars(on: bool) -> bool:
+    """Switch the progress bars of `datasets` on or off; returns the former state."""
     from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-    found = bool(is_progress_bar_enabled())
-    (enable_progress_bar if shown else disable_progress_bar)()
-    return found
+    before = bool(is_progress_bar_enabled())
+    (enable_progress_bar if on else disable_progress_bar)()
+    return before
 
 
 def _checked_row(row: Any, index: int, features: Any, unit: str, columns: Sequence[str], version: str) -> Chat:
-    """`version` makes another release look again, where `datasets` would take what an earlier one has cached."""
+    """A checked row. `version` makes `datasets` ignore the cache of another release."""
     chat = checked(_whole(row, features), f"{unit} {index + 1}")
     return {name: chat.get(name) for name in columns}
 
@@ -177,30 +177,30 @@ def _whole(row: Any, features: Any) -> dict[str, Any]:
 def present(value: Any, feature: Any) -> Any:
     """A value without the nulls that stand for missing fields in Arrow's structures.
 
-    There a field that is null in one place and one that is missing are the same; the text of a turn may be null.
+    Arrow does not distinguish a null field from a missing field. The content of a turn may be null.
     """
     import datasets
 
     if isinstance(feature, dict) and isinstance(value, dict):
-        kept = {name: one for name, one in value.items() if one is not None or name == "content"}
-        return {name: present(one, feature.get(name)) for name, one in kept.items()}
+        fields = {name: item for name, item in value.items() if item is not None or name == "content"}
+        return {name: present(item, feature.get(name)) for name, item in fields.items()}
     if isinstance(feature, list | datasets.List | datasets.LargeList) and isinstance(value, list):
         inner = feature[0] if isinstance(feature, list) else feature.feature
-        return [present(one, inner) for one in value]
+        return [present(item, inner) for item in value]
     return value
 
 
 def file_chats(path: Path) -> Iterator[Chat]:
-    """The chats of a file, a line or a row each.
+    """The chats of a file, one for each line or row.
 
     Raises:
-        TrainingError: naming file and line of what is none.
+        TrainingError: a line or row is not a chat.
     """
     return (chat for _, chat in _numbered(path))
 
 
 def _numbered(path: Path) -> Iterator[tuple[int, Chat]]:
-    """With the number of each one's line or row."""
+    """The chats of a file, with the number of the line or row."""
     if path.suffix == ".parquet":
         yield from _parquet_chats(path)
     elif path.suffix in (".jsonl", ".json"):
@@ -226,18 +226,18 @@ def _parquet_chats(path: Path) -> Iterator[tuple[int, Chat]]:
 
 
 def checked(row: Any, where: str) -> Chat:
-    """A row's chat: every field of its turns, and what else the chat template is given.
+    """The chat of a row: every field of its turns, and the other variables of the chat template.
 
     Raises:
-        TrainingError: naming `where` and what is wrong.
+        TrainingError: the row is not a chat; the message begins with `where`.
     """
     messages = row.get("messages") if isinstance(row, dict) else None
     if not isinstance(messages, list) or not messages:
-        found = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
-        raise TrainingError(f"{where}: found {found}; needed: 'messages', a list of turns with 'role' and 'content'")
+        value = sorted(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise TrainingError(f"{where}: found {value}; needed: 'messages', a list of turns with 'role' and 'content'")
     for place, turn in enumerate(messages, start=1):
         _check_turn(turn if isinstance(turn, dict) else {}, f"{where}, turn {place}")
-    if not any(turn["role"] == "assistant" and _says_something(turn) for turn in messages):
+    if not any(turn["role"] == "assistant" and _has_content(turn) for turn in messages):
         raise TrainingError(f"{where}: no turn of the assistant says anything, so there is nothing to learn")
     chat = {"messages": messages} | _variables(row, where)
     try:
@@ -265,16 +265,16 @@ def _is_text_part(part: Any) -> bool:
     return isinstance(part, dict) and part.get("type") == "text" and is_text(part.get("text"))
 
 
-def _says_something(turn: dict[str, Any]) -> bool:
+def _has_content(turn: dict[str, Any]) -> bool:
     content = turn.get("content") or ""
     parts = [part["text"] for part in content] if isinstance(content, list) else [content]
     return bool(turn.get("tool_calls")) or any(part.strip() for part in parts)
 
 
 def _variables(row: dict[str, Any], where: str) -> Chat:
-    """``tools`` and ``chat_template_kwargs`` of a row that has them; ``documents`` is one of the latter."""
+    """``tools`` and ``chat_template_kwargs`` of a row that has them; ``documents`` becomes one of the latter."""
     tools, more = row.get("tools"), row.get("chat_template_kwargs")
-    if isinstance(tools, str):  # as TRL accepts them: Arrow has no other place for objects that are not alike
+    if isinstance(tools, str):  # TRL accepts text too, because Arrow cannot store objects of different structure
         tools = parse_json(tools, f"{where}: tools", TrainingError)
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         raise TrainingError(f"{where}: tools is {tools!r}; accepted: a list of objects")
@@ -282,12 +282,12 @@ def _variables(row: dict[str, Any], where: str) -> Chat:
         raise TrainingError(f"{where}: chat_template_kwargs is {more!r}; accepted: an object")
     if isinstance(row.get("documents"), list):
         more = {"documents": row["documents"], **(more or {})}
-    return {name: found for name, found in (("tools", tools), ("chat_template_kwargs", more)) if found is not None}
+    return {name: value for name, value in (("tools", tools), ("chat_template_kwargs", more)) if value is not None}
 
 
-def is_text(found: Any) -> bool:
-    """Whether it is a string that some encoding has: JSON can spell half a surrogate pair."""
-    return isinstance(found, str) and not any("\ud800" <= letter <= "\udfff" for letter in found)
+def is_text(value: Any) -> bool:
+    """Whether `value` is a string that can be encoded: JSON can contain half a surrogate pair."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def check_template(tokenizer: Any, model: str) -> None:

@@ -1,4 +1,4 @@
-"""What trains: kinds of parameters as a whole, or low-rank adapters on them."""
+"""Selection of the trainable parameters: whole kinds of parameters, or low-rank adapters on them."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,27 +10,27 @@ from ..families.kinds import KINDS, kind_of
 
 EVERYTHING = "everything"
 STUDENT = "student"
-"""Parameters that a model has in StableMoE's first stage alone (`stable`), and that always train there."""
+"""Parameters that exist, and always train, only in StableMoE's first stage (`stable_moe`)."""
 FUSED = {
     "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
     "router": ("mlp.gate.weight", "mlp.cosine_router.projection", "mlp.cosine_router.embeddings"),
 }
-"""Parameters that PEFT adapts as `target_parameters`, as they are in no `nn.Linear`."""
+"""Parameters that PEFT adapts as `target_parameters`, because they are not in an `nn.Linear`."""
 LINEAR = {
     "attention": r"self_attn\.[qkvo]_proj",
     "shared": r"mlp\.shared_experts?\.(gate|up|down)_proj",
     "dense": r"mlp\.(gate|up|down)_proj",
 }
-"""`target_modules`, as regular expressions of the ends of their names."""
+"""`target_modules`, as regular expressions for the ends of their names."""
 WHOLE = {"base": "base_expert", "curvature": "curvature"}
-"""`modules_to_save`: trained as they are, and kept in the adapter's file."""
+"""`modules_to_save`: trained without an adapter, and saved in the adapter's file."""
 
 
 def check_kinds(kinds: Sequence[str], adapter: bool) -> tuple[str, ...]:
-    """The kinds that were named, `EVERYTHING` spelt out.
+    """The named kinds, with `EVERYTHING` replaced by all kinds.
 
     Raises:
-        TrainingError: an unknown kind, or one that an adapter cannot act on.
+        TrainingError: a kind is unknown, or an adapter cannot act on it.
     """
     accepted = (*FUSED, *LINEAR, *WHOLE) if adapter else tuple(KINDS)
     if not kinds:
@@ -43,22 +43,22 @@ def check_kinds(kinds: Sequence[str], adapter: bool) -> tuple[str, ...]:
 
 
 def present(model: Any) -> dict[str, int]:
-    """Numbers of a model by kind; only kinds that it has."""
+    """Number of parameters of a model by kind; only kinds that it has."""
     return {kind: every for kind, (_, every) in counts(model).items()}
 
 
 def counts(model: Any) -> dict[str, tuple[int, int]]:
-    """Trainable and all numbers of a model by kind; only kinds that it has.
+    """Numbers of trainable and of all parameters of a model by kind; only kinds that it has.
 
-    Of what an adapter trains as a whole its copy counts, not the frozen original.
+    Of modules that an adapter trains as a whole, the trained copy counts, not the frozen original.
     """
-    found = dict.fromkeys((*KINDS, STUDENT), (0, 0))
+    totals = dict.fromkeys((*KINDS, STUDENT), (0, 0))
     for name, parameter in model.named_parameters():
         if ".original_module." not in name:
             kind, size = _kind_of(name), whole_size(parameter)
-            trains, has = found[kind]
-            found[kind] = trains + size * parameter.requires_grad, has + size
-    return {kind: numbers for kind, numbers in found.items() if numbers[1]}
+            trainable, every = totals[kind]
+            totals[kind] = trainable + size * parameter.requires_grad, every + size
+    return {kind: numbers for kind, numbers in totals.items() if numbers[1]}
 
 
 def _kind_of(name: str) -> str:
@@ -66,19 +66,19 @@ def _kind_of(name: str) -> str:
 
 
 def check_present(model: Any, kinds: Sequence[str]) -> tuple[str, ...]:
-    """The kinds to train that `model` has: all that were named, or of `EVERYTHING` those that there are.
+    """The kinds to train: all named kinds, or under `EVERYTHING` all kinds of the model.
 
     Raises:
-        TrainingError: a kind that was named has no parameters.
+        TrainingError: the model has no parameters of a named kind.
     """
-    there = present(model)
+    available = present(model)
     if EVERYTHING in kinds:
-        return tuple(there)
+        return tuple(available)
     for kind in kinds:
-        if kind not in there:
+        if kind not in available:
             raise TrainingError(
                 f"'{kind}' is to be trained, and {type(model).__name__} has no such parameters ({KINDS[kind]}); it has "
-                f"{', '.join(there)}"
+                f"{', '.join(available)}"
             )
     return tuple(kinds)
 
@@ -92,12 +92,12 @@ def train_only(model: Any, kinds: Sequence[str]) -> None:
 def lora(model: Any, kinds: Sequence[str], rank: int, alpha: int, dropout: float, carry_base: bool) -> Any:
     """PEFT's configuration of an adapter on some kinds.
 
-    Low-rank on experts, routers and linear layers; base expert and curvature are small, and train as a whole in the
-    adapter. PEFT knows no dropout for experts and routers.
+    Experts, routers and linear layers get low-rank adapters. Base expert and curvature are small, and train as a whole
+    in the adapter. PEFT does not support dropout for experts and routers.
 
     Args:
-        kinds: of those that the model has.
-        carry_base: keep the base experts in the adapter although they do not train, since the bargain changes them.
+        kinds: kinds of parameters of the model.
+        carry_base: save the base experts in the adapter even if they do not train, because the bargain changes them.
 
     Raises:
         TrainingError: dropout with experts or routers.
@@ -126,29 +126,29 @@ def lora(model: Any, kinds: Sequence[str], rank: int, alpha: int, dropout: float
 
 
 def check_trains(model: Any, kinds: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Trainable and all numbers by kind, once everything is in place.
+    """`counts` of the model that is ready for training.
 
     Raises:
-        TrainingError: nothing of a kind trains after all.
+        TrainingError: a kind has no trainable parameter.
     """
-    found = counts(model)
+    totals = counts(model)
     for kind in kinds:
-        if not found.get(kind, (0, 0))[0]:
+        if not totals.get(kind, (0, 0))[0]:
             raise TrainingError(f"'{kind}' is to be trained, and no parameter of this kind would get a gradient")
-    return found
+    return totals
 
 
 def whole_size(parameter: Any) -> int:
-    """Numbers in a parameter, of all its shards."""
+    """Number of entries of a parameter, over all its shards."""
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
 def table_of(trains: dict[str, tuple[int, int]]) -> Table:
-    """Of what `check_trains` has found."""
+    """The result of `check_trains` as a table."""
     table = Table(title="what trains")
     for column in ("kind", "trainable", "all", "share"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     rows = {**trains, "together": tuple(map(sum, zip(*trains.values(), strict=True)))}
-    for kind, (some, every) in rows.items():
-        table.add_row(kind, f"{some:,}", f"{every:,}", f"{100 * some / every:.1f} %")
+    for kind, (trainable, every) in rows.items():
+        table.add_row(kind, f"{trainable:,}", f"{every:,}", f"{100 * trainable / every:.1f} %")
     return table

@@ -1,4 +1,4 @@
-"""A trained model becomes a folder in the Hub's layout, as `namex-patch` writes them."""
+"""Saving of a trained model as a folder in the Hub's layout, as `namex-patch` writes it."""
 
 import json
 import shutil
@@ -18,22 +18,20 @@ from ..models import remote_code
 from ..recipe import Recipe
 from ..report.card import card
 from ..report.report import Report
-from .bargain import Settled
+from .bargain import LayerBargain
 from .generation import carried_settings
 
 METADATA = {"format": "pt"}
 
 
-def layer_records(settled: list[Settled], seconds: float) -> list[dict[str, Any]]:
-    """As a report has them.
+def layer_records(bargains: list[LayerBargain], seconds: float) -> list[dict[str, Any]]:
+    """The entries of a report, one for each layer.
 
     Args:
-        seconds: that all layers took together.
+        seconds: time of all layers together.
     """
-    return [
-        {"layer": one.layer, "games": one.record, "drift": one.drift, "seconds": round(seconds / len(settled), 4)}
-        for one in settled
-    ]
+    mean = round(seconds / max(len(bargains), 1), 4)
+    return [{"layer": each.layer, "games": each.record, "drift": each.drift, "seconds": mean} for each in bargains]
 
 
 def save_trained(
@@ -42,18 +40,18 @@ def save_trained(
     tokenizer: Any,
     carried: Path,
     report: Report,
-    settled: list[Settled],
+    bargains: list[LayerBargain],
     state_dict: dict[str, Any] | None = None,
     shard_size: str = "5GB",
 ) -> None:
-    """Write model, tokenizer, report and card; the folder is no model until all of it is there.
+    """Write model, tokenizer, report and card; the folder becomes a model only when it is complete.
 
     Args:
-        folder: claimed.
-        carried: folder of the checkpoint that training began with, for its licence and the like.
-        state_dict: gathered, where the model is sharded.
+        folder: locked by this run.
+        carried: folder of the checkpoint that training began with, for its companions such as the licence.
+        state_dict: the gathered parameters of a sharded model.
 
-    Memory: one shard in the Hub's layout, beyond the model.
+    Memory: a shard in the Hub's layout, beyond the model.
     """
     out, staged = folder.path, folder.state / "model"
     shutil.rmtree(staged, ignore_errors=True)
@@ -62,7 +60,7 @@ def save_trained(
     tokenizer.save_pretrained(staged)
     carry(carried, out)
     config = both_forms(json.loads((staged / CONFIG).read_text("utf-8")))
-    # A sharded model's class is one that torch has made, with files of its own.
+    # torch creates the class of a sharded model, which must not be named in the configuration.
     stock = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     code = remote_code(config["model_type"])
     config |= {"architectures": [stock.__name__], **({"auto_map": code.auto_map} if code.files else {})}
@@ -76,8 +74,8 @@ def save_trained(
             path.replace(place)
     for file in code.files:
         write_text(out / file.name, file.read_text("utf-8"))
-    if settled:
-        cosines = {f"layers.{one.layer}.cosines": one.cosines.contiguous() for one in settled}
+    if bargains:
+        cosines = {f"layers.{each.layer}.cosines": each.cosines.contiguous() for each in bargains}
         write_tensors(out / STATISTICS, cosines, METADATA)
     write_text(out / RECIPE, Recipe.from_stored(report.run["recipe"]).to_yaml(stored=True))
     write_text(out / CARD, card(report, config, out, carried))

@@ -1,4 +1,4 @@
-"""A trained curvature, put into the experts for good."""
+"""Folding of a trained curvature into the experts."""
 
 from typing import Any
 
@@ -11,24 +11,24 @@ from ..models.soft_kronecker import bent
 
 @torch.no_grad()
 def fold_curvature(model: Any) -> Any:
-    """``E_i <- E_m + M_i(E_i - E_m)``: the same model under ``curvature: identity``, in place, and that one's speed.
+    """``E_i <- E_m + M_i(E_i - E_m)``, in place: the same model with ``curvature: identity``, and its speed.
 
-    Equal to rounding, since M_i is no function of the input (NAMEx eq. 9). It can be trained on, saved and loaded, but
-    the curvature cannot be had back.
+    Equal up to rounding, because M_i does not depend on the input (NAMEx eq. 9). The result can be trained, saved and
+    loaded, but the curvature cannot be recovered.
 
     Args:
-        model: with ``merge: soft`` and ``curvature: kronecker``; an adapter on experts, base expert or curvature has to
-            be merged into it before.
+        model: with ``merge: soft`` and ``curvature: kronecker``. An adapter on experts, base expert or curvature must
+            be merged first.
 
-    Memory: three times one layer's experts.
+    Memory: three times the experts of a layer.
 
     Raises:
         ValueError: the model has no such curvature.
     """
     choice = soft_choice(model.config.namex)
     if choice is None or choice.curvature != "kronecker":
-        found = "another merge" if choice is None else f"curvature '{choice.curvature}'"
-        raise ValueError(f"found {found}; accepted: merge 'soft' with curvature 'kronecker'")
+        value = "another merge" if choice is None else f"curvature '{choice.curvature}'"
+        raise ValueError(f"found {value}; accepted: merge 'soft' with curvature 'kronecker'")
     for module in model.modules():
         if isinstance(module, SoftRouting):
             block: Any = module

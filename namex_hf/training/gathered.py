@@ -1,4 +1,4 @@
-"""Parameters of one decoder layer as its forward uses them: whole, and with what an adapter adds."""
+"""The parameters of a decoder layer in the form that its forward uses: unsharded, and with adapters."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,9 +19,9 @@ from ..recipe import BaseExpert
 
 @contextmanager
 def gathered(layer: nn.Module) -> Iterator[None]:
-    """While it lasts the layer's parameters are whole on every process, and no other layer's are.
+    """Inside this context every process has the whole parameters of this layer.
 
-    Memory: one decoder layer, where it is sharded (FSDP2, DeepSpeed ZeRO-3).
+    Memory: a decoder layer if it is sharded (FSDP2, DeepSpeed ZeRO-3).
     """
     if isinstance(layer, FSDPModule):
         layer.unshard()
@@ -39,12 +39,12 @@ def gathered(layer: nn.Module) -> Iterator[None]:
 
 
 def applied(module: Any, name: str) -> torch.Tensor:
-    """A fused tensor of experts as the forward uses it, with what LoRA adds to it. It hands gradients on to both.
+    """A fused tensor of experts as the forward uses it, LoRA included. Gradients reach both.
 
     Args:
-        module: the experts, or PEFT's wrappers around them, one a tensor.
+        module: the experts, or PEFT's wrappers around them, one for each tensor.
 
-    Memory: a copy of the tensor where an adapter acts on it.
+    Memory: a copy of the tensor if an adapter acts on it.
     """
     wrapper, delta = module, None
     while hasattr(wrapper, "base_layer"):
@@ -58,7 +58,7 @@ def applied(module: Any, name: str) -> torch.Tensor:
 
 
 def attached_experts_of(block: Any) -> Expert:
-    """Routed experts of a block, stacked: views where no adapter acts on them. They hand gradients on."""
+    """Routed experts of a block, stacked; views unless an adapter acts on them. Gradients reach them."""
     gate, up = applied(block.experts, "gate_up_proj").chunk(2, dim=1)
     return ExpertWeights(gate, up, applied(block.experts, "down_proj"))
 
@@ -75,7 +75,7 @@ def base_of(block: Any) -> Expert:
 
 
 def own_base_of(block: Any, choice: BaseExpert, shared_name: str, width: int) -> Expert:
-    """The base expert that a block's own parameters give (`merging.base.own_base`), which has none stored."""
+    """The base expert from a block's own parameters (`merging.base.own_base`), for a block that stores none."""
     experts = experts_of(block)
     base = own_base(choice, experts, lambda: matrices_of(getattr(block, shared_name)), width)
     return base.map(lambda matrix: matrix.to(experts.down.device))
@@ -88,8 +88,8 @@ def matrices_of(mlp: Any) -> Expert:
 
 
 def curvature_of(block: Any) -> dict[str, Factors] | None:
-    """The trainable M_i of a block's experts by projection, which hand gradients on; None: folded into the experts, or
-    the block stays sparse."""
+    """The trainable M_i of a block's experts by projection, with gradients. None if they are folded into the experts,
+    or the block stays sparse."""
     if getattr(block, "curvature", None) is None:
         return None
     like = next(block.base_expert.parameters())
@@ -98,30 +98,30 @@ def curvature_of(block: Any) -> dict[str, Factors] | None:
 
 @torch.no_grad()
 def write_base(block: Any, base: Mapping[str, torch.Tensor]) -> None:
-    """Give a block another base expert; every process gets the first one's, and keeps its shard of it.
+    """Overwrite the base expert of a block, on every process with its shard of the first process's `base`.
 
     Args:
-        base: by projection, whole.
+        base: whole matrices by projection.
     """
     for name, matrix in base.items():
         parameter = getattr(block.base_expert, name).weight
         value = matrix.to(parameter.dtype).contiguous()
         if isinstance(parameter, DTensor):
-            sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # the first process's
+            sharded = distribute_tensor(value, parameter.device_mesh, parameter.placements)  # from the first process
             parameter.to_local().copy_(sharded.to_local())
         elif hasattr(parameter, "ds_id"):
             import deepspeed
 
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 parameter.copy_(value)
-            if parameter.requires_grad:  # the optimiser's own copy, from which its next step would write the old base
+            if parameter.requires_grad:  # the optimiser's next step would restore the old base from its own copy
                 deepspeed.utils.safe_set_full_fp32_param(parameter, matrix.to(parameter.device))
         else:
             parameter.copy_(of_first_process(value, parameter.device))
 
 
 def of_first_process(value: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    """The first process's `value`, on `device`, so that rounding does not set processes apart; alone: `value`."""
+    """The first process's `value`, on `device`, so that all processes are equal bit for bit."""
     if distributed.is_available() and distributed.is_initialized():
         value = value.to(device)
         distributed.broadcast(value, 0)

@@ -1,4 +1,4 @@
-"""Generation settings in training: every folder that is written has the file that the source has, byte for byte."""
+"""Generation settings during training: every written folder gets the file of the source, byte for byte."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,13 +15,13 @@ NAME = "generation_config.json"
 
 @contextmanager
 def carried_settings(model: Any, source: Path | None, out: Path) -> Iterator[None]:
-    """While it lasts `model` is saved to `out` without its generation settings; at the end those of `source` are there.
+    """Inside this context `model` is saved to `out` without generation settings; at its end `source` gives them.
 
-    transformers reads settings that it refuses to write (a temperature without sampling, say), and the trainer changes
-    them: the model's own are written, unchecked, only where the source has none.
+    transformers reads settings that it refuses to write (such as a temperature without sampling), and the trainer
+    changes them. The model's own settings are written, unchecked, only if the source has none.
 
     Args:
-        model: a causal language model, bare.
+        model: a causal language model without wrappers.
         source: folder of the checkpoint that training began with.
     """
     settings = model.generation_config

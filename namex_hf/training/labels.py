@@ -1,4 +1,4 @@
-"""Chats become tokens and labels: rendered by the chat template, counted, and cut to the length of a sequence."""
+"""Tokens and labels of chats: rendered by the chat template, counted, and cut to the length of a sequence."""
 
 import os
 from collections.abc import Sequence
@@ -23,63 +23,63 @@ from ..scoring.labelled import IGNORED
 from .chats import Chats
 
 WHOLE = ("bfd_split", "wrapped")
-"""Strategies of packing that cut nothing away."""
-SAID_BY_ALL = ("role", "content")
+"""Strategies of packing that lose no token."""
+COMMON_FIELDS = ("role", "content")
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Chats as tokens, without those that keep no token of an answer."""
+    """Chats as tokens, without chats whose answers are cut away."""
 
     train: Any
-    """A `datasets.Dataset` of ``input_ids`` and ``labels``, as yet of any length."""
+    """A `datasets.Dataset` of ``input_ids`` and ``labels``, not yet cut."""
     held_out: Any
     lengths: np.ndarray
-    """Tokens of every chat to train on, int64 ``[chats]``, those without an answer too."""
+    """Tokens of every chat for training, int64 ``[chats]``, including chats whose answers are cut away."""
     answers: np.ndarray
-    """Of each the tokens of answers that are left within the length of a sequence."""
+    """For each of these chats the answer tokens within the length of a sequence."""
     held_out_lost: int
-    """Held-out chats that keep none."""
+    """Number of held-out chats whose answers are cut away."""
     longest: int | None
-    """Tokens of a sequence; None: of any length."""
+    """Tokens of a sequence; None: no limit."""
     loses: str
-    """What a longer chat loses, in words."""
+    """The effect of the limit on a longer chat, in words."""
     unread: tuple[str, ...]
-    """Fields of turns and chats that the chat template does not name."""
+    """Fields of turns and chats that the chat template does not use."""
 
 
 def labelled(chats: Chats, tokenizer: Any, arguments: SFTConfig) -> Labelled:
     """Render and tokenize all chats.
 
     Args:
-        tokenizer: left as it is.
-        arguments: of the trainer, of which the template, the length, the packing and the loss count here. The result
-            is the same whatever `dataset_num_proc` is.
+        tokenizer: not changed.
+        arguments: arguments of the trainer: template, length, packing and loss are used here. The result does not
+            depend on `dataset_num_proc`.
 
     Raises:
-        TrainingError: a chat that the template cannot render (by its row), one without a token of an answer, or none
-            that keeps one within the length of a sequence.
+        TrainingError: the template cannot render a chat, a chat has no answer token, or no chat has an answer token
+            within the length of a sequence.
     """
     reader, template = _reader(tokenizer, arguments)
-    found = []
+    results = []
     packings = (arguments.packing, arguments.packing if arguments.eval_packing is None else arguments.eval_packing)
-    with arguments.main_process_first(desc="reading chats"):  # the others find what it has left on disk
+    with arguments.main_process_first(desc="reading chats"):  # the other processes read its result from disk
         for split, packed in zip((chats.train, chats.held_out), packings, strict=True):
             unit, numbers = chats.place(split is chats.held_out)
             fields = {
                 "tokenizer": reader,
                 "template": template,
                 "answers_alone": arguments.assistant_only_loss,
-                "kept": _kept(arguments, packed),
+                "window": _window(arguments, packed),
                 "unit": unit,
                 "numbers": numbers,
             }
-            found.append(_tokenized(split, fields, arguments.dataset_num_proc))
-    (train, lengths, answers, unread), (held_out, _, held_answers, _) = found
-    for name, some in (("chats to train on", answers), ("held-out chats", held_answers)):
-        if not some.any():
+            results.append(_tokenized(split, fields, arguments.dataset_num_proc))
+    (train, lengths, answers, unread), (held_out, _, held_answers, _) = results
+    for name, counts in (("chats to train on", answers), ("held-out chats", held_answers)):
+        if not counts.any():
             raise TrainingError(
-                f"none of the {len(some):,} {name} keeps a token of an answer within --max_length "
+                f"none of the {len(counts):,} {name} keeps a token of an answer within --max_length "
                 f"{arguments.max_length}; accepted: a larger one, or shorter chats"
             )
     return Labelled(
@@ -95,7 +95,7 @@ def labelled(chats: Chats, tokenizer: Any, arguments: SFTConfig) -> Labelled:
 
 
 def _reader(tokenizer: Any, arguments: SFTConfig) -> tuple[Any, str | None]:
-    """Tokenizer and template as the trainer would have them; None: the tokenizer's own."""
+    """The tokenizer and the template that the trainer would use; None: the tokenizer's own template."""
     tokenizer, path = deepcopy(tokenizer), arguments.chat_template_path
     if arguments.eos_token is not None:
         if arguments.eos_token not in tokenizer.get_vocab():
@@ -103,11 +103,11 @@ def _reader(tokenizer: Any, arguments: SFTConfig) -> tuple[Any, str | None]:
         tokenizer.eos_token = arguments.eos_token
     if path is not None and Path(path).is_file() and path.endswith((".jinja", ".j2")):
         tokenizer.chat_template = read_text(Path(path), TrainingError)
-    elif path is not None:  # a model, whose template, tokens and end of a turn are taken over
+    elif path is not None:  # a model whose template, tokens and end-of-turn token replace the tokenizer's
         other = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         tokenizer.chat_template = other.chat_template
-        known = tokenizer.get_vocab()
-        tokenizer.add_tokens([token for token in other.added_tokens_decoder.values() if token.content not in known])
+        vocab = tokenizer.get_vocab()
+        tokenizer.add_tokens([token for token in other.added_tokens_decoder.values() if token.content not in vocab])
         tokenizer.eos_token = other.eos_token
     if arguments.assistant_only_loss and not has_generation_markers(tokenizer.chat_template):
         try:
@@ -120,8 +120,8 @@ def _reader(tokenizer: Any, arguments: SFTConfig) -> tuple[Any, str | None]:
     return tokenizer, None
 
 
-def _kept(arguments: SFTConfig, packed: bool) -> slice:
-    """What is left of a chat that is longer than a sequence, as TRL cuts it."""
+def _window(arguments: SFTConfig, packed: bool) -> slice:
+    """The part of a long chat that TRL does not cut away."""
     if arguments.max_length is None or (packed and arguments.packing_strategy in WHOLE):
         return slice(None)
     from_end = arguments.truncation_mode == "keep_end" and not packed
@@ -129,14 +129,14 @@ def _kept(arguments: SFTConfig, packed: bool) -> slice:
 
 
 def _loses(arguments: SFTConfig) -> str:
-    kept = _kept(arguments, arguments.packing)
-    if kept == slice(None):
+    window = _window(arguments, arguments.packing)
+    if window == slice(None):
         return "are split"
-    return "lose their end" if kept.start is None else "lose their beginning"
+    return "lose their end" if window.start is None else "lose their beginning"
 
 
 def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tuple[Any, Any, Any, tuple[str, ...]]:
-    """Tokens and labels, and of every chat how many there are of each; and the fields that are not read."""
+    """Tokens and labels; the numbers of tokens and of answer tokens of every chat; and the unread fields."""
     import datasets
 
     tokens = datasets.List(datasets.Value("int64"))
@@ -146,7 +146,7 @@ def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tup
         _tokens(chats[0], 0, **fields)
     environ = os.environ
     try:
-        made = chats.map(
+        tokenized = chats.map(
             _tokens,
             with_indices=True,
             fn_kwargs=fields,
@@ -155,11 +155,11 @@ def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tup
             num_proc=processes,
             desc="reading chats",
         )
-    finally:  # in several processes `map` leaves a copy in its place, and who has the old one reads that
-        os.environ = environ  # noqa: B003  (the object, not what is in it)
-    length, answer = (np.asarray(made.with_format("numpy")[name][:]) for name in ("length", "answer"))
-    unread = sorted({name for names in made["unread"] for name in names})
-    return made.select_columns(["input_ids", "labels"]), length, answer, tuple(unread)
+    finally:  # with several processes `map` replaces `os.environ` by a copy, and other modules hold the original
+        os.environ = environ  # noqa: B003  (the object, not its content)
+    length, answer = (np.asarray(tokenized.with_format("numpy")[name][:]) for name in ("length", "answer"))
+    unread = sorted({name for names in tokenized["unread"] for name in names})
+    return tokenized.select_columns(["input_ids", "labels"]), length, answer, tuple(unread)
 
 
 def _with_answer(rows: Any, answers: np.ndarray) -> Any:
@@ -172,7 +172,7 @@ def _tokens(
     tokenizer: Any,
     template: str | None,
     answers_alone: bool,
-    kept: slice,
+    window: slice,
     unit: str,
     numbers: Sequence[int],
 ) -> dict[str, Any]:
@@ -180,23 +180,23 @@ def _tokens(
     variables = {"tools": chat.get("tools"), "chat_template": template, **(chat.get("chat_template_kwargs") or {})}
     try:
         _check_read(chat["messages"], tokenizer, variables, where)
-        found = tokenizer.apply_chat_template(
+        rendered = tokenizer.apply_chat_template(
             chat["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=answers_alone, **variables
         )
     except TrainingError:
         raise
-    except Exception as error:  # what a template raises is no closed set
+    except Exception as error:  # a template can raise any error
         raise TrainingError(f"{where}: the chat template does not take it: {type(error).__name__}: {error}") from error
-    ids = found["input_ids"]
-    mask = found["assistant_masks"] if answers_alone else [1] * len(ids)
+    ids = rendered["input_ids"]
+    mask = rendered["assistant_masks"] if answers_alone else [1] * len(ids)
     if 1 not in mask:
         raise TrainingError(f"{where}: the chat template marks no token of an answer, so there is nothing to learn")
-    labels = [token if one else IGNORED for token, one in zip(ids, mask, strict=True)]
+    labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
     return {
         "input_ids": ids,
         "labels": labels,
         "length": len(ids),
-        "answer": sum(label != IGNORED for label in labels[kept][1:]),  # nothing predicts the first
+        "answer": sum(label != IGNORED for label in labels[window][1:]),  # the first token is not predicted
         "unread": _unread(chat, _text_of(template or tokenizer.chat_template)),
     }
 
@@ -209,53 +209,53 @@ def _unread(chat: dict[str, Any], template: str) -> list[str]:
     names = {name for turn in chat["messages"] for name, value in turn.items() if value is not None}
     names |= {"tools"} if chat.get("tools") else set()
     names |= set(chat.get("chat_template_kwargs") or {})
-    return sorted(name for name in names.difference(SAID_BY_ALL) if name not in template)
+    return sorted(name for name in names.difference(COMMON_FIELDS) if name not in template)
 
 
 def _check_read(messages: list[dict[str, Any]], tokenizer: Any, variables: dict[str, Any], where: str) -> None:
-    """Whether the template reads calls of tools and content in parts. (transformers renders null content as no text.)
+    """Check that the template renders tool calls and content in parts. (transformers renders null content as no text.)
 
     Raises:
-        TrainingError: it does not, and another text than the chat's would be learnt.
+        TrainingError: it does not, so the model would be trained on another text.
     """
-    odd = [turn for turn in messages if turn.get("tool_calls") or not isinstance(turn["content"], str)]
-    if not odd:
+    special = [turn for turn in messages if turn.get("tool_calls") or not isinstance(turn["content"], str)]
+    if not special:
         return
 
     def rendered(turns: list[dict[str, Any]]) -> str:
         return str(tokenizer.apply_chat_template(turns, tokenize=False, **variables))
 
     text = rendered(messages)
-    if any(turn.get("tool_calls") for turn in odd):
-        mute = [{name: one for name, one in turn.items() if name != "tool_calls"} for turn in messages]
-        with suppress(TemplateError):  # it looks for the call that a tool's turn answers, so it reads calls
-            if rendered(mute) == text:
+    if any(turn.get("tool_calls") for turn in special):
+        without = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in messages]
+        with suppress(TemplateError):  # a template that fails without the calls reads them
+            if rendered(without) == text:
                 raise TrainingError(f"{where}: the chat template does not read tool_calls; accepted: one that does")
-    for content in (turn["content"] for turn in odd if isinstance(turn.get("content"), list)):
+    for content in (turn["content"] for turn in special if isinstance(turn.get("content"), list)):
         if str(content) in text or not all(part["text"].strip() in text for part in content):
             raise TrainingError(f"{where}: the chat template does not read content in parts; accepted: text")
 
 
-def length_table(found: Labelled) -> Table:
-    """How long the chats are, and what is cut away of them."""
-    counts, chats = found.lengths, len(found.lengths)
-    longest = int(counts.max()) if found.longest is None else found.longest
+def length_table(chats: Labelled) -> Table:
+    """Lengths of the chats, and the tokens that are cut away."""
+    counts = chats.lengths
+    longest = int(counts.max()) if chats.longest is None else chats.longest
     table = Table(title="chats to train on", show_header=False)
-    table.add_row("chats", f"{chats:,}")
+    table.add_row("chats", f"{len(counts):,}")
     quantiles = np.quantile(counts, (0.5, 0.9)).round().astype(int).tolist()
     table.add_row(
         "tokens a chat", f"mean {np.mean(counts):.0f}, median {quantiles[0]}, nine in ten up to {quantiles[1]}"
     )
     table.add_row("the longest", f"{counts.max():,}")
-    lost, cut = int((found.answers == 0).sum()), int((counts > longest).sum())
-    table.add_row(f"longer than a sequence of {longest:,}", f"{cut:,}, which {found.loses}" if cut else "none")
-    if cut and found.loses.startswith("lose"):
+    lost, cut = int((chats.answers == 0).sum()), int((counts > longest).sum())
+    table.add_row(f"longer than a sequence of {longest:,}", f"{cut:,}, which {chats.loses}" if cut else "none")
+    if cut and chats.loses.startswith("lose"):
         table.add_row("tokens cut away", f"{np.maximum(counts - longest, 0).sum():,}")
     if lost:
         table.add_row("no token of an answer is left", f"{lost:,}, which are left out")
-    if found.held_out_lost:
-        table.add_row("the same of held-out chats", f"{found.held_out_lost:,}, which are not scored")
+    if chats.held_out_lost:
+        table.add_row("the same of held-out chats", f"{chats.held_out_lost:,}, which are not scored")
     table.add_row("tokens in all", f"{counts.sum():,}")
-    if found.unread:
-        table.add_row("not read by the chat template", marked(", ".join(found.unread), 200))
+    if chats.unread:
+        table.add_row("not read by the chat template", marked(", ".join(chats.unread), 200))
     return table

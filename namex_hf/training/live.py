@@ -1,14 +1,14 @@
-"""Live propagation: the base expert walks through the layers inside the forward pass (NAMEx eq. 7 and 9, 11).
+"""Live propagation: the base expert is propagated through the layers in the forward pass (NAMEx eq. 7 and 9, 11).
 
-A stored model has a base expert of its own in every layer, each with its own gradient. A live one has the first layer's
-alone, and what a later layer uses is
+A stored model has its own base expert in every layer, with its own gradient. A live model has only the base expert of
+the first layer, and computes that of later layers,
 
     E_m^(l+1) = E_m^l + gamma sum_i alpha_i (E_i^l - E_m^l)
 
-worked out from layer l's experts as they are in this pass, so gradients of later layers reach these experts and the
-first base. The weights alpha are constants of the pass; `bargain.rebargain`, and so `bargain.BargainCallback` after
-every n-th optimiser step, solves for them again. Under ``method: ep-camex`` with ``curvature: kronecker`` the step is
-gamma/N sum_i M_i(E_i^l - E_m^l) (eq. 3), and gradients of later layers reach M_i, too.
+from the current experts of layer l. So gradients of later layers reach these experts and the first base. The weights
+alpha are constants of the pass. `bargain.rebargain` solves for them again, by `bargain.BargainCallback` after every
+n-th optimiser step. Under ``method: ep-camex`` with ``curvature: kronecker`` the step is
+gamma/N sum_i M_i(E_i^l - E_m^l) (eq. 3), and gradients of later layers reach M_i too.
 """
 
 from typing import Any
@@ -18,42 +18,42 @@ import torch
 from ..errors import TrainingError
 from ..families import original_family
 from ..recipe import AroundBase, Recipe
-from .bargain import Settled, rebargain
+from .bargain import LayerBargain, rebargain
 from .gathered import gathered, write_base
-from .live_blocks import LIVE, LiveBlock, Passing
+from .live_blocks import LIVE, BaseState, LiveBlock
 
 STORED = {live: stored for stored, live in LIVE.items()}
 
 
 def go_live(model: Any) -> Any:
-    """Let the base expert of a patched model walk in every forward pass, in place; solves the games once.
+    """Propagate the base expert of a patched model in every forward pass, in place; solves the games once.
 
-    The first MoE layer's base is a parameter as before. Those of later layers are frozen and not used: they hold the
-    bases that the walk comes to, as of the last `rebargain` and of whenever the model's `state_dict` is taken, so what
-    is saved is an ordinary patched folder and gives the same logits. Under FSDP2 and data parallel this comes before
-    the model is wrapped; under PEFT before or after; with `choice.train_only` after it.
+    The first MoE layer's base is still a parameter. Those of later layers are frozen and not used. `rebargain` and
+    every `state_dict` of the model overwrite them with the propagated bases, so a saved model is an ordinary patched
+    folder with the same logits. Call this before the model is wrapped for FSDP2 or data parallel; before or after PEFT;
+    after `choice.train_only`.
 
-    With gamma = 1, weights on the simplex and no momentum the next base is sum alpha_i E_i whatever the base was: the
-    first base then acts in its own layer alone, and its gradient is that of a stored base.
+    With gamma = 1, weights on the simplex and no momentum the next base is sum alpha_i E_i, whatever the base was. The
+    first base then acts in its own layer alone, with the gradient of a stored base.
 
     Args:
-        model: a patched ``*ForCausalLM`` whose base walks: ``merge: residual`` or ``soft``, method ``namex-full``,
-            ``namex`` or ``ep-camex``; not ``first_layer: sparse``, which has no first base to be trained.
+        model: a patched ``*ForCausalLM`` with propagation: ``merge: residual`` or ``soft``, method ``namex-full``,
+            ``namex`` or ``ep-camex``; not ``first_layer: sparse``, which has no trainable first base.
 
-    Memory: autograd keeps one base expert a MoE layer in the parameters' dtype; under gradient checkpointing what a
-    layer is called with, one in float32 and as many again as momentum has buffers (one for a real beta, else two). In
-    the backward pass one matrix of all of a layer's experts, beside the gradient that they have anyway.
+    Memory: autograd stores a base expert for every MoE layer in the parameters' dtype. Gradient checkpointing stores
+    the layers' arguments: a float32 base and the momentum buffers (one for a real beta, else two). The backward pass
+    needs a matrix of all experts of a layer, beyond their gradient.
 
     Raises:
-        TrainingError: another model, one that is live or sharded already, or experts that are not finite.
+        TrainingError: the model has no propagation, is live or sharded already, or has experts that are not finite.
     """
     recipe = recipe_of(model)
     merge = check_first_base(recipe)
-    blocks = mixtures(model)
+    blocks = moe_blocks(model)
     for layer in model.model.layers:
         if type(layer) not in LIVE:
             raise TrainingError(f"found a {type(layer).__name__}; accepted: a patched layer, not live, not yet sharded")
-    rebargain(model, recipe, write=False)  # what it refuses is refused before anything is changed
+    rebargain(model, recipe, write=False)  # raises its errors before the model is changed
     for block in blocks:
         block.__class__ = LIVE[type(block)]
         block.merge, block.last = merge, block is blocks[-1]
@@ -66,40 +66,40 @@ def go_live(model: Any) -> Any:
     return model
 
 
-def refresh(model: Any) -> list[Settled]:
-    """Solve for the weights of a live model again, over the experts as they are: `rebargain` with its own recipe."""
+def refresh(model: Any) -> list[LayerBargain]:
+    """Solve for the weights of a live model again, over its current experts: `rebargain` with its own recipe."""
     return rebargain(model, recipe_of(getattr(model, "get_base_model", lambda: model)()))
 
 
 @torch.no_grad()
 def write_bases(model: Any) -> None:
-    """Give every layer of a live model the base that the walk comes to, with the weights that are in force.
+    """Overwrite the base of every layer of a live model with the propagated base, under the current weights.
 
     Args:
-        model: sharded or not, on every process; not under an adapter's wrapper.
+        model: sharded or not, on every process; without an adapter's wrapper.
 
-    Memory: one decoder layer whole, where it is sharded; the base and its momentum.
+    Memory: a whole decoder layer if it is sharded; the base and its momentum.
     """
-    passing: Passing | None = None
+    state: BaseState | None = None
     for layer in model.model.layers:
         block = layer.mlp
         if not isinstance(block, LiveBlock):
             continue
         with gathered(layer):
-            here = block.arrived(next(block.base_expert.parameters())) if passing is None else passing
-            further = block.taken_on(here)
-        if passing is not None:
-            write_base(block, here.base)
-        passing = further
+            current = block.first_state(next(block.base_expert.parameters())) if state is None else state
+            following = block.next_state(current)
+        if state is not None:
+            write_base(block, current.base)
+        state = following
 
 
 def settle(model: Any) -> Any:
-    """Make a live model a stored one, in place: every layer gets the base that it used, to be trained from now on.
+    """Convert a live model to a stored model, in place: the base of every layer becomes a parameter again.
 
-    The logits stay, up to rounding of the bases to the parameters' dtype.
+    The logits are equal up to rounding of the bases to the parameters' dtype.
 
     Raises:
-        TrainingError: the model is not live, or it is sharded (save it, and load what was saved).
+        TrainingError: the model is not live, or it is sharded (save it, and load the saved folder).
     """
     for layer in model.model.layers:
         if type(layer) not in STORED:
@@ -108,7 +108,7 @@ def settle(model: Any) -> Any:
     model.live_hook.remove()
     del model.live_hook
     _swap_layers(model, STORED)
-    for block in mixtures(model):
+    for block in moe_blocks(model):
         block.__class__ = STORED[type(block)]
         for parameter, trains in zip(block.base_expert.parameters(), block.trained, strict=True):
             parameter.requires_grad_(trains)
@@ -117,29 +117,29 @@ def settle(model: Any) -> Any:
 
 
 def recipe_of(model: Any) -> Recipe:
-    """The recipe that a model was patched with.
+    """The recipe of a patched model.
 
     Raises:
-        TrainingError: it has none, or one under which no base walks.
+        TrainingError: the model has no recipe, or a recipe without propagation.
     """
-    found = getattr(model.config, "namex", None)
-    if not isinstance(found, dict):
-        raise TrainingError(f"{type(model).__name__} is not patched; accepted: a model whose base expert walks")
-    recipe = Recipe.from_stored(found)
+    stored = getattr(model.config, "namex", None)
+    if not isinstance(stored, dict):
+        raise TrainingError(f"{type(model).__name__} is not patched; accepted: a model with propagation of its base")
+    recipe = Recipe.from_stored(stored)
     merge = recipe.merge
     if not merge.propagates:
         raise TrainingError(
-            f"no base expert walks through the layers under merge '{merge.kind}', method '{merge.method}'; "
+            f"no base expert is propagated through the layers under merge '{merge.kind}', method '{merge.method}'; "
             "accepted: residual or soft, namex-full, namex or ep-camex"
         )
     return recipe
 
 
 def check_first_base(recipe: Recipe) -> AroundBase:
-    """The merge of a recipe, refused where the first MoE layer has no base expert for a live walk to begin with.
+    """The merge of a recipe whose first MoE layer has a base expert, with which live propagation begins.
 
     Raises:
-        TrainingError: that is ``first_layer: sparse``.
+        TrainingError: the recipe has ``first_layer: sparse``.
     """
     assert isinstance(recipe.merge, AroundBase)
     if recipe.merge.first_layer == "sparse":
@@ -150,7 +150,7 @@ def check_first_base(recipe: Recipe) -> AroundBase:
     return recipe.merge
 
 
-def mixtures(model: Any) -> list[Any]:
+def moe_blocks(model: Any) -> list[Any]:
     """MoE blocks of a model, by layer."""
     config = model.config.to_dict()
     return [model.model.layers[index].mlp for index in original_family(config).shape(config).layers]
@@ -160,10 +160,10 @@ def _swap_layers(model: Any, forms: dict[type, type]) -> None:
     names = {form.__name__: other.__name__ for form, other in forms.items()}
     for layer in model.model.layers:
         layer.__class__ = forms[type(layer)]
-    for part in (model, model.model):  # by whose names wrappers find what to wrap
+    for part in (model, model.model):  # wrappers find the modules to wrap by these names
         part._no_split_modules = {names.get(name, name) for name in part._no_split_modules}
 
 
 def _before_state_dict(model: Any, prefix: str, keep_vars: bool) -> None:
-    if not any(parameter.is_meta for parameter in model.parameters()):  # accelerate takes one of a model on meta
+    if not any(parameter.is_meta for parameter in model.parameters()):  # accelerate calls it on the meta device too
         write_bases(model)

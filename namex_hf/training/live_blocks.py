@@ -1,7 +1,7 @@
-"""Decoder layers and blocks through which the base expert walks in the forward pass: forms of the patched ones.
+"""Decoder layers and MoE blocks that propagate the base expert in the forward pass: subclasses of the patched classes.
 
-They have the parameters of the patched classes, under the same names. The base goes from layer to layer as what a layer
-returns and the next is called with; no module keeps it.
+They have the same parameters under the same names. A layer returns the base with its hidden states, and the next layer
+receives both; no module stores it.
 """
 
 from typing import Any, NamedTuple
@@ -23,62 +23,62 @@ from .gathered import attached_experts_of, curvature_of
 from .live_step import step_on
 
 
-class Passing(NamedTuple):
-    """The base expert between two MoE layers."""
+class BaseState(NamedTuple):
+    """State of the propagation between two MoE layers."""
 
     base: dict[str, torch.Tensor]
-    """E_m by projection, in float32 (float64 where the model is)."""
+    """E_m by projection, in float32 (float64 in a float64 model)."""
     momentum: dict[str, torch.Tensor]
-    """As `merging.momentum.momentum_step` has it: none, one or two buffers a projection, alike."""
+    """Buffers of `merging.momentum.momentum_step`: none, one or two for each projection, in the same dtype."""
 
 
-class Carried(NamedTuple):
-    """What a decoder layer hands to the next while the base is on its way. Wrappers find every tensor in it."""
+class LayerOutput(NamedTuple):
+    """Output of a decoder layer between MoE layers. It is a tuple, so that wrappers find every tensor in it."""
 
     hidden_states: torch.Tensor
-    passing: Passing
+    state: BaseState
 
 
 class LiveBlock(nn.Module):
-    """Mixin for a MoE block: it answers with the base that arrives, and takes it one step on."""
+    """Mixin for a MoE block that uses the propagated base and computes the next one."""
 
     experts: Any
     base_expert: Any
     merge: AroundBase
-    """How the base moves."""
+    """The merge with the parameters of the propagation."""
     last: bool
-    """Whether no MoE layer follows, to which a base would go."""
+    """Whether this is the last MoE layer, which computes no next base."""
     weights: torch.Tensor
-    """Of the games, float64 ``[games, N]``, on the CPU: constants until they are solved for again."""
+    """Weights of the games, float64 ``[games, N]``, on the CPU: constants until the next bargain."""
 
-    def forward(self, hidden_states: torch.Tensor, *routing: Any, passing: Passing | None = None) -> Any:
-        """``[batch, tokens, hidden]`` to the same, and what passes on; None: nothing does, this is the last MoE layer.
+    def forward(self, hidden_states: torch.Tensor, *routing: Any, state: BaseState | None = None) -> Any:
+        """``[batch, tokens, hidden]`` to the same, and the next state; None after the last MoE layer.
 
         Args:
-            routing: what the patched block takes.
-            passing: None: this is the first MoE layer, whose base is its own parameters'.
+            routing: more arguments of the patched block.
+            state: None for the first MoE layer, which uses its stored base expert.
         """
-        here = self.arrived(hidden_states) if passing is None else passing
-        own = next(self.base_expert.parameters()).dtype
-        base = {name: matrix.to(own) for name, matrix in here.base.items()}
-        return super().forward(hidden_states, *routing, base=base), self.taken_on(here)
+        current = self.first_state(hidden_states) if state is None else state
+        dtype = next(self.base_expert.parameters()).dtype
+        base = {name: matrix.to(dtype) for name, matrix in current.base.items()}
+        return super().forward(hidden_states, *routing, base=base), self.next_state(current)
 
-    def arrived(self, like: torch.Tensor) -> Passing:
-        """The walk's begin, at the stored base expert. Args: like, a tensor of the pass, for an adapter."""
-        return Passing({name: widened(matrix) for name, matrix in base_matrices(self.base_expert, like).items()}, {})
+    def first_state(self, like: torch.Tensor) -> BaseState:
+        """The propagation's beginning: the stored base expert. Args: like, a tensor of the pass, for an adapter."""
+        return BaseState({name: widened(matrix) for name, matrix in base_matrices(self.base_expert, like).items()}, {})
 
-    def taken_on(self, here: Passing) -> Passing | None:
-        """One step on (paper eq. 3, 9 and 11)."""
+    def next_state(self, state: BaseState) -> BaseState | None:
+        """A step of the propagation (paper eq. 3, 9 and 11)."""
         if self.last:
             return None
-        base = {name: widened(matrix) for name, matrix in here.base.items()}  # FSDP2's mixed precision narrows inputs
-        momentum = {name: widened(buffer) for name, buffer in here.momentum.items()}
+        base = {name: widened(matrix) for name, matrix in state.base.items()}  # FSDP2's mixed precision narrows inputs
+        momentum = {name: widened(buffer) for name, buffer in state.momentum.items()}
         curvature = curvature_of(self) if self.merge.curved_step else None
-        return Passing(*step_on(attached_experts_of(self), base, momentum, self.weights, self.merge, curvature))
+        return BaseState(*step_on(attached_experts_of(self), base, momentum, self.weights, self.merge, curvature))
 
 
 def widened(tensor: torch.Tensor) -> torch.Tensor:
-    """In float32 at least."""
+    """`tensor` in at least float32."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
@@ -94,27 +94,27 @@ class LiveLayer(nn.Module):
 
     def forward(
         self,
-        hidden_states: torch.Tensor | Carried,
+        hidden_states: torch.Tensor | LayerOutput,
         *,
         segments: Any = None,
         token_ids: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> torch.Tensor | Carried:
-        """As the patched layer's, and with the base expert where one is on its way.
+    ) -> torch.Tensor | LayerOutput:
+        """As the patched layer's, with the state of the propagation after the first MoE layer and up to the last.
 
         Raises:
-            TrainingError: under reentrant gradient checkpointing, which loses gradients of all but plain tensors.
+            TrainingError: gradient checkpointing is reentrant, which loses gradients of all but plain tensors.
         """
         self._refuse_reentrant()
-        given, passing = hidden_states if isinstance(hidden_states, Carried) else (hidden_states, None)
-        attended = self.attended(given, **kwargs)
+        plain, state = hidden_states if isinstance(hidden_states, LayerOutput) else (hidden_states, None)
+        attended = self.attended(plain, **kwargs)
         normed = self.post_attention_layernorm(attended)
         if isinstance(self.mlp, LiveBlock):
             routing = self.routing(segments, token_ids, cache_in(kwargs))
-            mixed, passing = self.mlp(normed, *routing, passing=passing)
+            output, state = self.mlp(normed, *routing, state=state)
         else:
-            mixed = self.mlp(normed)
-        return attended + mixed if passing is None else Carried(attended + mixed, passing)
+            output = self.mlp(normed)
+        return attended + output if state is None else LayerOutput(attended + output, state)
 
     def _refuse_reentrant(self) -> None:
         if self.gradient_checkpointing and self.training:

@@ -1,4 +1,4 @@
-"""One step of the base expert's walk inside a forward pass, differentiable in the experts and in the base."""
+"""A propagation step in a forward pass, differentiable in the experts and in the base."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -14,13 +14,13 @@ from ..models.soft_kronecker import Factors, curved
 from ..recipe import AroundBase
 
 LARGE = 64 * CHUNK_BYTES
-"""Working buffer on accelerators, where a chunk costs launches and there is no cache to stay in."""
+"""Bytes of the working buffer on accelerators, where small chunks cost kernel launches and save no cache misses."""
 
 
 class WeightedStep(torch.autograd.Function):
     """``sum_i w_i (E_i - E_m)`` (paper eq. 6 and 9) with constant weights: dE_i = w_i g, dE_m = -(sum w) g.
 
-    Memory kept for the backward pass: the weights alone. In the backward pass: the experts once, in their own dtype.
+    Memory: only the weights are stored for the backward pass, which needs the experts once, in their own dtype.
     """
 
     @staticmethod
@@ -33,7 +33,7 @@ class WeightedStep(torch.autograd.Function):
         """
         ctx.shares, ctx.dtype = weights.tolist(), experts.dtype
         chunk = CHUNK_BYTES if base.device.type == "cpu" else LARGE
-        with torch.autocast(base.device.type, enabled=False):  # on accelerators it would multiply in 16 bits
+        with torch.autocast(base.device.type, enabled=False):  # autocast would multiply in 16 bits on accelerators
             return weighted_step(experts, base, weights, base.device, chunk)
 
     @staticmethod
@@ -44,7 +44,7 @@ class WeightedStep(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             to_experts = gradient.new_empty(len(ctx.shares), *gradient.shape, dtype=ctx.dtype)
             for row, share in zip(to_experts, ctx.shares, strict=True):
-                torch.mul(gradient, share, out=row)  # rounded once, and no float32 copy of all of them
+                torch.mul(gradient, share, out=row)  # rounds once, and needs no float32 copy of all experts
         if ctx.needs_input_grad[1]:
             to_base = gradient * -sum(ctx.shares)
         return to_experts, to_base, None
@@ -59,23 +59,23 @@ def curved_step(experts: torch.Tensor, base: torch.Tensor, weights: torch.Tensor
         experts: ``[N, rows, columns]``, in any floating dtype.
         base: ``[rows, columns]``, in float32 or float64, in which it is computed.
         weights: float64 ``[N]``, on the CPU, without gradient.
-        factors: of M_i, of every expert.
+        factors: factors of M_i, for every expert.
 
-    Memory: what `curved` says of one expert. Each is computed again in the backward pass, and nothing kept for it.
+    Memory: that of `curved` for a single expert; the backward pass recomputes every expert.
     """
     step = torch.zeros_like(base)
     with torch.autocast(base.device.type, enabled=False):
-        for weight, expert, *own in zip(weights.tolist(), experts, *factors, strict=True):
-            step = step + weight * checkpoint(_curved, expert, base, *own, use_reentrant=False)
+        for weight, expert, *factor in zip(weights.tolist(), experts, *factors, strict=True):
+            step = step + weight * checkpoint(_curved, expert, base, *factor, use_reentrant=False)
     return step
 
 
-def _curved(expert: torch.Tensor, base: torch.Tensor, *own: torch.Tensor) -> torch.Tensor:
-    """Of one expert, its factors ``[rank, side, side]``."""
-    return curved((expert.to(base.dtype) - base)[None], Factors(*(factor[None] for factor in own)))[0]
+def _curved(expert: torch.Tensor, base: torch.Tensor, *factors: torch.Tensor) -> torch.Tensor:
+    """``M(E - E_m)`` of a single expert, with factors ``[rank, side, side]``."""
+    return curved((expert.to(base.dtype) - base)[None], Factors(*(factor[None] for factor in factors)))[0]
 
 
-@torch.compiler.disable  # chunks and players are plain numbers: one break a layer in place of one at each of them
+@torch.compiler.disable  # a single graph break for each layer, in place of a break at each chunk and player
 def step_on(
     experts: Expert,
     base: Mapping[str, torch.Tensor],
@@ -84,14 +84,14 @@ def step_on(
     merge: AroundBase,
     curvature: Mapping[str, Factors] | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """E_m' = E_m + gamma sum_i w_i M_i(E_i - E_m), or by way of momentum buffers (paper eq. 3, 9, 11), with gradients.
+    """E_m' = E_m + gamma sum_i w_i M_i(E_i - E_m), or the same with momentum (paper eq. 3, 9, 11), with gradients.
 
     The arithmetic of `merging.propagation.propagate`, without the games.
 
     Args:
-        experts: of the layer, stacked.
+        experts: experts of the layer, stacked.
         base: E_m of this layer, in float32 or float64.
-        momentum: buffers as the layer before left them; empty at the first MoE layer.
+        momentum: buffers from the layer before; empty at the first MoE layer.
         weights: float64 ``[games, N]``, on the CPU; constants.
         curvature: M_i by projection; None: the identity.
 

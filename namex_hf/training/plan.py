@@ -1,4 +1,4 @@
-"""What a training run is to do, settled before a tensor is read."""
+"""The plan of a training run, complete before a tensor is read."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from .live import check_first_base
 from .start import Start
 
 SAVING = ("save_strategy", "save_steps")
-"""When checkpoints are written, which a result depends on where it is one of them."""
+"""When checkpoints are written; a result depends on it if it is a checkpoint."""
 VOLATILE = (
     *("output_dir", "run_name", "report_to", "project", "trackio_space_id", "resume_from_checkpoint", "disable_tqdm"),
     *(
@@ -29,12 +29,12 @@ VOLATILE = (
     *(*SAVING, "save_total_limit", "dataset_num_proc", "dataloader_num_workers", "hub_token"),
     *("push_to_hub", "hub_model_id", "do_train", "do_eval", "do_predict", "local_rank", "use_cpu"),
 )
-"""Arguments that do not make a run another run."""
+"""Arguments that are not part of a run's identity."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A low-rank adapter in the place of the parameters themselves."""
+    """A low-rank adapter, trained in place of the parameters."""
 
     rank: int
     alpha: int
@@ -43,46 +43,47 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Choice:
-    """What is trained, and what is measured."""
+    """The user's choice of trained parameters and of scores."""
 
     kinds: tuple[str, ...]
     adapter: Adapter | None
     bargain_every: int
     measures: tuple[str, ...]
     model_options: dict[str, Any]
-    """Of `from_pretrained`."""
+    """Options of `from_pretrained`."""
     live: bool = False
-    """Whether the base expert walks through the layers in the forward pass."""
+    """Whether the base expert is propagated in the forward pass."""
     stage_one: bool = False
-    """Whether this is StableMoE's first stage (`stable`)."""
+    """Whether this is StableMoE's first stage (`stable_moe`)."""
 
-    def stated(self) -> dict[str, Any]:
+    def record(self) -> dict[str, Any]:
+        """The choice as plain values, for the identity of a run."""
         adapter = None if self.adapter is None else vars(self.adapter)
         options = {name: str(option) for name, option in self.model_options.items()}
         more = {name: True for name in ("live", "stage_one") if getattr(self, name)}
         return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **more, **options}
 
 
-def stated(arguments: SFTConfig, live: bool = False) -> dict[str, Any]:
-    """Training arguments that are not as they are by default, and that the result depends on.
+def changed_arguments(arguments: SFTConfig, live: bool = False) -> dict[str, Any]:
+    """Training arguments that differ from the defaults and that the result depends on.
 
     Args:
-        live: whether a bargain follows on every checkpoint (`BargainCallback`).
+        live: whether a bargain follows every checkpoint (`BargainCallback`).
     """
     values = json.loads(json.dumps(arguments.to_dict(), default=str))
     if (template := arguments.chat_template_path) is not None and Path(template).is_file():
-        values["chat_template_path"] = hash_file(Path(template))  # what is in it, not where it lies
-    plain = json.loads(
+        values["chat_template_path"] = hash_file(Path(template))  # its content matters, not its place
+    defaults = json.loads(
         json.dumps(SFTConfig(output_dir="x", use_cpu=arguments.use_cpu, bf16=False).to_dict(), default=str)
     )
     saving = SAVING if live or arguments.load_best_model_at_end else ()
     names = {field.name for field in fields(SFTConfig)} - set(VOLATILE) | set(saving)
-    return {name: values[name] for name in sorted(names & set(values)) if values[name] != plain.get(name)}
+    return {name: values[name] for name in sorted(names & set(values)) if values[name] != defaults.get(name)}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a choice comes to on a model."""
+class TrainingPlan:
+    """A choice, applied to a model."""
 
     kinds: tuple[str, ...]
     bargain_every: int
@@ -91,12 +92,12 @@ class Plan:
     live: bool = False
 
 
-def planned(start: Start, choice: Choice) -> Plan:
-    """Settled before a tensor is read.
+def plan_training(start: Start, choice: Choice) -> TrainingPlan:
+    """Apply a choice to a model, before a tensor is read.
 
     Raises:
-        TrainingError: a kind that the model has none of, or that the adapter cannot be put on; StableMoE's first stage
-            of a model that has another router; a live base of a model whose first MoE layer has none.
+        TrainingError: the model has no parameters of a kind, or the adapter cannot act on them; StableMoE's first stage
+            with another router; or live propagation of a model whose first MoE layer has no base.
     """
     if choice.stage_one and start.recipe.routing.kind != "stable":
         raise TrainingError(
@@ -104,18 +105,18 @@ def planned(start: Start, choice: Choice) -> Plan:
         )
     outline = start.outline(choice.model_options.get("attn_implementation"))
     kinds = check_present(outline, choice.kinds)
-    walks = bool(start.recipe.merge.propagates and {"experts", "base"} & set(kinds))
-    every, live, adapter = choice.bargain_every if walks else 0, choice.live and walks, None
+    propagates = bool(start.recipe.merge.propagates and {"experts", "base"} & set(kinds))
+    every, live, adapter = choice.bargain_every if propagates else 0, choice.live and propagates, None
     if live:
         check_first_base(start.recipe)
     if choice.adapter is not None:
         kinds = tuple(kind for kind in kinds if kind not in ("embeddings", "norms"))
         adapter = lora(outline, kinds, **vars(choice.adapter), carry_base=bool(every) or live)
-    return Plan(kinds, every, adapter, live)
+    return TrainingPlan(kinds, every, adapter, live)
 
 
-def measures_for(size: int, asked: Sequence[str] | None, largest: int) -> tuple[str, ...]:
-    """What to score a model by: what was asked for, or all where it is small enough, else chats alone."""
-    if asked is not None:
-        return () if list(asked) == ["none"] else tuple(asked)
+def measures_for(size: int, requested: Sequence[str] | None, largest: int) -> tuple[str, ...]:
+    """The measures of a run: those requested; by default all for a small model, else chats alone."""
+    if requested is not None:
+        return () if list(requested) == ["none"] else tuple(requested)
     return ("chats", "text", "problems") if size <= largest else ("chats",)

@@ -1,4 +1,4 @@
-"""What training starts from: a patched folder, or a stock checkpoint that is patched in memory."""
+"""The start of training: a patched folder, or a stock checkpoint that is patched in memory."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,7 +26,7 @@ from ..recipe import Recipe
 
 @dataclass(frozen=True)
 class Start:
-    """A checkpoint and a recipe that fit together; no tensor is read yet."""
+    """A checkpoint and a recipe that fit together. No tensor has been read."""
 
     checkpoint: Checkpoint
     recipe: Recipe
@@ -37,40 +37,40 @@ class Start:
 
     @property
     def source(self) -> dict[str, Any]:
-        """As a report has it."""
-        found = self.checkpoint
+        """The entry ``source`` of a report."""
+        checkpoint = self.checkpoint
         return {
-            "name": found.name,
-            "commit": found.commit,
-            "fingerprint": found.fingerprint(),
-            "bytes": found.size,
+            "name": checkpoint.name,
+            "commit": checkpoint.commit,
+            "fingerprint": checkpoint.fingerprint(),
+            "bytes": checkpoint.size,
             "patched": self.patched,
         }
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model can attend to."""
-        found = self.checkpoint.config.get("max_position_embeddings")
-        return found if isinstance(found, int) else None
+        """Largest number of tokens in a sequence, if the configuration states it."""
+        longest = self.checkpoint.config.get("max_position_embeddings")
+        return longest if isinstance(longest, int) else None
 
     def tokenizer(self) -> Any:
         """Raises:
-        TrainingError: there is none.
+        TrainingError: the checkpoint has no tokenizer.
         CheckpointError: it does not open, or does not fit the model.
         """
-        if not has_tokenizer(self.checkpoint.folder):  # transformers may make an empty one up
+        if not has_tokenizer(self.checkpoint.folder):  # transformers may create an empty tokenizer
             raise TrainingError(f"{self.checkpoint.name} has no tokenizer, and chats cannot be read without one")
         rows = self.checkpoint.config.get("vocab_size")
         return open_tokenizer(self.checkpoint.folder, self.checkpoint.name, rows if isinstance(rows, int) else None)
 
     def outline(self, attention: str | None = None) -> Any:
-        """The patched model without numbers, on the meta device.
+        """The patched model on the meta device, without values.
 
         Args:
-            attention: its implementation, as of `from_pretrained`.
+            attention: implementation of attention, as for `from_pretrained`.
 
         Raises:
-            UsageError: this implementation needs a library that is missing, or there is none of that name.
+            UsageError: the implementation is unknown, or needs a missing library.
         """
         config, family = self.checkpoint.config, original_family(self.checkpoint.config)
         if not self.patched:
@@ -90,12 +90,12 @@ class Start:
 
         Args:
             tokenizer: for a recipe that reads calibration text.
-            **options: of `from_pretrained`.
+            **options: options of `from_pretrained`.
 
         Raises:
             NamexError: tensors or text are missing.
         """
-        folder, shown = self.checkpoint.folder, logging.is_progress_bar_enabled()
+        folder, had_bar = self.checkpoint.folder, logging.is_progress_bar_enabled()
         logging.disable_progress_bar()
         try:
             if self.patched:
@@ -107,7 +107,7 @@ class Start:
                 )
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
         finally:
-            if shown:
+            if had_bar:
                 logging.enable_progress_bar()
         patch_model(model, self.recipe, tokenizer if self.recipe.needs_text else None)
         model.name_or_path = model.config._name_or_path = self.checkpoint.name
@@ -126,25 +126,25 @@ class Start:
 
 
 def start_from(name: str, revision: str | None = None, recipe: Recipe | None = None) -> Start:
-    """Find what is to be trained.
+    """Resolve the checkpoint to train, and its recipe.
 
     Args:
         name: a folder, a packaged model, or a Hub id.
-        recipe: for a checkpoint that is not patched yet; None: the default, NAMEx-Full.
+        recipe: for a checkpoint that is not patched; None: the default, NAMEx-Full.
 
     Raises:
-        CheckpointError, FamilyError: there is none, or none of a supported family.
-        RecipeError: it does not fit the checkpoint.
-        TrainingError: a recipe for what is patched already.
+        CheckpointError, FamilyError: there is no such checkpoint, or its family is not supported.
+        RecipeError: the recipe does not fit the checkpoint.
+        TrainingError: there is a recipe for a checkpoint that is patched already.
     """
     checkpoint = resolve(name, revision, original_family)
-    if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
+    if checkpoint.commit is None:  # of a Hub id not all files are fetched, and the client checks them
         check_whole(checkpoint.folder)
-    found = checkpoint.config.get("namex")
-    if patched := isinstance(found, dict):
+    stored = checkpoint.config.get("namex")
+    if patched := isinstance(stored, dict):
         if recipe is not None:
             raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
-        family, recipe = original_family(checkpoint.config), Recipe.from_stored(found)
+        family, recipe = original_family(checkpoint.config), Recipe.from_stored(stored)
     else:
         family, recipe = family_of(checkpoint.config), recipe or Recipe()
     shape = family.shape(checkpoint.config)
@@ -156,7 +156,7 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
 
 def dtype_of(name: str) -> torch.dtype | str:
     """Raises:
-    TrainingError: none of the names that TRL accepts.
+    TrainingError: TRL does not accept this name.
     """
     accepted = ("auto", "bfloat16", "float16", "float32")
     if name not in accepted:

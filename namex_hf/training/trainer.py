@@ -1,4 +1,4 @@
-"""TRL's `SFTTrainer` for patched models: checkpoints that hold the experts, the bargain between steps, and counts."""
+"""TRL's `SFTTrainer` for patched models: checkpoints with fused experts, the bargain between steps, and counts."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -19,26 +19,26 @@ from .generation import carried_settings
 from .stable_moe import StageOne
 
 STATE, SEAL = "trainer_state.json", "namex_seal.json"
-"""In a checkpoint: its last file but one, and sizes and hashes of all its files, written after them."""
+"""Last files of a checkpoint: the trainer's state, then the sizes and hashes of all files."""
 
 
 @contextmanager
 def fused(model: Any) -> Iterator[None]:
-    """While it lasts `model` is saved under the names that it has in memory."""
+    """Inside this context `model` is saved with the tensor names that it has in memory."""
     model = getattr(model, "get_base_model", lambda: model)()
-    had, before = "_weight_conversions" in vars(model), getattr(model, "_weight_conversions", None)
+    had_own, before = "_weight_conversions" in vars(model), getattr(model, "_weight_conversions", None)
     model._weight_conversions = []
     try:
         yield
     finally:
-        if had:
+        if had_own:
             model._weight_conversions = before
         else:
             del model._weight_conversions
 
 
 class LabelTokens(TrainerCallback, ExportableState):
-    """How many tokens have counted in the loss so far; checkpoints hold it, and a resumed run goes on from theirs."""
+    """Number of tokens in the loss so far, stored in checkpoints and restored from them."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -47,13 +47,13 @@ class LabelTokens(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"count": self.count}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Once a checkpoint has been read, where there is one."""
+        """Restore the count if training resumes from a checkpoint."""
         stored = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.count = stored["attributes"]["count"] if state.global_step else 0
 
     @classmethod
     def at(cls, checkpoint: Path) -> int:
-        """The count that a checkpoint holds."""
+        """The count in a checkpoint."""
         states = read_json(checkpoint / STATE, TrainingError)["stateful_callbacks"]
         return int(states[cls.__name__]["attributes"]["count"])
 
@@ -61,14 +61,14 @@ class LabelTokens(TrainerCallback, ExportableState):
 class NamexTrainer(SFTTrainer):
     """`SFTTrainer` for models whose experts are fused in memory.
 
-    transformers saves experts one by one, and its `Trainer` loads a checkpoint without joining them again: it warns,
-    and goes on with the experts that it began with. Here a checkpoint holds them as they are in memory, and one that
-    lacks a parameter is refused. (`from_pretrained` reads both layouts.)
+    transformers saves every expert apart, and its `Trainer` does not fuse them when it loads a checkpoint: it warns,
+    and continues with the initial experts. Here a checkpoint has fused experts, and is refused if it lacks a parameter.
+    (`from_pretrained` reads both layouts.)
 
     Args:
-        recipe: of the model; None: no bargain.
-        bargain_every: optimiser steps from one bargain to the next; 0: none.
-        source: folder of the checkpoint that training begins with, whose generation settings go along.
+        recipe: recipe of the model; None: no bargain.
+        bargain_every: optimiser steps between two bargains; 0: no bargain.
+        source: folder of the checkpoint that training begins with, whose generation settings are copied.
     """
 
     def __init__(
@@ -88,24 +88,24 @@ class NamexTrainer(SFTTrainer):
             self.add_callback(self.bargain)
 
     def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """TRL's, and a count of the labels on all processes; the first of a row is predicted by nothing."""
-        here = (inputs["labels"][:, 1:] != IGNORED).sum().to(self.accelerator.device)
-        self.label_tokens.count += int(self.accelerator.reduce(here, "sum")) // self._tp_size
+        """As TRL's; also counts the labels on all processes, without the first of a row, which is not predicted."""
+        labels = (inputs["labels"][:, 1:] != IGNORED).sum().to(self.accelerator.device)
+        self.label_tokens.count += int(self.accelerator.reduce(labels, "sum")) // self._tp_size
         return super().training_step(model, inputs, *args, **kwargs)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the state of the bargain beside the loss, where there was one since the last time."""
+        """Log the state of the last bargain with the loss, once."""
         if self.bargain is not None and "loss" in logs:
             logs.update(self.bargain.state)
             self.bargain.state = {}
         super().log(logs, start_time)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None before the end: the card is that of the finished folder."""
+        """Write no card during training: the finished folder gets its own."""
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()  # each process writes files of its own
+        self.accelerator.wait_for_everyone()  # each process writes its own files
         folder = Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}"
         if self.args.process_index == 0 and folder.is_dir():
             seal(folder)
@@ -114,7 +114,7 @@ class NamexTrainer(SFTTrainer):
         model = self.accelerator.unwrap_model(self.model)
         bare = getattr(model, "get_base_model", lambda: model)()
         out = Path(self.args.output_dir if output_dir is None else output_dir)
-        writes = self.args.should_save  # all processes are here, and one of them writes
+        writes = self.args.should_save  # true on a single process
         with fused(model), carried_settings(bare, self.source, out) if writes else nullcontext():
             super()._save(output_dir, state_dict)
 
@@ -127,7 +127,7 @@ class NamexTrainer(SFTTrainer):
 
 
 class StageOneTrainer(StageOne, NamexTrainer):
-    """`NamexTrainer` in StableMoE's first stage; the model's own balance loss is off, as StableMoE has another."""
+    """`NamexTrainer` in StableMoE's first stage, which replaces the model's own balance loss."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -135,9 +135,9 @@ class StageOneTrainer(StageOne, NamexTrainer):
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end, and whose files are as they were written.
+    """The last complete and undamaged checkpoint.
 
-    One of the last step is passed over: transformers would take a step more from there.
+    A checkpoint of the last step is skipped: transformers would take another step from there.
     """
     numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
     for path in numbered:
@@ -150,12 +150,12 @@ def last_checkpoint(folder: Path) -> str | None:
 
 
 def seal(folder: Path) -> None:
-    """Take down sizes and hashes of a checkpoint's files, so that a damaged one is not gone on from."""
+    """Record sizes and hashes of a checkpoint's files, so that no run resumes from a damaged checkpoint."""
     names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*")) if path.is_file()]
     write_checked(folder / SEAL, _files(folder, [name for name in names if name != SEAL]))
 
 
 def _files(folder: Path, names: Iterable[str]) -> dict[str, list[int | str]]:
-    """Size and hash of files; those that are gone are left out."""
+    """Size and hash of every file that exists."""
     paths = {name: folder / name for name in names}
     return {name: [path.stat().st_size, hash_file(path)] for name, path in paths.items() if path.is_file()}

@@ -1,4 +1,4 @@
-"""One run of supervised fine-tuning: from a checkpoint and chats to a patched folder, killed and continued at will."""
+"""A resumable run of supervised fine-tuning, from a checkpoint and chats to a patched folder."""
 
 import json
 import os
@@ -19,13 +19,13 @@ from ..files import REPORT, SCORES, found, read_checked, read_json, write_checke
 from ..printable import marked
 from ..recipe import Recipe
 from ..report.report import Report, versions
-from .bargain import Settled, rebargain
+from .bargain import LayerBargain, rebargain
 from .chats import Chats
 from .choice import check_trains, table_of, train_only
 from .finish import layer_records, save_trained
 from .labels import Labelled, labelled, length_table
 from .live import go_live
-from .plan import Choice, Plan, planned, stated
+from .plan import Choice, TrainingPlan, changed_arguments, plan_training
 from .scores import Items, measure, value
 from .stable_moe import freeze
 from .start import Start
@@ -43,45 +43,45 @@ def tune(
     console: Console,
     overwrite: bool = False,
 ) -> Report:
-    """Train, and leave a folder that loads as every patched folder does.
+    """Train, and write a patched folder.
 
-    A run that was killed goes on from its last checkpoint when it is called again; a folder that is complete is left as
-    it is. On several processes all of them call this; the first one writes.
+    After a kill, the same call resumes from the last checkpoint; a complete folder is not changed. With several
+    processes all call this, and the first writes.
 
     Args:
-        arguments: of the trainer, which are left as they are; the output folder is `out`.
+        arguments: arguments of the trainer, which are not changed; the output folder is `out`.
 
     Raises:
         NamexError: bad input, before training starts.
-        OutputError: the folder is another run's, in use, or the disk is full.
+        OutputError: the folder belongs to another run or is in use, or the disk is full.
     """
     run = {
         "recipe": start.recipe.to_dict(),
         "source": start.checkpoint.fingerprint(),
         "files": start.checkpoint.identity.record(),
         "data": {"name": chats.name, "sha256": chats.sha256, "chats": len(chats.train)},
-        "training": choice.stated() | stated(arguments, choice.live),
+        "training": choice.record() | changed_arguments(arguments, choice.live),
     }
     folder = OutputFolder(out, run, start.checkpoint.identity, resumes=("checkpoint-*", "compare"))
     first = arguments.process_index == 0
     arguments = copy(arguments)
     arguments.output_dir = str(out)
     folder.check(overwrite)
-    plan = planned(start, choice)
+    plan = plan_training(start, choice)
     if not overwrite and folder.complete:
         console.print(f"{marked(out)} is complete: this run was made before", soft_wrap=True)
         return Report.from_file(found(out, REPORT))
     ready = labelled(chats, start.tokenizer(), arguments)
     console.print(length_table(ready))
-    arguments.assistant_only_loss = False  # the labels are there
-    arguments.dataset_num_proc = None  # else every process packs a part of the chats, and sequences become others
-    arguments.distributed_state.wait_for_everyone()  # all have looked at the folder before the first one claims it
+    arguments.assistant_only_loss = False  # the rows have labels already
+    arguments.dataset_num_proc = None  # else every process packs a part of the chats, which changes the sequences
+    arguments.distributed_state.wait_for_everyone()  # all check the folder before the first process locks it
     with folder.claimed(overwrite) if first else nullcontext():
         return Run(start, ready, arguments, choice, plan, folder, console).finish()
 
 
 class Run:
-    """What one run holds while it lasts: tokenizer, model and trainer."""
+    """A run with its tokenizer, model and trainer."""
 
     def __init__(
         self,
@@ -89,20 +89,20 @@ class Run:
         chats: Labelled,
         arguments: SFTConfig,
         choice: Choice,
-        plan: Plan,
+        plan: TrainingPlan,
         folder: OutputFolder,
         console: Console,
     ):
         self.start, self.arguments, self.choice, self.folder, self.console = start, arguments, choice, folder, console
         self.tokenizer = start.tokenizer()
         model = start.model(self.tokenizer, **choice.model_options)
-        start.checkpoint.identity.settle()  # what was read just now is read again from memory
+        start.checkpoint.identity.settle()  # the files are still in the page cache
         if arguments.process_index == 0:
             start.checkpoint.identity.save_digests(folder.state)
-        self.as_found = {name: getattr(model.config, name) for name in ("use_cache", "output_router_logits")}
+        self.original_settings = {name: getattr(model.config, name) for name in ("use_cache", "output_router_logits")}
         self.recipe = start.recipe
         if (text := getattr(model.config, "namex", None)) is not None:
-            self.recipe = Recipe.from_stored(text)  # with the name of the text that it was calibrated on
+            self.recipe = Recipe.from_stored(text)  # it names its calibration text
         if plan.adapter is None:
             train_only(model, plan.kinds)
         kind = StageOneTrainer if choice.stage_one else NamexTrainer
@@ -120,7 +120,7 @@ class Run:
         check_sharding(self.trainer, choice)
         if plan.adapter is not None and "base" not in plan.kinds:
             for name, parameter in self.trainer.model.named_parameters():
-                if kind_of(name) == "base":  # carried along; PEFT would train it
+                if kind_of(name) == "base":  # only saved with the adapter; PEFT would train it
                     parameter.requires_grad_(False)
         if plan.live:
             go_live(getattr(self.trainer.model, "get_base_model", lambda: self.trainer.model)())
@@ -136,7 +136,7 @@ class Run:
         return f"method {merge.method}" if not merge.propagates else "neither experts nor base train"
 
     def finish(self) -> Report:
-        """Score, train, score again, save."""
+        """Score, train, score again and save."""
         before = self._scores("before")
         started = time.perf_counter()
         resume = self.arguments.resume_from_checkpoint or last_checkpoint(self.folder.path)
@@ -146,24 +146,24 @@ class Run:
         best = self._best()
         self.trainer.model.eval()
         student = freeze(self.trainer.model) if self.choice.stage_one else None
-        seconds, settling = time.perf_counter() - started, time.perf_counter()
-        settled: list[Settled] = []
+        seconds, bargain_start = time.perf_counter() - started, time.perf_counter()
+        bargains: list[LayerBargain] = []
         if self.recipe.merge.has_base:
-            settled = rebargain(self.trainer.model, self.recipe, write=self.trainer.bargain is not None)
-        settling = time.perf_counter() - settling
+            bargains = rebargain(self.trainer.model, self.recipe, write=self.trainer.bargain is not None)
+        bargain_seconds = time.perf_counter() - bargain_start
         report = Report(
             self.folder.run | {"files": self.start.checkpoint.identity.record()},
             self.start.source,
             self.trainer.model.config.model_type,
-            layer_records(settled, settling),
+            layer_records(bargains, bargain_seconds),
             {"seconds": round(seconds, 1)},
             versions(*LIBRARIES),
             training=self._record(seconds, best) | ({} if student is None else {"assigned": int(student.seen.sum())}),
         )
-        return self._saved(report, settled, before)
+        return self._saved(report, bargains, before)
 
     def _scores(self, when: str) -> Items:
-        """Of the model as it is, or as it was found when this run was there before."""
+        """Scores of the current model, or those from an earlier start of this run."""
         path = self.folder.state / f"{when}.json"
         if self.arguments.world_size > 1 or not self.choice.measures:
             return {}
@@ -177,16 +177,16 @@ class Run:
 
     @contextmanager
     def _untouched(self, config: Any) -> Iterator[None]:
-        """The configuration as the model came, without what the trainer has switched on or off in it."""
-        now = {name: getattr(config, name) for name in self.as_found}
-        vars(config).update(self.as_found)
+        """Inside this context the configuration has its original settings, without the trainer's changes."""
+        changed = {name: getattr(config, name) for name in self.original_settings}
+        vars(config).update(self.original_settings)
         try:
             yield
         finally:
-            vars(config).update(now)
+            vars(config).update(changed)
 
     def _best(self) -> dict[str, Any] | None:
-        """The checkpoint that the model is now, where the best one was to be loaded at the end."""
+        """The checkpoint that the trainer loaded at the end, under `load_best_model_at_end`."""
         state, arguments = self.trainer.state, self.arguments
         if not arguments.load_best_model_at_end:
             return None
@@ -198,28 +198,28 @@ class Run:
         return {"step": state.best_global_step, "tokens": tokens, "metric": metric, "value": state.best_metric}
 
     def _record(self, seconds: float, best: dict[str, Any] | None) -> dict[str, Any]:
-        """Of the training, for the report: of the checkpoint `best`, or of the last step."""
+        """The entry ``training`` of the report, up to the checkpoint `best` or the last step."""
         steps = self.trainer.state.global_step
-        at, tokens = (best["step"], best["tokens"]) if best else (steps, self.trainer.label_tokens.count)
-        history = [entry for entry in self.trainer.state.log_history if "loss" in entry and entry["step"] <= at]
+        end, tokens = (best["step"], best["tokens"]) if best else (steps, self.trainer.label_tokens.count)
+        history = [entry for entry in self.trainer.state.log_history if "loss" in entry and entry["step"] <= end]
         bargain = self.trainer.bargain
         return {
-            "steps": at,
+            "steps": end,
             "tokens": tokens,
             **({"best_of": {"steps": steps, "metric": best["metric"], "value": best["value"]}} if best else {}),
-            "trainable": {kind: some for kind, (some, _) in self.trains.items() if some},
+            "trainable": {kind: trainable for kind, (trainable, _) in self.trains.items() if trainable},
             "parameters": {kind: every for kind, (_, every) in self.trains.items()},
             "loss": [{key: entry[key] for key in LOGGED if key in entry} for entry in history],
             "bargain_seconds": None if bargain is None else round(bargain.seconds, 3),
             "seconds": round(seconds, 3),
         }
 
-    def _saved(self, report: Report, settled: list[Settled], before: Items) -> Report:
+    def _saved(self, report: Report, bargains: list[LayerBargain], before: Items) -> Report:
         trainer, state_dict = self.trainer, None
         model = trainer.accelerator.unwrap_model(trainer.model)
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
-            whole = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
-            state_dict = trainer.accelerator.get_state_dict(whole)  # on every process
+            wrapped = trainer.deepspeed if trainer.is_deepspeed_enabled else trainer.model
+            state_dict = trainer.accelerator.get_state_dict(wrapped)  # on every process
         after = self._scores("after")
         if after:
             scores = {"before": before, "after": after}
@@ -234,7 +234,7 @@ class Run:
                 write_text(self.folder.path / SCORES, json.dumps(scores))
             with self._untouched(model.config):
                 carried = self.start.checkpoint.folder
-                save_trained(self.folder, model, self.tokenizer, carried, report, settled, state_dict)
+                save_trained(self.folder, model, self.tokenizer, carried, report, bargains, state_dict)
         trainer.accelerator.wait_for_everyone()
         return report
 
@@ -250,12 +250,12 @@ LOGGED = (
 
 def check_sharding(trainer: NamexTrainer, choice: Choice) -> None:
     """Raises:
-    TrainingError: FSDP of version 1, or none although it was asked for; an adapter or a student on a sharded model.
+    TrainingError: FSDP has version 1, or is not active on request; or a sharded model has an adapter or a student.
     """
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not trainer.is_fsdp_enabled:
         raise TrainingError(
-            "FSDP was asked for, and accelerate shards nothing on CPUs; accepted: accelerators, or none"
+            "FSDP is requested, and accelerate shards nothing on CPUs; accepted: accelerators, or no FSDP"
         )
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise TrainingError(
@@ -268,6 +268,6 @@ def check_sharding(trainer: NamexTrainer, choice: Choice) -> None:
 
 
 def scores_of(out: Path) -> dict[str, Items]:
-    """Item by item, before and after; empty where none were taken."""
+    """Scores item by item, before and after training; empty without scores."""
     path = found(out, SCORES)
     return read_json(path) if path.is_file() else {}

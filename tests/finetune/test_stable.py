@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from namex_hf import load_patched
-from namex_hf.training.stable_moe.listening import stable_routers
+from namex_hf.training.stable_moe.routing_hooks import stable_routers
 
 CONFIG = Path(__file__).parents[2] / "namex_hf" / "packaged" / "tiny" / "config.json"
 STABLE = {"routing": "stable", "calibration_tokens": 8192}

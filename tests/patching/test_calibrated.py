@@ -254,7 +254,7 @@ def test_no_file_of_the_result_holds_the_path_of_the_text(odd, words: Path, tmp_
         assert b"here-and-nowhere-else" not in data, name
         assert str(tmp_path).encode() not in data, name
     assert read_config(tmp_path / "out")["namex"]["calibration_data"] == "it's: mine.txt"
-    assert Recipe.from_yaml(tmp_path / "out" / "namex/recipe.yaml").calibration_data == "it's: mine.txt"
+    assert Recipe.from_yaml(tmp_path / "out" / "namex/recipe.yaml").calibration.data == "it's: mine.txt"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

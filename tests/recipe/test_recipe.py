@@ -925,7 +925,7 @@ def test_what_0_1_0_stored_opens(fields: dict[str, Any]):
     of_that_release = {"merge": "residual", "base": "first", "grouping": "weights", **fields}
     base = {"base": "first"} if not fields else {}
     assert Recipe.from_stored(of_that_release) == Recipe.from_dict({**fields, **base})
-    with pytest.raises(RecipeError, match="'(base|grouping)' (is a choice of|belongs to)"):
+    with pytest.raises(RecipeError, match=r"'(base|grouping)' (is a choice of|belongs to)"):
         Recipe.from_dict(of_that_release)
 
 

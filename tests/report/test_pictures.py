@@ -252,7 +252,7 @@ def test_usage_after_is_shown_beside_before_on_the_same_text_alone(patched: dict
         (usage,) = [one for one in draw(material_of(folder, tokens)) if one.name == "6-usage"]
         return [text.get_text() for text in usage.figure.axes[0].get_legend().get_texts()]
 
-    assert labels(CALIBRATED.calibration_tokens) == ["original's router", "this model's router"]
+    assert labels(CALIBRATED.calibration.tokens) == ["original's router", "this model's router"]
     assert labels(TOKENS) == ["original's router"]
 
 

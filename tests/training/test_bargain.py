@@ -16,7 +16,7 @@ from namex_hf.training.choice import lora
 from namex_hf.training.fold import fold_curvature
 from namex_hf.training.gathered import base_of, experts_of
 from namex_hf.training.live import go_live
-from namex_hf.training.plan import Choice, planned
+from namex_hf.training.plan import Choice, plan_training
 from namex_hf.training.start import start_from
 
 RECIPES = {
@@ -194,7 +194,7 @@ def test_a_live_base_needs_one_in_the_first_layer():
         go_live(patch_model(stock(), recipe))
     choice = Choice(("experts",), None, 10, (), {}, live=True)
     with pytest.raises(TrainingError, match=says):
-        planned(start_from("tiny", recipe=recipe), choice)
+        plan_training(start_from("tiny", recipe=recipe), choice)
 
 
 def test_what_lora_adds_to_experts_counts():

@@ -27,7 +27,7 @@ def test_the_folded_model_is_the_same_function(make_model, family, fields, tmp_p
     assert fold_curvature(model) is model
     assert (model(tokens).logits - wanted).abs().max() < 1e-4
     assert model.state_dict().keys() == plain.state_dict().keys()
-    assert Recipe.from_dict(model.config.namex).curvature == "identity"
+    assert Recipe.from_dict(model.config.namex).to_dict()["curvature"] == "identity"
     model.save_pretrained(tmp_path)
     again = load_patched(tmp_path, dtype=torch.float32).eval()
     assert (again(tokens).logits - wanted).abs().max() < 1e-4

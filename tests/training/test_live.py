@@ -16,7 +16,7 @@ from namex_hf.errors import TrainingError
 from namex_hf.models.configuration_deepseek import DeepseekConfig
 from namex_hf.training.bargain import BargainCallback, rebargain, summary
 from namex_hf.training.gathered import experts_of, write_base
-from namex_hf.training.live import go_live, mixtures, refresh, settle, write_bases
+from namex_hf.training.live import go_live, moe_blocks, refresh, settle, write_bases
 
 SHARED = {
     "vocab_size": 41,
@@ -227,7 +227,7 @@ def test_curved_propagation_under_checkpointing_and_autocast():
 
 
 def first_base_of(model: Any) -> list[str]:
-    blocks = mixtures(model)
+    blocks = moe_blocks(model)
     number = next(n for n, layer in enumerate(model.model.layers) if layer.mlp is blocks[0])
     return [f"model.layers.{number}.mlp.base_expert.{part}.weight" for part in PARTS]
 
@@ -356,7 +356,7 @@ def test_autograd_keeps_as_many_bases_as_is_said(momentum, buffers, checkpointin
             loss = loss_of(live)
     bases = bases_among(kept) - before
     copies = 1 + buffers if checkpointing else 1
-    assert len(bases) == 3 * copies * (len(mixtures(live)) - 1)
+    assert len(bases) == 3 * copies * (len(moe_blocks(live)) - 1)
     loss.backward()
 
 
@@ -402,7 +402,7 @@ def test_weights_are_those_of_the_bargain_at_every_nth_step(recipe):
     live = go_live(patched("deepseek", **recipe)).train()
     callback = BargainCallback(Recipe.from_dict(live.config.namex), every=3)
     optimizer = torch.optim.SGD(live.parameters(), lr=0.3)
-    blocks = mixtures(live)
+    blocks = moe_blocks(live)
     for step in range(1, 7):
         before = [block.weights.clone() for block in blocks]
         gradients(live)
@@ -430,10 +430,10 @@ def test_weights_are_those_of_the_bargain_at_every_nth_step(recipe):
 def test_a_layer_without_agreement_is_passed_by_its_rule(point, weight, status):
     """NAMEx around the mean of the first layer's experts: its weights are in force there and are not reused."""
     model = patched("qwen2_moe", method="namex", disagreement=point)
-    first = mixtures(model)[0]
+    first = moe_blocks(model)[0]
     write_base(first, {name: matrices.mean(0) for name, matrices in experts_of(first).items()})
     live = go_live(model)
-    blocks = mixtures(live)
+    blocks = moe_blocks(live)
     assert torch.equal(blocks[0].weights, torch.full((3, 8), weight, dtype=torch.float64))
     assert blocks[1].weights.std() > 0
     assert torch.equal(blocks[2].weights, blocks[1].weights)
@@ -486,7 +486,7 @@ def test_what_lora_adds_to_experts_walks_along(first):
         parameter.requires_grad_("mlp.experts" in name)
     of_merged = gradients(merged)
     wrappers = {name: module for name, module in adapted.named_modules() if hasattr(module, "parameter_name")}
-    assert len(wrappers) == len(of_merged) == 2 * len(mixtures(model))
+    assert len(wrappers) == len(of_merged) == 2 * len(moe_blocks(model))
     for name, wrapper in wrappers.items():
         block = name.removeprefix("base_model.model.").partition(".experts")[0]
         factors = [factor for part, factor in wrapper.named_parameters() if part.startswith("lora_")][:2]
@@ -518,7 +518,7 @@ def test_what_has_no_walking_base_is_refused():
 def test_diverged_experts_are_said_and_nothing_is_changed():
     model = patched("qwen2_moe")
     with torch.no_grad():
-        mixtures(model)[1].experts.down_proj[5, 0, 0] = math.nan
+        moe_blocks(model)[1].experts.down_proj[5, 0, 0] = math.nan
     with pytest.raises(TrainingError, match="layer 1, expert 5: down_proj"):
         go_live(model)
     assert all("Live" not in type(module).__name__ for module in model.modules())
@@ -534,7 +534,7 @@ def test_a_model_on_meta_has_a_state_dict():
 
 def test_bases_are_written_by_hand_too():
     live = shaken(go_live(patched("qwen2_moe")), "experts")
-    stale = mixtures(live)[1].base_expert.up_proj.weight.clone()
+    stale = moe_blocks(live)[1].base_expert.up_proj.weight.clone()
     write_bases(live)
-    assert not torch.equal(mixtures(live)[1].base_expert.up_proj.weight, stale)
+    assert not torch.equal(moe_blocks(live)[1].base_expert.up_proj.weight, stale)
     torch.testing.assert_close(logits_of(settle(copy.deepcopy(live))), logits_of(live))

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from namex_hf.merging.routers import assignment, load_entropy, overlap
 from namex_hf.merging.routing import TokenRouting
 from namex_hf.training.stable_moe import StageOne, begin, freeze, student_of
-from namex_hf.training.stable_moe.listening import Heard, stable_routers
+from namex_hf.training.stable_moe.routing_hooks import LayerRouting, stable_routers
 from namex_hf.training.stable_moe.student import balance_loss, distillation_loss
 
 SPARSE = {"merge": "residual", "method": "smoe", "routing": "stable"}
@@ -255,7 +255,7 @@ def test_the_student_learns_at_its_own_rate(make_model, tmp_path):
     def overlaps(choose) -> list[float]:
         return [float(overlap(one.linear, choose(layer, one)).mean()) for layer, one in enumerate(hear(model, ids, 8))]
 
-    def counted(layer: int, one: Heard) -> torch.Tensor:
+    def counted(layer: int, one: LayerRouting) -> torch.Tensor:
         value = one.logits.softmax(-1).gather(-1, one.linear)
         return assignment(one.ids, TokenRouting(one.linear, value), 8, 41)[one.ids].long()
 

@@ -1,9 +1,9 @@
 """StableMoE's two stages (Dai et al. 2022) for a model patched with ``routing: stable``, in a top-k form.
 
-Stage 1, from `begin` to `freeze`, trains the model under its linear router with a balance loss, and beside it a student
-that learns from the token id alone which experts the router chooses. `freeze` writes what the student has learnt into
-each layer's table of assignments. Stage 2 is any training of the model: the table is a buffer of integers, which no
-gradient reaches, while the gate values stay the router's own and train::
+Stage 1, from `begin` to `freeze`, trains the model under its linear router with a balance loss. It also trains a
+student that predicts the router's experts from the token id alone. `freeze` writes the student's predictions into each
+layer's table of assignments. Stage 2 is any training of the model. The table is a buffer of integers without gradient;
+the gate values are still the router's own, and train::
 
     class StageOneTrainer(StageOne, Trainer): ...
 
@@ -19,15 +19,15 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from .listening import stable_routers
+from .routing_hooks import stable_routers
 from .student import Student
 
 
 def student_of(model: nn.Module) -> Student:
-    """The student that a model has between `begin` and `freeze`.
+    """The student of a model between `begin` and `freeze`.
 
     Raises:
-        ValueError: it has none.
+        ValueError: the model has no student.
     """
     for module in model.modules():
         if isinstance(module, Student):
@@ -36,12 +36,11 @@ def student_of(model: nn.Module) -> Student:
 
 
 def begin(model: Any, width: int = 50, balance: float = 0.3, distillation: float = 0.3) -> Student:
-    """Start stage 1: the model routes linearly, and the losses of its training passes have the two terms added.
+    """Start stage 1: the model routes linearly, and the losses of its training passes get two further terms.
 
-    The tables of assignments are cleared, from calibration text or an earlier stage 1 as they may be, and the model
-    gets a new, random `Student` as its ``stable_student``, also where it had one. Passes in training mode are given
-    `labels`, and `attention_mask` where there is padding, by keyword, as `Trainer` does; in eval mode the loss is the
-    model's own.
+    The tables of assignments are cleared. The model gets a new, random `Student` as its ``stable_student``, which
+    replaces an earlier student. Passes in training mode need `labels`, and with padding `attention_mask`, by keyword,
+    as from `Trainer`. In eval mode the loss is the model's own.
 
     Args:
         model: patched with ``routing: stable``; under an adapter, the adapter's model.
@@ -61,13 +60,13 @@ def begin(model: Any, width: int = 50, balance: float = 0.3, distillation: float
 
 @torch.no_grad()
 def freeze(model: Any) -> Student:
-    """End stage 1: every id that was seen gets the student's top-k experts in each layer, others keep the router's own.
+    """End stage 1: every id in training gets the student's top-k experts in each layer; other ids use the router's.
 
     Args:
-        model: the one that `begin` had.
+        model: the model given to `begin`.
 
     Returns:
-        The student, which is no part of the model any more.
+        The student, removed from the model.
     """
     student = student_of(model)
     ids = student.seen.nonzero().flatten()
@@ -81,16 +80,16 @@ def freeze(model: Any) -> Student:
 
 
 class StageOne:
-    """Mixin for `transformers.Trainer`: `begin`, with an optimiser for both.
+    """Mixin for `transformers.Trainer`: calls `begin`, and optimises model and student.
 
-    What it adds is part of the model's loss, which is minimised also where the trainer has a loss of its own, as TRL's
-    `SFTTrainer` has; there is no label smoothing. What evaluation reports is the model's loss alone. The student's two
-    losses are logged beside it, as ``stable/balance`` and ``stable/distillation``. Checkpoints hold the student: a run
-    is resumed with the model loaded from the checkpoint that it is resumed from. Under an adapter they do not.
+    The two terms are part of the model's loss. This loss is minimised also under trainers with their own loss, such as
+    TRL's `SFTTrainer`; there is no label smoothing. Evaluation reports the model's loss alone. The two terms are logged
+    as ``stable/balance`` and ``stable/distillation``. Checkpoints hold the student, except under an adapter: to resume,
+    load the model from the checkpoint.
 
     Args:
-        student_learning_rate: of the student, which starts from nothing; `learning_rate` is the model's. Both follow
-            the same schedule.
+        student_learning_rate: learning rate of the untrained student; `learning_rate` is the model's. Both follow the
+            same schedule.
         student: keyword arguments of `begin`.
     """
 
@@ -102,10 +101,10 @@ class StageOne:
     ):
         super().__init__(*args, **kwargs)
         self.student_learning_rate = student_learning_rate
-        begin(self.model, **(student or {}))  # after the trainer has put an adapter around the model, if it does
+        begin(self.model, **(student or {}))  # after the trainer has added an adapter to the model
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """The model's own, whatever the trainer's."""
+        """The model's own loss, in place of the trainer's."""
         return Trainer.compute_loss(self, model, {**inputs, "use_cache": False}, *args, **kwargs)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:

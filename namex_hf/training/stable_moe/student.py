@@ -1,4 +1,4 @@
-"""The student of StableMoE's first stage (Dai et al. 2022), in a top-k form: what it learns, and by which losses."""
+"""The student of StableMoE's first stage (Dai et al. 2022), in a top-k form, and its losses."""
 
 from typing import Any
 
@@ -7,19 +7,19 @@ import torch.nn.functional as F
 from torch import distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from .listening import Heard, listen
+from .routing_hooks import LayerRouting, record_routing
 
-AT_ONCE = 4096
-"""Ids whose experts are looked up at a time."""
+CHUNK = 4096
+"""Number of ids whose experts are computed at once."""
 
 
 def balance_loss(logits: torch.Tensor, top_k: int) -> torch.Tensor:
     """``sum_i (|A_i| - n)/n sum_{t in A_i} sigmoid(h_t . e_i)``, StableMoE's balance loss, over the number of tokens.
 
-    A_i are the tokens that have expert i among their top-k, n = tokens top_k / experts is the mean of their numbers.
-    The gradient goes through the sigmoids alone: it lowers an expert that has too many tokens for those that it has,
-    and raises one that has too few. StableMoE has the sum over the tokens; divided by their number, the factor before
-    this loss means the same in a batch of any size.
+    A_i are the tokens with expert i among their top-k, n = tokens top_k / experts is their mean number. The gradient
+    goes through the sigmoids alone. It lowers the scores of an expert with too many tokens on its tokens, and raises
+    those of an expert with too few. StableMoE uses the sum over tokens; with the mean, the factor of this loss does not
+    depend on the batch size.
 
     Args:
         logits: ``[tokens, experts]``.
@@ -31,9 +31,9 @@ def balance_loss(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def distillation_loss(student_logits: torch.Tensor, logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Cross-entropy of a student against the router's top-k experts, of weight 1/k each; the mean over the tokens.
+    """Cross-entropy of a student against the router's top-k experts, with weight 1/k each; the mean over the tokens.
 
-    With top-k = 1 this is StableMoE's. It has no gradient to the router.
+    With top-k = 1 this is StableMoE's loss. It has no gradient to the router.
 
     Args:
         student_logits, logits: ``[tokens, experts]``.
@@ -43,24 +43,23 @@ def distillation_loss(student_logits: torch.Tensor, logits: torch.Tensor, top_k:
 
 
 class Student(nn.Module):
-    """Tells from a token's id alone which experts the router of every MoE layer would choose, by ``x_id . e_i``.
+    """Predicts from a token's id alone the experts that the router of every MoE layer chooses, by ``x_id . e_i``.
 
-    While it learns it is a part of the model, so that devices, checkpoints and distributed training know of it, and its
+    During stage 1 it is a part of the model, so that devices, checkpoints and distributed training include it, and its
     losses are part of the model's; see `begin`.
 
-    StableMoE's width of 50 makes V x 50 + N x 50 numbers a layer; a logit for every id and expert would be V x N, which
-    at N = 60 is little more. All that is kept after stage 1 is a table of 4 k bytes an id and layer.
+    StableMoE's width of 50 gives V x 50 + N x 50 parameters a layer. A logit for every id and expert would be V x N,
+    which at N = 60 is little more. After stage 1 only a table remains, of 4 k bytes for every id and layer.
 
     Memory: for V = 151,936 and 24 layers 0.73 GB in float32, and as much for its gradient and for each moment of Adam.
 
     Args:
-        width: of the embeddings of ids and experts.
-        balance, distillation: factors of the two losses; StableMoE's model has one MoE layer, so they are factors of
-            the mean over layers.
+        width: width of the embeddings of ids and experts.
+        balance, distillation: factors of the two losses' means over layers; StableMoE's model has a single MoE layer.
     """
 
     seen: torch.Tensor
-    """Boolean ``[vocabulary]``: the ids that it has learnt from."""
+    """Boolean ``[vocabulary]``: the ids in its training so far."""
 
     def __init__(
         self,
@@ -79,8 +78,8 @@ class Student(nn.Module):
         self.register_buffer("seen", torch.zeros(vocabulary, dtype=torch.bool))
         self.losses: dict[str, torch.Tensor] = {}  # of the last pass, without their factors
         self.hooks: list[RemovableHandle] = []
-        self._heard: list[Heard] = []
-        self._listening: list[RemovableHandle] = []
+        self._routings: list[LayerRouting] = []
+        self._handles: list[RemovableHandle] = []
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits of token ids ``[n]``, ``[layers, n, experts]``."""
@@ -89,36 +88,36 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def choose(self, ids: torch.Tensor) -> torch.Tensor:
-        """The experts of token ids ``[n]``, by falling logit, ``[layers, n, top_k]``, as many as the largest top-k."""
-        found = [self(some).topk(self.top_k, dim=-1).indices for some in ids.split(AT_ONCE)]
-        return torch.cat(found, dim=1) if found else ids.new_empty(len(self.experts), 0, self.top_k)
+        """Experts ``[layers, n, top_k]`` of token ids ``[n]``, by falling logit, for the largest top-k of a layer."""
+        chosen = [self(part).topk(self.top_k, dim=-1).indices for part in ids.split(CHUNK)]
+        return torch.cat(chosen, dim=1) if chosen else ids.new_empty(len(self.experts), 0, self.top_k)
 
     def attend(self, model: nn.Module) -> None:
-        """Take part in the training passes of `model` until `leave`."""
+        """Add its losses to the training passes of `model`, until `leave`."""
         self.hooks = [
             model.register_forward_pre_hook(self._before),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
 
     def leave(self) -> None:
-        self._stop_listening()
+        self._stop_recording()
         while self.hooks:
             self.hooks.pop().remove()
 
-    def _stop_listening(self) -> None:
-        while self._listening:
-            self._listening.pop().remove()
+    def _stop_recording(self) -> None:
+        while self._handles:
+            self._handles.pop().remove()
 
     def _before(self, model: nn.Module, given: Any) -> None:
-        # Only while the pass lasts: gradient checkpointing runs the routers again in the backward pass.
-        self._stop_listening()  # a pass may have broken off
-        self._heard = []
+        # Record during the pass only: gradient checkpointing runs the routers again in the backward pass.
+        self._stop_recording()  # the last pass may have failed
+        self._routings = []
         if model.training:
-            self._listening = listen(model, self._heard)
+            self._handles = record_routing(model, self._routings)
 
     def _after(self, model: nn.Module, given: Any, named: dict[str, Any], outputs: Any) -> Any:
-        self._stop_listening()
-        heard, self._heard = self._heard, []
+        self._stop_recording()
+        routings, self._routings = self._routings, []
         if not model.training:
             return None
         if outputs.loss is None:
@@ -129,43 +128,43 @@ class Student(nn.Module):
                 "output_router_logits=False, or balance=0"
             )
         mask = named.get("attention_mask")
-        losses = self.learn(heard, mask.flatten() != 0 if mask is not None and mask.ndim == 2 else None)
+        losses = self.learn(routings, mask.flatten() != 0 if mask is not None and mask.ndim == 2 else None)
         self.losses = {name: loss.detach() for name, loss in losses.items()}
         extra = sum(factor * losses[name] for name, factor in self.factors.items())
         outputs.loss = outputs.loss + share_of_step(named) * extra
         return outputs
 
-    def learn(self, heard: list[Heard], real: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """The two losses of a pass, means over the layers; its ids are seen from now on, those of all processes.
+    def learn(self, routings: list[LayerRouting], real: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """The two losses of a pass, means over the layers; marks the ids of all processes as `seen`.
 
-        The load that is balanced is that of one pass of one process.
+        The balanced load is that of a single pass in a single process.
 
         Args:
-            heard: of every layer.
+            routings: routing of every layer.
             real: boolean ``[tokens]``, False at padding.
         """
-        place = self.tokens.device
-        ids = heard[0].ids.to(place)
-        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(place)
+        device = self.tokens.device
+        ids = routings[0].ids.to(device)
+        real = torch.ones_like(ids, dtype=torch.bool) if real is None else real.to(device)
         ids = ids[real]
         self.seen[ids] = True
         if distributed.is_available() and distributed.is_initialized():
-            # Every process has tokens of its own, and buffers are overwritten with the first one's before each pass.
+            # Processes have different tokens, and before each pass the first process's buffers overwrite all others.
             seen = self.seen.to(torch.uint8)
             distributed.all_reduce(seen, distributed.ReduceOp.MAX)
             self.seen.copy_(seen)
-        pairs = [(own, one.logits.to(place)[real]) for own, one in zip(self(ids), heard, strict=True)]
-        counts = [one.linear.shape[-1] for one in heard]  # of a layer that stays sparse another than of the others
+        pairs = [(own, routing.logits.to(device)[real]) for own, routing in zip(self(ids), routings, strict=True)]
+        counts = [routing.linear.shape[-1] for routing in routings]  # a layer that stays sparse has another top-k
         balance = [balance_loss(logits, top_k) for (_, logits), top_k in zip(pairs, counts, strict=True)]
         distillation = [distillation_loss(*pair, top_k) for pair, top_k in zip(pairs, counts, strict=True)]
         return {"balance": torch.stack(balance).mean(), "distillation": torch.stack(distillation).mean()}
 
 
 def share_of_step(named: dict[str, Any]) -> Any:
-    """A pass's share of an optimiser's step by predicted tokens, as the model's loss has it; 1 where it is told none.
+    """A pass's share of an optimiser step by predicted tokens, as in the model's loss; 1 without their number.
 
     Args:
-        named: keyword arguments of the pass. `Trainer` gives ``num_items_in_batch``, those of the whole step.
+        named: keyword arguments of the pass. `Trainer` passes ``num_items_in_batch``, the tokens of the whole step.
     """
     items, labels = named.get("num_items_in_batch"), named.get("shift_labels")
     if items is None:
