@@ -34,7 +34,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] in ("transfo
 with ThreadPoolExecutor(2) as threads:
     auto = list(threads.map(importlib.import_module, ["transformers.models.auto.modeling_auto"] * 2))
 assert [type(finder).__module__ for finder in sys.meta_path].count("namex_hf.registration") == 0
-assert namex_hf.Recipe().merge == "residual"
+assert namex_hf.Recipe().merge.kind == "residual"
 """
 THEIRS_FIRST = """
 import sys

@@ -34,7 +34,7 @@ ADDED = (".base_expert.", ".curvature.", ".cosine_router.", ".stable_router.")
 
 def recipes(words: Path, **fields: Any) -> tuple[Recipe, Recipe]:
     """With the first layer sparse, and merged."""
-    if Recipe(**fields).calibrated:
+    if Recipe(**fields).needs_text:
         fields |= {"calibration_data": str(words), "calibration_tokens": 1024}
     return Recipe(first_layer="sparse", **fields), Recipe(**fields)
 
@@ -62,7 +62,7 @@ def test_both_paths_agree_and_the_base_walks_from_the_first_layer(
         for name in PROJECTIONS:
             base = f"{second}.base_expert.{name}.weight"
             assert torch.equal(one[base], other[base])
-    if not sparse.calibrated:
+    if not sparse.needs_text:
         assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     if sparse.routing == "stable":
         tables = [tensor.shape[1] for name, tensor in sorted(one.items()) if ".assignment" in name]
