@@ -57,7 +57,7 @@ def test_both_paths_agree_and_the_base_walks_from_the_first_layer(
     gone = other.keys() - one.keys()
     assert gone == {name for name in other if name.startswith((f"{first}.base_expert.", f"{first}.curvature."))}
     assert one.keys() == other.keys() - gone
-    if sparse.has_base:
+    if sparse.merge.has_base:
         assert len(gone) >= len(PROJECTIONS)
         for name in PROJECTIONS:
             base = f"{second}.base_expert.{name}.weight"
