@@ -14,7 +14,7 @@ import transformers
 from namex_hf import Recipe, __version__, resources
 from namex_hf.commands.completion import words_after
 from namex_hf.commands.namex import COMMANDS, main
-from namex_hf.commands.recipe_options import recipe_fields
+from namex_hf.recipe import FIELDS
 from tests.cli.toy import save_toy
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ def test_bash_completes(capsys: Said):
 
 
 def test_fields_of_the_parser_are_those_of_the_recipe():
-    fields = {field.name: field for field in recipe_fields()}
+    fields = {field.name: field for field in FIELDS.values()}
     assert list(fields) == [*Recipe().to_dict(), "device"]
     assert fields["method"].metavar == "namex-full|namex|ep-camex|camex|smear|smoe"
     assert (fields["renormalise"].metavar, fields["renormalise"].default_text) == ("false|true", " (default: false)")

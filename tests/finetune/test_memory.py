@@ -77,7 +77,11 @@ def exact(found: Memory) -> dict[str, int]:
     return {name: getattr(found, name) for name in ("trained", "weights", "gradients", "optimiser")}
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: f"{r.method}-{r.merge}-{r.routing}-{r.curvature}")
+def named(recipe: Recipe, *names: str) -> str:
+    return "-".join(str(recipe.to_dict()[name]) for name in names)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda r: named(r, "method", "merge", "routing", "curvature"))
 @pytest.mark.parametrize("model", ["tiny", "tiny-deepseek"])
 def test_exact_parts_are_those_of_a_step(model, recipe):
     """Tied embeddings count once; `gate.weight` of a cosine router is a buffer."""
@@ -182,7 +186,7 @@ def kept_by_autograd(layer, hidden: torch.Tensor, **inputs) -> int:
         Recipe(merge="soft", method="smear", segment=64),
         Recipe(merge="soft", segment=64),
     ],
-    ids=lambda r: f"{r.method}-{r.merge}-{r.curvature}-{r.routing_span}",
+    ids=lambda r: named(r, "method", "merge", "curvature", "routing_span"),
 )
 @pytest.mark.parametrize("model", ["tiny", "tiny-deepseek"])
 def test_activations_of_a_layer_are_estimated_to_a_sixth(model, recipe):
