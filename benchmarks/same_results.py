@@ -52,7 +52,7 @@ MORE = """
 --merge grouped --experts 8 --budget damage --fit router --fit-steps 20 --calibration-tokens 4096
 --merge grouped --experts 8 --power usage --target model --fit layer --fit-steps 20 --calibration-tokens 4096
 """.strip().splitlines()
-FREE = {"seconds", "version", "versions", "mtime_ns", "ctime_ns", "peak_resident_bytes"}
+FREE = {"seconds", "version", "versions", "recipe_version", "mtime_ns", "ctime_ns", "peak_resident_bytes"}
 """Keys that may differ in what is JSON or YAML."""
 REWRITTEN = ("config.json", "namex/report.json", "namex/recipe.yaml")
 ENTRY = "import sys; from {} import {} as main; sys.exit(main())"
@@ -72,7 +72,7 @@ def runs(recipes: Path) -> list[Run]:
     """All calls for the recipes of a checkout, each different one once."""
     found: dict[str, Run] = {}
     for file in sorted(file for folder in FOLDERS for file in (recipes / folder).rglob("*.yaml")):
-        values = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name != "version"}
+        values = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name not in FREE}
         for model, options in _calls(file, values):
             digest = hashlib.sha256(json.dumps([values, options], sort_keys=True).encode()).hexdigest()
             name = f"{model.replace('/', '-')}-{file.stem}-{digest[:6]}"
