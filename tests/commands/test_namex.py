@@ -12,8 +12,10 @@ import torch
 import transformers
 
 from namex_hf import Recipe, __version__, resources
+from namex_hf.commands.common import Parser
 from namex_hf.commands.completion import words_after
 from namex_hf.commands.namex import COMMANDS, main
+from namex_hf.commands.recipe_options import add_recipe_options
 from namex_hf.recipe import FIELDS
 from tests.cli.toy import save_toy
 
@@ -195,8 +197,12 @@ def test_bash_completes(capsys: Said):
 
 
 def test_fields_of_the_parser_are_those_of_the_recipe():
-    fields = {field.name: field for field in FIELDS.values()}
-    assert list(fields) == [*Recipe().to_dict(), "device"]
-    assert fields["method"].metavar == "namex-full|namex|ep-camex|camex|smear|smoe"
-    assert (fields["renormalise"].metavar, fields["renormalise"].default_text) == ("false|true", " (default: false)")
-    assert (fields["experts"].metavar, fields["experts"].default_text) == ("INT", "")
+    parser = Parser(prog="namex")
+    add_recipe_options(parser)
+    options = {action.dest: action for action in parser._actions if action.dest != "help"}
+    assert [name for name in FIELDS if name in options] == [*Recipe().to_dict(), "device"]
+    assert options["method"].metavar == "namex-full|namex|ep-camex|camex|smear|smoe"
+    assert options["renormalise"].metavar == "false|true"
+    assert options["renormalise"].help.endswith(" (default: false)")
+    assert options["experts"].metavar == "INT"
+    assert "default" not in options["experts"].help
