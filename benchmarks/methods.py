@@ -119,7 +119,7 @@ MORE: dict[str, Change] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer tokens, problems and rows: under two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer tokens, problems and rows: some three minutes")
     parser.add_argument("--models", nargs="+", default=packaged_models(), metavar="MODEL")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="of these rows those whose name has one of the texts")
     arguments = parser.parse_args()
