@@ -3,12 +3,10 @@
 import argparse
 import re
 
-from ..errors import RecipeError
 from ..recipe import FIELDS, Recipe, read_yaml
 from ..resources import recipe_path
 from .common import Parser
 
-FLAGS = {"false": False, "true": True}
 COMMON = ("merge", "method", "experts", "fit", "calibration_data", "routing", "disagreement", "device")
 """Fields that ``--help`` shows, each by the first sentence of its help; ``--help-all`` shows every one."""
 
@@ -23,7 +21,7 @@ def add_recipe_options(parser: Parser, several: bool = False) -> None:
     for field in FIELDS.values():
         nargs = None if not several else 1 if field.name == "device" else "+"
         default = "" if several or field.default is None else f" (default: {str(field.default).lower()})"
-        values = field.choices or (tuple(FLAGS) if field.kind is bool else ())
+        values = field.choices or (("false", "true") if field.kind is bool else ())
         metavar = "|".join(values) or field.kind.__name__.upper()
         groups[field.name not in COMMON].add_argument(
             f"--{field.name.replace('_', '-')}",
@@ -45,10 +43,5 @@ def recipe_of(options: argparse.Namespace) -> Recipe:
     for field in FIELDS.values():
         text = getattr(options, field.name)
         if text is not None:
-            try:
-                values[field.name] = FLAGS.get(text, text) if field.kind is bool else field.kind(text)
-            except ValueError as error:
-                raise RecipeError(
-                    f"recipe field '{field.name}' is {text!r}; accepted: {field.kind.__name__}"
-                ) from error
+            values[field.name] = field.parse(text)
     return Recipe.from_dict(values)

@@ -97,13 +97,7 @@ def converted(spec: Leaf, texts: Sequence[str]) -> list[Any]:
     Raises:
         RecipeError: one of another kind.
     """
-    values = []
-    for text in texts:
-        try:
-            values.append(spec.kind(text))
-        except ValueError as error:
-            raise RecipeError(f"recipe field '{spec.name}' is {text!r}; accepted: {spec.kind.__name__}") from error
-    return list(dict.fromkeys(values))
+    return list(dict.fromkeys(map(spec.parse, texts)))
 
 
 def grid(files: Mapping[str, Path], options: Mapping[str, Sequence[Any]]) -> list[Cell]:

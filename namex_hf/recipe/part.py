@@ -15,6 +15,7 @@ from ..errors import RecipeError
 from ..printable import did_you_mean
 from .choices import load_offered
 
+FLAGS = {"false": False, "true": True}
 LARGEST = 1e6
 """Of factors."""
 
@@ -117,6 +118,19 @@ class Leaf(NamedTuple):
         if self.spec.within is not None and not self.spec.within.holds(value):
             raise self._refusal(value, self.spec.within.says)
         return float(value) if self.kind is float else value  # 1 and 1.0 are stored alike
+
+    def parse(self, text: str) -> Any:
+        """The value that a word of the command line states.
+
+        Raises:
+            RecipeError: a word for a value of another kind.
+        """
+        if self.kind is bool:
+            return FLAGS.get(text, text)  # `clean` refuses another word
+        try:
+            return self.kind(text)
+        except ValueError as error:
+            raise self._refusal(text, self.kind.__name__) from error
 
     def _refusal(self, value: Any, accepted: str) -> RecipeError:
         hint = did_you_mean(value, self.choices)

@@ -85,3 +85,10 @@ def test_files_that_are_refused(tmp_path: Path, paths: list[str], said: str):
 def test_values_of_another_kind():
     with pytest.raises(RecipeError, match=r"recipe field 'experts' is '8.5'; accepted: int"):
         field_options({"experts": ["4", "8.5"]})
+
+
+def test_words_for_true_and_false():
+    cells = grid({}, field_options({"merge": ["soft"], "renormalise": ["false", "true"]}))
+    assert [cell.recipe.to_dict()["renormalise"] for cell in cells] == [False, True]
+    with pytest.raises(RecipeError, match="'renormalise' is 'no'; accepted: true, false"):
+        grid({}, field_options({"merge": ["soft"], "renormalise": ["no"]}))
