@@ -70,18 +70,20 @@ class Run:
 
 def runs(recipes: Path) -> list[Run]:
     """All calls for the recipes of a checkout, each different one once."""
-    found: dict[str, Run] = {}
+    by_name: dict[str, Run] = {}
     for file in sorted(file for folder in FOLDERS for file in (recipes / folder).rglob("*.yaml")):
         values = {name: value for name, value in yaml.safe_load(file.read_text()).items() if name not in FREE}
         for model, options in _calls(file, values):
             digest = hashlib.sha256(json.dumps([values, options], sort_keys=True).encode()).hexdigest()
             name = f"{model.replace('/', '-')}-{file.stem}-{digest[:6]}"
-            found[name] = Run(name, model, ("--recipe", str(file), *options), values.get("metric") == "calibrated")
+            by_name[name] = Run(name, model, ("--recipe", str(file), *options), values.get("metric") == "calibrated")
     for model in MODELS:
         for line in MORE:
-            found[model + line.replace(" ", "-")] = Run(model + line.replace(" ", "-"), model, tuple(shlex.split(line)))
+            by_name[model + line.replace(" ", "-")] = Run(
+                model + line.replace(" ", "-"), model, tuple(shlex.split(line))
+            )
     options = tuple(shlex.split("--merge grouped --experts 8 --export-as qwen2_moe"))
-    return [*found.values(), Run("exported", "tiny-deepseek", options)]
+    return [*by_name.values(), Run("exported", "tiny-deepseek", options)]
 
 
 def _calls(file: Path, values: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
@@ -157,26 +159,26 @@ def _patched(run: Run, out: Path, root: Path) -> bool:
     paths = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     start = time.perf_counter()
     done = subprocess.run(call, cwd=out, env=os.environ | paths, capture_output=True, text=True)
-    said = "" if done.returncode == 0 else f": status {done.returncode}, {done.stderr.strip()}"
-    print(f"{time.perf_counter() - start:6.1f} s  {run.name}{said}", flush=True)
+    reason = "" if done.returncode == 0 else f": status {done.returncode}, {done.stderr.strip()}"
+    print(f"{time.perf_counter() - start:6.1f} s  {run.name}{reason}", flush=True)
     return done.returncode == 0
 
 
 def differences(before: Path, after: Path) -> list[str]:
     """What differs between two folders of runs. A run that only the second one has is no difference."""
-    found = []
+    lines = []
     for run in sorted(path.parent for path in before.glob("*/config.json")):
         if not (after / run.name / "config.json").exists():
-            found.append(f"{run.name}: only before")
+            lines.append(f"{run.name}: only before")
             continue
         names = [
             {path.relative_to(top).as_posix() for path in top.rglob("*") if path.is_file() and _counts(path)}
             for top in (run, after / run.name)
         ]
-        found += [f"{run.name}/{name}: only in one" for name in sorted(names[0] ^ names[1])]
+        lines += [f"{run.name}/{name}: only in one" for name in sorted(names[0] ^ names[1])]
         for name in sorted(names[0] & names[1]):
-            found += [f"{run.name}/{where}" for where in _file_differences(name, run / name, after / run.name / name)]
-    return found
+            lines += [f"{run.name}/{where}" for where in _file_differences(name, run / name, after / run.name / name)]
+    return lines
 
 
 def _counts(path: Path) -> bool:
@@ -194,11 +196,11 @@ def _file_differences(name: str, before: Path, after: Path) -> list[str]:
 def _facts(value: Any, place: str) -> dict[str, str]:
     """Leaves by their place, the free ones and those of files that are compared by themselves left out."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    found = {} if isinstance(value, (dict, list)) and value else {place: repr(value)}
+    facts = {} if isinstance(value, (dict, list)) and value else {place: repr(value)}
     for key, inside in pairs:
         if key not in FREE and not (place == ".files" and (key in REWRITTEN or not _counts(Path(str(key))))):
-            found |= _facts(inside, f"{place}.{key}")
-    return found
+            facts |= _facts(inside, f"{place}.{key}")
+    return facts
 
 
 def main() -> None:
@@ -218,10 +220,10 @@ def main() -> None:
         root = options.root.resolve()
         recipes = (options.recipes or root).resolve()
         sys.exit(0 if patch(options.out.resolve(), root, recipes, options.workers, options.only) else 1)
-    found = differences(options.before, options.after)
+    lines = differences(options.before, options.after)
     count = len(list(options.before.glob("*/config.json")))
-    print("\n".join([*found, f"{count} runs compared, {len(found)} differences"]))
-    sys.exit(1 if found else 0)
+    print("\n".join([*lines, f"{count} runs compared, {len(lines)} differences"]))
+    sys.exit(1 if lines else 0)
 
 
 if __name__ == "__main__":
