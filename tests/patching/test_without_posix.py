@@ -7,10 +7,17 @@ from pathlib import Path
 
 from tests.cli.toy import save_toy
 
+# Other libraries take POSIX modules for granted where the system is not Windows, so these two alone do without.
 SCRIPT = """
-import sys
-import transformers.modeling_utils  # libraries take POSIX modules for granted where the system is not Windows
-sys.modules.update(dict.fromkeys(("fcntl", "resource")))
+import builtins, sys
+
+def hide(name, globals=None, *rest, real=builtins.__import__, **named):
+    importer = (globals or {}).get("__name__", "").partition(".")[0]
+    if name in ("fcntl", "resource") and importer in ("namex_hf", "filelock"):
+        raise ImportError(name)
+    return real(name, globals, *rest, **named)
+
+builtins.__import__ = hide
 from namex_hf.commands.patch import main
 sys.exit(main([*sys.argv[1:], "--method", "ep-camex"]))
 """
