@@ -277,6 +277,11 @@ class _Frame:
         return self._known[shape]
 
 
+def layer_memory(hidden: int, shared: int) -> int:
+    """Bytes of a decoder layer in float32 without its routed experts. Args: shared, width of the shared expert."""
+    return 4 * hidden * (4 * hidden + 3 * shared)
+
+
 def on_meta(config: Config) -> Any:
     """The causal language model of a configuration, without memory for its weights."""
     try:

@@ -86,6 +86,13 @@ def write_tensors(
         write_shard(path, items, reader, metadata, record)
 
 
+def shard_names(count: int) -> list[str]:
+    """transformers' names: one file, or numbered ones."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
 def write_index(folder: Path, weight_map: dict[str, str], size: int) -> None:
     """Write the index of tensors and their files, also for a single file. Without an index some programs load every
     ``*.safetensors`` file as weights.

@@ -27,6 +27,7 @@ from ..errors import CheckpointError, NamexError
 from ..files import size_text
 from ..patching.compared import compared_on_held_out
 from ..patching.effort import Effort, effort_of, measured_speed
+from ..patching.estimate import peak_bytes
 from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
 from ..printable import marked
@@ -137,7 +138,7 @@ def _memory_named(plan: Plan) -> Iterator[None]:
         yield
     except Exception as error:
         if said := of_memory(error):
-            needed = f"this run needs about {size_text(plan.peak_bytes)} beside the libraries"
+            needed = f"this run needs about {size_text(peak_bytes(plan))} beside the libraries"
             raise CheckpointError(f"{said}; {needed}") from error
         raise
 
@@ -189,7 +190,7 @@ def _said(effort: Effort, plan: Plan) -> str:
     return (
         f"{layers} layers fitted, each in {effort.steps} steps, {effort.operations / 1e12:.3g} T operations: at least "
         f"{_time(seconds)} a layer at the speed that such products have here; "
-        f"about {size_text(plan.peak_bytes)} of memory"
+        f"about {size_text(peak_bytes(plan))} of memory"
     )
 
 

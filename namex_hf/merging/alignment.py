@@ -104,3 +104,9 @@ def layer_orders(
         else:
             orders[number] = order_by_activations(reference, finite(number), sample, activation).cpu()
     return orders
+
+
+def reorder(experts: Experts, orders: torch.Tensor) -> None:
+    """Bring every expert's neurons into its order ``[width]``, in place."""
+    for number, order in enumerate(orders):
+        experts.set_expert(number, permuted(experts.expert(number), order))

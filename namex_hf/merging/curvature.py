@@ -25,6 +25,11 @@ def second_moment(inputs: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
     return (inputs * gate.square()[:, None]).T @ inputs
 
 
+def sums_memory(hidden: int, width: int) -> int:
+    """Bytes of sums of second moments and products in float64: those of a whole expert."""
+    return 8 * (3 * hidden * hidden + 6 * hidden * width)
+
+
 LEAST = 1e-30
 """Curvature of an expert without tokens: negligible beside others, and enough for a group of such experts."""
 

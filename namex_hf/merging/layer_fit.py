@@ -88,6 +88,20 @@ class LayerFit:
     tried: int  # steps in all
 
 
+def fit_memory(
+    hidden: int, width: int, shared: int, experts: int, active: int, tokens: int, settings: FitSettings = DEFAULTS
+) -> int:
+    """Bytes of `fit_layer`, and of answers of the shared expert, twice the text as hidden states.
+
+    Args:
+        width, shared: of a routed expert, and of the shared one.
+        active: experts a token.
+    """
+    batch = settings.batch * (active * (4 * width + 3 * hidden) + 4 * shared + 3 * hidden)
+    matrices = 2 * 3 * hidden * (experts * width + shared) + hidden * max(width, shared)
+    return 4 * (matrices + batch + 2 * tokens * hidden)
+
+
 def fit_layer(
     problem: Problem,
     experts: Experts,

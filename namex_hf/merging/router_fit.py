@@ -67,6 +67,11 @@ def output_products(
     return OutputProducts(gram, cross, target.square().sum(-1))
 
 
+def products_memory(tokens: int, experts: int, settings: FitSettings = DEFAULTS) -> int:
+    """Bytes that `output_products` holds for a fit of the rows of a router to a text of so many tokens."""
+    return min(tokens, settings.router_tokens) * experts * (experts + 1) * 4 + settings.chunk_bytes
+
+
 @dataclass(frozen=True)
 class RouterProblem:
     """What the rows of a router are fitted to."""

@@ -11,9 +11,8 @@ from ..families import Config, Family
 from ..merging.experts import Experts
 from ..merging.moe_layer import Text
 from ..models.configuration_namex import soft_choice
-from ..models.soft import SoftRouting
+from ..models.soft import LARGEST, SoftRouting
 from ..models.soft_segments import History, plan_segments
-from .added import by_block_name
 from .compared import compared
 
 
@@ -24,8 +23,23 @@ def block_tensors(experts: Experts, router: torch.Tensor, added: Mapping[str, to
         "gate.weight": router.to(down.dtype),
         "experts.gate_up_proj": torch.cat([gate, up], dim=1),
         "experts.down_proj": down,
-        **{n: t.to(down.dtype) if t.is_floating_point() else t for n, t in by_block_name(added).items()},
+        **{block_name(n): t.to(down.dtype) if t.is_floating_point() else t for n, t in added.items()},
     }
+
+
+def block_name(name: str) -> str:
+    """Where in a block an added tensor belongs that is called ``base.gate_proj``, ``curvature.usage`` ..."""
+    kind, _, part = name.partition(".")
+    return f"base_expert.{part}.weight" if kind == "base" else name
+
+
+def merged_memory(segment: int | None, expert: int) -> int:
+    """Bytes of the merged experts of a batch's segments, and their copy; 0 where every token has its own.
+
+    Args:
+        expert: bytes of one.
+    """
+    return 0 if segment is None else min(2 * LARGEST, 2 * -(-BATCH_TOKENS // segment) * expert)
 
 
 class Blocks:

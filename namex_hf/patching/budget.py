@@ -7,17 +7,21 @@ import torch
 
 from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText
+from ..families import MoeShape
 from ..merging.budget import LOSS_TOKENS, MERGE_TOKENS, candidate_counts, interpolate_error, least_damage
 from ..merging.calibrated import Shrinking
 from ..merging.moe_layer import MoELayer, Text
 from ..merging.routing import TokenRouting
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Grouped, Recipe
-from .on_text import Source, unpatched
+from .sources import LayerSource
+from .text_pass import unpatched
 
 
 @torch.no_grad()
-def spend(source: Source, recipe: Recipe, text: CalibrationText, progress: ProgressCallback) -> list[dict[str, Any]]:
+def spend(
+    source: LayerSource, recipe: Recipe, text: CalibrationText, progress: ProgressCallback
+) -> list[dict[str, Any]]:
     """Measure every layer by itself, the others as they are, and give more experts to those that cost more.
 
     A layer's damage with the mean number of experts is the loss on held-out text with that layer alone merged, not
@@ -64,6 +68,11 @@ def spend(source: Source, recipe: Recipe, text: CalibrationText, progress: Progr
         progress(ProgressEvent("measured", layer))
     before, *after = decoder.losses([hidden[held_out], *damaged.values()], ids[held_out])
     return dealt_out(errors, [max(0.0, loss - before) for loss in after], merge.experts, shape.experts)
+
+
+def measuring_memory(shape: MoeShape) -> int:
+    """Bytes of the short text that passes through for every layer."""
+    return 4 * len(shape.layers) * LOSS_TOKENS * shape.hidden
 
 
 def dealt_out(

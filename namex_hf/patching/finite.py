@@ -1,40 +1,11 @@
-"""No NaN and no infinity: neither in a checkpoint, whose carried tensors count too, nor in what is made of it."""
+"""No NaN and no infinity in what is made of a checkpoint."""
 
 from collections.abc import Mapping
 
 import torch
 
-from ..checkpoint.bytes import Reader
-from ..checkpoint.header import TensorSpan
-from ..errors import CheckpointError, RecipeError
-from ..progress import ProgressCallback, ProgressEvent
+from ..errors import RecipeError
 from ..recipe import AroundBase, Grouped, Recipe, Soft
-from .plan import Plan
-
-
-def check_finite(plan: Plan, progress: ProgressCallback) -> None:
-    """Read every floating tensor that is no routed expert's (those are checked where they are merged).
-
-    Memory: one tensor at a time.
-
-    Raises:
-        CheckpointError: naming the tensor.
-    """
-    experts = plan.family.all_experts(plan.shape)
-    merge = plan.recipe.merge
-    merged = merge.has_base or plan.recipe.needs_text or isinstance(merge, Grouped)
-    with Reader(plan.checkpoint.identity.digests) as reader:
-        for name, span in plan.spans.items():
-            if name in experts and merged:
-                continue
-            if span.dtype.is_floating_point and span.dtype.itemsize > 1:
-                require_finite(name, span, reader.read(span))
-            progress(ProgressEvent("checking", amount=span.size))
-
-
-def require_finite(name: str, span: TensorSpan, tensor: torch.Tensor) -> None:
-    if not is_finite(tensor):
-        raise CheckpointError(f"tensor {name} in {span.file.name} holds NaN or infinite values")
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

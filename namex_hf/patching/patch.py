@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..bargaining import spectral_radius
-from ..checkpoint.bytes import copy_file
+from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.companions import carry, companions
 from ..checkpoint.folder import STATE, OutputFolder, list_files
 from ..checkpoint.identity import hash_weights
@@ -27,14 +28,15 @@ from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import AroundBase, Grouped, Propagation, Recipe
 from ..report.card import card
 from ..report.report import Report
-from .calibrated import patch_calibrated, with_counts
+from .budget import spend
+from .carry import METADATA
+from .checkpoint_sink import write_checkpoint
+from .checkpoint_source import check_finite, checkpoint_source
 from .effort import effort_of
-from .grouped import patch_grouped
-from .kept import patch_kept
+from .estimate import peak_bytes, space_needed
 from .plan import Plan, make_plan
 from .state import State
 from .threads import shared_out
-from .walk import METADATA, patch_walking
 
 try:
     import resource
@@ -42,7 +44,6 @@ except ImportError:  # Windows
     resource = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-MARGIN = 64 << 20
 
 
 def patch_checkpoint(
@@ -107,13 +108,8 @@ def run_plan(
             progress = _counting(plan, progress)
             if plan.spends_budget:
                 plan = with_counts(plan, state, progress)
-            if plan.recipe.needs_text:
-                patch = patch_calibrated if isinstance(plan.recipe.merge, Grouped) else patch_kept
-                weight_map = patch(plan, out, state, progress)
-            else:
-                patch = patch_grouped if isinstance(plan.recipe.merge, Grouped) else patch_walking
-                with shared_out():
-                    weight_map = patch(plan, out, state, progress)
+            with shared_out() if plan.text is None else nullcontext():
+                weight_map = write_checkpoint(plan, out, state, progress)
             plan.checkpoint.identity.settle()
         except (CheckpointError, FamilyError, RecipeError):
             folder.remove()
@@ -126,6 +122,18 @@ def run_plan(
         write_text(out / REPORT, report.to_json())
         folder.finish(config)
     return report
+
+
+def with_counts(plan: Plan, state: State, progress: ProgressCallback) -> Plan:
+    """The plan with its budget dealt out by `spend`, as it was before a kill."""
+    record = state.load_budget()
+    if record is None:
+        assert plan.text is not None
+        check_finite(plan, no_progress)
+        with Reader(plan.checkpoint.identity.digests) as reader:
+            record = spend(checkpoint_source(plan, reader), plan.recipe, plan.text, progress)
+        state.save_budget(record)
+    return replace(plan, counts=tuple(layer["experts"] for layer in record))
 
 
 def _settled(plan: Plan, state: State, out: Path, earlier: set[str]) -> dict[str, dict[str, Any]]:
@@ -141,18 +149,6 @@ def _settled(plan: Plan, state: State, out: Path, earlier: set[str]) -> dict[str
             with ThreadPoolExecutor(1) as settling:
                 copy_file(identity.weights[source], out / name, settling, state.record_shard).result()
     return shards
-
-
-def space_needed(plan: Plan) -> int:
-    """Bytes on disk at the fullest moment of a run: the result, each layer's base, the state, and a margin."""
-    state = 2 * plan.all_added_bytes
-    if plan.recipe.needs_text:  # the stream twice while one replaces the other, and so that of the original
-        streams = 4 if plan.aims_at_model else 2
-        state += 4 * streams * plan.recipe.calibration.tokens * plan.shape.hidden
-        if isinstance(plan.recipe.merge, Grouped):  # all new layers
-            routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
-            state += routed * plan.kept // plan.shape.experts + plan.shared_bytes
-    return plan.bytes_out + state + MARGIN
 
 
 def _present(out: Path) -> int:
@@ -249,7 +245,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "bytes_out": plan.bytes_out,
         "space_needed": space_needed(plan),
         "free": shutil.disk_usage(place).free,
-        "peak_bytes": plan.peak_bytes,
+        "peak_bytes": peak_bytes(plan),
         "carried": _carried(plan.checkpoint),
         "calibration_tokens": plan.recipe.calibration.tokens if plan.recipe.needs_text else None,
         "curvature_parameters": plan.curvature_parameters,

@@ -1,5 +1,6 @@
 """What a run will do, known and checked before the first tensor is read or a byte is written."""
 
+import math
 import re
 from dataclasses import dataclass, replace
 from functools import partial
@@ -8,25 +9,23 @@ from typing import Any
 
 import torch
 
-from ..calibration.decoder import BATCH_TOKENS
 from ..calibration.text import CalibrationText
 from ..checkpoint.header import TensorSpan
 from ..checkpoint.layout import left_out, per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError, UsageError
-from ..families import EMBEDDING, FAMILIES, HEAD, PROJECTIONS, Family, MoeShape, family_of
-from ..merging.budget import LOSS_TOKENS
+from ..families import EMBEDDING, FAMILIES, HEAD, Family, MoeShape, family_of
 from ..merging.members import GAMES
-from ..merging.settings import FitSettings
 from ..merging.weightings import WEIGHTINGS
 from ..models import remote_code
-from ..models.soft import LARGEST
 from ..models.soft_kronecker import kronecker_parameters
 from ..recipe import AroundBase, Grouped, Recipe, Residual, Soft
 from ..recipe.choices import FitKind
-from .added import curvature_bytes, patched_config, ranked_curvature, router_bytes
+from .config import patched_config
 from .device import on_device
+from .steps import steps_of
+from .steps.step import LayerForm, Shapes
 from .text import check_text, text_of
 
 LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -96,9 +95,9 @@ class Plan:
         return self.grouped.fit.kind if isinstance(self.recipe.merge, Grouped) else "none"
 
     @property
-    def aims_at_model(self) -> bool:
-        """Whether layers aim at the original model's hidden states."""
-        return isinstance(self.recipe.merge, Grouped) and self.grouped.target == "model"
+    def reorders(self) -> bool:
+        """Whether experts are carried over with their neurons in another order."""
+        return "align" in self.recipe.steps
 
     @property
     def spends_budget(self) -> bool:
@@ -137,26 +136,26 @@ class Plan:
             self.spans[name].size for layer in self.shape.layers for name in self.family.shared_parts(layer).values()
         )
 
-    def added_bytes(self, layer: int) -> int:
-        """Bytes that a layer has more than before: of its base expert, its curvature, and a router in another form."""
+    def added(self, layer: int) -> Shapes:
+        """Shapes and dtypes of what a layer has more than before, by kind and part: ``base.gate_proj`` ..."""
+        experts, router = self.expert_spans(layer)[0].dtype, self.spans[self.family.router(layer)].dtype
         sparse = self.recipe.merge.stays_sparse(layer, self.shape.layers)
-        router = self.spans[self.family.router(layer)].dtype
-        size = router_bytes(self.recipe, self.shape, self.kept, self.config(), router, sparse)
-        if self.recipe.merge.has_base and not sparse:
-            size += self.layer_bytes(layer) // self.shape.experts
-        if not sparse:
-            size += curvature_bytes(self.recipe, self.shape, self.expert_spans(layer)[0].dtype)
-        return size
+        form = LayerForm(layer, self.shape, self.config(), self.kept, experts, router, sparse)
+        return {name: shape for step in steps_of(self.recipe) for name, shape in step.added(form).items()}
+
+    def added_bytes(self, layer: int) -> int:
+        """Bytes of `added`."""
+        return sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.added(layer).values())
 
     @property
     def curvature_parameters(self) -> dict[str, int] | None:
         """Trainable numbers of an expert's curvature, and of all; None where none is trained."""
-        curvature = ranked_curvature(self.recipe)
-        if curvature is None or curvature.kind != "kronecker":
+        merge = self.recipe.merge
+        if not isinstance(merge, Soft) or merge.curvature.kind != "kronecker":
             return None
-        assert curvature.rank is not None
-        each = kronecker_parameters(self.shape.hidden, self.shape.width, curvature.rank)
-        merged = [layer for layer in self.shape.layers if not self.recipe.merge.stays_sparse(layer, self.shape.layers)]
+        assert merge.curvature.rank is not None
+        each = kronecker_parameters(self.shape.hidden, self.shape.width, merge.curvature.rank)
+        merged = [layer for layer in self.shape.layers if not merge.stays_sparse(layer, self.shape.layers)]
         return {"an expert": each, "in all": each * self.shape.experts * len(merged)}
 
     @property
@@ -188,52 +187,6 @@ class Plan:
         if self.export_as:
             added += sum(item.size for item in constant_items(self))
         return self.size - routed + routed * self.kept // self.shape.experts + added
-
-    @property
-    def peak_bytes(self) -> int:
-        """Estimate of the memory held above the libraries' own: a layer's experts, a few more, half of them in float32,
-        and chunks."""
-        layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
-        expert = 4 * sum(rows * columns for rows, columns in map(self.shape.of, PROJECTIONS))
-        return layer + 5 * expert + (64 << 20) + self.calibration_bytes
-
-    @property
-    def calibration_bytes(self) -> int:
-        """Of `peak_bytes`, what calibration adds: the text four times as hidden states (``target: model``: six times),
-        the smaller layer and its largest group (``soft``: the layer again, and a batch's merged experts of segments),
-        what the experts answer to the text or a fit of the layer holds, sums in float64, a decoder layer without its
-        experts."""
-        if not self.recipe.needs_text:
-            return 0
-        hidden, width, kept = self.shape.hidden, self.shape.width, self.most
-        layer = max(self.layer_bytes(layer) for layer in self.shape.layers)
-        merged = 0
-        if isinstance(merge := self.recipe.merge, Soft) and merge.segment is not None:
-            merged = min(2 * LARGEST, 2 * -(-BATCH_TOKENS // merge.segment) * layer // self.shape.experts)
-        tokens = self.recipe.calibration.tokens
-        products = min(tokens, FitSettings.router_tokens) * kept * (kept + 1) * 4 + FitSettings.chunk_bytes
-        answered = products if self.fits != "none" else 0
-        sums = 8 * (3 * hidden * hidden + 6 * hidden * width)
-        around = 4 * hidden * (4 * hidden + 3 * self.shape.shared_width)
-        again = layer * kept // self.shape.experts + layer // 2 + merged
-        streams = 6 if self.aims_at_model else 4
-        found = again + max(answered, self.fit_bytes) + sums + around
-        if self.spends_budget:  # while it is measured, a shorter text passes through for every layer
-            found += 4 * len(self.shape.layers) * LOSS_TOKENS * hidden
-        return streams * tokens * hidden * 4 + found
-
-    @property
-    def fit_bytes(self) -> int:
-        """Of `calibration_bytes`, what a fit of a whole layer holds: the smaller layer and the shared expert twice in
-        float32, the gradient of one matrix, a batch through top-k and shared experts, and answers of the shared one,
-        twice the text as hidden states."""
-        if self.fits != "layer":
-            return 0
-        hidden, width, shared = self.shape.hidden, self.shape.width, self.shape.shared_width
-        active = min(self.shape.top_k, self.most)
-        batch = FitSettings.batch * (active * (4 * width + 3 * hidden) + 4 * shared + 3 * hidden)
-        matrices = 2 * 3 * hidden * (self.most * width + shared) + hidden * max(width, shared)
-        return 4 * (matrices + batch + 2 * self.recipe.calibration.tokens * hidden)
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""

@@ -21,25 +21,11 @@ from ..checkpoint.identity import DIGESTS, HEADER, Identity, combined, hash_head
 from ..checkpoint.shard import write_tensors
 from ..errors import CheckpointError
 from ..files import HASH, hash_bytes, read_checked, write_checked
-from ..merging.experts import ExpertWeights
-from ..merging.propagation import PropagationState
 from ..merging.weightings import FALLBACK
-from .added import KINDS
+from .result import LayerResult, PipelineState, SavedResult
 
-WALK, STREAM, BUDGET, SHARDS = "walk.safetensors", "stream.safetensors", "budget.safetensors", "shards.json"
+ARRIVED, BUDGET, SHARDS = "arrived.safetensors", "budget.safetensors", "shards.json"
 logger = logging.getLogger(__name__)
-RESULTS = (*(f"{kind}." for kind in KINDS), "new.")
-"""How names of tensors begin that go into the result; the others of a layer are statistics."""
-
-
-@dataclass(frozen=True)
-class Stream:
-    """Calibration text on its way through the model: hidden states on arrival at a layer."""
-
-    layer: int
-    hidden: torch.Tensor  # float32 [sequences, length, hidden]
-    original: torch.Tensor | None = None  # as hidden, of the model that is patched, where layers aim at that
-    walk: PropagationState | None = None  # the base expert that arrives with it
 
 
 @dataclass(frozen=True)
@@ -60,7 +46,7 @@ class State:
         Args:
             layers: the MoE layers of the model.
         """
-        files = [self.folder / name for name in (WALK, STREAM, BUDGET)] + self._layer_files()
+        files = [self.folder / name for name in (ARRIVED, BUDGET)] + self._layer_files()
         lists = [self.folder / name for name in (SHARDS, DIGESTS)]
         return (
             any(path.exists() and not _is_whole(path) for path in files)
@@ -72,10 +58,9 @@ class State:
 
     def _passed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """The MoE layers that the base expert or the text has passed through."""
-        if (self.folder / STREAM).exists():
-            arrived = _record(self.folder / STREAM)["layer"]
-            return tuple(layer for layer in layers if layer < arrived)
-        return layers[: self.load_walk()[0]]
+        path = self.folder / ARRIVED
+        arrived = _record(path)["layer"] if path.exists() else 0
+        return tuple(layer for layer in layers if layer < arrived)
 
     def _differs(self, name: str, listed: dict[str, Any]) -> bool:
         path = self.folder.parent / name
@@ -106,36 +91,27 @@ class State:
     def layer_file(self, layer: int) -> Path:
         return self.folder / f"layer-{layer:05d}.safetensors"
 
-    def save_layer(self, layer: int, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
+    def saved(self, layer: int) -> SavedResult:
+        return SavedResult(layer, self.layer_file(layer))
+
+    def save_layer(self, result: LayerResult, size: int) -> None:
+        """Args: size, bytes of the source's experts."""
         self.identity.save_digests(self.folder)
-        _save(self.layer_file(layer), tensors, record)
+        record = {**result.record, "bytes": size}
+        _save(self.layer_file(result.layer), result.tensors(), record)
         _log_decisions(record)
 
-    def save_walk(self, position: int, walk: PropagationState | None) -> None:
-        """The walk on arrival at the ``position``-th MoE layer; None where that begins with its own base."""
-        _save(self.folder / WALK, _tensors(walk), {"position": position})
+    def save(self, state: PipelineState) -> None:
+        """What the next layer depends on."""
+        _save(self.folder / ARRIVED, state.tensors(), {"layer": state.layer})
 
-    def load_walk(self) -> tuple[int, PropagationState | None]:
-        """What was saved last; the first position where nothing was."""
-        path = self.folder / WALK
-        if not path.is_file():
-            return 0, None
-        position, tensors = _record(path)["position"], load_file(path)
-        return position, _walk(tensors)
-
-    def save_stream(self, stream: Stream) -> None:
-        original = {} if stream.original is None else {"original": stream.original}
-        tensors = {"hidden": stream.hidden, **original, **_tensors(stream.walk)}
-        _save(self.folder / STREAM, tensors, {"layer": stream.layer})
-
-    def load_stream(self) -> Stream | None:
+    def load(self) -> PipelineState:
         """What was saved last, in memory of its own: mapped tensors may be worked on with other roundings."""
-        path = self.folder / STREAM
+        path = self.folder / ARRIVED
         if not path.is_file():
-            return None
+            return PipelineState()
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        layer, hidden = _record(path)["layer"], tensors.pop("hidden")
-        return Stream(layer, hidden, tensors.pop("original", None), _walk(tensors))
+        return PipelineState.of(_record(path)["layer"], tensors)
 
     def save_budget(self, record: list[dict[str, Any]]) -> None:
         """What was measured of each MoE layer, and how many experts it keeps."""
@@ -154,10 +130,7 @@ class State:
         """``layers.L.cosines`` of each finished layer, and ``layers.L.usage`` where text was read."""
         found: dict[str, torch.Tensor] = {}
         for path in self._layer_files():
-            layer = _record(path)["layer"]
-            found |= {
-                f"layers.{layer}.{name}": t for name, t in load_file(path).items() if not name.startswith(RESULTS)
-            }
+            found |= SavedResult(_record(path)["layer"], path).statistics()
         return found
 
 
@@ -168,21 +141,6 @@ def _log_decisions(record: dict[str, Any]) -> None:
         logger.info("layer %d: %d experts in %d groups: %s", layer, sum(map(len, groups)), len(groups), groups)
     if fallbacks := statuses[FALLBACK]:
         logger.warning("layer %d: uniform weights in place of %d of %d bargains", layer, fallbacks, statuses.total())
-
-
-def _tensors(walk: PropagationState | None) -> dict[str, torch.Tensor]:
-    if walk is None:
-        return {}
-    assert walk.weights is not None
-    return {**walk.base, **walk.momentum, "weights": walk.weights}
-
-
-def _walk(tensors: dict[str, torch.Tensor]) -> PropagationState | None:
-    """What `_tensors` made of one."""
-    if not tensors:
-        return None
-    base, weights = ExpertWeights.of(tensors.pop), tensors.pop("weights")
-    return PropagationState(base, weights, tensors)
 
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:

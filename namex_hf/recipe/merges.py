@@ -61,6 +61,11 @@ class Merge(Part):
         """Whether the base expert goes on from layer to layer."""
         return False
 
+    def steps(self, on_text: bool) -> Iterator[str]:
+        """What is done to every layer, by the names of `patching.steps`; the router's form aside."""
+        if on_text:
+            yield "observe"
+
     def stays_sparse(self, layer: int, layers: tuple[int, ...]) -> bool:
         """Whether a layer keeps its sparse block. Args: layers, the MoE layers of the model."""
         return False
@@ -116,6 +121,11 @@ class AroundBase(Merge):
     @property
     def propagates(self) -> bool:
         return self.has_base and self.method != "camex"
+
+    def steps(self, on_text: bool) -> Iterator[str]:
+        yield from super().steps(on_text)
+        if self.has_base:
+            yield "propagate"
 
     def solves_at(self, position: int) -> bool:
         """Whether all games are solved at the ``position``-th MoE layer, or the weights of agreements reused."""
@@ -210,6 +220,13 @@ class Soft(AroundBase):
     @property
     def curved_step(self) -> bool:
         return self.method == "ep-camex" and self.curvature.kind == "kronecker"
+
+    def steps(self, on_text: bool) -> Iterator[str]:
+        if self.curvature.align != "none":
+            yield "align"
+        yield from super().steps(on_text)
+        if self.curvature.rank is not None:
+            yield "curve"
 
     def imply(self) -> None:
         super().imply()
@@ -367,6 +384,9 @@ class Grouped(Merge):
             yield "target"
         if self.weights_by != "nash":
             yield from names_of(GroupGame)
+
+    def steps(self, on_text: bool) -> Iterator[str]:
+        yield "shrink" if on_text else "group"
 
     @property
     def is_control(self) -> bool:

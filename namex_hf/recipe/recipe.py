@@ -113,6 +113,16 @@ class Recipe(Part):
         """`to_dict` or, stored, `to_stored` as YAML."""
         return yaml.safe_dump(self.to_stored() if stored else self.to_dict(), sort_keys=False)
 
+    @property
+    def steps(self) -> list[str]:
+        """What is done to every layer, in this order, by the names of `patching.steps`."""
+        steps, linear = list(self.merge.steps(self.needs_text)), self.routing.kind == "linear"
+        if not linear:
+            steps.append("reroute")
+        if self.needs_text and not (linear and isinstance(self.merge, Grouped)):
+            steps.append("answer")
+        return steps
+
     def with_text(self, name: str) -> "Recipe":
         """The same with the name of the calibration text that was read."""
         return replace(self, calibration=replace(self.calibration, data=name))

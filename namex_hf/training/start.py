@@ -18,7 +18,7 @@ from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import TrainingError, UsageError
 from ..families import family_of, original_family
 from ..models import load_patched
-from ..patching.added import patched_config
+from ..patching.config import patched_config
 from ..patching.live import fit_for_others, patch_model
 from ..patching.plan import check_fit
 from ..recipe import Recipe

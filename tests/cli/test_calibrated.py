@@ -13,6 +13,7 @@ from namex_hf.checkpoint.bytes import Reader
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.commands import patch, patch_screen
 from namex_hf.patching import text as patching_text
+from namex_hf.patching.estimate import peak_bytes
 from namex_hf.patching.plan import make_plan
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
@@ -264,5 +265,5 @@ def test_what_a_fit_of_layers_takes_is_said_beforehand(
     said = flat("".join(capsys.readouterr()))
     assert re.search(r"3 layers fitted, each in 3 steps, [\d.e-]+ T operations: at least 0 s a layer", said)
     recipe = Recipe(merge="grouped", experts=3, fit="layer", fit_steps=3, calibration_tokens=1024)
-    peak = make_plan(resolve(str(speaking)), recipe, "5GB", reads_text=False).peak_bytes
+    peak = peak_bytes(make_plan(resolve(str(speaking)), recipe, "5GB", reads_text=False))
     assert f"about {peak / 1e6:.2f} MB of memory" in said

@@ -130,7 +130,7 @@ def test_a_run_that_is_continued_reuses_no_fallback(odd, words: Path, tmp_path: 
 
     with pytest.raises(KeyboardInterrupt):
         patch_checkpoint(source, tmp_path / "out", Recipe(**fields), progress=stop)
-    (state,) = [path for name in ("walk", "stream") if (path := tmp_path / f"out/.namex/{name}.safetensors").exists()]
+    state = tmp_path / "out/.namex/arrived.safetensors"
     assert not load_file(state)["weights"].any()
     report = patch_checkpoint(source, tmp_path / "out", Recipe(**fields))
     assert statuses(report) == [{"uniform_fallback"}, {"agreement"}, {"reused"}]

@@ -31,7 +31,7 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
 from namex_hf.merging import calibrated as merging
-from namex_hf.patching import on_text
+from namex_hf.patching import checkpoint_source
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
 
@@ -414,7 +414,7 @@ def test_the_source_s_experts_are_gone_when_a_layer_is_fitted(
 ) -> None:
     """They are the largest part of what a layer takes."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    read, fit, fits = on_text.read_experts, merging.fit_layer, []
+    read, fit, fits = checkpoint_source.read_experts, merging.fit_layer, []
 
     def watched(*given: Any) -> dict[str, torch.Tensor]:
         experts = read(*given)
@@ -425,7 +425,7 @@ def test_the_source_s_experts_are_gone_when_a_layer_is_fitted(
         fits.append([one for one in alive if one() is not None])
         return fit(*given)
 
-    monkeypatch.setattr(on_text, "read_experts", watched)
+    monkeypatch.setattr(checkpoint_source, "read_experts", watched)
     monkeypatch.setattr(merging, "fit_layer", spy)
     source = odd("qwen2_moe", torch.bfloat16, tokenizer=True)
     patch_checkpoint(source, tmp_path / "out", recipe_on(words, fit="layer"))

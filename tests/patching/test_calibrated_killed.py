@@ -17,7 +17,7 @@ from namex_hf import Recipe, load_patched, patch_checkpoint
 from namex_hf.errors import CheckpointError, OutputError
 
 OPTIONS: dict[str, Any] = {"shard_size": "100KB", "export_as": "qwen2_moe"}
-STREAM = ".namex/stream.safetensors"
+STREAM = ".namex/arrived.safetensors"
 TRIES = 5
 
 

@@ -9,7 +9,7 @@ from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.layer_fit import FitParameters, Problem
 from namex_hf.merging.settings import FitSettings
 from namex_hf.patching.effort import effort_of, measured_speed
-from namex_hf.patching.patch import space_needed
+from namex_hf.patching.estimate import space_needed
 from namex_hf.patching.plan import Plan, make_plan
 from namex_hf.recipe import Recipe
 

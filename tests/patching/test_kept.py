@@ -39,7 +39,7 @@ from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import CalibrationError, CheckpointError, RecipeError
 from namex_hf.patching import blocks as patched_blocks
-from namex_hf.patching.patch import MARGIN, space_needed
+from namex_hf.patching.estimate import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
@@ -530,7 +530,7 @@ def layers_made(source: Path, out: Path, recipe: Recipe) -> list[int]:
 def test_killed_among_the_layers(long_checkpoint: Path, tmp_path: Path, walking: Recipe) -> None:
     """One moment after the other, one between a layer and the stream above it: all is as undisturbed."""
     out, earlier = tmp_path / "killed", tmp_path / "stream"
-    stream = out / ".namex" / "stream.safetensors"
+    stream = out / ".namex" / "arrived.safetensors"
     run(long_checkpoint, tmp_path / "undisturbed", walking, **OPTIONS)
     for what in ("checking", "layer 1: curvature", "layer 2", "layer 5: aligned", "layer 6"):
         killed(long_checkpoint, out, walking, what)

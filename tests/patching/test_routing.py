@@ -35,7 +35,7 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import CalibrationError, RecipeError
-from namex_hf.patching.patch import MARGIN, space_needed
+from namex_hf.patching.estimate import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
 from tests.patching.test_calibrated import block_inputs, live, load, logits, refused
@@ -563,7 +563,7 @@ OPTIONS: dict[str, Any] = {"shard_size": "60KB"}
 KILLED: dict[str, tuple[dict[str, Any], tuple[tuple[str, int], ...], list[int]]] = {
     "stable-residual": (
         {**STABLE, "momentum": "complex", "every": 2},
-        (("checking", 3), ("layer 1: read", 1), ("layer 2", 1), ("layer 5: aligned", 1), ("layer 9: read", 1)),
+        (("checking", 3), ("layer 1: read", 1), ("layer 2", 1), ("layer 5: read", 1), ("layer 9: read", 1)),
         [9, 10, 11, 12],
     ),
     "cosine-fitted": (
@@ -574,7 +574,7 @@ KILLED: dict[str, tuple[dict[str, Any], tuple[tuple[str, int], ...], list[int]]]
     "stable-smoe": ({**STABLE, "method": "smoe"}, (("layer 4", 1), ("copying", 2)), []),
     "kronecker-entropy": (
         {**KRONECKER, **BY_TEXT, "rank": 2, "segment": 16, "method": "smear"},
-        (("layer 2: aligned", 1), ("layer 7", 1), ("layer 11: read", 1)),
+        (("layer 2: read", 1), ("layer 7", 1), ("layer 11: read", 1)),
         [11, 12],
     ),
 }
@@ -618,7 +618,7 @@ def test_killed_again_and_again(long_checkpoint: Path, words: Path, tmp_path: Pa
 def test_killed_between_a_layer_and_the_stream_above_it(long_checkpoint: Path, words: Path, tmp_path: Path) -> None:
     """The layer is there, the text has not gone through it yet: it is made again, to the same bytes."""
     out, earlier = tmp_path / "killed", tmp_path / "stream"
-    stream, recipe = out / ".namex" / "stream.safetensors", recipe_on(words, **STABLE, calibration_tokens=256)
+    stream, recipe = out / ".namex" / "arrived.safetensors", recipe_on(words, **STABLE, calibration_tokens=256)
     run(long_checkpoint, tmp_path / "undisturbed", recipe, **OPTIONS)
     killed(long_checkpoint, out, recipe, "layer 9", 1)
     shutil.copy(stream, earlier)

@@ -1,6 +1,5 @@
 """``target: model`` on the packaged models: a layer aims at what transformers' own model has above that layer."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,9 @@ from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.calibration.text import CalibrationText
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import RecipeError
-from namex_hf.patching import calibrated
-from namex_hf.patching.on_text import Heard
+from namex_hf.merging.moe_layer import MoELayer, Text
 from namex_hf.patching.text import text_for
+from namex_hf.patching.text_pass import TextPass
 
 MODELS = ("tiny", "tiny-deepseek")
 
@@ -70,16 +69,21 @@ def test_what_is_wanted_of_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -
     would have said itself. In the lowest both are one.
     """
     heard: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    layers = calibrated.heard_layers
+    tap, shown, layers = TextPass.tap, TextPass.shown, []
 
-    def spy(*given: Any) -> Iterator[Heard]:
-        for one in layers(*given):
-            assert one.text.target is not None
-            heard[one.layer] = one.tapped.rest.clone(), one.text.target.view_as(one.tapped.rest).clone()
-            yield one
+    def noted(self: TextPass, layer: int) -> None:
+        layers.append(layer)
+        tap(self, layer)
+
+    def spy(self: TextPass, mixture: MoELayer) -> Text:
+        text = shown(self, mixture)
+        assert text.target is not None
+        heard[layers[-1]] = self.hidden.clone(), text.target.view_as(self.hidden).clone()
+        return text
 
     with monkeypatch.context() as patch:
-        patch.setattr(calibrated, "heard_layers", spy)
+        patch.setattr(TextPass, "tap", noted)
+        patch.setattr(TextPass, "shown", spy)
         model, text = patched(name, recipe())
     assert text.ids.shape == (8, 512)
     wanted, found = states(original(name), text.ids), states(model, text.ids)

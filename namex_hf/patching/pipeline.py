@@ -1,0 +1,84 @@
+"""The one loop: every MoE layer goes through the steps of the recipe, and what comes out is a `LayerResult`."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from ..calibration.text import CalibrationText
+from ..families import Config
+from ..merging.propagation import PropagationState
+from ..progress import ProgressCallback, ProgressEvent, no_progress, of_layer
+from ..recipe import Grouped, Recipe
+from .result import LayerResult, PipelineState
+from .sources import LayerSource
+from .steps import steps_of
+from .steps.step import LayerWork, Step
+from .text_pass import TextPass
+
+
+@dataclass
+class Passage:
+    """What goes from layer to layer."""
+
+    base: PropagationState | None = None
+    text: TextPass | None = None  # None: no text is read
+
+    def state(self, layer: int) -> PipelineState:
+        """On arrival at a decoder layer."""
+        hidden, original = (self.text.hidden, self.text.original) if self.text else (None, None)
+        return PipelineState(layer, self.base, hidden, original)
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What every layer goes through.
+
+    Memory: one layer's experts, what its steps say, and with text what `TextPass` says.
+    """
+
+    source: LayerSource
+    recipe: Recipe
+    config: Config  # ``config.json`` of the result
+    text: CalibrationText | None = None  # None: the recipe reads none
+    counts: Sequence[int] | None = None  # of experts that each MoE layer keeps; None: all keep the recipe's number
+    progress: ProgressCallback = no_progress
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        return steps_of(self.recipe)
+
+    def run(self, state: PipelineState | None = None) -> Iterator[LayerResult]:
+        """The layers, one after the other, from the bottom or from where a killed run left them.
+
+        Raises:
+            CheckpointError, NotFiniteError: an expert holds NaN or infinity.
+            RecipeError: the result would.
+        """
+        state = state or PipelineState()
+        passage = Passage(state.base)
+        if self.text is not None:
+            passage.text = TextPass(self.source, self.recipe, self.text, state)
+        for layer in self.source.shape.layers:
+            if layer >= state.layer:
+                yield self.layer(layer, passage)  # of which nothing is kept here: the next layer needs the memory
+
+    def layer(self, layer: int, passage: Passage) -> LayerResult:
+        """One layer; what the next one depends on takes the place of what this one depended on."""
+        start, text = time.perf_counter(), passage.text
+        merge, progress = self.recipe.merge, of_layer(self.progress, layer)
+        if self.counts is not None:
+            assert isinstance(merge, Grouped)
+            merge = replace(merge, experts=self.counts[self.source.shape.layers.index(layer)])
+        work = LayerWork(self.source, self.recipe, merge, self.config, layer, progress, passage.base)
+        if text is not None:
+            text.tap(layer)
+            progress(ProgressEvent("read"))
+            work.text, work.ids = text.shown(work.mixture), text.text.ids
+        for step in self.steps:
+            step(work)
+        if text is not None:
+            text.pass_on(work.passed_on(self.recipe.calibration.when))
+        passage.base = work.base
+        seconds = round(time.perf_counter() - start, 4)
+        return work.result(passage.state(layer + 1), seconds)

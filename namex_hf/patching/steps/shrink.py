@@ -1,0 +1,54 @@
+"""``merge: grouped`` on calibration text: groups, weights, rows and downs follow what the layer does with the text."""
+
+from functools import partial
+
+import torch
+
+from ...merging.calibrated import Shrinking
+from ...merging.curvature import sums_memory
+from ...merging.layer_fit import fit_memory
+from ...merging.router_fit import products_memory
+from ...recipe import Grouped
+from ..finite import require_finite_result
+from .step import LayerWork, Sizes, Step
+
+
+class Shrink(Step):
+    """Takes the source's experts: a fit of the whole layer frees them."""
+
+    def __call__(self, work: LayerWork) -> None:
+        assert isinstance(work.merge, Grouped)
+        shrinking = Shrinking(
+            work.mixture,
+            work.heard,
+            work.merge,
+            work.recipe.seed,
+            shared=partial(work.source.shared, work.layer),
+            progress=work.progress,
+        )
+        work.mixture = work.mixture.without_experts()
+        with work.source.named(work.layer):
+            smaller, work.output = shrinking.run()
+        for name, matrices in smaller.experts.items():
+            numbered = {f"expert {number} {name}": matrix for number, matrix in enumerate(matrices)}
+            require_finite_result(work.layer, numbered, work.recipe)
+        require_finite_result(work.layer, {"router": smaller.router, **shrinking.refitted}, work.recipe)
+        work.router, work.experts, work.shared = smaller.router, smaller.experts, shrinking.refitted
+        work.target, work.shared_delta = shrinking.target, shrinking.shared_output_delta
+        work.statistics = {"cosines": shrinking.cosines, "usage": torch.tensor(shrinking.record["usage"])}
+        work.record |= shrinking.record
+
+    def memory(self, sizes: Sizes) -> int:
+        """The smaller layer, its largest group, sums of curvature, and outputs of experts or what a fit holds."""
+        assert isinstance(self.recipe.merge, Grouped)
+        shape, fit = sizes.shape, self.recipe.merge.fit.kind
+        held = products_memory(sizes.tokens, sizes.kept) if fit != "none" else 0
+        if fit == "layer":
+            active = min(shape.top_k, sizes.kept)
+            widths = shape.hidden, shape.width, shape.shared_width
+            held = max(held, fit_memory(*widths, sizes.kept, active, sizes.tokens))
+        smaller = sizes.layer * sizes.kept // shape.experts
+        return smaller + sizes.layer // 2 + held + sums_memory(shape.hidden, shape.width)
+
+
+STEP = Shrink
