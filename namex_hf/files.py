@@ -34,7 +34,7 @@ BEFORE_0_2 = {
 """Where releases before 0.2.0 put the same."""
 
 
-def found(folder: Path, name: str) -> Path:
+def locate(folder: Path, name: str) -> Path:
     """Where a file of `BEFORE_0_2` lies in a folder; the place of today where it is in neither."""
     now = folder / name
     before = folder / BEFORE_0_2[name]

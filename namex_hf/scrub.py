@@ -11,7 +11,7 @@ HIDDEN = "***"
 TOKEN = re.compile(r"\b(?:hf|api)_(?:oauth_|org_|jwt_)?[A-Za-z0-9][A-Za-z0-9.-]{7,}|\b(?:Bearer|Basic) [\w.~+/=-]+")
 PASSWORD = re.compile(r"(?<=://)[^\s/]+@")
 SIGNED = re.compile(r"(?<=[?&])([\w-]*(?:token|signature|secret|password|credential|policy|key)[\w-]*)=[^&\s]+", re.I)
-"""Fields of an address that give access to whoever has it, as storage behind the Hub uses them."""
+"""Fields of an address that give access to anyone who has it, as storage behind the Hub uses them."""
 TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 ADDRESSES = ("HF_ENDPOINT", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
 SHORTEST = 6

@@ -22,7 +22,6 @@ from ..progress import ProgressCallback, ProgressEvent, no_progress
 
 #: A tensor by its Hub name, on the CPU in its own dtype; KeyError where there is none of that name.
 Read = Callable[[str], Tensor]
-#: Told after every batch how many sequences it had.
 
 NORM = "model.norm"
 #: Tokens of a batch: enough to keep a processor busy, few enough that activations stay about as large as a layer.
@@ -132,15 +131,15 @@ class Decoder:
         """
         self._materialise(self._norm, NORM)
         head = self._tensor(self._embedding, HEAD, *([EMBEDDING] if self._tied else [])).to(self._frame.device).float()
-        found = []
+        means = []
         for hidden in streams:
             losses = [
-                nn.functional.cross_entropy(self._norm(row.to(head))[:-1] @ head.T, wanted[1:].to(head.device))
-                for row, wanted in zip(hidden, ids, strict=True)
+                nn.functional.cross_entropy(self._norm(row.to(head))[:-1] @ head.T, labels[1:].to(head.device))
+                for row, labels in zip(hidden, ids, strict=True)
             ]
-            found.append(float(torch.stack(losses).double().mean()))
+            means.append(float(torch.stack(losses).double().mean()))
         self._norm.to("meta")
-        return found
+        return means
 
     def _materialise(self, module: nn.Module, name: str) -> None:
         weights = {
@@ -213,8 +212,8 @@ class DecoderLayer:
         inputs, value = hidden.new_empty(tokens, hidden.shape[2]), hidden.new_empty(tokens, self._top_k)
         index = torch.empty_like(value, dtype=torch.int64)
         for rows in self._run(hidden, progress):
-            for kept, given in zip((inputs, index, value), self._tap.take(), strict=True):
-                kept[rows.start * length : rows.stop * length] = given.to(kept.device)
+            for target, given in zip((inputs, index, value), self._tap.take(), strict=True):
+                target[rows.start * length : rows.stop * length] = given.to(target.device)
         return Tapped(hidden, inputs, index, value)
 
     def _run(self, hidden: Tensor, progress: ProgressCallback) -> Iterator[slice]:

@@ -87,8 +87,8 @@ def _text(record: Any, tokenizer: Any, where: str) -> str:
     elif isinstance(fields.get("text"), str):
         text = fields["text"]
     else:
-        found = ", ".join(fields) or "neither"
-        raise CalibrationError(f"{where}: accepted: a list of 'messages' or a 'text'; found: {found}")
+        present = ", ".join(fields) or "neither"
+        raise CalibrationError(f"{where}: accepted: a list of 'messages' or a 'text'; found: {present}")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, which no tokenizer takes

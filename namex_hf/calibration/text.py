@@ -63,7 +63,7 @@ class CalibrationText:
 def calibration_text(source: str, tokenizer: Any, tokens: int, length: int, seed: int) -> CalibrationText:
     """``tokens // length`` sequences of ``length`` tokens of the text that ``source`` names, fewer where it ends.
 
-    The sources (files, or one data set) take turns, in random order, so that each is heard under a small budget; one
+    The sources (files, or one data set) take turns, in random order, so that each is read under a small budget; one
     that is at its end leaves its turns to the others. Documents come in random order, long ones in pieces in random
     order; each is closed by the tokenizer's end of text, if it has one, and they are packed without padding. Tails too
     short for a sequence are packed together as if they were one more source, so that many short files make a text.
@@ -100,9 +100,9 @@ def _sequences(
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     held: list[int] = []
     for document in documents:
-        found = pieces(document, PIECE * length)
-        draw.shuffle(found)
-        for piece in found:
+        parts = pieces(document, PIECE * length)
+        draw.shuffle(parts)
+        for piece in parts:
             held += tokenizer(piece, add_special_tokens=False, verbose=False).input_ids + end
             while len(held) >= length:
                 yield held[:length]
@@ -133,12 +133,12 @@ def _in_turn(
 
 def pieces(text: str, size: int) -> list[str]:
     """A text in pieces of at most ``size`` characters, cut after a blank line, a line or a word where there is one."""
-    found, start = [], 0
+    parts, start = [], 0
     while start < len(text):
         end = start + size
         if end < len(text):
             ends = [(text.rfind(mark, start + size // 2, end), len(mark)) for mark in ("\n\n", "\n", " ")]
             end = next((place + width for place, width in ends if place >= 0), end)
-        found.append(text[start:end])
+        parts.append(text[start:end])
         start = end
-    return [piece for piece in found if piece.strip()]
+    return [piece for piece in parts if piece.strip()]

@@ -25,9 +25,9 @@ from ..files import (
     PAGE,
     REPORT,
     check_name,
-    found,
     hash_bytes,
     hash_file,
+    locate,
     read_json,
     write_text,
 )
@@ -52,7 +52,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         return run
     if path.is_file() and (folder / STATE / LOCK).is_file():
         return DAMAGED
-    run = (_read_object(found(folder, REPORT)) or {}).get("run")
+    run = (_read_object(locate(folder, REPORT)) or {}).get("run")
     return run if isinstance(run, dict) else None
 
 
@@ -91,7 +91,7 @@ def fault(folder: Path, verify: bool = False, only: Iterable[str] | None = None)
         verify: read every file and compare its hash too.
         only: compare sizes of files with these endings only; the others must only exist.
     """
-    files = (_read_object(found(folder, REPORT)) or {}).get("files")
+    files = (_read_object(locate(folder, REPORT)) or {}).get("files")
     for name, listed in (files if isinstance(files, dict) else {}).items():
         path = folder / name
         if not isinstance(listed, dict) or Path(name).is_absolute() or ".." in Path(name).parts:

@@ -150,7 +150,7 @@ def ended(
     Args:
         prog: its name, before what is printed.
         command: returns the status; None counts as 0.
-        goes_on: what is said after Ctrl-C.
+        goes_on: printed after Ctrl-C.
         more: other kinds of errors that have their reason in what was given.
     """
     if signal.getsignal(signal.SIGINT) is _leave:
@@ -163,10 +163,10 @@ def ended(
         print(f"{prog}: {goes_on}", file=sys.stderr)
         return INTERRUPTED
     except Exception as error:
-        said = of_memory(error) or (message(error) if isinstance(error, (NamexError, OSError, more)) else None)
-        if said is None:
+        text = of_memory(error) or (message(error) if isinstance(error, (NamexError, OSError, more)) else None)
+        if text is None:
             raise
-        print(f"{prog}: error: {said}", file=sys.stderr)
+        print(f"{prog}: error: {text}", file=sys.stderr)
         return 2
 
 
@@ -179,11 +179,11 @@ def message(error: Exception) -> str:
 
 def of_memory(error: BaseException) -> str | None:
     """The line for an error that means too little memory; None for all others."""
-    said = " ".join(str(error).split())
+    text = " ".join(str(error).split())
     none_left = isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
-    if not none_left and not (isinstance(error, (RuntimeError, ImportError, OSError)) and MEMORY.search(said)):
+    if not none_left and not (isinstance(error, (RuntimeError, ImportError, OSError)) and MEMORY.search(text)):
         return None
-    what = f"{type(error).__name__}: {said}" if said else type(error).__name__
+    what = f"{type(error).__name__}: {text}" if text else type(error).__name__
     return printable(f"too little memory, or too little address space (ulimit -v): {what}", 500)
 
 
@@ -197,11 +197,11 @@ def _name() -> str:
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, trace: Any) -> None:
-    said = of_memory(error)
-    if said is None:
+    text = of_memory(error)
+    if text is None:
         sys.__excepthook__(kind, error, trace)
         return
-    os.write(2, f"{_name()}: error: {said}\n".encode())
+    os.write(2, f"{_name()}: error: {text}\n".encode())
     os._exit(2)
 
 

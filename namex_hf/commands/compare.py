@@ -109,15 +109,15 @@ def _compare(options: argparse.Namespace) -> int:
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)
     with Shown(len(plan.wanted), options.jobs, console) as shown:
-        found = compare(plan, options.out, How(options.jobs, options.keep, options.overwrite), shown.show)
-    drawn = write(found, options.out)
+        comparison = compare(plan, options.out, How(options.jobs, options.keep, options.overwrite), shown.show)
+    drawn = write(comparison, options.out)
     if options.json:
         print((options.out / NUMBERS).read_text("utf-8"), end="")
     elif not options.quiet:
-        print_tables(found)
+        print_tables(comparison)
         if not drawn:
             console.print("no picture: it needs the extra 'report', pip install 'namex-hf[report]'", markup=False)
         Console().print(f"[bold]{marked(options.out / PAGE)}[/bold]", soft_wrap=True)
-    for label, reason in found.failed.items():
+    for label, reason in comparison.failed.items():
         print(printable(f"namex-compare: {label} failed: {reason}"), file=sys.stderr)
-    return FAILED if found.failed else 0
+    return FAILED if comparison.failed else 0

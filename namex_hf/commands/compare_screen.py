@@ -64,8 +64,8 @@ class Shown:
         self.seconds.append(time.perf_counter() - start)
         self.done += 1
         how = FAILED if event.stage == FAILED else f"{self.seconds[-1]:.0f} s"
-        said = f"{self.done}/{self.models} {event.model}: {how}, {self._left()}".rstrip(", ")
-        self.console.print(printable(said), soft_wrap=True, markup=False, highlight=False)
+        line = f"{self.done}/{self.models} {event.model}: {how}, {self._left()}".rstrip(", ")
+        self.console.print(printable(line), soft_wrap=True, markup=False, highlight=False)
 
     def _left(self) -> str:
         """Time left, by what models took so far."""
@@ -76,16 +76,16 @@ class Shown:
         return f"about {seconds / 60:.0f} min left" if seconds >= 90 else f"about {seconds:.0f} s left"
 
 
-def print_tables(found: Comparison) -> None:
+def print_tables(comparison: Comparison) -> None:
     console = Console()
     for title, table in (
-        ("perplexity, ratio to the original's, and exact answers", quality(found)),
-        ("what each model takes", costs(found)),
+        ("perplexity, ratio to the original's, and exact answers", quality(comparison)),
+        ("what each model takes", costs(comparison)),
     ):
         console.print(f"{title}:", highlight=False)
         for part in in_parts(table, console.width):
             console.print(_shown(part))
-    for note in notes(found):
+    for note in notes(comparison):
         console.print(f"* {printable(note)}", markup=False, highlight=False)
 
 
@@ -112,8 +112,8 @@ def in_parts(table: Titled, width: int) -> list[Titled]:
 def widths(table: Titled) -> list[int]:
     """Characters that each column needs: titles may be wrapped between words, numbers not, labels if they are long."""
     titles, rows = table
-    found = [max(map(len, (*title.split(), *cells))) for title, *cells in zip(titles, *rows, strict=True)]
-    return [min(found[0], LABEL), *found[1:]]
+    widths = [max(map(len, (*title.split(), *cells))) for title, *cells in zip(titles, *rows, strict=True)]
+    return [min(widths[0], LABEL), *widths[1:]]
 
 
 def _shown(table: Titled) -> Table:

@@ -7,7 +7,7 @@ from pathlib import Path
 from sys import stderr
 from typing import TYPE_CHECKING
 
-from ..files import REPORT, found, read_json
+from ..files import REPORT, locate, read_json
 from ..printable import marked
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
 from .recipe_options import add_recipe_options, recipe_of
@@ -50,7 +50,7 @@ def parser_of(prog: str) -> Parser:
     parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
     parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity, no pictures")
-    parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to USER/NAME, privately unless told")
+    parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to USER/NAME, privately by default")
     parser.add_argument("--public", action="store_true", help="--push-to-hub: for everybody to see")
     parser.add_argument(
         "--recipe", metavar="FILE|NAME", help="a YAML file, or a name of 'namex recipes'; fields below go before it"
@@ -83,21 +83,21 @@ def _patch(options: argparse.Namespace) -> int:
         console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.dry_run:
-        # Whose run a folder is cannot be told from a Hub id's headers alone, nor without the text.
+        # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.needs_text)
         (print_json if options.json else lambda what: print_dry_run(what, plan))(describe(plan, options.out))
         return 0
     if not options.overwrite and folder.complete:
         run_plan(plan, options.out)
-        said = f"{marked(options.out)} is complete: this model was patched with this recipe before"
-        console.print(said, soft_wrap=True)
+        line = f"{marked(options.out)} is complete: this model was patched with this recipe before"
+        console.print(line, soft_wrap=True)
     else:
         if not options.overwrite and folder.finished:
-            said = f"{marked(options.out)} is not complete: {marked(folder.fault)}; it is made anew"
-            console.print(said, soft_wrap=True)
+            line = f"{marked(options.out)} is not complete: {marked(folder.fault)}; it is made anew"
+            console.print(line, soft_wrap=True)
         _carry_out(plan, checkpoint, options, console)
     if options.json:
-        print_json(read_json(found(options.out, REPORT)))
+        print_json(read_json(locate(options.out, REPORT)))
     if target is not None:
         with redirect_stdout(stderr) if options.json else nullcontext():
             publish(options.out, target, options.quiet)
@@ -115,7 +115,7 @@ def _carry_out(plan: "Plan", checkpoint: "Checkpoint", options: argparse.Namespa
     if not options.json:
         print_report(report, options.out)
     recipe = plan.recipe
-    if recipe.merge.kind == "grouped" and not recipe.needs_text and plan.kept < plan.shape.experts:
+    if recipe.merge.kind == "grouped" and not recipe.needs_text and plan.experts < plan.shape.experts:
         hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
         console.print(hint, soft_wrap=True)
     draw(options.out, checkpoint.size, report, console)

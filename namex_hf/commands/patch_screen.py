@@ -137,9 +137,9 @@ def _memory_named(plan: Plan) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if said := of_memory(error):
+        if reason := of_memory(error):
             needed = f"this run needs about {size_text(peak_bytes(plan))} beside the libraries"
-            raise CheckpointError(f"{said}; {needed}") from error
+            raise CheckpointError(f"{reason}; {needed}") from error
         raise
 
 
@@ -178,8 +178,8 @@ def draw(out: Path, size: int, report: Report, console: Console) -> None:
         page = write_pictures(out, console=console)
         rewrite_report(out, report)  # the card links the pictures that are there
     except Exception as error:  # whatever comes of drawing: the patched folder itself is whole
-        said = str(error) if isinstance(error, NamexError) else f"{type(error).__name__}: {error}"
-        console.print(f"no pictures: {marked(said)}; once that is mended: {later}", soft_wrap=True)
+        reason = str(error) if isinstance(error, NamexError) else f"{type(error).__name__}: {error}"
+        console.print(f"no pictures: {marked(reason)}; once that is mended: {later}", soft_wrap=True)
         return
     console.print(f"pictures: [bold]{marked(page)}[/bold]", soft_wrap=True)
 

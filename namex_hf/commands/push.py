@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-push") -> in
 def parser_of(prog: str) -> Parser:
     parser = command_parser(
         prog,
-        "Publish a patched folder on the Hub, privately unless told, once it is known to load.\n"
+        "Publish a patched folder on the Hub, privately by default, once it is known to load.\n"
         "A push that was broken off is continued by the same command. The token is that of HF_TOKEN or of\n"
         "'hf auth login'.",
         (
@@ -25,9 +25,9 @@ def parser_of(prog: str) -> Parser:
         ),
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="a folder of namex-patch or sft_smoltalk.py")
-    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="made where it is missing")
+    parser.add_argument("--repo", required=True, metavar="USER/NAME", help="created if missing")
     parser.add_argument("--public", action="store_true", help="for everybody to see; needed for a public repository")
-    parser.add_argument("--revision", metavar="BRANCH", help="made where it is missing, or refs/pr/N (default: main)")
+    parser.add_argument("--revision", metavar="BRANCH", help="created if missing, or refs/pr/N (default: main)")
     parser.add_argument("--pull-request", action="store_true", help="propose it to a repository that is there")
     parser.add_argument("--eval", type=Path, metavar="FILE", help="report.json of zero_shot.py: scores for the card")
     parser.add_argument("--eval-label", metavar="LABEL", help="row of that report, where the weights were copied since")

@@ -18,8 +18,7 @@ from ..errors import CheckpointError, FamilyError
 from ..families import original_family
 from ..families.others import check_loading
 from ..families.outline import check_counts
-from ..files import REPORT, read_json
-from ..files import found as placed
+from ..files import REPORT, locate, read_json
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
 from ..scoring.baseline import is_baseline
@@ -60,7 +59,7 @@ class Candidate:
         }
 
 
-def found(name: str, revision: str | None = None) -> Checkpoint:
+def resolve_model(name: str, revision: str | None = None) -> Checkpoint:
     """The checkpoint that a folder, a packaged model's name or a Hub id names, of any family, patched or not.
 
     Raises:
@@ -135,7 +134,7 @@ def candidates(
     labels = _told_apart(recipes)
     rows: list[Candidate] = []
     for name in dict.fromkeys(names):
-        checkpoint = found(name, revision)
+        checkpoint = resolve_model(name, revision)
         check_code(checkpoint, trust_remote_code)
         check_tensors(checkpoint, trust_remote_code)
         label = _label(checkpoint.name, {row.label for row in rows})
@@ -174,7 +173,7 @@ class Origin:
 
 def _origin(row: Candidate) -> Origin | None:
     """Of a folder; None where it does not say."""
-    path = placed(row.checkpoint.folder, REPORT)
+    path = locate(row.checkpoint.folder, REPORT)
     if not path.is_file():
         return None
     report = read_json(path)

@@ -16,7 +16,7 @@ from ..checkpoint.layout import left_out, left_out_line, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, PublishError
 from ..families import original_family
-from ..files import CARD, REPORT, found, read_text
+from ..files import CARD, REPORT, locate, read_text
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
 from ..report.rebuild import has_recipe_alone, rebuild
@@ -90,7 +90,7 @@ def check_folder(folder: Path, verify: bool = False) -> CheckedFolder:
 def _with_report(folder: Path) -> list[str]:
     """Notes on the report, which is rebuilt if another training loop wrote none."""
     if not has_recipe_alone(folder):
-        Report.from_file(found(folder, REPORT))
+        Report.from_file(locate(folder, REPORT))
         return []
     rebuild(folder)
     return [f"{REPORT} was missing and is rebuilt; the source of the model is not known"]

@@ -7,7 +7,7 @@ from typing import Any
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError
-from ..files import REPORT, found, parse_json, read_json, read_text
+from ..files import REPORT, locate, parse_json, read_json, read_text
 from ..harness.report import Model, Score, ZeroShotReport, eval_results, shots, shown
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section, table
@@ -71,7 +71,7 @@ def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path,
     checkpoint = open_checkpoint(folder)
     if model.fingerprint == checkpoint.fingerprint():
         return has_label or _same_files(_files_scored(evaluation, model, results), checkpoint)
-    report = Report.from_file(found(folder, REPORT))
+    report = Report.from_file(locate(folder, REPORT))
     same_run = (
         model.recipe is not None
         and report.training is None

@@ -27,7 +27,7 @@ class PropagationState:
 
 
 @dataclass(frozen=True)
-class Step:
+class PropagationStep:
     """Propagation through one layer."""
 
     state: PropagationState | None  # None: the next layer begins with its own base
@@ -43,7 +43,7 @@ def propagate(
     position: int,
     step_of: StepOf | None = None,
     device: str | torch.device = "cpu",
-) -> Step:
+) -> PropagationStep:
     """E_m' = E_m + gamma * sum_i w_i (E_i - E_m), or by way of a momentum buffer (paper eq. 11).
 
     Every game is solved on its own, see `solve_or_reuse`. Without a weighting (CAMEx, paper eq. 2) cosines and norms
@@ -62,7 +62,7 @@ def propagate(
     """
     gram = grams(experts, state.base, merge.game.granularity, device)
     if merge.weights_by is None:
-        return Step(None, game_records(gram, None, merge.game.granularity), cosines(gram), None)
+        return PropagationStep(None, game_records(gram, None, merge.game.granularity), cosines(gram), None)
     weights, reusable = solve_or_reuse(gram, state.weights, merge, position, experts.dtype)
     of_game = by_projection(weights.values, merge.game.granularity)
 
@@ -76,7 +76,7 @@ def propagate(
         state.base, each_projection(step, experts), state.momentum, choice.gamma, choice.complex_beta
     )
     after = PropagationState(ExpertWeights.of(base.__getitem__, base), reusable, momentum)
-    return Step(after, game_records(gram, weights, merge.game.granularity), cosines(gram), weights.values)
+    return PropagationStep(after, game_records(gram, weights, merge.game.granularity), cosines(gram), weights.values)
 
 
 def solve_or_reuse(

@@ -59,12 +59,12 @@ def spend(
             tapped = module.tap(hidden)
         routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
         inputs = tapped.inputs.to(device)
-        wanted = mixture.output(inputs, routing)
-        heard = Text(inputs, routing, len(held_out), held_out.to(device), wanted)
+        target = mixture.output(inputs, routing)
+        shown = Text(inputs, routing, len(held_out), held_out.to(device), target)
         with source.named(layer):
-            errors[layer], output = _tried(mixture, heard, merge, recipe.seed)
+            errors[layer], output = _errors_by_count(mixture, shown, merge, recipe.seed)
         damaged[layer] = (hidden + output.cpu().view_as(hidden))[held_out]
-        hidden += wanted.cpu().view_as(hidden)
+        hidden += target.cpu().view_as(hidden)
         progress(ProgressEvent("measured", layer))
     before, *after = decoder.losses([hidden[held_out], *damaged.values()], ids[held_out])
     return dealt_out(errors, [max(0.0, loss - before) for loss in after], merge.experts, shape.experts)
@@ -98,20 +98,20 @@ def shorter(text: CalibrationText) -> tuple[torch.Tensor, torch.Tensor]:
     length, held_out = text.ids.shape[1], text.held_out
     rows = []
     for part, tokens in ((~held_out, MERGE_TOKENS), (held_out, LOSS_TOKENS)):
-        found = part.nonzero().flatten()
-        number = min(len(found), max(1, tokens // length))
-        rows.append(found[torch.linspace(0, len(found) - 1, number).round().long()])
+        sequences = part.nonzero().flatten()
+        number = min(len(sequences), max(1, tokens // length))
+        rows.append(sequences[torch.linspace(0, len(sequences) - 1, number).round().long()])
     chosen = torch.cat(rows)
     return text.ids[chosen], held_out[chosen]
 
 
-def _tried(mixture: MoELayer, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
+def _errors_by_count(mixture: MoELayer, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
     """The error of a layer's output by number of experts, and the output with the recipe's own number."""
-    found, kept = {}, text.inputs
+    errors, result = {}, text.inputs
     for count in candidate_counts(len(mixture.router), merge.experts):
         shrinking = Shrinking(mixture, text, replace(merge, experts=count), seed, fits=False)
         _, output = shrinking.run()
-        found[count] = shrinking.record["errors"][-1]["error"]
+        errors[count] = shrinking.record["errors"][-1]["error"]
         if count == merge.experts:
-            kept = output
-    return found, kept
+            result = output
+    return errors, result

@@ -2,7 +2,7 @@
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -63,7 +63,7 @@ def _write_carried(
 def _write_smaller(
     plan: Plan, folder: Path, pipeline: Pipeline, reader: Reader, state: State, progress: ProgressCallback
 ) -> list[str]:
-    """Shards with other experts: with text all layers are made first, as each depends on those below it."""
+    """Shards with other experts: with text all layers come first, as each depends on those below it."""
     check_finite(plan, progress)
     if plan.text is None:
         layers = LazyLayers(plan, pipeline, state, progress)
@@ -88,13 +88,13 @@ def save(plan: Plan, pipeline: Pipeline, state: State, progress: ProgressCallbac
 
 
 def _saved_items(plan: Plan, state: State, layer: int) -> list[Item]:
-    replaced = state.saved(layer).replaced(plan.family, plan.kept_of(layer))
+    replaced = state.saved(layer).replaced(plan.family, plan.experts_of(layer))
     return replaced + added_items(plan, state, layer)
 
 
 @dataclass
 class LazyLayers:
-    """Layers that do not depend on each other, made on demand, the latest kept: the writer asks for one tensor after
+    """Layers that do not depend on each other, made on demand: the writer asks for one tensor after
     the other.
 
     Memory: one layer's experts, and the merged one that is being written.
@@ -105,15 +105,15 @@ class LazyLayers:
     state: State
     progress: ProgressCallback
     latest: LayerResult | None = None
-    made: tuple[int, int, Expert] | None = field(default=None)  # layer, number and matrices of the latest expert
+    expert: tuple[int, int, Expert] | None = None  # layer, number and matrices of the latest one
 
     def items(self, layer: int) -> list[Item]:
         """Router and experts of a layer, and what its block has more."""
         plan = self.plan
         router = plan.spans[name := plan.family.router(layer)]
-        rows = (plan.kept, plan.shape.hidden)
+        rows = (plan.experts, plan.shape.hidden)
         items = [Item(name, router.dtype, rows, lambda: self._tensor(self._result(layer).router))]
-        for name, (number, projection) in plan.family.experts(layer, plan.kept).items():
+        for name, (number, projection) in plan.family.experts(layer, plan.experts).items():
             span = plan.spans[name]
             items.append(Item(name, span.dtype, span.shape, partial(self._expert, layer, number, projection)))
         for name, (shape, dtype) in plan.added(layer).items():
@@ -137,11 +137,11 @@ class LazyLayers:
         return self._result(layer).added[name]
 
     def _expert(self, layer: int, number: int, projection: str) -> torch.Tensor:
-        if self.made is None or self.made[:2] != (layer, number):
+        if self.expert is None or self.expert[:2] != (layer, number):
             experts = self._result(layer).experts
             assert experts is not None
-            self.made = None
-            self.made = (layer, number, experts.expert(number))
-            named = {f"expert {number} {name}": tensor for name, tensor in self.made[2].items()}
+            self.expert = None
+            self.expert = (layer, number, experts.expert(number))
+            named = {f"expert {number} {name}": tensor for name, tensor in self.expert[2].items()}
             require_finite_result(layer, named, self.plan.recipe)
-        return self.made[2][projection]
+        return self.expert[2][projection]

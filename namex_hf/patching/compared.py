@@ -31,9 +31,9 @@ def compared(block: Any, inputs: torch.Tensor, ids: torch.Tensor) -> dict[str, A
     record = comparison(linear, chosen, len(block.gate.weight))
     if block.routing == "cosine":
         return {**record, "scale": float(block.cosine_router.scale)}
-    seen = block.stable_router.assignment[ids, 0] >= 0
-    on_seen = float(overlap(linear[seen], chosen[seen]).mean()) if seen.any() else None
-    return {**record, "assigned": float(seen.float().mean()), "agreement_assigned": on_seen}
+    known = block.stable_router.assignment[ids, 0] >= 0
+    on_known = float(overlap(linear[known], chosen[known]).mean()) if known.any() else None
+    return {**record, "assigned": float(known.float().mean()), "agreement_assigned": on_known}
 
 
 @torch.no_grad()
@@ -47,13 +47,13 @@ def compared_on_held_out(folder: Path, tokens: int) -> list[dict[str, Any]]:
     """
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
     blocks: list[Any] = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, ChosenRouting)]
-    heard: list[list[torch.Tensor]] = [[] for _ in blocks]
-    for block, found in zip(blocks, heard, strict=True):
-        block.register_forward_pre_hook(lambda _, given, found=found: found.append(given[0].flatten(0, 1)))
+    inputs: list[list[torch.Tensor]] = [[] for _ in blocks]
+    for block, taken in zip(blocks, inputs, strict=True):
+        block.register_forward_pre_hook(lambda _, given, taken=taken: taken.append(given[0].flatten(0, 1)))
     read = []
     for text in held_out_texts().values():
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0, :tokens]
         for window in ids.split(WINDOW):
             model(window[None], use_cache=False)
             read.append(window)
-    return [compared(block, torch.cat(found), torch.cat(read)) for block, found in zip(blocks, heard, strict=True)]
+    return [compared(block, torch.cat(taken), torch.cat(read)) for block, taken in zip(blocks, inputs, strict=True)]

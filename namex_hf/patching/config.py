@@ -19,12 +19,12 @@ def patched_config(
     if family.is_to_untie(config):
         result["tie_word_embeddings"] = False
     merge = recipe.merge
-    kept = merge.experts if isinstance(merge, Grouped) else None
+    experts = merge.experts if isinstance(merge, Grouped) else None
     if counts is not None:
-        kept = max(counts)
-    if kept is not None:
-        result[family.experts_field] = kept
-        result["num_experts_per_tok"] = min(shape.top_k, kept)
+        experts = max(counts)
+    if experts is not None:
+        result[family.experts_field] = experts
+        result["num_experts_per_tok"] = min(shape.top_k, experts)
     if counts is not None:
         result[LAYER_EXPERTS] = by_decoder_layer(counts, shape.layers, config["num_hidden_layers"])
     if recipe.own_class:

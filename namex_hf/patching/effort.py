@@ -27,19 +27,19 @@ class Effort:
 def effort_of(plan: Plan) -> Effort | None:
     """None where no layer is fitted whole."""
     shape = plan.shape
-    if plan.fits != "layer" or plan.kept == shape.experts:
+    if plan.fits != "layer" or plan.experts == shape.experts:
         return None
     steps = plan.grouped.fit.steps
     checked = min(FitSettings.checked_tokens, plan.recipe.calibration.tokens // 8) / FitSettings.check_every
     products = steps * ((FORWARD + BACKWARD) * FitSettings.batch + FORWARD * checked)
-    neurons = shape.width * min(shape.top_k, plan.kept) + shape.shared_width  # of a token
+    neurons = shape.width * min(shape.top_k, plan.experts) + shape.shared_width  # of a token
     return Effort(steps, 2.0 * shape.hidden * neurons * products)
 
 
 def measured_speed(plan: Plan) -> float:
     """Operations a second in products of the size that one expert's tokens have in a step, on the recipe's device."""
     rows, columns = plan.shape.of("gate_proj")
-    tokens = max(1, FitSettings.batch * min(plan.shape.top_k, plan.kept) // plan.kept)
+    tokens = max(1, FitSettings.batch * min(plan.shape.top_k, plan.experts) // plan.experts)
     left = torch.ones(tokens, columns, device=plan.recipe.device)
     right = torch.ones(columns, rows, device=plan.recipe.device)
     float((left @ right)[0, 0])  # the first product is slower, and a device answers when it is asked for a number

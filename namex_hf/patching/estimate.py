@@ -24,7 +24,7 @@ def text_memory(plan: Plan) -> int:
     """Of `peak_bytes`, what calibration text adds: its hidden states, a decoder layer without its experts, and what the
     largest step holds."""
     recipe, shape = plan.recipe, plan.shape
-    sizes = Sizes(shape, max(map(plan.layer_bytes, shape.layers)), plan.most, recipe.calibration.tokens)
+    sizes = Sizes(shape, max(map(plan.layer_bytes, shape.layers)), plan.most_experts, recipe.calibration.tokens)
     held = streams_memory(recipe, shape) + layer_memory(shape.hidden, shape.shared_width)
     held += max(step.memory(sizes) for step in steps_of(recipe))
     return held + (measuring_memory(shape) if plan.spends_budget else 0)
@@ -38,5 +38,5 @@ def space_needed(plan: Plan) -> int:
         state += 4 * streams * plan.recipe.calibration.tokens * plan.shape.hidden
         if isinstance(plan.recipe.merge, Grouped):  # all new layers
             routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
-            state += routed * plan.kept // plan.shape.experts + plan.shared_bytes
+            state += routed * plan.experts // plan.shape.experts + plan.shared_bytes
     return plan.bytes_out + state + MARGIN

@@ -1,4 +1,4 @@
-"""No NaN and no infinity in what is made of a checkpoint."""
+"""No NaN and no infinity in a result."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ def is_finite(tensor: torch.Tensor) -> bool:
 
 
 def require_finite_result(layer: int, tensors: Mapping[str, torch.Tensor], recipe: Recipe) -> None:
-    """Check what a recipe has made of a layer that was finite.
+    """Check the result of a layer that was finite.
 
     Args:
         tensors: of the result, in its own dtype.
@@ -26,10 +26,10 @@ def require_finite_result(layer: int, tensors: Mapping[str, torch.Tensor], recip
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not is_finite(tensor):
             values = recipe.to_dict()
-            found = ", ".join(f"{field}={values[field]}" for field in _steering(recipe))
+            fields = ", ".join(f"{field}={values[field]}" for field in _steering(recipe))
             raise RecipeError(
                 f"layer {layer}: {name} of the result would hold NaN or infinite values in {tensor.dtype}; "
-                f"take another value of {found}"
+                f"take another value of {fields}"
             )
 
 

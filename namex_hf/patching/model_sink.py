@@ -54,10 +54,10 @@ def _experts(result: LayerResult, count: int, recipe: Recipe) -> Expert:
     assert result.experts is not None
     if isinstance(result.experts, ExpertWeights):
         return result.experts.map(torch.as_tensor)
-    made = [result.experts.expert(number) for number in range(count)]
-    for number, expert in enumerate(made):
+    experts = [result.experts.expert(number) for number in range(count)]
+    for number, expert in enumerate(experts):
         require_finite_result(result.layer, {f"expert {number} {name}": one for name, one in expert.items()}, recipe)
-    return ExpertWeights.of(lambda name: torch.stack([expert[name] for expert in made]))
+    return ExpertWeights.of(lambda name: torch.stack([expert[name] for expert in experts]))
 
 
 def _replace(block: Any, experts: Expert, router: torch.Tensor) -> None:

@@ -27,16 +27,16 @@ def write_packs(
     plan: Plan,
     folder: Path,
     reader: Reader,
-    made: Callable[[int], list[Item]],
+    layer_items: Callable[[int], list[Item]],
     state: State,
     progress: ProgressCallback,
 ) -> list[str]:
-    """Write the shards of the result, and return their names; those that a killed run left are kept.
+    """Write the shards of the result, and return their names; those of a killed run stay.
 
     Args:
-        made: router and experts of a MoE layer, and what else of it takes the place of a tensor of its name.
+        layer_items: router and experts of a MoE layer, and what else of it takes the place of a tensor of its name.
     """
-    packs = pack(items_of(plan, made, reader), plan.shard_size)
+    packs = pack(items_of(plan, layer_items, reader), plan.shard_size)
     names = shard_names(len(packs))
     for items, name in zip(packs, names, strict=True):
         target = folder / name
@@ -50,12 +50,12 @@ def write_packs(
     return names
 
 
-def items_of(plan: Plan, made: Callable[[int], list[Item]], reader: Reader) -> list[Item]:
-    """All tensors of the result in their natural order, layer by layer. Args: made, as `write_packs`."""
+def items_of(plan: Plan, layer_items: Callable[[int], list[Item]], reader: Reader) -> list[Item]:
+    """All tensors of the result in their natural order, layer by layer. Args: layer_items, as `write_packs`."""
     gone = {*plan.family.all_experts(plan.shape), *map(plan.family.router, plan.shape.layers)}
     by_name = {name: Item.of(name, span) for name, span in plan.spans.items() if name not in gone}
     for layer in plan.shape.layers:
-        by_name |= {item.name: item for item in made(layer)}
+        by_name |= {item.name: item for item in layer_items(layer)}
     items = [*by_name.values(), *plan.untied]
     if plan.export_as:
         items = reexpressed(plan, items, reader)

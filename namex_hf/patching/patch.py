@@ -22,7 +22,7 @@ from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
-from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, found, write_text
+from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, locate, write_text
 from ..models import remote_code
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import AroundBase, Grouped, Propagation, Recipe
@@ -93,7 +93,7 @@ def run_plan(
     if not overwrite and folder.complete:
         logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
-        return Report.from_file(found(out, REPORT))
+        return Report.from_file(locate(out, REPORT))
     folder.check_space(max(0, space_needed(plan) - _present(out)))
     start = time.perf_counter()
     with folder.claimed(overwrite):
@@ -240,7 +240,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
     return {
         "layers": len(plan.shape.layers),
         "experts": plan.shape.experts,
-        "kept": plan.kept,
+        "kept": plan.experts,
         "bytes_in": plan.checkpoint.size,
         "bytes_out": plan.bytes_out,
         "space_needed": space_needed(plan),
@@ -265,4 +265,4 @@ def rewrite_report(out: Path, report: Report) -> None:
     """Put a report with more in it (perplexity, say) in the place of the old one, and into the card."""
     config = json.loads((out / CONFIG).read_text("utf-8"))
     write_text(out / CARD, card(report, config, out))
-    write_text(found(out, REPORT), report.to_json())
+    write_text(locate(out, REPORT), report.to_json())

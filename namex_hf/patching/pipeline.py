@@ -61,7 +61,7 @@ class Pipeline:
             passage.text = TextPass(self.source, self.recipe, self.text, state)
         for layer in self.source.shape.layers:
             if layer >= state.layer:
-                yield self.layer(layer, passage)  # of which nothing is kept here: the next layer needs the memory
+                yield self.layer(layer, passage)  # no reference stays here: the next layer needs the memory
 
     def layer(self, layer: int, passage: Passage) -> LayerResult:
         """One layer; what the next one depends on takes the place of what this one depended on."""
@@ -74,7 +74,7 @@ class Pipeline:
         if text is not None:
             text.tap(layer)
             progress(ProgressEvent("read"))
-            work.text, work.ids = text.shown(work.mixture), text.text.ids
+            work.text, work.ids = text.activations(work.mixture), text.text.ids
         for step in self.steps:
             step(work)
         if text is not None:

@@ -105,20 +105,20 @@ class Plan:
         return isinstance(self.recipe.merge, Grouped) and self.grouped.budget == "damage"
 
     @property
-    def kept(self) -> int:
+    def experts(self) -> int:
         """Routed experts of a layer of the result; the mean where layers differ."""
         return self.grouped.experts if isinstance(self.recipe.merge, Grouped) else self.shape.experts
 
     @property
-    def most(self) -> int:
-        """As `kept`, of the layer that keeps most, or could."""
+    def most_experts(self) -> int:
+        """As `experts`, of the layer with most, or what that may become."""
         if not self.spends_budget:
-            return self.kept
+            return self.experts
         return max(self.counts) if self.counts else self.shape.experts
 
-    def kept_of(self, layer: int) -> int:
+    def experts_of(self, layer: int) -> int:
         """Routed experts that a MoE layer keeps."""
-        return self.kept if self.counts is None else self.counts[self.shape.layers.index(layer)]
+        return self.experts if self.counts is None else self.counts[self.shape.layers.index(layer)]
 
     def expert_spans(self, layer: int) -> list[TensorSpan]:
         return [self.spans[name] for name in self.family.experts(layer, self.shape.experts)]
@@ -138,9 +138,9 @@ class Plan:
 
     def added(self, layer: int) -> Shapes:
         """Shapes and dtypes of what a layer has more than before, by kind and part: ``base.gate_proj`` ..."""
-        experts, router = self.expert_spans(layer)[0].dtype, self.spans[self.family.router(layer)].dtype
+        expert, router = self.expert_spans(layer)[0].dtype, self.spans[self.family.router(layer)].dtype
         sparse = self.recipe.merge.stays_sparse(layer, self.shape.layers)
-        form = LayerForm(layer, self.shape, self.config(), self.kept, experts, router, sparse)
+        form = LayerForm(layer, self.shape, self.config(), self.experts, expert, router, sparse)
         return {name: shape for step in steps_of(self.recipe) for name, shape in step.added(form).items()}
 
     def added_bytes(self, layer: int) -> int:
@@ -186,11 +186,11 @@ class Plan:
         added = self.all_added_bytes + self.untied_bytes
         if self.export_as:
             added += sum(item.size for item in constant_items(self))
-        return self.size - routed + routed * self.kept // self.shape.experts + added
+        return self.size - routed + routed * self.experts // self.shape.experts + added
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
-        foreign = ("auto_map", "_name_or_path")  # code of others, and a path on the machine of whoever saved it
+        foreign = ("auto_map", "_name_or_path")  # code of others, and a path on the machine where it was saved
         config = {name: value for name, value in self.checkpoint.config.items() if name not in foreign}
         config = patched_config(config, self.family, self.shape, self.recipe, self.counts)
         if self.export_as:
@@ -230,11 +230,11 @@ def make_plan(
         able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.as_qwen2_moe))
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
     if export_as is not None and (not isinstance(recipe.merge, Grouped) or recipe.own_class):
-        found = recipe.to_dict()
+        stated = recipe.to_dict()
         raise RecipeError(
             "--export-as writes a stock checkpoint, with as many experts in every layer: it needs merge 'grouped', "
-            f"routing 'linear' and budget 'equal'; found merge={found['merge']}, "
-            f"routing={found['routing']}, budget={found['budget']}"
+            f"routing 'linear' and budget 'equal'; found merge={stated['merge']}, "
+            f"routing={stated['routing']}, budget={stated['budget']}"
         )
     if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
         raise FamilyError(f"--export-as {export_as}: config.json: {reason}")

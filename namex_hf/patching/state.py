@@ -30,10 +30,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class State:
-    """The folder of a run's own files. Bases are kept unrounded: a resumed run is the undisturbed one, bit for bit.
+    """The folder of a run's own files. Bases are not rounded: a resumed run is the undisturbed one, bit for bit.
 
     Args:
-        identity: of the source, whose hashes so far are saved before what is made of its bytes.
+        identity: of the source, whose hashes so far are saved before results of its bytes.
     """
 
     folder: Path
@@ -128,10 +128,10 @@ class State:
 
     def statistics(self) -> dict[str, torch.Tensor]:
         """``layers.L.cosines`` of each finished layer, and ``layers.L.usage`` where text was read."""
-        found: dict[str, torch.Tensor] = {}
+        statistics: dict[str, torch.Tensor] = {}
         for path in self._layer_files():
-            found |= SavedResult(_record(path)["layer"], path).statistics()
-        return found
+            statistics |= SavedResult(_record(path)["layer"], path).statistics()
+        return statistics
 
 
 def _log_decisions(record: dict[str, Any]) -> None:

@@ -23,7 +23,7 @@ class TextPass:
 
     Memory: one decoder layer without its experts in float32, and twice ``[tokens, hidden]`` in float32: hidden states,
     and the mixture's inputs. Four times under ``target: model``: the hidden states of the model that is patched, and
-    what is wanted of the mixture.
+    the target of the mixture.
     """
 
     def __init__(self, source: LayerSource, recipe: Recipe, text: CalibrationText, state: PipelineState) -> None:
@@ -50,8 +50,8 @@ class TextPass:
         assert self._tapped is not None
         self._next, self.hidden = layer + 1, self._tapped.rest
 
-    def shown(self, mixture: MoELayer) -> Text:
-        """What the layer that was tapped receives, and what is wanted of it."""
+    def activations(self, mixture: MoELayer) -> Text:
+        """What the tapped layer receives, and its target."""
         tapped, aim, device = self._tapped, self._aim, self._recipe.device
         assert tapped is not None
         self._tapped = self._aim = target = None

@@ -66,7 +66,7 @@ class Recipe(Part):
                 and recipe.merge.target == "model"
                 and recipe.calibration.when == "before"
             ),
-            "target 'model' makes up for the errors of the layers below, which calibrate 'before' does not hear",
+            "target 'model' makes up for the errors of the layers below, which calibrate 'before' does not see",
             ("target", "calibrate"),
         ),
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ..files import SCORES, found, read_json
+from ..files import SCORES, locate, read_json
 from .card_text import plain, table
 from .report import Report, ratio
 
@@ -116,7 +116,7 @@ def _score_lines(scores: dict[str, dict[str, float]], items: dict[str, Any]) -> 
 
 
 def _items(folder: Path | None) -> dict[str, Any]:
-    path = found(folder, SCORES) if folder is not None else None
+    path = locate(folder, SCORES) if folder is not None else None
     return read_json(path) if path is not None and path.is_file() else {}
 
 

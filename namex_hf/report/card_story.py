@@ -6,7 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..checkpoint.companions import has_tokenizer
-from ..files import PICTURES, REPORT, found
+from ..files import PICTURES, REPORT, locate
 from ..recipe import Grouped, Recipe
 from .card_text import plain
 from .report import Report
@@ -103,7 +103,7 @@ def loading_lines(config: dict[str, Any], folder: Path | None, place: str = PLAC
 
 def picture_lines(folder: Path | None) -> list[str]:
     """The pictures of the folder's report, linked; nothing where there are none."""
-    files = sorted(found(folder, PICTURES).glob("*.png")) if folder is not None else []
+    files = sorted(locate(folder, PICTURES).glob("*.png")) if folder is not None else []
     return linked([path.relative_to(folder).as_posix() for path in files]) if folder is not None else []
 
 

@@ -13,7 +13,7 @@ from ..checkpoint.layout import per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..families import Family, MoeShape, original_family
-from ..files import REPORT, STATISTICS, found, read_json
+from ..files import REPORT, STATISTICS, locate, read_json
 from ..merging.experts import Expert
 from ..recipe import Recipe
 from .rebuild import has_recipe_alone, layer_experts, rebuild, shared_expert
@@ -83,13 +83,13 @@ def open_patched(path: Path) -> PatchedFolder:
     config = read_json(path / "config.json")
     if not isinstance(config.get("namex"), dict):
         raise CheckpointError(f"{path}: config.json has no recipe under 'namex'; {ACCEPTED}")
-    report = rebuild(path) if has_recipe_alone(path) else Report.from_file(found(path, REPORT))
+    report = rebuild(path) if has_recipe_alone(path) else Report.from_file(locate(path, REPORT))
     check_whole(path)
     checkpoint = open_checkpoint(path)
     family = original_family(config)
     shape = family.shape(config)
     recipe = Recipe.from_stored(config["namex"])
-    tensors = _statistics(found(path, STATISTICS))
+    tensors = _statistics(locate(path, STATISTICS))
     cosines = {layer: t for (layer, what), t in tensors.items() if what == "cosines"}
     usage = {layer: t for (layer, what), t in tensors.items() if what == "usage"}
     spans = per_expert(checkpoint, family, shape)

@@ -15,7 +15,7 @@ from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
 from ..families import Family, original_family
-from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, found, read_text, write_text
+from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, locate, read_text, write_text
 from ..merging.base import own_base
 from ..merging.experts import Expert, ExpertWeights, NotFiniteError
 from ..merging.propagation import PropagationState, propagate
@@ -29,7 +29,7 @@ UNKNOWN = dict.fromkeys(("name", "commit", "fingerprint", "bytes", "patched"))
 
 def has_recipe_alone(path: Path) -> bool:
     """Whether a patched model lies there without its report."""
-    if found(path, REPORT).exists() or not (path / CONFIG).is_file():
+    if locate(path, REPORT).exists() or not (path / CONFIG).is_file():
         return False
     return isinstance(open_checkpoint(path).config.get("namex"), dict)
 

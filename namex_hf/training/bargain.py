@@ -14,7 +14,7 @@ from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
 from ..families import original_family
 from ..merging.experts import NotFiniteError
-from ..merging.propagation import PropagationState, Step, propagate
+from ..merging.propagation import PropagationState, PropagationStep, propagate
 from ..merging.weightings import FALLBACK
 from ..patching.threads import shared_out
 from ..recipe import AroundBase, Recipe
@@ -90,7 +90,9 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[LayerBarga
     return bargains
 
 
-def _propagate_layer(block: Any, walk: PropagationState, merge: AroundBase, position: int, device: str) -> Step:
+def _propagate_layer(
+    block: Any, walk: PropagationState, merge: AroundBase, position: int, device: str
+) -> PropagationStep:
     """Propagate the base through a layer; under `AroundBase.curved_step` with the current M_i."""
     experts, curvature = experts_of(block), curvature_of(block) if merge.curved_step else None
     if curvature is None:

@@ -15,7 +15,7 @@ from trl import SFTConfig
 from ..checkpoint.folder import OutputFolder
 from ..errors import TrainingError
 from ..families.kinds import kind_of
-from ..files import REPORT, SCORES, found, read_checked, read_json, write_checked, write_text
+from ..files import REPORT, SCORES, locate, read_checked, read_json, write_checked, write_text
 from ..printable import marked
 from ..recipe import Recipe
 from ..report.report import Report, versions
@@ -70,7 +70,7 @@ def tune(
     plan = plan_training(start, choice)
     if not overwrite and folder.complete:
         console.print(f"{marked(out)} is complete: this run was made before", soft_wrap=True)
-        return Report.from_file(found(out, REPORT))
+        return Report.from_file(locate(out, REPORT))
     ready = labelled(chats, start.tokenizer(), arguments)
     console.print(length_table(ready))
     arguments.assistant_only_loss = False  # the rows have labels already
@@ -269,5 +269,5 @@ def check_sharding(trainer: NamexTrainer, choice: Choice) -> None:
 
 def scores_of(out: Path) -> dict[str, Items]:
     """Scores item by item, before and after training; empty without scores."""
-    path = found(out, SCORES)
+    path = locate(out, SCORES)
     return read_json(path) if path.is_file() else {}

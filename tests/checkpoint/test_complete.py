@@ -11,7 +11,7 @@ from namex_hf import Recipe, patch_checkpoint
 from namex_hf.commands.push import main as push
 from namex_hf.commands.report import main as draw
 from namex_hf.errors import CheckpointError
-from namex_hf.harness.candidates import found
+from namex_hf.harness.candidates import resolve_model
 from namex_hf.training.start import start_from
 from tests.cli.toy import save_toy
 
@@ -95,7 +95,7 @@ def test_other_commands_refuse_it(folder: Path, damage: str, capsys: pytest.Capt
     """In one line that names the file."""
     DAMAGE[damage](folder / ADDED)
     before = all_files(folder)
-    for open_folder in (start_from, found):
+    for open_folder in (start_from, resolve_model):
         with pytest.raises(CheckpointError, match=ADDED):
             open_folder(str(folder))
     for command in ([push, folder, "--repo", "a/b", "--dry-run"], [draw, folder]):
@@ -108,7 +108,7 @@ def test_other_commands_refuse_it(folder: Path, damage: str, capsys: pytest.Capt
 
 def test_other_commands_refuse_a_folder_without_its_template_or_tokenizer(folder: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
-    for open_folder in (start_from, found):
+    for open_folder in (start_from, resolve_model):
         with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is missing; the command that made"):
             open_folder(str(folder))
 

@@ -225,7 +225,7 @@ def test_bytes_in_and_out(file: Path, plan: Plan):
 def test_configurations_of_the_results(file: Path, plan: Plan):
     config, family = plan.config(), plan.family
     assert config["namex"] == plan.recipe.to_stored()
-    assert config[family.experts_field] == plan.kept
+    assert config[family.experts_field] == plan.experts
     stays = file.stem.startswith("grouped") or file.stem == "smoe"
     assert config["model_type"] == (family.model_type if stays else family.patched_type)
     changed = {"namex", "model_type", "architectures", "auto_map", family.experts_field}

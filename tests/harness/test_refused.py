@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import CheckpointError, MissingExtraError, TaskError
-from namex_hf.harness.candidates import bytes_in, candidates, found
+from namex_hf.harness.candidates import bytes_in, candidates, resolve_model
 from namex_hf.harness.checks import check_answers
 from namex_hf.harness.memory import check_fits, free_bytes
 from namex_hf.harness.tasks import chosen
@@ -118,7 +118,8 @@ def test_answers_longer_than_the_context(zero_shot: Command, tmp_path: Path) -> 
     assert "tokens; model attends to 3, and at least one is the question's" in said
     said = refused(zero_shot, tmp_path / "out", "--tasks", "namex_definitions", "--limit", "2", "--models", folder)
     assert "task namex_definitions: document 0 has an answer of " in said
-    check_answers(found("tiny"), chosen(["namex_definitions", "namex_word_problems"], include=TASKS), None, False)
+    tasks = chosen(["namex_definitions", "namex_word_problems"], include=TASKS)
+    check_answers(resolve_model("tiny"), tasks, None, False)
 
 
 def test_tasks_that_run_code(tmp_path: Path) -> None:
@@ -181,7 +182,7 @@ def test_a_type_that_nobody_knows(zero_shot: Command, tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_too_large(tmp_path: Path) -> None:
-    tiny = found("tiny")
+    tiny = resolve_model("tiny")
     assert bytes_in(tiny, "auto") == tiny.size == bytes_in(tiny, "bfloat16")
     assert bytes_in(tiny, "float32") == 2 * tiny.size
     free, _ = free_bytes("cpu", False)

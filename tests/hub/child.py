@@ -38,10 +38,10 @@ def same(arguments: tuple[str, ...]) -> int:
 
 def scored(arguments: tuple[str, ...]) -> int:
     """Print the files of what ``eval/zero_shot.py`` would score."""
-    from namex_hf.harness.candidates import found
+    from namex_hf.harness.candidates import resolve_model
 
     try:
-        folder = found(*arguments).folder
+        folder = resolve_model(*arguments).folder
     except NamexError as error:
         print(f"zero_shot.py: error: {error}", file=sys.stderr)
         return 2

@@ -69,21 +69,21 @@ def test_what_is_wanted_of_a_layer(name: str, monkeypatch: pytest.MonkeyPatch) -
     would have said itself. In the lowest both are one.
     """
     heard: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-    tap, shown, layers = TextPass.tap, TextPass.shown, []
+    tap, activations, layers = TextPass.tap, TextPass.activations, []
 
     def noted(self: TextPass, layer: int) -> None:
         layers.append(layer)
         tap(self, layer)
 
     def spy(self: TextPass, mixture: MoELayer) -> Text:
-        text = shown(self, mixture)
+        text = activations(self, mixture)
         assert text.target is not None
         heard[layers[-1]] = self.hidden.clone(), text.target.view_as(self.hidden).clone()
         return text
 
     with monkeypatch.context() as patch:
         patch.setattr(TextPass, "tap", noted)
-        patch.setattr(TextPass, "shown", spy)
+        patch.setattr(TextPass, "activations", spy)
         model, text = patched(name, recipe())
     assert text.ids.shape == (8, 512)
     wanted, found = states(original(name), text.ids), states(model, text.ids)

@@ -11,7 +11,7 @@ class Align(Step):
 
     def __call__(self, work: LayerWork) -> None:
         assert isinstance(work.merge, Soft)
-        mixture, text = work.mixture, work.heard
+        mixture, text = work.mixture, work.required_text
         with work.source.named(work.layer):
             work.orders = layer_orders(
                 mixture.experts, work.merge.curvature.align, text.inputs, text.routing, mixture.activation

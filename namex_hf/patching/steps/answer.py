@@ -19,7 +19,7 @@ class Answer(Step):
     blocks: Blocks | None = None
 
     def __call__(self, work: LayerWork) -> None:
-        text, device = work.heard, work.recipe.device
+        text, device = work.required_text, work.recipe.device
         assert work.ids is not None
         keeps = work.experts is None
         if keeps:

@@ -23,7 +23,7 @@ class Curve(Step):
             trained.reset_parameters(torch.Generator().manual_seed((work.recipe.seed + work.layer) % (1 << 63)))
             work.add({f"curvature.{name}": tensor.to(dtype) for name, tensor in trained.state_dict().items()})
             return
-        mixture, text = work.mixture, work.heard
+        mixture, text = work.mixture, work.required_text
         measured = layer_curvature(
             mixture.experts, text.inputs, text.routing, mixture.activation, curvature.rank, curvature.ridge
         )
@@ -40,11 +40,13 @@ class Curve(Step):
         if curvature.kind == "kronecker":
             with torch.device("meta"):
                 trained = self._trained(shape.experts, shape.hidden, shape.width)
-            return {f"curvature.{name}": (tuple(t.shape), form.experts) for name, t in trained.state_dict().items()}
+            return {
+                f"curvature.{name}": (tuple(t.shape), form.expert_dtype) for name, t in trained.state_dict().items()
+            }
         shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("usage", "input_floor", "neuron_floor"), (shape.experts,))
         shapes |= {"input_directions": (shape.experts, shape.hidden, curvature.rank)}
         shapes |= {"neuron_directions": (shape.experts, shape.width, curvature.rank)}
-        return {f"curvature.{name}": (numbers, form.experts) for name, numbers in shapes.items()}
+        return {f"curvature.{name}": (numbers, form.expert_dtype) for name, numbers in shapes.items()}
 
     def _trained(self, experts: int, hidden: int, width: int) -> KroneckerCurvature:
         assert isinstance(self.recipe.merge, Soft)

@@ -6,7 +6,7 @@ from ..finite import require_finite_result
 from .step import LayerWork, Step
 
 
-class Group(Step):
+class GroupByWeights(Step):
     """The experts of the result are made one at a time, when they are asked for: the source's are held until then."""
 
     def __call__(self, work: LayerWork) -> None:
@@ -21,4 +21,4 @@ class Group(Step):
         work.record |= merged.record
 
 
-STEP = Group
+STEP = GroupByWeights

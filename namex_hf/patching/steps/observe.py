@@ -11,7 +11,7 @@ class Observe(Step):
     """Also the cosines between experts, where there is no base expert around which they are compared."""
 
     def __call__(self, work: LayerWork) -> None:
-        experts, routing = work.mixture.experts, work.heard.routing
+        experts, routing = work.mixture.experts, work.required_text.routing
         usage = routing.count(experts.count).tolist()
         work.record |= {"usage": usage, "mass": routing.mass(experts.count).tolist(), "games": []}
         if not work.merge.has_base:

@@ -29,7 +29,7 @@ class Propagate(Step):
 
     def added(self, form: LayerForm) -> Shapes:
         names = () if form.sparse else ("gate_proj", "up_proj", "down_proj")
-        return {f"base.{name}": (form.shape.of(name), form.experts) for name in names}
+        return {f"base.{name}": (form.shape.of(name), form.expert_dtype) for name in names}
 
 
 STEP = Propagate

@@ -19,9 +19,9 @@ class Reroute(Step):
         if self.recipe.routing.kind == "stable":
             shape = (form.config["vocab_size"], self._assigned_top_k(form.config, form.sparse))
             return {"stable_router.assignment": (shape, torch.int32)}
-        rank = min(form.kept, form.shape.hidden)
-        shapes = {"projection": (rank, form.shape.hidden), "embeddings": (form.kept, rank), "scale": (1,)}
-        return {f"cosine_router.{name}": (shape, form.router) for name, shape in shapes.items()}
+        rank = min(form.experts, form.shape.hidden)
+        shapes = {"projection": (rank, form.shape.hidden), "embeddings": (form.experts, rank), "scale": (1,)}
+        return {f"cosine_router.{name}": (shape, form.router_dtype) for name, shape in shapes.items()}
 
     def _cosine(self, work: LayerWork) -> Tensors:
         router = work.new_router
@@ -29,14 +29,14 @@ class Reroute(Step):
         if self.recipe.routing.temperature == "norms":
             scale = scale_by_norms(router, work.source.norm(work.layer))
         else:
-            inputs = work.heard.inputs
+            inputs = work.required_text.inputs
             scale = scale_by_entropy(inputs @ router.to(inputs).T, cosines(inputs, projection, embeddings))
         parts = {"projection": projection, "embeddings": embeddings, "scale": torch.tensor([scale])}
         return {f"cosine_router.{name}": tensor.to(router.dtype) for name, tensor in parts.items()}
 
     def _stable(self, work: LayerWork) -> Tensors:
         """From the sequences that are not held out."""
-        text, router = work.heard, work.new_router
+        text, router = work.required_text, work.new_router
         assert work.ids is not None
         top_k = self._assigned_top_k(work.config, work.stays_sparse)
         routing = route(text.inputs, router.to(text.inputs), top_k, renormalises=False)

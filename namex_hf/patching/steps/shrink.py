@@ -20,7 +20,7 @@ class Shrink(Step):
         assert isinstance(work.merge, Grouped)
         shrinking = Shrinking(
             work.mixture,
-            work.heard,
+            work.required_text,
             work.merge,
             work.recipe.seed,
             shared=partial(work.source.shared, work.layer),
@@ -42,12 +42,12 @@ class Shrink(Step):
         """The smaller layer, its largest group, sums of curvature, and outputs of experts or what a fit holds."""
         assert isinstance(self.recipe.merge, Grouped)
         shape, fit = sizes.shape, self.recipe.merge.fit.kind
-        held = products_memory(sizes.tokens, sizes.kept) if fit != "none" else 0
+        held = products_memory(sizes.tokens, sizes.experts) if fit != "none" else 0
         if fit == "layer":
-            active = min(shape.top_k, sizes.kept)
+            active = min(shape.top_k, sizes.experts)
             widths = shape.hidden, shape.width, shape.shared_width
-            held = max(held, fit_memory(*widths, sizes.kept, active, sizes.tokens))
-        smaller = sizes.layer * sizes.kept // shape.experts
+            held = max(held, fit_memory(*widths, sizes.experts, active, sizes.tokens))
+        smaller = sizes.layer * sizes.experts // shape.experts
         return smaller + sizes.layer // 2 + held + sums_memory(shape.hidden, shape.width)
 
 

@@ -60,7 +60,7 @@ class LayerWork:
         return self.merge.stays_sparse(self.layer, self.source.shape.layers)
 
     @property
-    def heard(self) -> Text:
+    def required_text(self) -> Text:
         """The text, of a step that needs one."""
         assert self.text is not None, "this step belongs to recipes that read text"
         return self.text
@@ -99,9 +99,9 @@ class LayerForm:
     layer: int
     shape: MoeShape
     config: Config  # of the result
-    kept: int  # routed experts of the result's layer
-    experts: torch.dtype
-    router: torch.dtype
+    experts: int  # routed experts of the result's layer
+    expert_dtype: torch.dtype
+    router_dtype: torch.dtype
     sparse: bool
 
 
@@ -111,7 +111,7 @@ class Sizes:
 
     shape: MoeShape
     layer: int  # bytes of the largest layer's experts
-    kept: int  # experts of the largest layer of the result
+    experts: int  # of the largest layer of the result
     tokens: int  # of the text
 
 
