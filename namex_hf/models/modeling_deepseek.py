@@ -12,7 +12,6 @@ from torch import nn
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeAttention,
     Qwen2MoeDecoderLayer,
@@ -129,6 +128,21 @@ def expert_balance_loss(
     return total
 
 
+def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+    """The hidden states that get logits: `slice_logits_to_keep` of transformers, which 5.19 and older lack.
+
+    Args:
+        hidden_states: ``[batch, tokens, hidden]``.
+        keep: the number of last positions, 0 for all; positions ``[positions]`` or ``[batch, positions]``; or a boolean
+            mask ``[batch, tokens]``, which makes the result ``[positions, hidden]``.
+    """
+    if isinstance(keep, int):
+        return hidden_states[:, -keep:]
+    if keep.ndim == 1:
+        return hidden_states[:, keep]
+    return hidden_states[keep] if keep.dtype == torch.bool else hidden_states.take_along_dim(keep[..., None], dim=1)
+
+
 FORWARD = Arguments.of(Qwen2MoeForCausalLM.forward)
 
 
@@ -154,7 +168,7 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
             kwargs["output_router_logits"] = self.config.output_router_logits
         outputs = dict(self.model(**kwargs, return_dict=True))
         hidden_states = outputs.pop("last_hidden_state")
-        logits = self.lm_head(slice_logits_to_keep(hidden_states, keep))
+        logits = self.lm_head(select_positions(hidden_states, keep))
         loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size, **kwargs)
         aux_loss = None
         if kwargs["output_router_logits"] and outputs.get("router_logits"):

@@ -1,6 +1,7 @@
 """The values that fields of a recipe accept, the default first where there is one."""
 
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 MergeKind = Literal["residual", "soft", "grouped"]
@@ -26,12 +27,21 @@ RoutingKind = Literal["linear", "cosine", "stable"]
 Temperature = Literal["norms", "entropy"]
 Calibrate = Literal["after", "before"]
 
-WEIGHTINGS: dict[str, bool] = {"nash": False, "uniform": False, "usage": True, "saliency": True}
+IMPLIED_WEIGHTINGS: dict[str, str] = {"namex-full": "nash", "namex": "nash", "ep-camex": "uniform", "keep": "usage"}
+"""By method and operator; those that are not here settle no weights."""
+
+
+def _weightings() -> dict[str, bool]:
+    """The names of the files in ``merging/weightings``, which are not imported: they need torch."""
+    folder = Path(__file__).parents[1] / "merging" / "weightings"
+    found = {path.stem: path.parent != folder for path in sorted(folder.rglob("[a-z]*.py")) if path.stem != "weighting"}
+    return {name: found[name] for name in (*IMPLIED_WEIGHTINGS.values(), *found)}
+
+
+WEIGHTINGS = _weightings()
 """Names of weightings, and whether each reads calibration text. `merging.weightings.register_weighting` adds others."""
 WEIGHTINGS_OFFERED = "namex_hf.weightings"
 """Group of entry points: modules of other packages that register weightings when they are imported."""
-IMPLIED_WEIGHTINGS: dict[str, str] = {"namex-full": "nash", "namex": "nash", "ep-camex": "uniform"}
-"""By method; a method that is not here settles no weights."""
 
 
 @cache

@@ -397,7 +397,7 @@ class Grouped(Merge):
     def weights_by(self) -> str | None:
         if self.is_control:
             return None
-        return self.weighting or ("usage" if self.operator == "keep" else super().weights_by)
+        return self.weighting or IMPLIED_WEIGHTINGS.get(self.operator) or super().weights_by
 
     @property
     def fitted(self) -> bool:

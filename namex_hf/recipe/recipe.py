@@ -232,7 +232,7 @@ ORDER = (
     *("momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise", "segment", "top_k", "routing_span"),
     *("every", "seed", "device"),
 )
-"""Of the fields where they are written: that of release 0.1.0, with newer ones between."""
+"""Of the fields where they are written: that of release 0.1.0, with newer ones between. The newest follow it."""
 _MERGE = Spec(
     "where the merged expert acts. residual: top-k experts stay and the base expert takes the mass that top-k "
     "leaves over; soft: every token goes through its own merged expert (paper eq. 9); grouped: experts are "
@@ -242,7 +242,7 @@ _MERGE = Spec(
 _LEAVES = {one.name: one for kind in (Nothing, Grouped, Soft, Residual, Recipe) for one in all_leaves(kind)}
 _LEAVES["merge"] = Leaf("merge", "merge", Recipe, "residual", str, get_args(MergeKind), _MERGE)
 _LEAVES["method"] = leaves_of(Residual)[0]
-FIELDS: dict[str, Leaf] = {name: _LEAVES[name] for name in ORDER}
+FIELDS: dict[str, Leaf] = {name: _LEAVES[name] for name in (*ORDER, *_LEAVES)}
 """All fields by flat names."""
 
 

@@ -172,6 +172,21 @@ def test_experts_implementations_agree(hub_folder, tokens, case):
     assert (eager(ids).logits - grouped(ids).logits).abs().max() < 1e-5
 
 
+def test_logits_of_some_positions(hub_folder, tokens):
+    model = load(hub_folder("deepseek"))
+    whole, mask = model(tokens).logits, torch.zeros_like(tokens, dtype=torch.bool)
+    mask[0, 2] = mask[1, 4] = mask[1, 5] = True
+    cases = [
+        (0, whole),
+        (3, whole[:, -3:]),
+        (torch.tensor([1, 4]), whole[:, [1, 4]]),
+        (torch.tensor([[1, 4], [0, 2]]), torch.stack([whole[0, [1, 4]], whole[1, [0, 2]]])),
+        (mask, torch.stack([whole[0, 2], whole[1, 4], whole[1, 5]])),
+    ]
+    for keep, expected in cases:
+        torch.testing.assert_close(model(tokens, logits_to_keep=keep).logits, expected)
+
+
 def balance_loss(probabilities: list[list[torch.Tensor]], top_k: int, per_sequence: bool) -> float:
     """DeepSeekMoE eq. 12-14 by counting; ``probabilities[layer][sequence]`` is ``[tokens, experts]``."""
     total = 0.0

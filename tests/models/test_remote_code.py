@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+
+from namex_hf.models import remote_code
 
 ABSENT = """
 import importlib.abc, json, sys
@@ -157,3 +160,11 @@ def test_without_trust_nothing_is_loaded(folders, tmp_path):
     for kind, message in refusals:
         assert ("model type `namex_qwen2_moe`" if kind == "bare" else "trust_remote_code=True") in message
     assert "ValueError: The checkpoint you are trying to load has model type `namex_qwen2_moe`" in done.stderr
+
+
+def test_transformers_4_is_refused(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr("transformers.configuration_utils.PreTrainedConfig")
+    monkeypatch.setattr("transformers.__version__", "4.57.6")
+    (file,) = (path for path in remote_code("namex_qwen2_moe").files if path.name == "configuration_deepseek.py")
+    with pytest.raises(ImportError, match=r"^found transformers 4\.57\.6; this code accepts 5\.16 and newer$"):
+        runpy.run_path(str(file))

@@ -1,16 +1,13 @@
-"""Weightings by name. A file in this folder that defines ``weighting`` is one; others are registered."""
+"""Weightings by name: a file here, or in ``on_text``, that defines ``weighting`` is one; others are registered."""
 
-import importlib
-import pkgutil
+from importlib import import_module
 
 from ...errors import UsageError
 from ...recipe.choices import WEIGHTINGS as NEED_TEXT
 from .weighting import FALLBACK, ExpertStatistics, Weighting, Weights
 
 WEIGHTINGS: dict[str, Weighting] = {
-    info.name: module.weighting
-    for info in pkgutil.iter_modules(__path__)
-    if hasattr(module := importlib.import_module(f"{__name__}.{info.name}"), "weighting") and info.name != "weighting"
+    name: import_module(f"{__name__}.{'on_text.' * reads}{name}").weighting for name, reads in NEED_TEXT.items()
 }
 
 __all__ = ["FALLBACK", "WEIGHTINGS", "ExpertStatistics", "Weighting", "Weights", "register_weighting"]

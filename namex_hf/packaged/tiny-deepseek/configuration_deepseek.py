@@ -2,8 +2,13 @@
 
 from typing import ClassVar
 
+import transformers
 from huggingface_hub.dataclasses import strict
-from transformers.configuration_utils import PreTrainedConfig
+
+try:
+    from transformers.configuration_utils import PreTrainedConfig
+except ImportError as error:  # transformers 4; every model of this package imports this file
+    raise ImportError(f"found transformers {transformers.__version__}; this code accepts 5.16 and newer") from error
 
 
 @strict

@@ -2,8 +2,8 @@
 
 from torch import Tensor, dtype
 
-from ...recipe import Game
-from .weighting import ExpertStatistics, Weights, by_share
+from ....recipe import Game
+from ..weighting import ExpertStatistics, Weights, by_share
 
 
 def weighting(gram: Tensor, game: Game, precision: dtype, statistics: ExpertStatistics | None = None) -> Weights:
