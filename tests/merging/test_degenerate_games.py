@@ -7,7 +7,7 @@ import torch
 from small_mixtures import weights_of
 
 from namex_hf.merging.experts import PROJECTIONS, ExpertWeights
-from namex_hf.merging.propagation import PropagationState, Step, propagate
+from namex_hf.merging.propagation import PropagationState, PropagationStep, propagate
 from namex_hf.recipe import Recipe
 
 E1, E2, E3 = torch.eye(3).view(3, 1, 3)
@@ -21,7 +21,9 @@ def at_right_angles(*lengths: float) -> tuple[torch.Tensor, ...]:
     return tuple(length * one for length, one in zip(lengths, (E1, E2, E3), strict=True))
 
 
-def pass_layer(walk: PropagationState, position: int, taus: dict[str, tuple[torch.Tensor, ...]], **choice: Any) -> Step:
+def pass_layer(
+    walk: PropagationState, position: int, taus: dict[str, tuple[torch.Tensor, ...]], **choice: Any
+) -> PropagationStep:
     experts = weights_of({name: torch.stack([walk.base[name] + tau for tau in taus[name]]) for name in PROJECTIONS})
     return propagate(experts, walk, Recipe(**choice).merge, position)
 
@@ -30,7 +32,7 @@ def alike(tau: tuple[torch.Tensor, ...]) -> dict[str, tuple[torch.Tensor, ...]]:
     return dict.fromkeys(PROJECTIONS, tau)
 
 
-def statuses(step: Step) -> list[str]:
+def statuses(step: PropagationStep) -> list[str]:
     return [game["status"] for game in step.record]
 
 
