@@ -46,6 +46,7 @@ class Shrinking:
     record: dict[str, Any] = field(default_factory=dict)
     gram: torch.Tensor = field(init=False)  # float64 [N, N], of whole experts
     groups: Groups = field(init=False)
+    saliency: torch.Tensor | None = None  # float64 [N], once `measure` has run
     result: MoELayer = field(init=False)
     refitted: dict[str, torch.Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
     shared_output_delta: torch.Tensor | None = None  # float32 [tokens, hidden], change through that fit
@@ -84,7 +85,8 @@ class Shrinking:
                 self.fit_rows()
                 output = self.record_error("router", self.output())
             if self.merge.down == "refit":
-                output = self.record_error("down", self.refit())
+                self.refit(output)
+                self.record_error("down", output)
         if self.fit == "layer":
             self.fit_all()
             output = self.record_error("layer", self.output())
@@ -94,8 +96,19 @@ class Shrinking:
     def target(self) -> torch.Tensor:
         """What the routed output is compared with and fitted to, float32 ``[tokens, hidden]``."""
         if self.text.target is None or self.merge.experts == len(self.source.router):
-            return self.source.output(self.text.inputs, self.text.routing)
+            return self.measure()
         return self.text.target
+
+    def measure(self) -> torch.Tensor:
+        """The source's routed output. On the way every expert's saliency, where it weighs: the mean over its tokens of
+        gate value times norm of the output."""
+        self.saliency = saliency = torch.zeros(len(self.source.router), dtype=torch.float64)
+
+        def visit(number: int, gate: torch.Tensor, outputs: torch.Tensor) -> None:
+            saliency[number] = float((gate * outputs.norm(dim=1)).double().mean())
+
+        weighs = self.merge.weights_by == "saliency"
+        return self.source.output(self.text.inputs, self.text.routing, visit if weighs else None)
 
     @cached_property
     def mass(self) -> torch.Tensor:
@@ -117,18 +130,15 @@ class Shrinking:
     @cached_property
     def statistics(self) -> ExpertStatistics:
         """Token counts, and saliencies where the recipe weighs by them."""
-        source, text = self.source, self.text
-        usage = text.routing.count(len(source.router)).double().cpu()
+        usage = self.text.routing.count(len(self.source.router)).double().cpu()
         if self.merge.weights_by != "saliency":
             return ExpertStatistics(usage)
-        saliency = torch.zeros_like(usage)
-        for number in range(len(usage)):
-            token, gate = text.routing.of(number)
-            if len(token):
-                output = expert_output(text.inputs[token], source.expert(number, text.inputs), source.activation)
-                saliency[number] = float((gate * output.norm(dim=1)).double().mean())
-        self.record["saliency"] = saliency.tolist()
-        return ExpertStatistics(usage, saliency)
+        _ = self.target  # on the way to which saliency is measured, where it is the source's own output
+        if self.saliency is None:
+            self.measure()
+        assert self.saliency is not None
+        self.record["saliency"] = self.saliency.tolist()
+        return ExpertStatistics(usage, self.saliency)
 
     def pruning_score(self, number: int) -> float:
         """Score by which experts are retained: saliency if computed, else token count."""
@@ -254,8 +264,8 @@ class Shrinking:
                 rows.copy_(shared_expert_output(inputs, shared, self.result.activation))
         return output
 
-    def refit(self) -> torch.Tensor:
-        """Refit every down matrix under the present router; returns the output."""
-        inputs, ridge = self.text.inputs, self.merge.curvature.ridge
-        routing = self.result.route(inputs)
-        return refit_downs(self.result, inputs, routing, self.target, self.weight, ridge, self.settings.sweeps)
+    def refit(self, output: torch.Tensor) -> None:
+        """Refit every down matrix under the present router. Args: output, changed in place to what it becomes."""
+        inputs, routing = self.text.inputs, self.result.route(self.text.inputs)
+        ridge, sweeps = self.merge.curvature.ridge, self.settings.sweeps
+        refit_downs(self.result, inputs, routing, output, self.target, self.weight, ridge, sweeps)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .experts import Expert, Experts, ExpertWeights
-from .routing import Activation, TokenRouting, gate_values, route, routed_output
+from .routing import Activation, TokenRouting, Visit, gate_values, route, routed_output
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class MoELayer:
         """Gate values ``[tokens, N]``, zero beyond the top-k."""
         return gate_values(inputs, self.router.to(inputs), self.top_k, self.renormalises)
 
-    def output(self, inputs: torch.Tensor, routing: TokenRouting) -> torch.Tensor:
-        """The routed output, float32 ``[tokens, hidden]``."""
-        return routed_output(inputs, routing, self.experts, self.activation)
+    def output(self, inputs: torch.Tensor, routing: TokenRouting, visit: Visit | None = None) -> torch.Tensor:
+        """The routed output, float32 ``[tokens, hidden]``. Args: visit, as `routed_output`."""
+        return routed_output(inputs, routing, self.experts, self.activation, visit)
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,15 @@ def refitted_down(down: Tensor, activations: Tensor, target: Tensor, weight: Ten
 
 
 def refit_downs(
-    layer: MoELayer, inputs: Tensor, routing: TokenRouting, target: Tensor, weight: Tensor, ridge: float, sweeps: int
-) -> Tensor:
+    layer: MoELayer,
+    inputs: Tensor,
+    routing: TokenRouting,
+    output: Tensor,
+    target: Tensor,
+    weight: Tensor,
+    ridge: float,
+    sweeps: int,
+) -> None:
     """Fit all downs of a layer to its target in place, each expert to what the others leave over.
 
     ``sum_t w_t^2 |sum_k g_tk D_k h_tk - y_t|^2`` is least squares in all D_k together. This is block coordinate descent
@@ -43,15 +50,12 @@ def refit_downs(
     Args:
         inputs: ``[tokens, hidden]``.
         routing: of the inputs, by the layer's own new router.
+        output: the layer's routed output ``[tokens, hidden]``; changed in place to that with the new downs.
         target: y, ``[tokens, hidden]``.
         weight: w, ``[tokens]``.
 
-    Returns:
-        The layer's routed output with the new downs, ``[tokens, hidden]``.
-
-    Memory: that output, one expert, and its tokens.
+    Memory: one expert, and its tokens.
     """
-    output = layer.output(inputs, routing)
     for _ in range(sweeps):
         for number in range(layer.experts.count):
             token, gate = routing.of(number)
@@ -64,4 +68,3 @@ def refit_downs(
             layer.set_down(number, refitted_down(old, activations, missing, weight[token], ridge))
             new = layer.experts.down[number].to(inputs)  # as rounded
             output.index_add_(0, token, activations @ (new - old).T)
-    return output

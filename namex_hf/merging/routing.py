@@ -79,10 +79,21 @@ def shared_expert_output(
     return (inputs @ shared["gate"].T).sigmoid() * output if "gate" in shared else output
 
 
+Visit = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""Called with an expert's number, the gate values ``[n]`` of its tokens and its outputs to them ``[n, hidden]``."""
+
+
 def routed_output(
-    inputs: torch.Tensor, routing: TokenRouting, experts: Experts, activation: Activation
+    inputs: torch.Tensor,
+    routing: TokenRouting,
+    experts: Experts,
+    activation: Activation,
+    visit: Visit | None = None,
 ) -> torch.Tensor:
     """``sum_topk s_i f_i(x)``, float32 ``[tokens, hidden]``.
+
+    Args:
+        visit: reads each expert's outputs on the way, so that they are computed once.
 
     Memory: beyond the result one expert in float32, and its tokens three times. Experts without tokens are not read.
     """
@@ -90,6 +101,8 @@ def routed_output(
     for number in range(experts.count):
         token, gate = routing.of(number)
         if len(token):
-            expert = experts.expert(number).to(inputs)
-            output.index_add_(0, token, gate[:, None] * expert_output(inputs[token], expert, activation))
+            answers = expert_output(inputs[token], experts.expert(number).to(inputs), activation)
+            output.index_add_(0, token, gate[:, None] * answers)
+            if visit is not None:
+                visit(number, gate, answers)
     return output

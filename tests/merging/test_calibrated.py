@@ -201,6 +201,37 @@ def test_output_is_that_of_the_result_whatever_it_began_with(operator: str) -> N
     assert any(moved)
 
 
+ONCE, MERGED, REFIT = TOP_K, TOP_K, 2 * TOP_K  # the source's output; that of a result; two sweeps over the downs
+ROWS = 3 + TOP_K  # all three experts of the result, for a fit of its rows, and its output after that
+
+
+@pytest.mark.parametrize(
+    ("choices", "answers"),
+    [
+        (PLAIN, ONCE + MERGED),
+        ({**PLAIN, **SALIENT}, ONCE + MERGED),
+        ({"down": "refit", "fit": "none"}, ONCE + MERGED + REFIT),
+        ({**PLAIN, "grouping": "outputs"}, ONCE + EXPERTS + MERGED),
+        (FITTED, ONCE + MERGED + 2 * (ROWS + REFIT)),
+        ({**FITTED, "grouping": "damage"}, ONCE + EXPERTS + MERGED + 2 * (ROWS + REFIT)),
+        ({**FITTED, "down": "merge"}, ONCE + MERGED + ROWS),
+    ],
+    ids=str,
+)
+def test_how_many_experts_answer_a_token(choices: dict, answers: int) -> None:
+    """Experts that are kept; merging asks further. As docs/design.md has it."""
+    rows = []
+
+    def counting(inputs: torch.Tensor) -> torch.Tensor:
+        rows.append(len(inputs))
+        return silu(inputs)
+
+    how = {"operator": "keep", "weighting": "usage", "grouping": "weights", **choices}
+    one = shrinking(3, replace(mixture(), activation=counting), **how)
+    one.run()
+    assert sum(rows) == answers * len(one.text.inputs)
+
+
 def test_errors_fall_from_stage_to_stage() -> None:
     for seed in range(4):
         run = shrinking(3, mixture(seed), length=10 * LENGTH, **FITTED)

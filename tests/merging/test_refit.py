@@ -76,7 +76,9 @@ class Layer:
 
     def refit(self, sweeps: int, ridge: float = 1e-6) -> torch.Tensor:
         layer = Recorded(self.experts, torch.zeros(EXPERTS, HIDDEN), TOP_K, False, silu, self.kept)
-        return refit_downs(layer, self.inputs, self.routing, self.wanted, self.weight, ridge, sweeps)
+        output = layer.output(self.inputs, self.routing)
+        refit_downs(layer, self.inputs, self.routing, output, self.wanted, self.weight, ridge, sweeps)
+        return output
 
     def output(self) -> np.ndarray:
         return output64(self.inputs, self.routing, self.experts)
