@@ -49,6 +49,12 @@ def parser_of(prog: str) -> Parser:
     parser.add_argument("--verify", action="store_true", help="read a complete folder, and make a damaged one anew")
     parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
     parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        metavar="DIR",
+        help="a result of the same model and text: its scores of experts are used",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity, no pictures")
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to USER/NAME, privately by default")
     parser.add_argument("--public", action="store_true", help="--push-to-hub: for everybody to see")
@@ -71,6 +77,7 @@ def _patch(options: argparse.Namespace) -> int:
         from ..hub.publish import checked_target, publish
         from ..patching.patch import describe, run_plan
         from ..patching.plan import make_plan
+        from ..patching.scores import check_reads_scores
         from .patch_screen import print_dry_run
 
     console = Console(stderr=True, quiet=options.quiet)
@@ -82,6 +89,8 @@ def _patch(options: argparse.Namespace) -> int:
     if line := left_out_line(plan.left_out):
         console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
+    if options.scores is not None:
+        check_reads_scores(plan.recipe)
     if options.dry_run:
         # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.needs_text)

@@ -61,7 +61,14 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
                 console.print(line, soft_wrap=True)
 
         with _memory_named(plan):
-            return run_plan(plan, options.out, overwrite=options.overwrite, verify=options.verify, progress=show)
+            return run_plan(
+                plan,
+                options.out,
+                scores=options.scores,
+                overwrite=options.overwrite,
+                verify=options.verify,
+                progress=show,
+            )
 
 
 class ToGo(ProgressColumn):

@@ -43,6 +43,7 @@ class Shrinking:
     settings: FitSettings = DEFAULTS
     shared: Callable[[], Mapping[str, torch.Tensor]] = dict  # parts of the shared expert, as `shared_expert_output`
     progress: ProgressCallback = no_progress
+    scores: ExpertStatistics | None = None  # of another run: they stand for the text, of which there is nothing
     record: dict[str, Any] = field(default_factory=dict)
     gram: torch.Tensor = field(init=False)  # float64 [N, N], of whole experts
     groups: Groups = field(init=False)
@@ -66,9 +67,9 @@ class Shrinking:
         Raises:
             NotFiniteError: an expert holds NaN or infinity.
         """
-        routing, count = self.text.routing, len(self.source.router)
+        count = len(self.source.router)
         self.gram = grams(self.source.experts, self.source.experts.zeros(), "expert", self.text.inputs.device)[0]
-        self.record |= {"usage": routing.count(count).tolist(), "mass": self.mass.tolist(), "games": []}
+        self.record |= {"usage": self.usage.tolist(), "mass": self.mass.tolist(), "games": []}
         if self.merge.experts == count:
             return self.source, self.target
         self.groups = self.find_groups()
@@ -79,6 +80,8 @@ class Shrinking:
         top_k = min(self.source.top_k, self.merge.experts)
         # The source gets no local name here, so that `fit_all` can free its experts.
         self.result = replace(self.source, experts=self.initial_experts(), router=self.average_rows(), top_k=top_k)
+        if self.scores is not None:
+            return self.result, self.target
         output = self.record_error("merged", self.output())
         for _ in range(self.settings.rounds if self.fit != "none" and self.merge.down == "refit" else 1):
             if self.fit != "none" and self.merge.experts > 1:  # one expert has all the mass whatever its row
@@ -110,9 +113,16 @@ class Shrinking:
         weighs = self.merge.weights_by == "saliency"
         return self.source.output(self.text.inputs, self.text.routing, visit if weighs else None)
 
+    @property
+    def usage(self) -> torch.Tensor:
+        """Token counts, int64 ``[N]``."""
+        return self.text.routing.count(len(self.source.router)) if self.scores is None else self.scores.usage.long()
+
     @cached_property
     def mass(self) -> torch.Tensor:
         """Sums of gate values, float64 ``[N]``."""
+        if self.scores is not None and self.scores.mass is not None:
+            return self.scores.mass
         return self.text.routing.mass(len(self.source.router)).cpu()
 
     @cached_property
@@ -122,6 +132,8 @@ class Shrinking:
         The routed output is several times larger on some texts than on others. Unweighted, a fit would serve those
         texts alone. Weights by token, from the output or from the residual stream, measured worse.
         """
+        if not self.text.sequences:
+            return self.text.inputs.new_empty(0)
         energy = self.target.square().sum(1).view(self.text.sequences, -1).mean(1)
         weight = energy.clamp(min=1e-12 * float(energy.mean()) + TINY).rsqrt()
         weight = weight / weight.square().mean().sqrt()
@@ -130,7 +142,11 @@ class Shrinking:
     @cached_property
     def statistics(self) -> ExpertStatistics:
         """Token counts, and saliencies where the recipe weighs by them."""
-        usage = self.text.routing.count(len(self.source.router)).double().cpu()
+        if self.scores is not None:
+            if self.scores.saliency is not None:
+                self.record["saliency"] = self.scores.saliency.tolist()
+            return self.scores
+        usage = self.usage.double().cpu()
         if self.merge.weights_by != "saliency":
             return ExpertStatistics(usage)
         _ = self.target  # on the way to which saliency is measured, where it is the source's own output

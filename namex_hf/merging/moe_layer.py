@@ -52,6 +52,12 @@ class Text:
     held_out: torch.Tensor  # bool [sequences]: not for the fits by steps, but for choosing among them
     target: torch.Tensor | None = None  # float32 [tokens, hidden]; None: the layer's own routed output
 
+    @classmethod
+    def nothing(cls, layer: MoELayer, device: str) -> "Text":
+        """No token at all."""
+        inputs = torch.empty(0, layer.router.shape[1], device=device)
+        return cls(inputs, layer.route(inputs), 0, torch.empty(0, dtype=torch.bool, device=device))
+
     @property
     def held_out_tokens(self) -> torch.Tensor:
         """Bool ``[tokens]``."""

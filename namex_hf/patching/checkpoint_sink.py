@@ -21,15 +21,21 @@ from .packs import write_packs
 from .pipeline import Passage, Pipeline
 from .plan import Plan
 from .result import LayerResult
+from .scores import Scores
 from .state import State
 
 logger = logging.getLogger(__name__)
 
 
-def write_checkpoint(plan: Plan, folder: Path, state: State, progress: ProgressCallback) -> dict[str, str]:
+def write_checkpoint(
+    plan: Plan, folder: Path, state: State, progress: ProgressCallback, scores: Scores | None = None
+) -> dict[str, str]:
     """Run the pipeline over a checkpoint and write all shards; returns the weight map (tensor name to file name).
 
     A killed run goes on where its state is.
+
+    Args:
+        scores: of experts, by layer, in the place of the plan's text.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
@@ -37,7 +43,7 @@ def write_checkpoint(plan: Plan, folder: Path, state: State, progress: ProgressC
     """
     with Reader(plan.checkpoint.identity.digests) as reader:
         source = checkpoint_source(plan, reader)
-        pipeline = Pipeline(source, plan.recipe, plan.config(), plan.text, plan.counts, progress)
+        pipeline = Pipeline(source, plan.recipe, plan.config(), plan.text, scores, plan.counts, progress)
         write = _write_smaller if isinstance(plan.recipe.merge, Grouped) else _write_carried
         names = write(plan, folder, pipeline, reader, state, progress)
     return {tensor: name for name in names for tensor in read_header(folder / name)}

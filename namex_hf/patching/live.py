@@ -59,7 +59,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
         counts = [layer["experts"] for layer in spend(source, recipe, text, no_progress)]
     patched = patched_config(model.config.to_dict(), family, shape, recipe)
     with shared_out() if text is None else nullcontext():
-        write_model(model, family, shape, recipe, Pipeline(source, recipe, patched, text, counts).run())
+        write_model(model, family, shape, recipe, Pipeline(source, recipe, patched, text, counts=counts).run())
     model.config.namex = recipe.to_stored()
     return model
 

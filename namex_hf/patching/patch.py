@@ -35,6 +35,7 @@ from .checkpoint_source import check_finite, checkpoint_source
 from .effort import effort_of
 from .estimate import peak_bytes, space_needed
 from .plan import Plan, make_plan
+from .scores import read_scores
 from .state import State
 from .threads import shared_out
 
@@ -53,6 +54,7 @@ def patch_checkpoint(
     *,
     revision: str | None = None,
     export_as: str | None = None,
+    scores: str | Path | None = None,
     shard_size: str | int = "5GB",
     overwrite: bool = False,
     verify: bool = False,
@@ -67,6 +69,8 @@ def patch_checkpoint(
         source: a local folder, the name of a packaged model, or a Hub id.
         out: a folder that is new, empty, or of the same run.
         export_as: ``qwen2_moe``: write a grouped DeepSeek-MoE in the stock Qwen2-MoE form.
+        scores: a folder that was patched from the same source on the same text. Its scores of experts stand for the
+            text, for recipes that weigh experts by it alone (`Recipe.reads_scores_alone`).
         shard_size: of the shards that are written anew; unchanged shards are copied as they are.
         overwrite: make the folder anew, whichever run it is of (never one that is not ours).
         verify: read all files of a folder that is complete, and make it anew where one has another hash.
@@ -80,16 +84,23 @@ def patch_checkpoint(
     """
     checkpoint = resolve(source, revision)
     plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as)
-    return run_plan(plan, Path(out), overwrite=overwrite, verify=verify, progress=progress)
+    return run_plan(plan, Path(out), scores=scores, overwrite=overwrite, verify=verify, progress=progress)
 
 
 def run_plan(
-    plan: Plan, out: Path, *, overwrite: bool = False, verify: bool = False, progress: ProgressCallback = no_progress
+    plan: Plan,
+    out: Path,
+    *,
+    scores: str | Path | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: ProgressCallback = no_progress,
 ) -> Report:
     """Carry out a checked plan. See `patch_checkpoint`."""
     folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
     _keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
+    known = None if scores is None else read_scores(Path(scores), plan)
     if not overwrite and folder.complete:
         logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
@@ -109,7 +120,7 @@ def run_plan(
             if plan.spends_budget:
                 plan = with_counts(plan, state, progress)
             with shared_out() if plan.text is None else nullcontext():
-                weight_map = write_checkpoint(plan, out, state, progress)
+                weight_map = write_checkpoint(plan, out, state, progress, known)
             plan.checkpoint.identity.settle()
         except (CheckpointError, FamilyError, RecipeError):
             folder.remove()

@@ -1,13 +1,15 @@
 """The one loop: every MoE layer goes through the steps of the recipe, and what comes out is a `LayerResult`."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 from ..calibration.text import CalibrationText
 from ..families import Config
+from ..merging.moe_layer import Text
 from ..merging.propagation import PropagationState
+from ..merging.weightings import ExpertStatistics
 from ..progress import ProgressCallback, ProgressEvent, no_progress, of_layer
 from ..recipe import Grouped, Recipe
 from .result import LayerResult, PipelineState
@@ -41,6 +43,7 @@ class Pipeline:
     recipe: Recipe
     config: Config  # ``config.json`` of the result
     text: CalibrationText | None = None  # None: the recipe reads none
+    scores: Mapping[int, ExpertStatistics] | None = None  # by layer: of another run, in the place of the text
     counts: Sequence[int] | None = None  # of experts that each MoE layer keeps; None: all keep the recipe's number
     progress: ProgressCallback = no_progress
 
@@ -57,7 +60,7 @@ class Pipeline:
         """
         state = state or PipelineState()
         passage = Passage(state.base)
-        if self.text is not None:
+        if self.text is not None and self.scores is None:
             passage.text = TextPass(self.source, self.recipe, self.text, state)
         for layer in self.source.shape.layers:
             if layer >= state.layer:
@@ -75,6 +78,8 @@ class Pipeline:
             text.tap(layer)
             progress(ProgressEvent("read"))
             work.text, work.ids = text.activations(work.mixture), text.text.ids
+        if self.scores is not None:
+            work.scores, work.text = self.scores[layer], Text.nothing(work.mixture, self.recipe.device)
         for step in self.steps:
             step(work)
         if text is not None:

@@ -389,6 +389,13 @@ class Grouped(Merge):
         yield "shrink" if on_text else "group"
 
     @property
+    def weighs_alone(self) -> bool:
+        """Whether text is read for what experts weigh alone: nothing is fitted, matched or measured on its tokens."""
+        plain = self.curvature.kind == "identity" and self.curvature.align == "none" and not self.fitted
+        equal = self.budget == "equal" and self.game.metric == "euclidean"
+        return plain and equal and self.grouping in ("weights", "none")
+
+    @property
     def is_control(self) -> bool:
         """Whether groups become experts that know nothing of their members."""
         return self.operator in ("random", "shared")

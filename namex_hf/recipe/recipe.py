@@ -123,6 +123,12 @@ class Recipe(Part):
             steps.append("answer")
         return steps
 
+    @property
+    def reads_scores_alone(self) -> bool:
+        """Whether the scores of another run on the same source and text do in the place of the text."""
+        before = self.needs_text and self.calibration.when == "before" and self.routing.kind == "linear"
+        return before and isinstance(self.merge, Grouped) and self.merge.weighs_alone
+
     def with_text(self, name: str) -> "Recipe":
         """The same with the name of the calibration text that was read."""
         return replace(self, calibration=replace(self.calibration, data=name))

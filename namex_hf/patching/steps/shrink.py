@@ -25,6 +25,7 @@ class Shrink(Step):
             work.recipe.seed,
             shared=partial(work.source.shared, work.layer),
             progress=work.progress,
+            scores=work.scores,
         )
         work.mixture = work.mixture.without_experts()
         with work.source.named(work.layer):

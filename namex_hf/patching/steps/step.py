@@ -9,6 +9,7 @@ import torch
 from ...families import Config, MoeShape
 from ...merging.moe_layer import MoELayer, Text
 from ...merging.propagation import PropagationState
+from ...merging.weightings import ExpertStatistics
 from ...progress import ProgressCallback
 from ...recipe import Grouped, Recipe, Residual, Soft
 from ...recipe.choices import Calibrate
@@ -33,6 +34,7 @@ class LayerWork:
     base: PropagationState | None  # on arrival; the step that takes it on replaces it
     text: Text | None = None  # what the layer receives; None: no text is read
     ids: torch.Tensor | None = None  # of the text, ``[sequences, length]``
+    scores: ExpertStatistics | None = None  # of another run, in the place of the text
 
     record: dict[str, Any] = field(default_factory=dict)
     statistics: Tensors = field(default_factory=dict)

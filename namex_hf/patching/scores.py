@@ -1,0 +1,67 @@
+"""Scores of experts that another run measured on the same source and text: several results from one pass over it."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.identity import differing
+from ..errors import CheckpointError, RecipeError
+from ..files import REPORT, locate
+from ..merging.weightings import ExpertStatistics
+from ..recipe import Recipe
+from ..report.report import Report
+from .plan import Plan
+
+Scores = dict[int, ExpertStatistics]
+DEPENDS_ON = ("source", "files", "calibration")
+"""Fields of a run on which scores depend, beside when the text is read."""
+
+
+def check_reads_scores(recipe: Recipe) -> None:
+    """Raises:
+    RecipeError: the recipe needs more of the text than scores.
+    """
+    if not recipe.reads_scores_alone:
+        stated = recipe.to_dict()
+        fields = ("merge", "calibrate", "grouping", "fit", "down", "align", "curvature", "routing")
+        raise RecipeError(
+            "--scores stands for the text where experts are weighed by it alone: merge 'grouped', calibrate 'before', "
+            "grouping weights or none, without fit, refit, align, curvature or another routing; found "
+            + ", ".join(f"{name}={stated[name]}" for name in fields)
+        )
+
+
+def read_scores(folder: Path, plan: Plan) -> Scores:
+    """The scores of every MoE layer, from the report of a patched folder.
+
+    Raises:
+        RecipeError: the recipe needs more of the text than scores.
+        CheckpointError: the folder has no scores, not all that the recipe needs, or those of another source or text.
+    """
+    check_reads_scores(plan.recipe)
+    path = locate(folder, REPORT)
+    if not path.is_file():
+        raise CheckpointError(f"--scores {folder} has no {REPORT}; accepted: a folder that namex-patch has written")
+    report = Report.from_file(path)
+    recorded, current = ({name: run.get(name) for name in DEPENDS_ON} for run in (report.run, plan.run))
+    if (difference := differing(recorded, current, plan.checkpoint.identity)) or not difference.proven:
+        raise CheckpointError(f"--scores {folder} was made with another {difference or 'source'}")
+    when = report.run["recipe"].get("calibrate")
+    if when != "before":
+        raise CheckpointError(f"--scores {folder} has scores of calibrate {when!r}; accepted: before")
+    scores = {record["layer"]: _scores(record) for record in report.layers if "mass" in record}
+    lacking = [layer for layer in plan.shape.layers if layer not in scores]
+    weighs_by = plan.recipe.merge.weights_by
+    if lacking or (weighs_by == "saliency" and any(one.saliency is None for one in scores.values())):
+        raise CheckpointError(f"--scores {folder} has no {weighs_by} of every layer: its recipe did not measure it")
+    return scores
+
+
+def _scores(record: dict[str, Any]) -> ExpertStatistics:
+    usage, mass, saliency = (
+        None if (values := record.get(name)) is None else torch.tensor(values, dtype=torch.float64)
+        for name in ("usage", "mass", "saliency")
+    )
+    assert usage is not None
+    return ExpertStatistics(usage, saliency, mass)
