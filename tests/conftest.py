@@ -1,16 +1,13 @@
-"""Helpers of the tests (`odd_checkpoints`, `float64_reference`) can be imported by name from every folder here."""
+"""What holds for every test; helpers are in `tests/helpers/`, by subject."""
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from odd_checkpoints import odd_checkpoint
+from tests.helpers.toy_models import odd_checkpoint
 
 
 def pytest_collection_finish() -> None:

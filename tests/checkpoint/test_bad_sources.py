@@ -7,23 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import (
-    INDEX,
-    differing,
-    fused,
-    odd_checkpoint,
-    odd_config,
-    odd_tensors,
-    read_tensors,
-    rewrite_tensors,
-    write_folder,
-)
 from safetensors.torch import save_file
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.header import read_header
 from namex_hf.checkpoint.layout import left_out_line
 from namex_hf.errors import CheckpointError, FamilyError
+from tests.helpers.checkpoints import INDEX, differing, read_tensors, rewrite_tensors, write_folder
+from tests.helpers.toy_models import fused, odd_checkpoint, odd_config, odd_tensors
 
 SHARD = "model-00002-of-00003.safetensors"
 RECIPES = {

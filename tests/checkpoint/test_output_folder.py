@@ -10,15 +10,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from killing import hold_folder, run
-from odd_checkpoints import all_files, odd_checkpoint, settled_files
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.errors import OutputError
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import all_files, settled_files
+from tests.helpers.killing import hold_folder, run
 from tests.helpers.process import SERVER
+from tests.helpers.toy_models import odd_checkpoint
 
 GROUPED = Recipe(merge="grouped", experts=3)
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from namex_hf.commands import inspect, patch
-from tests.cli.toy import change_config, save_toy
+from tests.helpers.checkpoints import change_config
+from tests.helpers.toy_models import save_toy
 
 
 def inspected(capsys: pytest.CaptureFixture[str], model: object) -> dict[str, str]:

@@ -10,8 +10,8 @@ import pytest
 from namex_hf import load_patched
 from namex_hf.commands import patch, patch_screen
 from namex_hf.commands import report as command
-from tests.cli.toy import SIZES, save_toy
 from tests.helpers.process import SERVER
+from tests.helpers.toy_models import SIZES, save_toy
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 

@@ -10,7 +10,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.comparison.size import size_of
 from namex_hf.scoring.compare import load
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 FAMILIES = ("qwen2_moe", "deepseek")
 

@@ -34,12 +34,12 @@ from namex_hf.errors import FamilyError, RecipeError, TrainingError
 from namex_hf.models.soft_segments import History, plan_segments
 from namex_hf.training.choice import lora
 from namex_hf.training.live import go_live
-from tests.helpers.process import run_pair
+from tests.helpers.process import HELPERS, run_pair
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "finetune" / "memory.py"
 CONFIGS = sorted((ROOT / "finetune" / "accelerate_configs").glob("*.yaml"))
-CHILD = ROOT / "tests" / "models" / "sharded_child.py"
+CHILD = HELPERS / "sharded_child.py"
 RECIPES = [
     Recipe(),
     Recipe(merge="soft"),

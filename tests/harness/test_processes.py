@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from namex_hf import Recipe, patch_checkpoint
+from tests.helpers.commands import Command
 from tests.helpers.process import run_pair, script_process
-
-from .conftest import SCRIPT, TASKS, Command, said, samples
+from tests.helpers.zero_shot import SCRIPT, TASKS, said, samples
 
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
     "OMP_NUM_THREADS": "1",

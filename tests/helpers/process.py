@@ -11,6 +11,8 @@ from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+HELPERS = Path(__file__).parent
+"""Scripts for processes of their own lie here too."""
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["namex_hf.training.tune", "namex_hf.harness.run"])
 """There is one server a process, and the last list counts: no other file sets one."""

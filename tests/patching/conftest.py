@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from odd_checkpoints import write_words
+
+from tests.helpers.toy_models import write_words
 
 
 @pytest.fixture

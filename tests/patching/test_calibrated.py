@@ -12,9 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated_runs import PROBE, TOKENS, live, load, logits, recipe_on
-from odd_checkpoints import (
-    FAMILIES,
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from namex_hf import Recipe, patch_checkpoint, patch_model
+from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
+from namex_hf.merging import calibrated as merging
+from namex_hf.patching import on_text
+from namex_hf.patching.text import text_for
+from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import (
     all_files,
     differing,
     experts_field,
@@ -25,15 +32,8 @@ from odd_checkpoints import (
     same_bits,
     shared_name,
 )
-from safetensors.torch import load_file
-from transformers import AutoTokenizer
-
-from namex_hf import Recipe, patch_checkpoint, patch_model
-from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
-from namex_hf.merging import calibrated as merging
-from namex_hf.patching import on_text
-from namex_hf.patching.text import text_for
-from namex_hf.progress import ProgressEvent
+from tests.helpers.runs import PROBE, TOKENS, block_inputs, block_output, live, load, logits, recipe_on, refused
+from tests.helpers.toy_models import FAMILIES
 
 LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
 
@@ -155,26 +155,6 @@ def test_the_seed_draws_batches_too(odd, tmp_path: Path) -> None:
     ]
     assert reports[0].run["calibration"] == reports[1].run["calibration"]
     assert differing(read_tensors(tmp_path / "0"), read_tensors(tmp_path / "1"))
-
-
-@torch.no_grad()
-def block_output(model: Any, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Routed output of a layer ``[sequences, length, hidden]``, the experts chosen and their gate values."""
-    block, seen = model.model.layers[layer].mlp, []
-    handle = block.experts.register_forward_hook(lambda module, given, output: seen.append((*given[1:], output)))
-    block(inputs)
-    handle.remove()
-    index, value, output = seen[0]
-    return output.view(inputs.shape), index, value
-
-
-@torch.no_grad()
-def block_inputs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
-    seen: list[torch.Tensor] = []
-    handle = model.model.layers[layer].mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    model(ids)
-    handle.remove()
-    return seen[0]
 
 
 @torch.no_grad()
@@ -319,12 +299,6 @@ def test_progress_names_layer_and_stage(odd, words: Path, tmp_path: Path) -> Non
     done = [done for _, done, _ in told]
     assert done == sorted(done)
     assert told[-1][1] == told[-1][2] == sum(tensor.nbytes for tensor in read_tensors(source).values())
-
-
-def refused(source: Path, out: Path, recipe: Recipe, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
-        patch_checkpoint(source, out, recipe)
-    assert not out.exists()
 
 
 def test_text_that_cannot_be_had(odd, words: Path, tmp_path: Path) -> None:

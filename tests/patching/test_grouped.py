@@ -9,26 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import assert_rounded, average_linkage, double, experts_at, merged_group, routed_mass
-from odd_checkpoints import (
-    FAMILIES,
+from transformers import AutoModelForCausalLM
+
+from namex_hf import Recipe, patch_checkpoint
+from namex_hf.errors import FamilyError
+from tests.helpers.checkpoints import (
     PROJECTIONS,
-    VOCAB,
     aligned,
     differing,
     experts_field,
     moe_layers,
-    odd_config,
-    odd_tensors,
     read_config,
     read_tensors,
     same_bits,
     write_folder,
 )
-from transformers import AutoModelForCausalLM
-
-from namex_hf import Recipe, patch_checkpoint
-from namex_hf.errors import FamilyError
+from tests.helpers.reference import assert_rounded, average_linkage, double, experts_at, merged_group, routed_mass
+from tests.helpers.toy_models import FAMILIES, VOCAB, odd_config, odd_tensors
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 

@@ -11,26 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import Matrices, assert_rounded, base_experts, double, experts_at
-from killing import Killing, kill_after, run, settled, start
-from odd_checkpoints import (
-    FAMILIES,
-    INDEX,
-    PROJECTIONS,
-    Tensors,
-    add_tokenizer,
-    differing,
-    fused,
-    moe_layers,
-    odd_config,
-    odd_tensors,
-    read_config,
-    read_tensors,
-    rewrite_tensors,
-    same_bits,
-    settled_files,
-    write_folder,
-)
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoTokenizer
@@ -43,8 +23,23 @@ from namex_hf.patching.patch import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
-from tests.patching.test_calibrated import block_inputs, block_output, live, load, logits, refused
-from tests.patching.test_killed import TRIES, is_clean, is_no_model
+from tests.helpers.checkpoints import (
+    INDEX,
+    PROJECTIONS,
+    Tensors,
+    differing,
+    moe_layers,
+    read_config,
+    read_tensors,
+    rewrite_tensors,
+    same_bits,
+    settled_files,
+    write_folder,
+)
+from tests.helpers.killing import TRIES, Killing, is_clean, is_no_model, kill_after, run, settled, start
+from tests.helpers.reference import Matrices, assert_rounded, base_experts, double, experts_at
+from tests.helpers.runs import block_inputs, block_output, live, load, logits, refused
+from tests.helpers.toy_models import FAMILIES, add_tokenizer, fused, odd_config, odd_tensors
 
 TOKENS = 1024
 CURVED: dict[str, Any] = {"curvature": "calibrated"}

@@ -7,19 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import (
-    INDEX,
-    VOCAB,
-    aligned,
-    differing,
-    odd_config,
-    odd_tensors,
-    read_config,
-    read_tensors,
-    same_bits,
-    write_folder,
-    write_words,
-)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +14,8 @@ from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.patching.plan import make_plan
 from namex_hf.training.start import start_from
+from tests.helpers.checkpoints import INDEX, aligned, differing, read_config, read_tensors, same_bits, write_folder
+from tests.helpers.toy_models import VOCAB, odd_config, odd_tensors, write_words
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"

@@ -10,25 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
-from killing import Killing, run, start
-from odd_checkpoints import (
-    FAMILIES,
-    PROJECTIONS,
-    VOCAB,
-    Tensors,
-    add_tokenizer,
-    differing,
-    fused,
-    moe_layers,
-    odd_config,
-    odd_tensors,
-    read_config,
-    read_tensors,
-    same_bits,
-    settled_files,
-    write_folder,
-)
 from scipy.stats import entropy
 from transformers import AutoTokenizer
 
@@ -38,8 +19,21 @@ from namex_hf.errors import CalibrationError, RecipeError
 from namex_hf.patching.patch import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
-from tests.patching.test_calibrated import block_inputs, live, load, logits, refused
-from tests.patching.test_killed import is_clean, is_no_model
+from tests.helpers.checkpoints import (
+    PROJECTIONS,
+    Tensors,
+    differing,
+    moe_layers,
+    read_config,
+    read_tensors,
+    same_bits,
+    settled_files,
+    write_folder,
+)
+from tests.helpers.killing import Killing, is_clean, is_no_model, run, start
+from tests.helpers.reference import double
+from tests.helpers.runs import block_inputs, live, load, logits, refused
+from tests.helpers.toy_models import FAMILIES, VOCAB, add_tokenizer, fused, odd_config, odd_tensors
 
 TOKENS = 512
 COSINE: dict[str, Any] = {"routing": "cosine"}

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import odd_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint, patch_model
@@ -16,6 +15,7 @@ from namex_hf.errors import RecipeError
 from namex_hf.patching import calibrated
 from namex_hf.patching.on_text import Heard
 from namex_hf.patching.text import text_for
+from tests.helpers.toy_models import odd_checkpoint
 
 MODELS = ("tiny", "tiny-deepseek")
 

@@ -6,23 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import (
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
+from tests.helpers.checkpoints import (
     INDEX,
-    VOCAB,
     aligned,
     all_files,
     differing,
-    fused,
-    odd_config,
-    odd_tensors,
     read_config,
     read_tensors,
     same_bits,
     write_folder,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
+from tests.helpers.toy_models import VOCAB, fused, odd_config, odd_tensors
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 

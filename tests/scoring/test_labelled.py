@@ -8,7 +8,7 @@ import torch
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.routers import StableRouter
 from namex_hf.scoring.labelled import IGNORED, labelled_losses
-from tests.cli.toy import CLASSES, SIZES
+from tests.helpers.toy_models import CLASSES, SIZES
 
 PAD = 256
 RECIPES: dict[str, dict[str, Any] | None] = {

@@ -34,7 +34,7 @@ from namex_hf.training.choice import (
     whole_size,
 )
 from namex_hf.training.start import start_from
-from tests.cli.toy import CLASSES, SIZES
+from tests.helpers.toy_models import CLASSES, SIZES
 
 RESIDUAL = {"merge": "residual"}
 KRONECKER = {"merge": "soft", "curvature": "kronecker", "rank": 2, "segment": 4}

@@ -13,7 +13,7 @@ from scipy.stats import bootstrap
 from namex_hf.scoring.labelled import IGNORED
 from namex_hf.scoring.perplexity import held_out_texts
 from namex_hf.training.scores import MEASURES, TEXT_TOKENS, difference, differs, measure, value, verdict
-from tests.cli.toy import CLASSES, SIZES, toy_tokenizer
+from tests.helpers.toy_models import CLASSES, SIZES, toy_tokenizer
 
 LOSSES = ("chats", "text")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"

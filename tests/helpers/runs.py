@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from odd_checkpoints import aligned
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from namex_hf import Recipe, patch_model
+from namex_hf import Recipe, patch_checkpoint, patch_model
+from tests.helpers.checkpoints import aligned
 
 TOKENS = 1024
 
@@ -38,3 +39,29 @@ PROBE = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(3))
 @torch.no_grad()
 def logits(model: Any) -> torch.Tensor:
     return model(PROBE).logits
+
+
+@torch.no_grad()
+def block_output(model: Any, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Routed output of a layer ``[sequences, length, hidden]``, the experts chosen and their gate values."""
+    block, seen = model.model.layers[layer].mlp, []
+    handle = block.experts.register_forward_hook(lambda module, given, output: seen.append((*given[1:], output)))
+    block(inputs)
+    handle.remove()
+    index, value, output = seen[0]
+    return output.view(inputs.shape), index, value
+
+
+@torch.no_grad()
+def block_inputs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
+    seen: list[torch.Tensor] = []
+    handle = model.model.layers[layer].mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    model(ids)
+    handle.remove()
+    return seen[0]
+
+
+def refused(source: Path, out: Path, recipe: Recipe, error: type[Exception], says: str) -> None:
+    with pytest.raises(error, match=says):
+        patch_checkpoint(source, out, recipe)
+    assert not out.exists()
