@@ -21,7 +21,7 @@ from namex_hf.errors import CheckpointError, FamilyError
 from namex_hf.families import family_of
 from namex_hf.progress import ProgressEvent
 from tests.helpers.checkpoints import Tensors, read_config, read_tensors, write_folder
-from tests.helpers.toy_models import VOCAB, odd_config, odd_tensors
+from tests.helpers.toy_models import VOCAB, odd_config, toy_tensors
 
 SEQUENCES, LENGTH = 5, 12
 BATCHES_OF_2 = 2 * LENGTH
@@ -87,7 +87,7 @@ class Seen:
 def make(folder: Path, case: str) -> Path:
     family, dtype, changes = CASES[case]
     config = odd_config(family, dtype, **changes)
-    tensors = odd_tensors(config, dtype)
+    tensors = toy_tensors(config, dtype)
     if config["num_key_value_heads"] == 1:
         for name in tensors:
             if ".k_proj." in name or ".v_proj." in name:

@@ -27,7 +27,7 @@ def counted(model: Any, through: int) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_stock_model(tmp_path: Path, family: str, fused: bool):
-    folder = save_toy(tmp_path / "toy", family, fused=fused)
+    folder = save_toy(tmp_path / "toy", family, fuse=fused)
     found = size_of(open_checkpoint(folder))
     model = load(folder)
     assert (found.experts, found.active) == (8, counted(model, 3))

@@ -39,7 +39,7 @@ from tests.helpers.checkpoints import (
 from tests.helpers.killing import TRIES, Killing, is_clean, is_no_model, kill_after, run, settled, start
 from tests.helpers.reference import Matrices, assert_rounded, base_experts, double, experts_at
 from tests.helpers.runs import block_inputs, block_output, live, load, logits, refused
-from tests.helpers.toy_models import FAMILIES, add_tokenizer, fused, odd_config, odd_tensors
+from tests.helpers.toy_models import FAMILIES, add_tokenizer, fused, odd_config, toy_tensors
 
 TOKENS = 1024
 CURVED: dict[str, Any] = {"curvature": "calibrated"}
@@ -617,7 +617,7 @@ def test_damage(odd, words: Path, tmp_path: Path, method: str, align: str) -> No
 def test_without_shared_dtype(words: Path, tmp_path: Path, layout: str) -> None:
     """Routers and norms in float32 beside experts in bfloat16, as checkpoints have them."""
     config = odd_config("qwen2_moe", torch.bfloat16)
-    tensors = odd_tensors(config, torch.bfloat16)
+    tensors = toy_tensors(config, torch.bfloat16)
     tensors = {n: t.float() if "norm" in n or "mlp.gate." in n else t for n, t in tensors.items()}
     source = write_folder(tmp_path / "in", config, fused(config, tensors) if layout == "fused" else tensors, 2)
     add_tokenizer(source)

@@ -15,7 +15,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.patching.plan import make_plan
 from namex_hf.training.start import start_from
 from tests.helpers.checkpoints import INDEX, aligned, differing, read_config, read_tensors, same_bits, write_folder
-from tests.helpers.toy_models import VOCAB, odd_config, odd_tensors, write_words
+from tests.helpers.toy_models import VOCAB, odd_config, toy_tensors, write_words
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -87,7 +87,7 @@ def test_an_untied_source_is_not_given_another_head(odd, tmp_path: Path) -> None
 def test_a_tied_source_with_a_head(tmp_path: Path, held: tuple[str, ...]) -> None:
     """The one tensor under the name of the head serves for both; two that differ are both used, as by transformers."""
     config = odd_config("qwen2_moe", torch.float32, tie_word_embeddings=True)
-    tensors = odd_tensors({**config, "tie_word_embeddings": False}, torch.float32)
+    tensors = toy_tensors({**config, "tie_word_embeddings": False}, torch.float32)
     source = write_folder(
         tmp_path / "model",
         config,

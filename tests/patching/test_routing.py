@@ -33,7 +33,7 @@ from tests.helpers.checkpoints import (
 from tests.helpers.killing import Killing, is_clean, is_no_model, run, start
 from tests.helpers.reference import double
 from tests.helpers.runs import block_inputs, live, load, logits, refused
-from tests.helpers.toy_models import FAMILIES, VOCAB, add_tokenizer, fused, odd_config, odd_tensors
+from tests.helpers.toy_models import FAMILIES, VOCAB, add_tokenizer, fused, odd_config, toy_tensors
 
 TOKENS = 512
 COSINE: dict[str, Any] = {"routing": "cosine"}
@@ -472,7 +472,7 @@ def test_without_shared_dtype(words: Path, tmp_path: Path, layout: str, fields: 
     """Routers and norms in float32 beside experts in bfloat16: a router's parts are as the router, curvature is as the
     experts, and the sizes are known."""
     config = odd_config("qwen2_moe", torch.bfloat16)
-    tensors = odd_tensors(config, torch.bfloat16)
+    tensors = toy_tensors(config, torch.bfloat16)
     tensors = {n: t.float() if "norm" in n or "mlp.gate." in n else t for n, t in tensors.items()}
     source = write_folder(tmp_path / "in", config, fused(config, tensors) if layout == "fused" else tensors, 2)
     add_tokenizer(source)

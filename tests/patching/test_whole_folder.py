@@ -19,7 +19,7 @@ from tests.helpers.checkpoints import (
     same_bits,
     write_folder,
 )
-from tests.helpers.toy_models import VOCAB, fused, odd_config, odd_tensors
+from tests.helpers.toy_models import VOCAB, fused, odd_config, toy_tensors
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -150,7 +150,7 @@ def test_nothing_stored_names_a_local_path(odd, tmp_path: Path) -> None:
 def test_without_shared_dtype(tmp_path: Path) -> None:
     """Tensors of other dtypes than the experts' are carried over as they are, fused or not."""
     config = odd_config("qwen2_moe", torch.bfloat16)
-    tensors = odd_tensors(config, torch.bfloat16)
+    tensors = toy_tensors(config, torch.bfloat16)
     tensors = {n: t.float() if "norm" in n or "mlp.gate." in n else t for n, t in tensors.items()}
     patch_checkpoint(write_folder(tmp_path / "one", config, tensors, 2), tmp_path / "a")
     patch_checkpoint(write_folder(tmp_path / "two", config, fused(config, tensors)), tmp_path / "b")
