@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.toy_models import odd_checkpoint
+from tests.helpers.toy_models import odd_checkpoint, write_words
 
 
 def pytest_collection_finish() -> None:
@@ -37,3 +37,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text for odd checkpoints; not to be changed."""
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 1)

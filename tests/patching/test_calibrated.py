@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from namex_hf.progress import ProgressEvent
 from tests.helpers.checkpoints import (
     all_files,
     differing,
-    experts_field,
     moe_layers,
     read_config,
     read_tensors,
@@ -32,61 +30,17 @@ from tests.helpers.checkpoints import (
     same_bits,
     shared_name,
 )
+from tests.helpers.recipes import SHRUNK
 from tests.helpers.runs import PROBE, TOKENS, block_inputs, block_output, live, load, logits, recipe_on, refused
 from tests.helpers.toy_models import FAMILIES
 
 LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
 
 
-FORMS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
-    "qwen": ("qwen2_moe", torch.float32, {}),
-    "qwen-bf16-fused": ("qwen2_moe", torch.bfloat16, {"fuse": True}),
-    "deepseek-bf16": ("deepseek", torch.bfloat16, {}),
-    "deepseek-fused-renormalised": ("deepseek", torch.float32, {"fuse": True, "norm_topk_prob": True}),
-}
-RECIPES: dict[str, dict[str, Any]] = {
-    "fit": {"fit": "router"},
-    "before": {"fit": "router", "calibrate": "before"},
-    "diagonal": {"curvature": "diagonal"},
-    "hc-smoe": {"grouping": "outputs", "weighting": "usage"},
-    "gates": {"grouping": "router", "align": "weights", "disagreement": "mean", "power": "usage"},
-    "refit": {"down": "refit", "granularity": "expert"},
-    "one": {"fit": "router", "experts": 1},
-    "layer": {"fit": "layer"},
-    "original": {"fit": "router", "target": "model"},
-    "ream": {"grouping": "router", "weighting": "saliency", "align": "activations"},
-    "kept": {"fit": "router", "operator": "keep"},
-    "reap": {"operator": "keep", "grouping": "none", "weighting": "saliency", "down": "refit"},
-    "random": {"fit": "layer", "operator": "random"},
-    "shared": {"fit": "router", "operator": "shared", "down": "merge"},
-}
-ON_TWO_FORMS = ("layer", "original", "ream", "kept", "reap", "random", "shared")
-ROWS = [
-    (form, name)
-    for form, name in product(FORMS, RECIPES)
-    if name not in ON_TWO_FORMS or form in ("qwen-bf16-fused", "deepseek-fused-renormalised")
-]
-
-
-@pytest.mark.parametrize(("form", "name"), ROWS)
-def test_both_paths_agree(odd, words: Path, tmp_path: Path, form: str, name: str) -> None:
-    """The folder, loaded, and `patch_model` on the live original: the same class, numbers and logits, bit for bit."""
-    family, dtype, changes = FORMS[form]
-    source, recipe = odd(family, dtype, tokenizer=True, **changes), recipe_on(words, **RECIPES[name])
-    patch_checkpoint(source, tmp_path / "out", recipe)
-    stored, patched = load(tmp_path / "out"), live(source, recipe)
-    assert type(stored) is type(patched)
-    assert differing(stored.state_dict(), patched.state_dict()) == []
-    assert same_bits(logits(stored), logits(patched))
-    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_stored()
-    for field in (experts_field(read_config(source)), "num_experts_per_tok"):
-        assert getattr(stored.config, field) == getattr(patched.config, field) == recipe.to_dict()["experts"]
-
-
 def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:
     """No two recipes give the same experts: a choice that is ignored would pass every equality of paths."""
     source = odd("qwen2_moe", torch.float32, tokenizer=True)
-    recipes = {**RECIPES, "weights": {"power": "usage", "grouping": "weights"}, "seed": {"fit": "router", "seed": 1}}
+    recipes = {**SHRUNK, "weights": {"power": "usage", "grouping": "weights"}, "seed": {"fit": "router", "seed": 1}}
     recipes |= {
         "longer": {"fit": "router", "calibration_tokens": 2 * TOKENS},
         "steps": {"fit": "router", "fit_steps": 60},
@@ -132,7 +86,7 @@ def test_kept_experts_are_those_of_the_source(odd, words: Path, tmp_path: Path, 
 def test_a_control_begins_at_its_own_layer_s_shared_expert(odd, words: Path, tmp_path: Path, family: str) -> None:
     """Of three slices four experts, which a fit of the rows leaves alone."""
     source = odd(family, torch.bfloat16, tokenizer=True)
-    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **{**RECIPES["shared"], "experts": 4}))
+    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **{**SHRUNK["shared"], "experts": 4}))
     before, after = read_tensors(source), read_tensors(tmp_path / "out")
     for layer, number in product(moe_layers(read_config(source)), range(4)):
         block, part = f"model.layers.{layer}.mlp", slice(number % 3 * 8, number % 3 * 8 + 8)
