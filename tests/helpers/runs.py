@@ -17,7 +17,7 @@ def recipe_on(words: Path, **fields: Any) -> Recipe:
     """Three experts, a short text and a short fit, unless said otherwise."""
     values: dict[str, Any] = {"merge": "grouped", "experts": 3, "calibration_tokens": TOKENS, **fields}
     if values.get("fit", "none") != "none":
-        values = {"fit_steps": 30, **values}
+        values = {"fit_steps": 10, **values}
     return Recipe(calibration_data=str(words), **values)
 
 

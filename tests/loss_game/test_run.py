@@ -18,7 +18,6 @@ from namex_hf.errors import RecipeError
 from namex_hf.merging.members import GAMES
 from tests.helpers.checkpoints import differing, experts_field, read_config, read_tensors, same_bits
 from tests.helpers.runs import TOKENS, live, load, logits, recipe_on
-from tests.helpers.toy_models import write_words
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "loss_game" / "run.py"
@@ -28,11 +27,6 @@ REFUSED = (
     "recipe field 'metric' is 'calibrated', the game over losses, which is an experiment: in a checkout of the sources "
     "use 'python experiments/loss_game/run.py patch' (or compare) with the same arguments; accepted here: euclidean"
 )
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 1)
 
 
 def run(command: str, source: Path, out: Path, *options: object) -> None:

@@ -15,7 +15,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.patching.plan import make_plan
 from namex_hf.training.start import start_from
 from tests.helpers.checkpoints import INDEX, aligned, differing, read_config, read_tensors, same_bits, write_folder
-from tests.helpers.toy_models import VOCAB, odd_config, toy_tensors, write_words
+from tests.helpers.toy_models import VOCAB, odd_config, toy_tensors
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -26,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "soft-on-text": {"merge": "soft", "segment": 3, "align": "activations", "calibration_tokens": 512},
     "smoe": {"method": "smoe"},
     "grouped": {"merge": "grouped", "experts": 3},
-    "grouped-on-text": {"merge": "grouped", "experts": 3, "fit": "router", "calibration_tokens": 512},
+    "grouped-on-text": {"merge": "grouped", "experts": 3, "fit": "router", "fit_steps": 10, "calibration_tokens": 512},
 }
 
 
@@ -42,11 +42,6 @@ def load(folder: Path) -> Any:
 def recipe_of(name: str, words: Path) -> Recipe:
     values = RECIPES[name]
     return Recipe(**values, calibration_data=str(words)) if "calibration_tokens" in values else Recipe(**values)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
