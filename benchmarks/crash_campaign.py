@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-
-from killing import duration, kill_at, run, start
-from odd_checkpoints import odd_checkpoint, settled_files
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from namex_hf import Recipe
+from tests.helpers.checkpoints import settled_files
+from tests.helpers.killing import duration, kill_at, run, start
+from tests.helpers.toy_models import odd_checkpoint
 
 FORMS: dict[str, tuple[Recipe, dict[str, Any]]] = {
     "residual": (Recipe(base="shared"), {"shard_size": "60KB"}),

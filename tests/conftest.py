@@ -1,16 +1,13 @@
-"""Helpers of the tests (`odd_checkpoints`, `float64_reference`) can be imported by name from every folder here."""
+"""What holds for every test; helpers are in `tests/helpers/`, by subject."""
 
 import gc
 import os
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))
-
-from odd_checkpoints import odd_checkpoint
+from tests.helpers.toy_models import odd_checkpoint, write_words
 
 
 def pytest_collection_finish() -> None:
@@ -40,3 +37,9 @@ def odd(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibration text for odd checkpoints; not to be changed."""
+    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 1)

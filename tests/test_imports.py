@@ -1,4 +1,6 @@
-"""The modules of the package import each other in one direction, from the commands down to the errors."""
+"""Modules of the package import each other in one direction, from the commands down to the errors; no test imports a
+test.
+"""
 
 import ast
 from graphlib import CycleError, TopologicalSorter
@@ -69,3 +71,25 @@ def test_no_circle_and_no_import_upward():
         if ROOMS.index(room(name)) < ROOMS.index(room(other))
     }
     assert upward.keys() == UPWARD, upward
+
+
+def sources_of(path: Path) -> set[str]:
+    """Modules that a file imports from, at its top or in a function."""
+    nodes = list(ast.walk(ast.parse(path.read_text("utf-8"))))
+    plain = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    froms = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    return plain | {f"{'.' * node.level}{node.module or ''}.{alias.name}" for node in froms for alias in node.names}
+
+
+def test_no_test_imports_a_test():
+    """What tests share lies in `tests/helpers/`, and is imported from there by its whole name."""
+    files = sorted((ROOT / "tests").rglob("*.py"))
+    helpers = [path for path in files if path.parent.name == "helpers"]
+    assert {path.stem for path in helpers} >= {"checkpoints", "reference", "toy_models"}
+    others = [path for path in files if path not in helpers]
+    assert [path for path in others if not path.name.startswith(("test_", "conftest"))] == []
+    names = {path.stem for path in files}
+    for path in files:
+        for source in sources_of(path):
+            is_ours = source.startswith(("tests.", ".")) or source.split(".")[0] in names
+            assert not is_ours or source.startswith("tests.helpers."), f"{path}: {source}"

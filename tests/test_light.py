@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from namex_hf import Recipe, patch_checkpoint
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 ROOT = Path(__file__).parents[1]
 OURS_FIRST = """

@@ -119,6 +119,8 @@ class Recipe(Part):
         steps, linear = list(self.merge.steps(self.needs_text)), self.routing.kind == "linear"
         if not linear:
             steps.append("reroute")
+        if not self.needs_text and "propagate" in steps:  # files hold a layer's base expert after its other parts
+            steps.append(steps.pop(steps.index("propagate")))
         if self.needs_text and not (linear and isinstance(self.merge, Grouped)):
             steps.append("answer")
         return steps

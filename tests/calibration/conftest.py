@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from namex_hf.checkpoint.resolve import PACKAGED
-from tests.cli.toy import toy_tokenizer
+from tests.helpers.toy_models import toy_tokenizer
 
 
 @pytest.fixture(scope="session", params=["tiny", "tiny-deepseek"])

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import VOCAB, Tensors, odd_config, odd_tensors, read_config, read_tensors, write_folder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +20,8 @@ from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, FamilyError
 from namex_hf.families import family_of
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import Tensors, read_config, read_tensors, write_folder
+from tests.helpers.toy_models import VOCAB, odd_config, toy_tensors
 
 SEQUENCES, LENGTH = 5, 12
 BATCHES_OF_2 = 2 * LENGTH
@@ -86,7 +87,7 @@ class Seen:
 def make(folder: Path, case: str) -> Path:
     family, dtype, changes = CASES[case]
     config = odd_config(family, dtype, **changes)
-    tensors = odd_tensors(config, dtype)
+    tensors = toy_tensors(config, dtype)
     if config["num_key_value_heads"] == 1:
         for name in tensors:
             if ".k_proj." in name or ".v_proj." in name:

@@ -13,7 +13,7 @@ import pytest
 
 from namex_hf.calibration.hub_source import FORM
 from namex_hf.checkpoint.resolve import PACKAGED
-from tests.hub.server import Hub, serving
+from tests.helpers.hub import Hub, serving
 
 pytest.importorskip("datasets", reason="the extra 'train' is not installed")
 REFUSED = {  # and what is said of them

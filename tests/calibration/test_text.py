@@ -19,7 +19,7 @@ from namex_hf import limited
 from namex_hf.calibration.sources import PACKAGED
 from namex_hf.calibration.text import CalibrationText, calibration_text, pieces
 from namex_hf.errors import CalibrationError, MissingExtraError
-from tests.cli.toy import toy_tokenizer
+from tests.helpers.toy_models import toy_tokenizer
 
 DOMAINS = 6
 CHAT = [{"role": "user", "content": "Say moo."}, {"role": "assistant", "content": "Moo, said the cow."}]

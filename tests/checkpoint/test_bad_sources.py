@@ -7,23 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import (
-    INDEX,
-    differing,
-    fused,
-    odd_checkpoint,
-    odd_config,
-    odd_tensors,
-    read_tensors,
-    rewrite_tensors,
-    write_folder,
-)
 from safetensors.torch import save_file
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.header import read_header
 from namex_hf.checkpoint.layout import left_out_line
 from namex_hf.errors import CheckpointError, FamilyError
+from tests.helpers.checkpoints import INDEX, differing, read_tensors, rewrite_tensors, write_folder
+from tests.helpers.toy_models import fused, odd_checkpoint, odd_config, toy_tensors
 
 SHARD = "model-00002-of-00003.safetensors"
 RECIPES = {
@@ -351,7 +342,7 @@ def test_more_experts_than_counted(single: Path) -> None:
 @pytest.mark.parametrize("layout", ["per expert", "fused"])
 def test_experts_in_a_dense_layer(tmp_path: Path, layout: str) -> None:
     config = odd_config("deepseek", torch.bfloat16)
-    tensors = odd_tensors(config, torch.bfloat16)
+    tensors = toy_tensors(config, torch.bfloat16)
     config["first_k_dense_replace"] = 1
     source = write_folder(tmp_path / "model", config, fused(config, tensors) if layout == "fused" else tensors)
     edit_config(source, first_k_dense_replace=2)
@@ -425,7 +416,7 @@ def test_tensors_that_the_class_lacks_are_left_out(tmp_path: Path, recipe: str, 
     config = odd_config("deepseek", torch.bfloat16)
     more = {name: torch.full((2, 3), float("nan")) for name in EXTRA}
     more["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.rand(4)
-    source = write_folder(tmp_path / "model", config, odd_tensors(config, torch.bfloat16) | more, shards)
+    source = write_folder(tmp_path / "model", config, toy_tensors(config, torch.bfloat16) | more, shards)
     expected = patch_checkpoint(plain, tmp_path / "expected", RECIPES[recipe])
     report = patch_checkpoint(source, tmp_path / "out", RECIPES[recipe])
     assert set(report.totals["left_out"]) == {*EXTRA, "model.layers.0.self_attn.rotary_emb.inv_freq"}

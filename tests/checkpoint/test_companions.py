@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from odd_checkpoints import differing, read_tensors
 from transformers import AutoTokenizer
 
 from namex_hf import patch_checkpoint
 from namex_hf.checkpoint.companions import companions, is_companion
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import CheckpointError
+from tests.helpers.checkpoints import differing, read_tensors
 
 CARRIED = """
 tokenizer.json tokenizer.4.0.0.json Tokenizer_Config.json tokenizer.model tokenizer.model.v3 tekken.json spiece.model

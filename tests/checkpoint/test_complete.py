@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from odd_checkpoints import all_files
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.commands.push import main as push
@@ -13,7 +12,8 @@ from namex_hf.commands.report import main as draw
 from namex_hf.errors import CheckpointError
 from namex_hf.harness.candidates import resolve_model
 from namex_hf.training.start import start_from
-from tests.cli.toy import save_toy
+from tests.helpers.checkpoints import all_files
+from tests.helpers.toy_models import save_toy
 
 SHARD, ADDED = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 FILES = [

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from odd_checkpoints import all_files, odd_checkpoint, read_tensors, same_bits, settled_files
 from safetensors.torch import load_file, save_file
 
 from namex_hf import Recipe, patch_checkpoint
@@ -20,6 +19,8 @@ from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, OutputError
 from namex_hf.files import hash_file
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import all_files, read_tensors, same_bits, settled_files
+from tests.helpers.toy_models import odd_checkpoint
 
 HASH = "xxh3_128"
 TENSOR = "model.layers.2.mlp.experts.3.up_proj.weight"

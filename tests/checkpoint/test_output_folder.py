@@ -4,21 +4,21 @@ import json
 import os
 import random
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from killing import hold_folder, run
-from odd_checkpoints import all_files, odd_checkpoint, settled_files
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.errors import OutputError
 from namex_hf.progress import ProgressEvent
-from tests.helpers.process import SERVER
+from tests.helpers.checkpoints import all_files, settled_files
+from tests.helpers.killing import hold_folder, run
+from tests.helpers.process import SERVER, script_process
+from tests.helpers.toy_models import odd_checkpoint
 
 GROUPED = Recipe(merge="grouped", experts=3)
 
@@ -117,22 +117,21 @@ def test_bad_input_is_no_reason_to_touch_a_folder(source: Path, tmp_path: Path) 
     assert all_files(tmp_path / "out") == before
 
 
-COMMAND = "import sys; from namex_hf.commands.patch import main; sys.exit(main())"
-
-
 def test_two_runs_on_one_folder(source: Path, tmp_path: Path) -> None:
     """While a run is under way a second process is refused with status 2; the first ends as if it were alone."""
-    out, answers = tmp_path / "out", []
-    command = [sys.executable, "-c", COMMAND, str(source), "--out", str(out), "--quiet"]
+    out, log, answers = tmp_path / "out", tmp_path / "log", []
+    command = ["patch", str(source), "--out", str(out), "--quiet"]
 
     def meanwhile(event: ProgressEvent) -> None:
         if not answers and str(event).startswith("layer"):
-            answers.append(subprocess.run(command, capture_output=True, text=True, check=False))
+            process = script_process("namex_hf", command, log)
+            process.join()
+            answers.append(process.exitcode)
 
     patch_checkpoint(source, out, progress=meanwhile)
-    assert answers[0].returncode == 2
-    assert "in use by another run" in answers[0].stderr
-    assert answers[0].stderr.count("\n") == 1
+    assert answers == [2]
+    assert "in use by another run" in log.read_text()
+    assert log.read_text().count("\n") == 1
     patch_checkpoint(source, tmp_path / "alone")
     assert settled_files(out) == settled_files(tmp_path / "alone")
 

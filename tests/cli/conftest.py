@@ -9,7 +9,7 @@ import pytest
 from namex_hf.commands import patch, patch_screen
 from namex_hf.patching import compared
 from namex_hf.scoring import compare, perplexity
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 Refused = Callable[..., str]
 

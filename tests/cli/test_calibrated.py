@@ -17,7 +17,8 @@ from namex_hf.patching.estimate import peak_bytes
 from namex_hf.patching.plan import make_plan
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
-from tests.cli.toy import change_config, save_toy
+from tests.helpers.checkpoints import change_config
+from tests.helpers.toy_models import save_toy
 
 FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
 SOFT = ("--merge", "soft", "--routing-span", "all", "--method", "camex", "--base", "mean")

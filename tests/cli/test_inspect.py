@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from namex_hf.commands import inspect, patch
-from tests.cli.toy import change_config, save_toy
+from tests.helpers.checkpoints import change_config
+from tests.helpers.toy_models import save_toy
 
 
 def inspected(capsys: pytest.CaptureFixture[str], model: object) -> dict[str, str]:
@@ -36,7 +37,7 @@ def test_plain(toys: dict[str, Path], capsys: pytest.CaptureFixture[str]):
 
 
 def test_fused(tmp_path: Path, capsys: pytest.CaptureFixture[str], toy: Path):
-    fused, _ = save_toy(tmp_path / "fused", fused=True), capsys.readouterr()
+    fused, _ = save_toy(tmp_path / "fused", fuse=True), capsys.readouterr()
     facts, stock = inspected(capsys, fused), inspected(capsys, toy)
     assert facts["layout"] == "fused"
     assert facts["bytes of routed experts"] == stock["bytes of routed experts"]

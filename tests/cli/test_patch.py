@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from namex_hf.commands import patch, patch_screen
 from namex_hf.recipe import FIELDS, Recipe
 from namex_hf.resources import PACKAGED
-from tests.cli.toy import change_config, save_toy, toy_tokenizer
-from tests.odd_checkpoints import all_files
+from tests.helpers.checkpoints import all_files, change_config
+from tests.helpers.toy_models import save_toy, toy_tokenizer
 
 ROOT = Path(__file__).parents[2]
 

@@ -10,8 +10,8 @@ import pytest
 from namex_hf import load_patched
 from namex_hf.commands import patch, patch_screen
 from namex_hf.commands import report as command
-from tests.cli.toy import SIZES, save_toy
 from tests.helpers.process import SERVER
+from tests.helpers.toy_models import save_toy
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 
@@ -101,13 +101,9 @@ def test_a_broken_tokenizer_costs_the_pictures_only(copied: Path, tmp_path: Path
     load_patched(tmp_path / "out")
 
 
-def test_an_error_that_nobody_foresaw_costs_the_pictures_only(
-    tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_error_that_nobody_foresaw_costs_the_pictures_only(tmp_path: Path, capsys: Said):
     """Heads of attention that do not go together: the class is built, and patching asks for none."""
-    monkeypatch.setitem(SIZES, "num_attention_heads", 4)
-    monkeypatch.setitem(SIZES, "num_key_value_heads", 3)
-    model = save_toy(tmp_path / "model", tokenizer=True)
+    model = save_toy(tmp_path / "model", tokenizer=True, num_attention_heads=4, num_key_value_heads=3)
     assert ran(model, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
     assert "no pictures: RuntimeError: " in said

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from namex_hf.commands import patch, patch_screen
-from tests.cli.toy import change_config
+from tests.helpers.checkpoints import change_config
 
 FLAGS = [
     ("--metod namex", "--metod"),

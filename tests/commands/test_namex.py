@@ -17,7 +17,7 @@ from namex_hf.commands.completion import words_after
 from namex_hf.commands.namex import COMMANDS, main
 from namex_hf.commands.recipe_options import add_recipe_options
 from namex_hf.recipe import FIELDS
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 ROOT = Path(__file__).parents[2]
 RECIPES = {

@@ -15,7 +15,8 @@ from namex_hf.commands import push
 from namex_hf.errors import PublishError
 from namex_hf.hub import checks, client
 from namex_hf.recipe import Recipe
-from tests.cli.toy import change_config, save_toy
+from tests.helpers.checkpoints import change_config
+from tests.helpers.toy_models import save_toy
 
 Refused = Callable[..., str]
 

@@ -15,8 +15,8 @@ from namex_hf import patch_checkpoint
 from namex_hf.commands import report as command
 from namex_hf.recipe import Recipe
 from namex_hf.report import write
-from tests.cli.toy import save_toy
-from tests.odd_checkpoints import forget_files
+from tests.helpers.checkpoints import forget_files
+from tests.helpers.toy_models import save_toy
 
 pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 

@@ -15,7 +15,7 @@ from namex_hf.comparison.rows import row_of
 from namex_hf.comparison.run import FLOOR, ORIGINAL, Comparison, Plan, assemble, make_plan_of
 from namex_hf.comparison.settings import Settings
 from namex_hf.comparison.table import costs, markdown, notes, quality
-from tests.comparison.numbers import WINDOWS, result
+from tests.helpers.measurements import WINDOWS, result
 
 SETTINGS = Settings(dict.fromkeys(WINDOWS, "a text"), 1024, 80)
 

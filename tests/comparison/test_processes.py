@@ -12,8 +12,8 @@ import pytest
 from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.comparison.processes import _end_with_parent
 from namex_hf.errors import OutputError
+from tests.helpers.killing import hold_folder
 from tests.helpers.process import SERVER
-from tests.killing import hold_folder
 
 PATIENCE = 60  # seconds until a child that stays is called one
 

@@ -7,7 +7,7 @@ import pytest
 
 from namex_hf.comparison.grid import Cell, grid
 from namex_hf.comparison.rows import COSTS, Row, mean_row, perplexities, row_of, with_means
-from tests.comparison.numbers import WINDOWS, result
+from tests.helpers.measurements import WINDOWS, result
 
 
 def by_numpy(samples: list[np.ndarray]) -> tuple[float, float, float]:

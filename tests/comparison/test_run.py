@@ -20,8 +20,8 @@ from namex_hf.errors import CalibrationError, OutputError, RecipeError
 from namex_hf.progress import ProgressEvent
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import perplexities
+from tests.helpers.killing import hold_folder
 from tests.helpers.process import SERVER
-from tests.killing import hold_folder
 
 SOURCE = "tiny-deepseek"
 

@@ -10,7 +10,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.comparison.size import size_of
 from namex_hf.scoring.compare import load
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 FAMILIES = ("qwen2_moe", "deepseek")
 
@@ -27,7 +27,7 @@ def counted(model: Any, through: int) -> int:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("fused", [False, True])
 def test_a_stock_model(tmp_path: Path, family: str, fused: bool):
-    folder = save_toy(tmp_path / "toy", family, fused=fused)
+    folder = save_toy(tmp_path / "toy", family, fuse=fused)
     found = size_of(open_checkpoint(folder))
     model = load(folder)
     assert (found.experts, found.active) == (8, counted(model, 3))

@@ -13,7 +13,7 @@ from namex_hf.models.routers import CosineRouter
 from namex_hf.models.soft_kronecker import KroneckerCurvature
 from namex_hf.recipe import Recipe
 from namex_hf.training.start import start_from
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 MODELS = ("tiny", "tiny-deepseek")
 STOCK = {"attention", "embeddings", "experts", "norms", "router", "shared"}

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from odd_checkpoints import FAMILIES, odd_checkpoint, odd_config, read_tensors
 from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from namex_hf import Recipe, patch_checkpoint
@@ -14,6 +13,8 @@ from namex_hf.families import family_of
 from namex_hf.families.others import check_loading
 from namex_hf.families.outline import TensorSpec, check_counts, outline_of
 from namex_hf.merging.routing import route
+from tests.helpers.checkpoints import read_tensors
+from tests.helpers.toy_models import FAMILIES, odd_checkpoint, odd_config
 
 RECIPES = {
     "residual": Recipe(),

@@ -2,8 +2,6 @@
 
 import importlib.util
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,12 +32,12 @@ from namex_hf.errors import FamilyError, RecipeError, TrainingError
 from namex_hf.models.soft_segments import History, plan_segments
 from namex_hf.training.choice import lora
 from namex_hf.training.live import go_live
-from tests.helpers.process import run_pair
+from tests.helpers.process import HELPERS, run_pair, script_process
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "finetune" / "memory.py"
 CONFIGS = sorted((ROOT / "finetune" / "accelerate_configs").glob("*.yaml"))
-CHILD = ROOT / "tests" / "models" / "sharded_child.py"
+CHILD = HELPERS / "sharded_child.py"
 RECIPES = [
     Recipe(),
     Recipe(merge="soft"),
@@ -303,11 +301,13 @@ def script():
     return module
 
 
-def test_the_script_prints_both_models():
-    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_the_script_prints_both_models(tmp_path):
+    process = script_process(SCRIPT, [], tmp_path / "log")
+    process.join()
+    said = (tmp_path / "log").read_text()
+    assert process.exitcode == 0, said
     for text in ("14,523,402,240", "16,609,298,432", "fsdp2 x 8", "4,096 tokens"):
-        assert text in done.stdout
+        assert text in said
 
 
 def test_the_script_with_a_folder_and_a_recipe(script, tmp_path, capsys):

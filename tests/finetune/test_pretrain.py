@@ -1,10 +1,7 @@
 """Training from nothing: the script in short, and what its rows are."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +11,7 @@ from scratch import ROWS, Schedule, balance_loss, mixed_batches, new_model, trai
 
 from namex_hf.errors import RecipeError, TrainingError, UsageError
 from namex_hf.training.live_blocks import LiveLayer
+from tests.helpers.process import script_process
 
 SCRIPT = Path(__file__).parents[2] / "finetune" / "pretrain.py"
 SHORT = ["--steps", "3", "--sequences", "2", "--length", "96", "--bargain_every", "2", "--score_tokens", "400"]
@@ -101,12 +99,12 @@ def test_refused_values_of_the_form(main, tmp_path, capsys):
     ],
 )
 def test_refused_in_one_line_with_exit_status_2(tmp_path, arguments, text):
-    command = [sys.executable, str(SCRIPT), "--output_dir", str(tmp_path / "out"), *arguments]
-    kept = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[1]), "PATH": str(tmp_path)}
-    done = subprocess.run(command, capture_output=True, text=True, env=kept, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"pretrain.py: error: {text}")
-    assert len(done.stderr.splitlines()) == 1
+    arguments, log = ["--output_dir", str(tmp_path / "out"), *arguments], tmp_path / "log"
+    process = script_process(SCRIPT, arguments, log, environment={"PATH": str(tmp_path)})
+    process.join()
+    assert process.exitcode == 2
+    assert log.read_text().startswith(f"pretrain.py: error: {text}")
+    assert len(log.read_text().splitlines()) == 1
 
 
 def test_rows_begin_alike_and_are_live_where_a_base_walks():

@@ -7,8 +7,8 @@ import pytest
 from datasets import Dataset
 
 from namex_hf.harness.report import ZeroShotReport
-
-from .conftest import TASKS, Command, recipe
+from tests.helpers.commands import Command
+from tests.helpers.zero_shot import TASKS, recipe
 
 SUBJECTS = (  # of the group mmlu_stem, as lm-eval 0.4.13 lists them
     *("abstract_algebra", "anatomy", "astronomy", "college_biology", "college_chemistry", "college_computer_science"),

@@ -2,17 +2,14 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from namex_hf import Recipe, patch_checkpoint
+from tests.helpers.commands import Command
 from tests.helpers.process import run_pair, script_process
-
-from .conftest import SCRIPT, TASKS, Command, said, samples
+from tests.helpers.zero_shot import SCRIPT, TASKS, said, samples
 
 ALONE = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")} | {
     "OMP_NUM_THREADS": "1",
@@ -42,12 +39,12 @@ def test_a_killed_run_goes_on_to_the_same_report(zero_shot: Command, tmp_path: P
 
     out = tmp_path / "killed"
     journal = out / "tiny" / "namex_sums" / "answers" / "answers-0.jsonl"
-    command = [sys.executable, SCRIPT, "--device", "cpu", *arguments, "--output_path", out]
-    process = subprocess.Popen(list(map(str, command)), env=ALONE, stdout=subprocess.DEVNULL)
-    while process.poll() is None and not (journal.exists() and journal.read_bytes().count(b"request") >= 4):
+    command = ["--device", "cpu", *arguments, "--output_path", str(out)]
+    process = script_process(SCRIPT, command, tmp_path / "log", environment=ALONE)
+    while process.is_alive() and not (journal.exists() and journal.read_bytes().count(b"request") >= 4):
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     assert not (out / "report.json").exists(), "the run was over before it was killed"
     answered = journal.read_bytes()
 

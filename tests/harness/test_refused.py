@@ -17,9 +17,9 @@ from namex_hf.harness.candidates import bytes_in, candidates, resolve_model
 from namex_hf.harness.checks import check_answers
 from namex_hf.harness.memory import check_fits, free_bytes
 from namex_hf.harness.tasks import chosen
-from tests.odd_checkpoints import forget_files
-
-from .conftest import ROOT, TASKS, Command, module_of, recipe
+from tests.helpers.checkpoints import forget_files
+from tests.helpers.commands import Command
+from tests.helpers.zero_shot import ROOT, TASKS, module_of, recipe
 
 SUMS = ("--models", "tiny", "--tasks", "namex_sums", "--limit", "2")
 

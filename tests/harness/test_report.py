@@ -13,8 +13,7 @@ from namex_hf.harness.paper import Paper
 from namex_hf.harness.report import Model, Score, ZeroShotReport, eval_results, markdown, sentence, table
 from namex_hf.models import DeepseekConfig
 from namex_hf.recipe import read_yaml
-
-from .conftest import ROOT
+from tests.helpers.zero_shot import ROOT
 
 DATA = ("dataset", "config", "split")
 TABLES = ROOT / "eval" / "paper_tables.json"

@@ -9,8 +9,7 @@ from namex_hf.calibration.sources import PACKAGED as CALIBRATION
 from namex_hf.errors import TaskError
 from namex_hf.harness.tasks import chosen
 from namex_hf.harness.text import pieces
-
-from .conftest import TASKS
+from tests.helpers.zero_shot import TASKS
 
 
 def lines(name: str) -> list[dict]:

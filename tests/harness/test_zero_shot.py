@@ -13,9 +13,9 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.harness.candidates import candidates
 from namex_hf.harness.report import ZeroShotReport, eval_results
 from namex_hf.scoring.arithmetic import held_out_problems
-from tests.odd_checkpoints import forget_files
-
-from .conftest import ROOT, SCRIPT, Command, module_of, recipe, said, samples
+from tests.helpers.checkpoints import forget_files
+from tests.helpers.commands import Command
+from tests.helpers.zero_shot import ROOT, SCRIPT, module_of, recipe, said, samples
 
 TASKS = ("namex_definitions", "namex_sums", "namex_word_problems", "namex_text")
 

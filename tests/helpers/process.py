@@ -10,7 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
+HELPERS = Path(__file__).parent
+"""Scripts for processes of their own lie here too."""
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["namex_hf.training.tune", "namex_hf.harness.run"])
 """There is one server a process, and the last list counts: no other file sets one."""
@@ -38,7 +41,7 @@ def be_script(
             runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
-def script_process(script: Path | str, arguments: Sequence[str], log: Path, **options: object) -> BaseProcess:
+def script_process(script: Path | str, arguments: Sequence[str], log: Path, **options: Any) -> BaseProcess:
     """A script that has begun in a process of its own. Args as of `be_script`."""
     process = SERVER.Process(target=partial(be_script, script, arguments, log, **{"environment": {}, **options}))
     process.start()

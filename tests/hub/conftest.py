@@ -1,57 +1,15 @@
 """A loopback Hub, and children that know no other."""
 
-import json
-import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from tests.cli.toy import save_toy
-from tests.hub.server import Hub, serving
+from tests.helpers.commands import Command, child
+from tests.helpers.hub import Hub, serving
+from tests.helpers.toy_models import save_toy
 
 ROOT = Path(__file__).parents[2]
-
-
-class Answer(NamedTuple):
-    status: int
-    out: str
-    err: str
-
-
-Command = Callable[..., Answer]
-
-
-@contextmanager
-def child(home: Path, **environment: str) -> Iterator[Command]:
-    """A process in which commands can be run; it sees no token, no cache and no Hub but those stated."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
-    kept |= {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
-    process = subprocess.Popen(
-        [sys.executable, str(Path(__file__).parent / "child.py")],
-        env=kept | environment,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-
-    def run(*arguments: object) -> Answer:
-        process.stdin.write(json.dumps([str(argument) for argument in arguments]) + "\n")
-        process.stdin.flush()
-        return Answer(**json.loads(process.stdout.readline()))
-
-    try:
-        yield run
-    finally:
-        process.stdin.close()
-        process.wait(60)
-        process.stdout.close()
 
 
 @pytest.fixture(scope="session")

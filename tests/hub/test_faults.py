@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from namex_hf import patch_checkpoint
-from tests.hub.conftest import Answer, Command, child
-from tests.hub.server import Fault, Hub
+from tests.helpers.commands import Answer, Command, child
+from tests.helpers.hub import Fault, Hub
 
 TOKEN = "hf_" + "secret0123456789abcdef"
 HTML, JSON = {"Content-Type": "text/html; charset=utf-8"}, {"Content-Type": "application/json"}

@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from namex_hf import patch_checkpoint
-from tests.cli.toy import change_config
-from tests.hub.conftest import Answer, Command, child
-from tests.hub.server import Hub
+from tests.helpers.checkpoints import change_config
+from tests.helpers.commands import Answer, Command, child
+from tests.helpers.hub import Hub
 
 Publish = Callable[..., str]
 

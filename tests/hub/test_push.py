@@ -14,12 +14,9 @@ from namex_hf import patch_checkpoint
 from namex_hf.checkpoint.folder import check_whole
 from namex_hf.files import INDEX
 from namex_hf.models import load_patched
-from tests.hub.conftest import Answer, Command
-from tests.hub.server import Hub
-from tests.odd_checkpoints import all_files
-
-TOKEN = "hf_" + "secret0123456789abcdef"
-WRONG = "hf_" + "wrong0123456789abcdefg"
+from tests.helpers.checkpoints import all_files
+from tests.helpers.commands import TOKEN, WRONG, Command, assert_refused
+from tests.helpers.hub import Hub
 
 
 @pytest.fixture(scope="session")
@@ -43,18 +40,6 @@ def me(hub: Hub, online: Command) -> Iterator[Command]:
     assert online("token", TOKEN).status == 0
     yield online
     online("token")
-
-
-def assert_refused(answer: Answer, *says: str) -> None:
-    assert answer.status == 2, answer
-    assert answer.out == ""
-    *shown, last = answer.err.splitlines()
-    assert last.startswith(("namex-push: error: ", "namex-patch: error: ")), answer.err
-    assert not any("Traceback" in line or "rror" in line for line in shown), answer.err
-    for text in says:
-        assert text in last
-    for token in (TOKEN, WRONG):
-        assert token not in answer.err
 
 
 def pushed(hub: Hub, name: str) -> set[str]:

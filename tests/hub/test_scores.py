@@ -17,9 +17,8 @@ from namex_hf.harness.paired import difference
 from namex_hf.harness.report import Model, Score, ZeroShotReport
 from namex_hf.hub.scores import read_evaluation, row_of, with_scores
 from namex_hf.report.report import Report
-from tests.hub.conftest import Command
-from tests.hub.server import Hub
-from tests.hub.test_push import assert_refused
+from tests.helpers.commands import Command, assert_refused
+from tests.helpers.hub import Hub
 
 
 @pytest.fixture(scope="session")

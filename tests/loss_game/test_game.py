@@ -3,11 +3,16 @@
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from game import by_losses, curved_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from members_on_text import (
+from scipy.optimize import minimize
+
+from namex_hf.merging.curvature import second_moment
+from namex_hf.merging.members import GAMES, merge_members
+from namex_hf.merging.routing import TokenRouting
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.groups import (
     ALIGN,
     EXPERTS,
     INPUTS,
@@ -21,12 +26,8 @@ from members_on_text import (
     moments,
     tuning,
 )
-from scipy.optimize import minimize
-from small_mixtures import PROJECTIONS, WIDTH, draws, random_experts, random_routing, usage64
-
-from namex_hf.merging.curvature import second_moment
-from namex_hf.merging.members import GAMES, merge_members
-from namex_hf.merging.routing import TokenRouting
+from tests.helpers.mixtures import WIDTH, draws, random_experts, random_routing, usage64
+from tests.helpers.reference import double
 
 EVERY_WAY = every_way(point=("zero", "mean"), metric=("calibrated",), power=POWER)
 

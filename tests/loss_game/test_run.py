@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from calibrated_runs import TOKENS, live, load, logits, recipe_on
 from game import by_losses
-from odd_checkpoints import differing, experts_field, read_config, read_tensors, same_bits, write_words
 
 from namex_hf import patch_checkpoint
 from namex_hf.commands.compare import main as compare
 from namex_hf.commands.patch import main as patch
 from namex_hf.errors import RecipeError
 from namex_hf.merging.members import GAMES
+from tests.helpers.checkpoints import differing, experts_field, read_config, read_tensors, same_bits
+from tests.helpers.runs import TOKENS, live, load, logits, recipe_on
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "experiments" / "loss_game" / "run.py"
@@ -27,11 +27,6 @@ REFUSED = (
     "recipe field 'metric' is 'calibrated', the game over losses, which is an experiment: in a checkout of the sources "
     "use 'python experiments/loss_game/run.py patch' (or compare) with the same arguments; accepted here: euclidean"
 )
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 1)
 
 
 def run(command: str, source: Path, out: Path, *options: object) -> None:

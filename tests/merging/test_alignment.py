@@ -5,15 +5,24 @@ from itertools import permutations
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import WIDTH, draws, expert_at, neurons64, random_experts, random_routing, random_tokens, weights_of
 from torch.nn.functional import silu
 
 from namex_hf.merging import alignment
 from namex_hf.merging.alignment import layer_orders, order_by_activations, order_by_weights, permuted
 from namex_hf.merging.routing import TokenRouting, expert_output
+from tests.helpers.mixtures import (
+    WIDTH,
+    draws,
+    expert_at,
+    neurons64,
+    random_experts,
+    random_routing,
+    random_tokens,
+    weights_of,
+)
+from tests.helpers.reference import double
 
 INPUTS = random_tokens(30, 0)
 quick = settings(max_examples=25, deadline=None, derandomize=True)

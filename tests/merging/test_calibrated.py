@@ -6,20 +6,6 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
-from small_mixtures import (
-    HIDDEN,
-    PROJECTIONS,
-    answers64,
-    draws,
-    gates64,
-    output64,
-    random_experts,
-    random_tokens,
-    saliency64,
-    shared64,
-    usage64,
-)
 from torch.nn.functional import silu
 
 from namex_hf.merging import calibrated
@@ -33,6 +19,20 @@ from namex_hf.merging.moe_layer import MoELayer, Text
 from namex_hf.merging.router_fit import RouterProblem
 from namex_hf.merging.settings import FitSettings
 from namex_hf.recipe import Recipe
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.mixtures import (
+    HIDDEN,
+    answers64,
+    draws,
+    gates64,
+    output64,
+    random_experts,
+    random_tokens,
+    saliency64,
+    shared64,
+    usage64,
+)
+from tests.helpers.reference import double
 
 EXPERTS, TOP_K, SEQUENCES, LENGTH = 6, 2, 4, 40
 GROUPINGS = ("damage", "outputs", "router", "weights")

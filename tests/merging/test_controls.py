@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from float64_reference import double
-from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, answers64, draws, neurons64, random_tokens, weights_of
-from small_mixtures import random_experts as experts_of
 
 from namex_hf.merging.controls import random_experts, shared_experts
 from namex_hf.merging.experts import ExpertWeights
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.mixtures import HIDDEN, WIDTH, answers64, draws, neurons64, random_tokens, weights_of
+from tests.helpers.mixtures import random_experts as experts_of
+from tests.helpers.reference import double
 
 SLICES = 3
 

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import draws
 
 from namex_hf.merging.curvature import CurvedSum, second_moment, with_ridge
+from tests.helpers.mixtures import draws
+from tests.helpers.reference import double
 
 ROWS, COLUMNS = 4, 5
 quick = settings(max_examples=40, deadline=None, derandomize=True)

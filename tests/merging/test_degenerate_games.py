@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from small_mixtures import weights_of
 
 from namex_hf.merging.experts import PROJECTIONS, ExpertWeights
 from namex_hf.merging.propagation import PropagationState, PropagationStep, propagate
 from namex_hf.recipe import Recipe
+from tests.helpers.mixtures import weights_of
 
 E1, E2, E3 = torch.eye(3).view(3, 1, 3)
 OPPOSED = (E1, -E1, E2)

@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 import torch
-from float64_reference import curvatures, double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import HIDDEN, WIDTH, draws, expert_at, gates64, neurons64, random_experts, random_tokens
 from torch.nn.functional import silu
 
 from namex_hf.merging.directions import LayerCurvature, Leading, Spans, layer_curvature, spans
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import TokenRouting
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, expert_at, gates64, neurons64, random_experts, random_tokens
+from tests.helpers.reference import curvatures, double
 
 COLUMNS = 6
 quick = settings(max_examples=40, deadline=None, derandomize=True)

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
-from small_mixtures import HIDDEN, PROJECTIONS, WIDTH, draws, expert_at, random_experts, random_tokens
 from torch.nn.functional import relu
 
 from namex_hf.merging.alignment import permuted
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import expert_output
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, expert_at, random_experts, random_tokens
+from tests.helpers.reference import double
 
 
 def biased(gated: bool) -> ExpertWeights:

@@ -5,13 +5,13 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
-from small_mixtures import HIDDEN, answers64, gates64, random_experts, random_routing, random_tokens
 
 from namex_hf.merging.grouping import average_linkage, groups_by_damage, groups_by_outputs, groups_by_router
+from tests.helpers.mixtures import HIDDEN, answers64, gates64, random_experts, random_routing, random_tokens
+from tests.helpers.reference import double
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)

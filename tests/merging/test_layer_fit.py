@@ -8,24 +8,15 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
-from small_mixtures import (
-    HIDDEN,
-    PROJECTIONS,
-    WIDTH,
-    answers64,
-    draws,
-    random_experts,
-    random_tokens,
-    shared64,
-    weights_of,
-)
 from torch.nn.functional import silu
 
 from namex_hf.merging import layer_fit
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.layer_fit import Descent, FitParameters, LayerFit, Problem, fit_layer
 from namex_hf.merging.settings import FitSettings
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.mixtures import HIDDEN, WIDTH, answers64, draws, random_experts, random_tokens, shared64, weights_of
+from tests.helpers.reference import double
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 320
 INPUTS = random_tokens(TOKENS, 0)

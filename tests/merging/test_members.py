@@ -3,8 +3,12 @@
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
-from members_on_text import (
+
+from namex_hf.merging.alignment import permuted
+from namex_hf.merging.members import merge_members
+from namex_hf.merging.weightings import WEIGHTINGS
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.groups import (
     ALIGN,
     CURVATURE,
     EXPERTS,
@@ -17,20 +21,8 @@ from members_on_text import (
     moments,
     tuning,
 )
-from small_mixtures import (
-    PROJECTIONS,
-    WIDTH,
-    draws,
-    expert_at,
-    gates64,
-    random_experts,
-    saliency64,
-    usage64,
-)
-
-from namex_hf.merging.alignment import permuted
-from namex_hf.merging.members import merge_members
-from namex_hf.merging.weightings import WEIGHTINGS
+from tests.helpers.mixtures import WIDTH, draws, expert_at, gates64, random_experts, saliency64, usage64
+from tests.helpers.reference import double
 
 EVERY_WAY = every_way(
     weighting=tuple(WEIGHTINGS), point=("zero", "mean"), curvature=CURVATURE, power=("equal", "usage")

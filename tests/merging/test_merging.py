@@ -4,10 +4,8 @@ import hypothesis.extra.numpy as arrays
 import numpy as np
 import pytest
 import torch
-from float64_reference import double, games, merged_group, nash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import expert_at, weights_of
 
 from namex_hf.merging.combine import average_rows, merged_expert, play
 from namex_hf.merging.experts import PROJECTIONS, ExpertWeights, NotFiniteError, games_of, grams, weighted_step
@@ -15,6 +13,8 @@ from namex_hf.merging.grouping import groups_by_weights
 from namex_hf.merging.mass import expected_mass
 from namex_hf.merging.propagation import PropagationState, propagate
 from namex_hf.recipe import Game, Grouped, GroupGame, Propagation, Residual
+from tests.helpers.mixtures import expert_at, weights_of
+from tests.helpers.reference import double, games, merged_group, nash
 
 WIDTH, HIDDEN = 5, 6
 GRANULARITIES = ("matrix", "expert")

@@ -6,10 +6,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_mixtures import (
+from torch.nn.functional import silu
+
+from namex_hf.merging.moe_layer import MoELayer
+from namex_hf.merging.refit import refit_downs, refitted_down
+from namex_hf.merging.routing import TokenRouting
+from tests.helpers.mixtures import (
     HIDDEN,
     WIDTH,
     draws,
@@ -21,11 +25,7 @@ from small_mixtures import (
     random_routing,
     random_tokens,
 )
-from torch.nn.functional import silu
-
-from namex_hf.merging.moe_layer import MoELayer
-from namex_hf.merging.refit import refit_downs, refitted_down
-from namex_hf.merging.routing import TokenRouting
+from tests.helpers.reference import double
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 60
 quick = settings(max_examples=30, deadline=None, derandomize=True)

@@ -11,7 +11,7 @@ from namex_hf.errors import RecipeError, UsageError
 from namex_hf.merging.weightings import WEIGHTINGS, ExpertStatistics, Weights
 from namex_hf.recipe import choices
 from namex_hf.report.report import Report
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 FIRST = {"merge": "grouped", "experts": 2, "weighting": "first"}
 MODULE = """

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
-from small_mixtures import HIDDEN, answers64, draws, expert_at, gates64, output64, random_experts, random_tokens
 from torch.nn.functional import silu
 
 from namex_hf.merging.moe_layer import MoELayer
 from namex_hf.merging.router_fit import OutputProducts, RouterFit, RouterProblem, fit_router, output_products
 from namex_hf.merging.routing import expert_output, gate_values, route
 from namex_hf.merging.settings import FitSettings
+from tests.helpers.mixtures import HIDDEN, answers64, draws, expert_at, gates64, output64, random_experts, random_tokens
+from tests.helpers.reference import double
 
 EXPERTS, TOP_K, TOKENS = 5, 2, 600
 MODELS = random_experts(EXPERTS, 0)

@@ -6,11 +6,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
-from small_mixtures import draws
 
 from namex_hf.merging.routers import (
     SHARPEST,
@@ -25,6 +23,8 @@ from namex_hf.merging.routers import (
     scale_by_norms,
 )
 from namex_hf.merging.routing import TokenRouting, route
+from tests.helpers.mixtures import draws
+from tests.helpers.reference import double
 
 SIZES = [(7, 16), (16, 7), (5, 5), (1, 4), (60, 64)]  # experts, hidden
 

@@ -3,14 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from small_mixtures import HIDDEN, WIDTH, draws, gates64, output64, random_experts, random_routing
-from small_mixtures import random_tokens as tokens
 from torch.nn.functional import silu
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import TokenRouting, gate_values, route, routed_output
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, gates64, output64, random_experts, random_routing
+from tests.helpers.mixtures import random_tokens as tokens
 
 EXPERTS, TOP_K, TOKENS = 7, 3, 50
 

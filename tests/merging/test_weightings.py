@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from small_mixtures import draws
 
 from namex_hf.merging.combine import shares
 from namex_hf.merging.weightings import WEIGHTINGS, ExpertStatistics, Weights
 from namex_hf.recipe import FIELDS, Grouped, GroupGame
+from tests.helpers.mixtures import draws
 
 PLAYERS = 5
 TAU = torch.randn(3, PLAYERS, 12, generator=draws(0), dtype=torch.float64)

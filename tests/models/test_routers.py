@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from namex_hf.models import PATCHED, load_patched
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.routers import ChosenRouting, CosineRouter, StableRouter
 from namex_hf.models.soft import SoftRouting
+from tests.helpers.reference import double
 
 FAMILIES, ROUTINGS, OTHERS = ["qwen2_moe", "deepseek"], ["linear", "cosine", "stable"], ["cosine", "stable"]
 EXPERTS, VOCABULARY, SEGMENT, TOP_K = 8, 61, 4, 3

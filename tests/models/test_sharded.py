@@ -1,6 +1,6 @@
 """Patched models under FSDP2 on two processes: the same step as on one, and no layer reads another layer's parameters.
 
-`sharded_child.py` goes through accelerate's own preparation, as a `Trainer` does.
+`sharded_child.py` of the helpers goes through accelerate's own preparation, as a `Trainer` does.
 """
 
 import json
@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from namex_hf import Recipe, load_patched, patch_checkpoint
-from tests.helpers.process import run_pair
+from tests.helpers.process import HELPERS, run_pair
 
 PROCESSES, BATCH, LENGTH, VOCABULARY = 2, 4, 96, 4096
 RECIPES = {
@@ -62,7 +62,7 @@ def steps(folders, tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
         for number, job in enumerate(JOBS)
     ]
     (out / "jobs.json").write_text(json.dumps(jobs))
-    run_pair(Path(__file__).with_name("sharded_child.py"), [out / "jobs.json", out], out)
+    run_pair(HELPERS / "sharded_child.py", [out / "jobs.json", out], out)
     return [
         Step(
             [json.loads((out / f"{number}.{rank}.json").read_text()) for rank in range(PROCESSES)],

@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from float64_reference import curvatures, curved_mean, double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -15,6 +14,7 @@ from namex_hf.errors import CheckpointError
 from namex_hf.models import PATCHED, load_patched, soft
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.soft_curvature import CalibratedCurvature, Directions
+from tests.helpers.reference import curvatures, curved_mean, double
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 SEGMENT, EXPERTS = 4, 8

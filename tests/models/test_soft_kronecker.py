@@ -7,7 +7,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -17,6 +16,7 @@ from namex_hf.errors import CheckpointError
 from namex_hf.models import PATCHED, load_patched, soft
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.soft_kronecker import Factors, KroneckerCurvature, curved, factor_pair, kronecker_parameters
+from tests.helpers.reference import double
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 SEGMENT, EXPERTS, HIDDEN, WIDTH = 4, 8, 32, 16

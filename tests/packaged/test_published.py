@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.models import remote_code
-from tests.models.test_remote_code import child
+from tests.helpers.absent import child
 
 MODELS = ("tiny", "tiny-deepseek")
 OPEN = """

@@ -1,11 +1,10 @@
-"""A checkpoint on which a run takes long enough to be met in the middle, and text for calibration."""
+"""A checkpoint on which a run takes long enough to be met in the middle."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from odd_checkpoints import write_words
 
 
 @pytest.fixture
@@ -13,9 +12,3 @@ def long_checkpoint(odd: Callable[..., Path]) -> Path:
     """Thirteen layers, twelve of them mixtures, in five shards over which every layer is scattered."""
     sizes = {"hidden_size": 64, "moe_intermediate_size": 48, "num_hidden_layers": 13}
     return odd("deepseek", torch.bfloat16, shards=5, tokenizer=True, **sizes)
-
-
-@pytest.fixture(scope="session")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Calibration text for odd checkpoints; not to be changed."""
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 1)

@@ -5,8 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from float64_reference import assert_rounded, base_experts
-from odd_checkpoints import PROJECTIONS, odd_checkpoint, read_tensors, rewrite_tensors, settled_files
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -14,6 +12,9 @@ from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.models.modeling_namex_deepseek import SoftDeepseekMoeBlock
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import PROJECTIONS, read_tensors, rewrite_tensors, settled_files
+from tests.helpers.reference import assert_rounded, base_experts
+from tests.helpers.toy_models import odd_checkpoint
 
 ROWS: list[tuple[str, torch.dtype, dict[str, Any], dict[str, Any]]] = [
     ("qwen2_moe", torch.bfloat16, {}, {"base": "first"}),

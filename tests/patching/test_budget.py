@@ -9,9 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated_runs import PROBE, live, load, logits, recipe_on
-from killing import Killing, start
-from odd_checkpoints import differing, moe_layers, read_config, same_bits, settled_files
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import namex_hf.patching.live as live_module
@@ -23,6 +20,9 @@ from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.families import original_family
 from namex_hf.patching.budget import dealt_out, shorter, spend
 from namex_hf.patching.text import text_for
+from tests.helpers.checkpoints import differing, moe_layers, read_config, same_bits, settled_files
+from tests.helpers.killing import Killing, start
+from tests.helpers.runs import PROBE, live, load, logits, recipe_on
 
 FAMILIES = ("qwen2_moe", "deepseek")
 UNEQUAL = {"fit": "router", "budget": "damage"}

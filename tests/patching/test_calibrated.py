@@ -5,26 +5,12 @@ import random
 import subprocess
 import sys
 import weakref
-from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from calibrated_runs import PROBE, TOKENS, live, load, logits, recipe_on
-from odd_checkpoints import (
-    FAMILIES,
-    all_files,
-    differing,
-    experts_field,
-    moe_layers,
-    read_config,
-    read_tensors,
-    rewrite_tensors,
-    same_bits,
-    shared_name,
-)
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -34,59 +20,27 @@ from namex_hf.merging import calibrated as merging
 from namex_hf.patching import checkpoint_source
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import (
+    all_files,
+    differing,
+    moe_layers,
+    read_config,
+    read_tensors,
+    rewrite_tensors,
+    same_bits,
+    shared_name,
+)
+from tests.helpers.recipes import SHRUNK
+from tests.helpers.runs import PROBE, TOKENS, block_inputs, block_output, live, load, logits, recipe_on, refused
+from tests.helpers.toy_models import FAMILIES
 
 LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
-
-
-FORMS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
-    "qwen": ("qwen2_moe", torch.float32, {}),
-    "qwen-bf16-fused": ("qwen2_moe", torch.bfloat16, {"fuse": True}),
-    "deepseek-bf16": ("deepseek", torch.bfloat16, {}),
-    "deepseek-fused-renormalised": ("deepseek", torch.float32, {"fuse": True, "norm_topk_prob": True}),
-}
-RECIPES: dict[str, dict[str, Any]] = {
-    "fit": {"fit": "router"},
-    "before": {"fit": "router", "calibrate": "before"},
-    "diagonal": {"curvature": "diagonal"},
-    "hc-smoe": {"grouping": "outputs", "weighting": "usage"},
-    "gates": {"grouping": "router", "align": "weights", "disagreement": "mean", "power": "usage"},
-    "refit": {"down": "refit", "granularity": "expert"},
-    "one": {"fit": "router", "experts": 1},
-    "layer": {"fit": "layer"},
-    "original": {"fit": "router", "target": "model"},
-    "ream": {"grouping": "router", "weighting": "saliency", "align": "activations"},
-    "kept": {"fit": "router", "operator": "keep"},
-    "reap": {"operator": "keep", "grouping": "none", "weighting": "saliency", "down": "refit"},
-    "random": {"fit": "layer", "operator": "random"},
-    "shared": {"fit": "router", "operator": "shared", "down": "merge"},
-}
-ON_TWO_FORMS = ("layer", "original", "ream", "kept", "reap", "random", "shared")
-ROWS = [
-    (form, name)
-    for form, name in product(FORMS, RECIPES)
-    if name not in ON_TWO_FORMS or form in ("qwen-bf16-fused", "deepseek-fused-renormalised")
-]
-
-
-@pytest.mark.parametrize(("form", "name"), ROWS)
-def test_both_paths_agree(odd, words: Path, tmp_path: Path, form: str, name: str) -> None:
-    """The folder, loaded, and `patch_model` on the live original: the same class, numbers and logits, bit for bit."""
-    family, dtype, changes = FORMS[form]
-    source, recipe = odd(family, dtype, tokenizer=True, **changes), recipe_on(words, **RECIPES[name])
-    patch_checkpoint(source, tmp_path / "out", recipe)
-    stored, patched = load(tmp_path / "out"), live(source, recipe)
-    assert type(stored) is type(patched)
-    assert differing(stored.state_dict(), patched.state_dict()) == []
-    assert same_bits(logits(stored), logits(patched))
-    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_stored()
-    for field in (experts_field(read_config(source)), "num_experts_per_tok"):
-        assert getattr(stored.config, field) == getattr(patched.config, field) == recipe.to_dict()["experts"]
 
 
 def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:
     """No two recipes give the same experts: a choice that is ignored would pass every equality of paths."""
     source = odd("qwen2_moe", torch.float32, tokenizer=True)
-    recipes = {**RECIPES, "weights": {"power": "usage", "grouping": "weights"}, "seed": {"fit": "router", "seed": 1}}
+    recipes = {**SHRUNK, "weights": {"power": "usage", "grouping": "weights"}, "seed": {"fit": "router", "seed": 1}}
     recipes |= {
         "longer": {"fit": "router", "calibration_tokens": 2 * TOKENS},
         "steps": {"fit": "router", "fit_steps": 60},
@@ -132,7 +86,7 @@ def test_kept_experts_are_those_of_the_source(odd, words: Path, tmp_path: Path, 
 def test_a_control_begins_at_its_own_layer_s_shared_expert(odd, words: Path, tmp_path: Path, family: str) -> None:
     """Of three slices four experts, which a fit of the rows leaves alone."""
     source = odd(family, torch.bfloat16, tokenizer=True)
-    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **{**RECIPES["shared"], "experts": 4}))
+    patch_checkpoint(source, tmp_path / "out", recipe_on(words, **{**SHRUNK["shared"], "experts": 4}))
     before, after = read_tensors(source), read_tensors(tmp_path / "out")
     for layer, number in product(moe_layers(read_config(source)), range(4)):
         block, part = f"model.layers.{layer}.mlp", slice(number % 3 * 8, number % 3 * 8 + 8)
@@ -155,26 +109,6 @@ def test_the_seed_draws_batches_too(odd, tmp_path: Path) -> None:
     ]
     assert reports[0].run["calibration"] == reports[1].run["calibration"]
     assert differing(read_tensors(tmp_path / "0"), read_tensors(tmp_path / "1"))
-
-
-@torch.no_grad()
-def block_output(model: Any, layer: int, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Routed output of a layer ``[sequences, length, hidden]``, the experts chosen and their gate values."""
-    block, seen = model.model.layers[layer].mlp, []
-    handle = block.experts.register_forward_hook(lambda module, given, output: seen.append((*given[1:], output)))
-    block(inputs)
-    handle.remove()
-    index, value, output = seen[0]
-    return output.view(inputs.shape), index, value
-
-
-@torch.no_grad()
-def block_inputs(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
-    seen: list[torch.Tensor] = []
-    handle = model.model.layers[layer].mlp.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
-    model(ids)
-    handle.remove()
-    return seen[0]
 
 
 @torch.no_grad()
@@ -319,12 +253,6 @@ def test_progress_names_layer_and_stage(odd, words: Path, tmp_path: Path) -> Non
     done = [done for _, done, _ in told]
     assert done == sorted(done)
     assert told[-1][1] == told[-1][2] == sum(tensor.nbytes for tensor in read_tensors(source).values())
-
-
-def refused(source: Path, out: Path, recipe: Recipe, error: type[Exception], says: str) -> None:
-    with pytest.raises(error, match=says):
-        patch_checkpoint(source, out, recipe)
-    assert not out.exists()
 
 
 def test_text_that_cannot_be_had(odd, words: Path, tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import Killing, kill_after, run, settled, start
-from odd_checkpoints import all_files, settled_files, write_words
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, load_patched, patch_checkpoint
 from namex_hf.errors import CheckpointError, OutputError
+from tests.helpers.checkpoints import all_files, settled_files
+from tests.helpers.killing import Killing, kill_after, run, settled, start
+from tests.helpers.toy_models import write_words
 
 OPTIONS: dict[str, Any] = {"shard_size": "100KB", "export_as": "qwen2_moe"}
 STREAM = ".namex/arrived.safetensors"

@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from float64_reference import Matrices, experts_at, own_base
-from odd_checkpoints import PROJECTIONS, aligned, differing, moe_layers, read_config, read_tensors, same_bits
 from safetensors.torch import load_file
 
 from namex_hf import Recipe, load_patched, patch_checkpoint
+from tests.helpers.checkpoints import PROJECTIONS, aligned, differing, moe_layers, read_config, read_tensors, same_bits
+from tests.helpers.reference import Matrices, experts_at, own_base
 
 SEGMENT = 4
 

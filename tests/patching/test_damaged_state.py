@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from odd_checkpoints import settled_files
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import OutputError
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import settled_files
 
 SHARD_SIZE = "100KB"
 

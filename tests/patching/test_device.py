@@ -10,7 +10,7 @@ from namex_hf.checkpoint.folder import OutputFolder
 from namex_hf.errors import OutputError, RecipeError
 from namex_hf.patching.device import available, best_of, on_device
 from namex_hf.progress import ProgressEvent
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 RUN = {"recipe": {"gamma": 1.0}}
 

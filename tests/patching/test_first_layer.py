@@ -7,14 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from calibrated_runs import live, load, logits
-from odd_checkpoints import PROJECTIONS, differing, moe_layers, read_config, read_tensors, same_bits, settled_files
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import RecipeError
 from namex_hf.patching.plan import make_plan
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import (
+    PROJECTIONS,
+    differing,
+    moe_layers,
+    read_config,
+    read_tensors,
+    same_bits,
+    settled_files,
+)
+from tests.helpers.runs import live, load, logits
 
 PLAIN: list[tuple[str, dict[str, Any]]] = [
     ("qwen2_moe", {}),

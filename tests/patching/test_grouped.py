@@ -9,26 +9,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import assert_rounded, average_linkage, double, experts_at, merged_group, routed_mass
-from odd_checkpoints import (
-    FAMILIES,
+from transformers import AutoModelForCausalLM
+
+from namex_hf import Recipe, patch_checkpoint
+from namex_hf.errors import FamilyError
+from tests.helpers.checkpoints import (
     PROJECTIONS,
-    VOCAB,
     aligned,
     differing,
     experts_field,
     moe_layers,
-    odd_config,
-    odd_tensors,
     read_config,
     read_tensors,
     same_bits,
     write_folder,
 )
-from transformers import AutoModelForCausalLM
-
-from namex_hf import Recipe, patch_checkpoint
-from namex_hf.errors import FamilyError
+from tests.helpers.reference import assert_rounded, average_linkage, double, experts_at, merged_group, routed_mass
+from tests.helpers.toy_models import FAMILIES, VOCAB, odd_config, toy_tensors
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -125,7 +122,7 @@ def test_counts(odd, tmp_path: Path, family: str, experts: int, top_k: int) -> N
 def test_equal_experts_become_one_without_change(tmp_path: Path) -> None:
     """Copies of one expert: no game can be agreed on, plain averages stand in, and the average is the expert."""
     config = odd_config("qwen2_moe", torch.float32, norm_topk_prob=True)
-    tensors = odd_tensors(config, torch.float32)
+    tensors = toy_tensors(config, torch.float32)
     for layer in moe_layers(config):
         for expert in range(1, 7):
             for name in PROJECTIONS:

@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,26 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import Matrices, assert_rounded, base_experts, double, experts_at
-from killing import Killing, kill_after, run, settled, start
-from odd_checkpoints import (
-    FAMILIES,
-    INDEX,
-    PROJECTIONS,
-    Tensors,
-    add_tokenizer,
-    differing,
-    fused,
-    moe_layers,
-    odd_config,
-    odd_tensors,
-    read_config,
-    read_tensors,
-    rewrite_tensors,
-    same_bits,
-    settled_files,
-    write_folder,
-)
 from safetensors.torch import load_file
 from scipy.optimize import linear_sum_assignment
 from transformers import AutoTokenizer
@@ -43,12 +22,26 @@ from namex_hf.patching.estimate import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
-from tests.patching.test_calibrated import block_inputs, block_output, live, load, logits, refused
-from tests.patching.test_killed import TRIES, is_clean, is_no_model
+from tests.helpers.checkpoints import (
+    INDEX,
+    PROJECTIONS,
+    Tensors,
+    differing,
+    moe_layers,
+    read_config,
+    read_tensors,
+    rewrite_tensors,
+    same_bits,
+    settled_files,
+    write_folder,
+)
+from tests.helpers.killing import TRIES, Killing, is_clean, is_no_model, kill_after, run, settled, start
+from tests.helpers.recipes import CURVED, CURVES, MOMENTUM
+from tests.helpers.reference import Matrices, assert_rounded, base_experts, double, experts_at
+from tests.helpers.runs import block_inputs, block_output, live, load, refused
+from tests.helpers.toy_models import FAMILIES, add_tokenizer, fused, odd_config, toy_tensors
 
 TOKENS = 1024
-CURVED: dict[str, Any] = {"curvature": "calibrated"}
-MOMENTUM: dict[str, Any] = {"momentum": "complex", "beta": "0.9,0.5"}
 
 
 def recipe_on(words: Path, **fields: Any) -> Recipe:
@@ -63,37 +56,6 @@ FORMS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "deepseek-fused-bf16": ("deepseek", torch.bfloat16, {"fuse": True}),
     "deepseek-renormalised": ("deepseek", torch.float32, {"norm_topk_prob": True}),
 }
-RECIPES: dict[str, dict[str, Any]] = {
-    "namex-full": CURVED,
-    "namex": {**CURVED, "method": "namex", "base": "first"},
-    "ep-camex": {**CURVED, "method": "ep-camex", **MOMENTUM},
-    "camex": {**CURVED, "method": "camex", "base": "mean"},
-    "smear": {**CURVED, "method": "smear"},
-    "not-aligned": {**CURVED, "align": "none"},
-    "by-weights": {**CURVED, "align": "weights"},
-    "identity": {"align": "activations"},
-    "identity-by-weights": {"align": "weights"},
-    "before": {**CURVED, "calibrate": "before"},
-    "rank-1": {**CURVED, "rank": 1},
-    "rank-3": {**CURVED, "rank": 3},
-    "previous": {**CURVED, "routing_span": "previous"},
-}
-# Every recipe in both families and both dtypes, and every form with half of the recipes.
-HALVES = (("qwen-fused", "deepseek-fused-bf16"), ("qwen-bf16", "deepseek-renormalised"))
-PAIRS = [(name, form) for number, name in enumerate(RECIPES) for form in HALVES[number % 2]]
-
-
-@pytest.mark.parametrize(("name", "form"), PAIRS)
-def test_both_paths_agree(odd, words: Path, tmp_path: Path, name: str, form: str) -> None:
-    """The folder, loaded, and `patch_model` on the live original: the same class, numbers and logits, bit for bit."""
-    family, dtype, changes = FORMS[form]
-    source, recipe = odd(family, dtype, tokenizer=True, **changes), recipe_on(words, **RECIPES[name])
-    patch_checkpoint(source, tmp_path / "out", recipe)
-    stored, patched = load(tmp_path / "out"), live(source, recipe)
-    assert type(stored) is type(patched)
-    assert differing(stored.state_dict(), patched.state_dict()) == []
-    assert same_bits(logits(stored), logits(patched))
-    assert stored.config.namex == patched.config.namex == replace(recipe, calibration_data=words.name).to_stored()
 
 
 def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:
@@ -102,7 +64,7 @@ def test_every_choice_is_heard(odd, words: Path, tmp_path: Path) -> None:
     The last ones decide how the model speaks, and are heard in what the layers above have measured.
     """
     source = odd("qwen2_moe", torch.float32, tokenizer=True)
-    recipes = {**RECIPES, "steady": {**CURVED, "method": "ep-camex"}, "plain": {}, "first": {**CURVED, "base": "first"}}
+    recipes = {**CURVES, "steady": {**CURVED, "method": "ep-camex"}, "plain": {}, "first": {**CURVED, "base": "first"}}
     others: dict[str, Any] = {"ridge": 0.1, "seed": 1, "calibration_tokens": 2 * TOKENS, "rank": 2, "gamma": 0.5}
     others |= {"segment": 16, "eta": 0.5, "top_k": 1}
     recipes |= {name: {**CURVED, name: value} for name, value in others.items()}
@@ -469,10 +431,10 @@ def test_progress_names_layer_and_stage(odd, words: Path, tmp_path: Path, fields
 
 
 SIZED: list[tuple[str, dict[str, Any]]] = [
-    ("qwen-bf16", RECIPES["namex-full"]),
-    ("deepseek-fused-bf16", RECIPES["smear"]),
-    ("qwen-fused", RECIPES["rank-3"]),
-    ("deepseek-renormalised", RECIPES["identity"]),
+    ("qwen-bf16", CURVES["namex-full"]),
+    ("deepseek-fused-bf16", CURVES["smear"]),
+    ("qwen-fused", CURVES["rank-3"]),
+    ("deepseek-renormalised", CURVES["identity"]),
     ("qwen-bf16", {"align": "weights", "method": "smear"}),
 ]
 
@@ -622,7 +584,7 @@ def test_damage(odd, words: Path, tmp_path: Path, method: str, align: str) -> No
 def test_without_shared_dtype(words: Path, tmp_path: Path, layout: str) -> None:
     """Routers and norms in float32 beside experts in bfloat16, as checkpoints have them."""
     config = odd_config("qwen2_moe", torch.bfloat16)
-    tensors = odd_tensors(config, torch.bfloat16)
+    tensors = toy_tensors(config, torch.bfloat16)
     tensors = {n: t.float() if "norm" in n or "mlp.gate." in n else t for n, t in tensors.items()}
     source = write_folder(tmp_path / "in", config, fused(config, tensors) if layout == "fused" else tensors, 2)
     add_tokenizer(source)

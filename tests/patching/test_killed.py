@@ -9,30 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from killing import kill_after, run, settled, start
-from odd_checkpoints import settled_files
-from transformers import AutoModelForCausalLM
 
 from namex_hf import Recipe, load_patched
 from namex_hf.commands import patch
-from namex_hf.errors import CheckpointError
 from namex_hf.progress import ProgressEvent
+from tests.helpers.checkpoints import settled_files
+from tests.helpers.killing import TRIES, is_clean, is_no_model, kill_after, run, settled, start
 from tests.helpers.process import SERVER
-
-TRIES = 5
-
-
-def is_no_model(out: Path) -> None:
-    """Neither transformers nor this package opens the folder."""
-    with pytest.raises((OSError, ValueError)):
-        AutoModelForCausalLM.from_pretrained(out)
-    with pytest.raises(CheckpointError):
-        load_patched(out)
-
-
-def is_clean(out: Path) -> None:
-    assert not (out / ".namex").exists()
-    assert not list(out.rglob("*.part"))
 
 
 def weights(out: Path) -> dict[str, int]:

@@ -7,7 +7,7 @@ import pytest
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.progress import ProgressEvent
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 
 class Stop(BaseException):

@@ -7,19 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import (
-    INDEX,
-    VOCAB,
-    aligned,
-    differing,
-    odd_config,
-    odd_tensors,
-    read_config,
-    read_tensors,
-    same_bits,
-    write_folder,
-    write_words,
-)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +14,8 @@ from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.patching.plan import make_plan
 from namex_hf.training.start import start_from
+from tests.helpers.checkpoints import INDEX, aligned, differing, read_config, read_tensors, same_bits, write_folder
+from tests.helpers.toy_models import VOCAB, odd_config, toy_tensors
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -37,7 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "soft-on-text": {"merge": "soft", "segment": 3, "align": "activations", "calibration_tokens": 512},
     "smoe": {"method": "smoe"},
     "grouped": {"merge": "grouped", "experts": 3},
-    "grouped-on-text": {"merge": "grouped", "experts": 3, "fit": "router", "calibration_tokens": 512},
+    "grouped-on-text": {"merge": "grouped", "experts": 3, "fit": "router", "fit_steps": 10, "calibration_tokens": 512},
 }
 
 
@@ -53,11 +42,6 @@ def load(folder: Path) -> Any:
 def recipe_of(name: str, words: Path) -> Recipe:
     values = RECIPES[name]
     return Recipe(**values, calibration_data=str(words)) if "calibration_tokens" in values else Recipe(**values)
-
-
-@pytest.fixture(scope="module")
-def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_words(tmp_path_factory.mktemp("text") / "words.txt", 1)
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
@@ -98,7 +82,7 @@ def test_an_untied_source_is_not_given_another_head(odd, tmp_path: Path) -> None
 def test_a_tied_source_with_a_head(tmp_path: Path, held: tuple[str, ...]) -> None:
     """The one tensor under the name of the head serves for both; two that differ are both used, as by transformers."""
     config = odd_config("qwen2_moe", torch.float32, tie_word_embeddings=True)
-    tensors = odd_tensors({**config, "tie_word_embeddings": False}, torch.float32)
+    tensors = toy_tensors({**config, "tie_word_embeddings": False}, torch.float32)
     source = write_folder(
         tmp_path / "model",
         config,

@@ -10,25 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import double
-from killing import Killing, run, start
-from odd_checkpoints import (
-    FAMILIES,
-    PROJECTIONS,
-    VOCAB,
-    Tensors,
-    add_tokenizer,
-    differing,
-    fused,
-    moe_layers,
-    odd_config,
-    odd_tensors,
-    read_config,
-    read_tensors,
-    same_bits,
-    settled_files,
-    write_folder,
-)
 from scipy.stats import entropy
 from transformers import AutoTokenizer
 
@@ -38,18 +19,25 @@ from namex_hf.errors import CalibrationError, RecipeError
 from namex_hf.patching.estimate import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from namex_hf.patching.text import text_for
-from tests.patching.test_calibrated import block_inputs, live, load, logits, refused
-from tests.patching.test_killed import is_clean, is_no_model
+from tests.helpers.checkpoints import (
+    PROJECTIONS,
+    Tensors,
+    differing,
+    moe_layers,
+    read_config,
+    read_tensors,
+    same_bits,
+    settled_files,
+    write_folder,
+)
+from tests.helpers.killing import Killing, is_clean, is_no_model, run, start
+from tests.helpers.recipes import BY_TEXT, COSINE, FITTED, GROUPED, KRONECKER, SOFT, STABLE
+from tests.helpers.reference import double
+from tests.helpers.runs import block_inputs, live, load, logits, refused
+from tests.helpers.toy_models import FAMILIES, VOCAB, add_tokenizer, fused, odd_config, toy_tensors
 
 TOKENS = 512
-COSINE: dict[str, Any] = {"routing": "cosine"}
-BY_TEXT: dict[str, Any] = {"routing": "cosine", "temperature": "entropy"}
-STABLE: dict[str, Any] = {"routing": "stable"}
-SOFT: dict[str, Any] = {"merge": "soft", "segment": 4}
-GROUPED: dict[str, Any] = {"merge": "grouped", "experts": 4}
-FITTED: dict[str, Any] = {**GROUPED, "fit": "router", "fit_steps": 20}
 CURVED: dict[str, Any] = {**SOFT, "curvature": "calibrated", "rank": 2}
-KRONECKER: dict[str, Any] = {**SOFT, "curvature": "kronecker"}
 
 
 def recipe_on(words: Path, **fields: Any) -> Recipe:
@@ -70,47 +58,6 @@ FORMS: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "deepseek-fused-bf16": ("deepseek", torch.bfloat16, {"fuse": True}),
     "deepseek-many": ("deepseek", torch.float32, {"n_routed_experts": 20}),
 }
-RECIPES: dict[str, dict[str, Any]] = {
-    "cosine": {**COSINE, "method": "smoe"},
-    "cosine-grouped": {**COSINE, **GROUPED},
-    "entropy": {**BY_TEXT, "method": "smoe"},
-    "entropy-residual": {**BY_TEXT, "momentum": "complex", "beta": "0.9,0.5", "calibrate": "before"},
-    "entropy-curved": {**COSINE, **CURVED},
-    "entropy-fitted": {**COSINE, **FITTED},
-    "entropy-smear": {**BY_TEXT, **SOFT, "method": "smear"},
-    "stable-smoe": {**STABLE, "method": "smoe"},
-    "stable-curved": {**STABLE, **CURVED, "method": "camex", "base": "first"},
-    "stable-fitted": {**STABLE, **FITTED},
-    "stable-top-2": {**STABLE, **SOFT, "top_k": 2, "method": "smear"},
-    "kronecker": {**KRONECKER, "rank": 2, "seed": 5},
-    "kronecker-stable": {**KRONECKER, **STABLE, "rank": 2, "method": "smear"},
-    "kronecker-aligned": {**KRONECKER, **COSINE, "align": "activations", "method": "ep-camex"},
-}
-# Every recipe in both families, every form with half of the recipes.
-HALVES = (("qwen-fused", "deepseek-fused-bf16"), ("qwen-bf16", "deepseek-many"))
-PAIRS = [(name, form) for number, name in enumerate(RECIPES) for form in HALVES[number % 2]]
-
-
-@pytest.mark.parametrize(("name", "form"), PAIRS)
-def test_both_paths_agree(odd, words: Path, tmp_path: Path, name: str, form: str) -> None:
-    """The folder, loaded, and `patch_model` on the live original: the same class, numbers and logits, bit for bit.
-
-    What a run weighs is known before, and the disk that its state takes.
-    """
-    family, dtype, changes = FORMS[form]
-    source, recipe = odd(family, dtype, tokenizer=True, **changes), recipe_on(words, **RECIPES[name])
-    patch_checkpoint(source, tmp_path / "out", recipe)
-    stored, patched = load(tmp_path / "out"), live(source, recipe)
-    assert type(stored) is type(patched)
-    held = [{**model.state_dict(), **dict(model.named_buffers())} for model in (stored, patched)]
-    assert differing(*held) == []
-    assert same_bits(logits(stored), logits(patched))
-    told = recipe if not recipe.needs_text else replace(recipe, calibration_data=words.name)
-    assert stored.config.namex == patched.config.namex == told.to_stored()
-    written = read_tensors(tmp_path / "out")
-    floats = {tensor.dtype for name, tensor in written.items() if not name.endswith("stable_router.assignment")}
-    assert floats == {dtype}
-    assert make_plan(resolve(str(source)), recipe, "5GB").bytes_out == sum(t.nbytes for t in written.values())
 
 
 def test_no_choice_is_ignored(odd, words: Path, tmp_path: Path) -> None:
@@ -478,7 +425,7 @@ def test_without_shared_dtype(words: Path, tmp_path: Path, layout: str, fields: 
     """Routers and norms in float32 beside experts in bfloat16: a router's parts are as the router, curvature is as the
     experts, and the sizes are known."""
     config = odd_config("qwen2_moe", torch.bfloat16)
-    tensors = odd_tensors(config, torch.bfloat16)
+    tensors = toy_tensors(config, torch.bfloat16)
     tensors = {n: t.float() if "norm" in n or "mlp.gate." in n else t for n, t in tensors.items()}
     source = write_folder(tmp_path / "in", config, fused(config, tensors) if layout == "fused" else tensors, 2)
     add_tokenizer(source)

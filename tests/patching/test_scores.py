@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import settled_files
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import CheckpointError, RecipeError
+from tests.helpers.checkpoints import settled_files
 
 KEPT = {"operator": "keep", "grouping": "none", "weighting": "saliency"}
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import odd_checkpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint, patch_model
@@ -15,6 +14,7 @@ from namex_hf.errors import RecipeError
 from namex_hf.merging.moe_layer import MoELayer, Text
 from namex_hf.patching.text import text_for
 from namex_hf.patching.text_pass import TextPass
+from tests.helpers.toy_models import odd_checkpoint
 
 MODELS = ("tiny", "tiny-deepseek")
 

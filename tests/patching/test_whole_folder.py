@@ -6,23 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import (
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from namex_hf import Recipe, load_patched, patch_checkpoint
+from tests.helpers.checkpoints import (
     INDEX,
-    VOCAB,
     aligned,
     all_files,
     differing,
-    fused,
-    odd_config,
-    odd_tensors,
     read_config,
     read_tensors,
     same_bits,
     write_folder,
 )
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
+from tests.helpers.toy_models import VOCAB, fused, odd_config, toy_tensors
 
 TOKENS = torch.randint(3, VOCAB, (2, 9), generator=torch.Generator().manual_seed(3))
 
@@ -75,37 +72,6 @@ def test_index_counts_every_byte(odd, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
-@pytest.mark.parametrize(
-    ("dtype", "fuse", "recipe"),
-    [
-        (torch.float32, False, {}),
-        (torch.bfloat16, True, {"base": "shared", "every": 2, "disagreement": "mean"}),
-        (torch.bfloat16, False, {"method": "ep-camex", "base": "mean"}),
-        (torch.float16, False, {"method": "namex", "granularity": "expert", "base": "index:3"}),
-        (torch.float32, True, {"merge": "grouped", "experts": 3}),
-        (torch.bfloat16, False, {"merge": "grouped", "experts": 4, "weighting": "uniform"}),
-        (torch.bfloat16, False, {"merge": "grouped", "experts": 1, "granularity": "expert"}),
-        (torch.bfloat16, False, {"merge": "grouped", "experts": 7}),
-        (torch.bfloat16, False, {"method": "smoe"}),
-        (torch.float32, True, {"method": "camex", "base": "first"}),
-        (torch.bfloat16, False, {"method": "camex", "merge": "soft", "segment": 3}),
-        (torch.float16, True, {"method": "smear", "merge": "soft", "segment": 3}),
-        (torch.bfloat16, True, {"merge": "soft", "renormalise": True, "eta": 0.5}),
-    ],
-)
-def test_equal_to_the_live_model(odd, tmp_path: Path, family: str, dtype: torch.dtype, fuse: bool, recipe) -> None:
-    """The folder, loaded, and `patch_model` on the live original: the same class, numbers and logits, bit for bit."""
-    source = odd(family, dtype, fuse=fuse)
-    patch_checkpoint(source, tmp_path / "out", Recipe(**recipe))
-    stored, live = load(tmp_path / "out"), patch_model(load(source), Recipe(**recipe))
-    assert type(stored) is type(live)
-    assert differing(stored.state_dict(), live.state_dict()) == []
-    assert same_bits(logits(stored), logits(live))
-    assert stored.config.namex == live.config.namex == Recipe(**recipe).to_stored()
-    assert stored.config.num_experts_per_tok == live.config.num_experts_per_tok
-
-
-@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
 def test_smoe_is_the_original(odd, tmp_path: Path, family: str) -> None:
     """Nothing merged: the tensors and the logits of the original, in its own class."""
     source = odd(family, torch.bfloat16, fuse=True)
@@ -153,7 +119,7 @@ def test_nothing_stored_names_a_local_path(odd, tmp_path: Path) -> None:
 def test_without_shared_dtype(tmp_path: Path) -> None:
     """Tensors of other dtypes than the experts' are carried over as they are, fused or not."""
     config = odd_config("qwen2_moe", torch.bfloat16)
-    tensors = odd_tensors(config, torch.bfloat16)
+    tensors = toy_tensors(config, torch.bfloat16)
     tensors = {n: t.float() if "norm" in n or "mlp.gate." in n else t for n, t in tensors.items()}
     patch_checkpoint(write_folder(tmp_path / "one", config, tensors, 2), tmp_path / "a")
     patch_checkpoint(write_folder(tmp_path / "two", config, fused(config, tensors)), tmp_path / "b")

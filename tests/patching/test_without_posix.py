@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 # Other libraries take POSIX modules for granted where the system is not Windows, so these two alone do without.
 SCRIPT = """

@@ -24,7 +24,7 @@ from namex_hf.report.card_metadata import carried, put_block, read_block
 from namex_hf.report.card_text import fenced, one_line, plain, put_section, section
 from namex_hf.report.report import Report
 from namex_hf.training.scores import MEASURES, value
-from tests.cli.toy import save_toy
+from tests.helpers.toy_models import save_toy
 
 NASTY = (
     "a](javascript:x)|<img src=x onerror=alert(1)>\n---\nlicense: mit\n# b `c` **d** &amp; @all www.e.de http://f.de"

@@ -30,7 +30,7 @@ from namex_hf.report.pictures.usage import entropy
 from namex_hf.report.pictures.utilities import half_sphere, octant
 from namex_hf.report.pictures.weights import interactions, relative_weights
 from namex_hf.report.walks import distances
-from tests.report.conftest import CALIBRATED
+from tests.helpers.forms import CALIBRATED
 
 TOKENS = 1024
 WALKING = {"1-similarity", "2-weights", "3-walk", "4-utilities", "5-stability", "6-usage"}

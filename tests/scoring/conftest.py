@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 from transformers import AutoModelForCausalLM
 
-from tests.cli.toy import save_toy, toy_tokenizer
+from tests.helpers.toy_models import save_toy, toy_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,7 @@ import torch
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.routers import StableRouter
 from namex_hf.scoring.labelled import IGNORED, labelled_losses
-from tests.cli.toy import CLASSES, SIZES
+from tests.helpers.toy_models import COMMON, FAMILIES, toy_model
 
 PAD = 256
 RECIPES: dict[str, dict[str, Any] | None] = {
@@ -22,13 +22,11 @@ LENGTHS = (7, 23, 2, 16, 23, 9, 31, 5, 3, 12, 8)
 
 def make(family: str, recipe: str = "stock", **changes: Any) -> Any:
     """A random model that drops attention in training, and so shows in which mode it was asked."""
-    config, model, own = CLASSES[family]
-    torch.manual_seed(0)
-    made = model(config(**SIZES, **own, attention_dropout=0.5, **changes))
+    made = toy_model(family, attention_dropout=0.5, **changes)
     if RECIPES[recipe] is not None:
         patch_classes(made, dict(RECIPES[recipe] or {}))
     for router in (module for module in made.modules() if isinstance(module, StableRouter)):
-        router.assignment.copy_(torch.rand(SIZES["vocab_size"], 8).argsort(1)[:, :3])
+        router.assignment.copy_(torch.rand(COMMON["vocab_size"], 8).argsort(1)[:, :3])
     return made.eval()
 
 
@@ -54,7 +52,7 @@ def own_losses(model: Any, rows: list[dict[str, list[int]]]) -> torch.Tensor:
     return torch.stack(one_by_one).double()
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("training", [True, False])
 def test_equals_the_models_own_loss_row_by_row(family: str, recipe: str, training: bool):

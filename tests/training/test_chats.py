@@ -27,8 +27,8 @@ from namex_hf.training.chats import (
     file_chats,
     load_chats,
 )
-from tests.cli.toy import toy_tokenizer
-from tests.hub.server import serving
+from tests.helpers.hub import serving
+from tests.helpers.toy_models import toy_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SPLITS = ("train", "test")

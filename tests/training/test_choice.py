@@ -34,7 +34,7 @@ from namex_hf.training.choice import (
     whole_size,
 )
 from namex_hf.training.start import start_from
-from tests.cli.toy import CLASSES, SIZES
+from tests.helpers.toy_models import FAMILIES, toy_model
 
 RESIDUAL = {"merge": "residual"}
 KRONECKER = {"merge": "soft", "curvature": "kronecker", "rank": 2, "segment": 4}
@@ -56,9 +56,7 @@ def make(family: str, recipe: dict[str, Any] | None) -> Any:
     """A random model, the same at every call, of which the first is kept."""
     key = f"{family} {recipe}"
     if key not in MADE:
-        config, model, own = CLASSES[family]
-        torch.manual_seed(0)
-        MADE[key] = model(config(**SIZES, **own))
+        MADE[key] = toy_model(family)
         if recipe is not None:
             patch_classes(MADE[key], dict(recipe))
     return deepcopy(MADE[key]).eval()
@@ -81,7 +79,7 @@ def combinations(family: str, recipe: str) -> list[tuple[str, ...]]:
 
 COMBINATIONS = {
     f"{family}-{recipe}-{kinds[0] if len(kinds) == 1 else 'all'}": (family, recipe, kinds)
-    for family in CLASSES
+    for family in FAMILIES
     for recipe in RECIPES
     for kinds in combinations(family, recipe)
 }
@@ -139,7 +137,7 @@ def test_an_adapter_trains_what_was_named_and_nothing_else(family: str, recipe: 
     assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_matrix_of_a_kind_has_its_factors(family: str, recipe: str):
     model = adapted(make(family, RECIPES[recipe]), kinds_of(family, recipe))
@@ -169,7 +167,7 @@ def test_an_adapter_is_loaded_and_merged_as_it_was(family: str, recipe: str, kin
     assert set(merged.state_dict()) == set(own.state_dict())
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_changed_by_hand_travels_in_the_adapters_file(family: str, ids: torch.Tensor, tmp_path: Path):
     """The bargain writes to the base experts, which gradients need not reach."""
     model = adapted(make(family, KRONECKER), ("experts", "curvature"), carry_base=True)
@@ -197,7 +195,7 @@ def test_the_base_stays_at_home_where_nothing_changes_it(tmp_path: Path):
     assert {kind_of(name) for name in load_file(tmp_path / "adapter_model.safetensors")} == {"router"}
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
 def test_a_model_in_bfloat16_stays_one(family: str, ids: torch.Tensor):
     model = make(family, KRONECKER).to(torch.bfloat16)
     plain = logits(model, ids)
@@ -228,7 +226,7 @@ def test_dropout_with_experts_or_routers_is_refused(kinds):
 # Kinds as a whole
 
 
-@pytest.mark.parametrize("family", CLASSES)
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_counts_are_sums_by_hand(family: str, recipe: str):
     hidden, width, experts, vocabulary, layers = 16, 8, 8, 260, 3

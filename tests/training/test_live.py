@@ -8,37 +8,25 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Qwen2MoeConfig, TrainerControl, TrainerState
+from transformers import AutoModelForCausalLM, TrainerControl, TrainerState
 
 from namex_hf import Recipe, load_patched, patch_model
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import TrainingError
-from namex_hf.models.configuration_deepseek import DeepseekConfig
 from namex_hf.training.bargain import BargainCallback, rebargain, summary
 from namex_hf.training.gathered import experts_of, write_base
 from namex_hf.training.live import go_live, moe_blocks, refresh, settle, write_bases
+from tests.helpers.toy_models import toy_model
 
-SHARED = {
+SIZES = {
     "vocab_size": 41,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "moe_intermediate_size": 8,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 2,
-    "num_experts_per_tok": 3,
-    "norm_topk_prob": False,
-    "initializer_range": 0.3,  # so that every part shows
+    "pad_token_id": None,
     "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "num_hidden_layers": 4,
 }
-CONFIGS = {
-    # With a dense layer that the base has to pass by.
-    "qwen2_moe": lambda: Qwen2MoeConfig(
-        **SHARED, num_hidden_layers=4, mlp_only_layers=[2], num_experts=8, shared_expert_intermediate_size=16
-    ),
-    "deepseek": lambda: DeepseekConfig(
-        **SHARED, num_hidden_layers=4, n_routed_experts=8, n_shared_experts=2, first_k_dense_replace=1
-    ),
-}
+OWN = {"qwen2_moe": {"mlp_only_layers": [2]}, "deepseek": {}}
+"""With a dense layer that the base has to pass by."""
 MOMENTUM: dict[str, dict[str, Any]] = {
     "none": {},
     "real": {"momentum": "complex", "beta": "0.9"},
@@ -58,7 +46,7 @@ MERGES: dict[str, dict[str, Any]] = {
 }
 PARTS = ("gate_proj", "up_proj", "down_proj")
 over_forms = [
-    pytest.mark.parametrize("family", CONFIGS),
+    pytest.mark.parametrize("family", OWN),
     pytest.mark.parametrize("merge", MERGES.values(), ids=MERGES),
 ]
 
@@ -71,8 +59,7 @@ def over_all_forms(test):
 
 def patched(family: str, dtype: torch.dtype = torch.float32, **recipe: Any) -> Any:
     """Random, the same at every call, and as if it had been trained since it was patched."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family](), dtype=dtype)
+    model = toy_model(family, dtype, **{**SIZES, **OWN[family]})
     if dtype == torch.float64:
         model.set_experts_implementation("eager")  # the others know narrower dtypes alone
     return shaken(patch_model(model, Recipe(**{"gamma": 0.6, **recipe})))
@@ -499,7 +486,7 @@ def test_what_lora_adds_to_experts_walks_along(first):
 
 def test_what_has_no_walking_base_is_refused():
     def stock() -> Any:
-        return AutoModelForCausalLM.from_config(CONFIGS["qwen2_moe"](), dtype=torch.float32)
+        return toy_model("qwen2_moe", **SIZES)
 
     with pytest.raises(TrainingError, match="Qwen2MoeForCausalLM is not patched"):
         go_live(stock())

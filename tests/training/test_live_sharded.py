@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from namex_hf import Recipe, load_patched, patch_checkpoint
 from namex_hf.errors import TrainingError
 from namex_hf.training.live import go_live, refresh
-from tests.helpers.process import run_pair
+from tests.helpers.process import HELPERS, run_pair
 
 RECIPES = {
     "residual": ("tiny", Recipe(gamma=0.6, momentum="complex", beta="0.9,0.2618")),
@@ -57,7 +57,7 @@ def steps(folders, tmp_path_factory: pytest.TempPathFactory) -> list[Step]:
         for number, job in enumerate(JOBS)
     ]
     (out / "jobs.json").write_text(json.dumps(jobs))
-    run_pair(Path(__file__).with_name("live_child.py"), [out / "jobs.json", out], out)
+    run_pair(HELPERS / "live_child.py", [out / "jobs.json", out], out)
     return [
         Step(
             [json.loads((out / f"{number}.{rank}.json").read_text()) for rank in range(2)],

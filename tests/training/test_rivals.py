@@ -7,7 +7,7 @@ import pytest
 
 from namex_hf.recipe import Recipe, read_yaml
 from namex_hf.training.rivals import left_out, rival
-from tests.harness.conftest import module_of
+from tests.helpers.zero_shot import module_of
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("patches", "benchmarks/recipes", "eval/recipes", "experiments")

@@ -13,7 +13,7 @@ from scipy.stats import bootstrap
 from namex_hf.scoring.labelled import IGNORED
 from namex_hf.scoring.perplexity import held_out_texts
 from namex_hf.training.scores import MEASURES, TEXT_TOKENS, difference, differs, measure, value, verdict
-from tests.cli.toy import CLASSES, SIZES, toy_tokenizer
+from tests.helpers.toy_models import COMMON, toy_model, toy_tokenizer
 
 LOSSES = ("chats", "text")
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
@@ -176,10 +176,8 @@ def test_a_verdict_names_every_measure_once(models):
 @pytest.fixture(scope="module")
 def model() -> Any:
     """Random; every token ends its answers, which would go on for long otherwise."""
-    config, form, own = CLASSES["qwen2_moe"]
-    torch.manual_seed(0)
-    made = form(config(**SIZES, **own)).eval()
-    made.generation_config.eos_token_id = list(range(SIZES["vocab_size"]))
+    made = toy_model()
+    made.generation_config.eos_token_id = list(range(COMMON["vocab_size"]))
     return made
 
 

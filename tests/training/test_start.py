@@ -16,7 +16,8 @@ from namex_hf.errors import CalibrationError, CheckpointError, FamilyError, Reci
 from namex_hf.patching.patch import patch_checkpoint
 from namex_hf.recipe import Recipe
 from namex_hf.training.start import Start, dtype_of, start_from
-from tests.cli.toy import change_config, save_toy
+from tests.helpers.checkpoints import change_config
+from tests.helpers.toy_models import save_toy
 
 MODELS = ("tiny", "tiny-deepseek")
 RECIPES = {

@@ -5,16 +5,6 @@ from itertools import product
 
 import numpy as np
 import torch
-from float64_reference import double
-from small_mixtures import (
-    PROJECTIONS,
-    gates64,
-    neurons64,
-    random_routing,
-    random_tokens,
-    saliency64,
-    usage64,
-)
 from torch.nn.functional import silu
 
 from namex_hf.errors import RecipeError
@@ -23,6 +13,9 @@ from namex_hf.merging.members import Members, gather, merge_members
 from namex_hf.merging.routing import TokenRouting
 from namex_hf.merging.weightings import ExpertStatistics
 from namex_hf.recipe import Grouped, Recipe
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.mixtures import gates64, neurons64, random_routing, random_tokens, saliency64, usage64
+from tests.helpers.reference import double
 
 EXPERTS, TOKENS = 6, 120
 INPUTS, ROUTING = random_tokens(TOKENS, 0), random_routing(TOKENS, EXPERTS, 2, 0)

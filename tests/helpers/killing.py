@@ -10,8 +10,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from namex_hf import Recipe, patch_checkpoint
+import pytest
+from transformers import AutoModelForCausalLM
+
+from namex_hf import Recipe, load_patched, patch_checkpoint
 from namex_hf.checkpoint.folder import OutputFolder
+from namex_hf.errors import CheckpointError
 from namex_hf.progress import ProgressEvent
 from tests.helpers.process import SERVER
 
@@ -91,3 +95,20 @@ def _kill(process: BaseProcess, out: Path) -> bool:
     process.join()
     assert process.exitcode in (0, -9), f"the run on {out.name} ended by itself, with {process.exitcode}"
     return process.exitcode == -9 and out.exists() and not (out / "config.json").exists()
+
+
+TRIES = 5
+"""On a busy machine a signal may come when a run is over: so often it is begun again."""
+
+
+def is_no_model(out: Path) -> None:
+    """Neither transformers nor this package opens the folder."""
+    with pytest.raises((OSError, ValueError)):
+        AutoModelForCausalLM.from_pretrained(out)
+    with pytest.raises(CheckpointError):
+        load_patched(out)
+
+
+def is_clean(out: Path) -> None:
+    assert not (out / ".namex").exists()
+    assert not list(out.rglob("*.part"))

@@ -4,10 +4,10 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
-from float64_reference import double
 
 from namex_hf.merging.experts import PROJECTIONS, ExpertWeights
 from namex_hf.merging.routing import TokenRouting
+from tests.helpers.reference import double
 
 HIDDEN, WIDTH = 6, 5
 

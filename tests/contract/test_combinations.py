@@ -7,17 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from odd_checkpoints import (
-    FAMILIES,
-    PROJECTIONS,
-    VOCAB,
-    aligned,
-    differing,
-    experts_field,
-    moe_layers,
-    read_config,
-    read_tensors,
-)
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
@@ -25,6 +14,16 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import RecipeError
 from namex_hf.patching.plan import make_plan
 from namex_hf.recipe import FIELDS
+from tests.helpers.checkpoints import (
+    PROJECTIONS,
+    aligned,
+    differing,
+    experts_field,
+    moe_layers,
+    read_config,
+    read_tensors,
+)
+from tests.helpers.toy_models import FAMILIES, VOCAB
 
 MERGES = ("residual", "soft", "grouped")
 METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe")

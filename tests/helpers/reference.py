@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from odd_checkpoints import PROJECTIONS, experts_of, moe_layers, read_config, read_tensors, shared_name
 from scipy.optimize import least_squares, nnls
+
+from tests.helpers.checkpoints import PROJECTIONS, experts_of, moe_layers, read_config, read_tensors, shared_name
 
 Matrices = dict[str, np.ndarray]
 
