@@ -25,6 +25,8 @@ from ..merging.weightings import FALLBACK
 from .result import LayerResult, PipelineState, SavedResult
 
 ARRIVED, BUDGET, SHARDS = "arrived.safetensors", "budget.safetensors", "shards.json"
+FORMAT = "2"
+"""Of these files; release 0.1.0 stated none. A run with files of another format begins anew."""
 logger = logging.getLogger(__name__)
 
 
@@ -145,7 +147,7 @@ def _log_decisions(record: dict[str, Any]) -> None:
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
     text = json.dumps(record)
-    write_tensors(path, tensors, {"record": text, HASH: _hash(text, tensors)})
+    write_tensors(path, tensors, {"record": text, "format": FORMAT, HASH: _hash(text, tensors)})
 
 
 def _hash(record: str, tensors: dict[str, torch.Tensor]) -> str:
@@ -163,7 +165,7 @@ def _is_whole(path: Path) -> bool:
     try:
         tensors = load_file(path)  # which looks at the length of the header
         metadata = read_metadata(path)
-        return metadata[HASH] == _hash(metadata["record"], tensors)
+        return metadata["format"] == FORMAT and metadata[HASH] == _hash(metadata["record"], tensors)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, SafetensorError):
         return False
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import OutputError
@@ -93,6 +95,17 @@ def test_a_damaged_file_of_the_state(begun: Begun, tmp_path: Path, damage: str) 
         out = Path(shutil.copytree(begun.stopped, tmp_path / kind))
         DAMAGE[damage](out / ".namex" / path.name)
         finished(begun, out)
+
+
+def test_a_state_of_an_earlier_release(begun: Begun, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its files state no format, and may have other names: the run begins anew."""
+    out = Path(shutil.copytree(begun.stopped, tmp_path / "out"))
+    for path in (out / ".namex").glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            metadata = {name: value for name, value in file.metadata().items() if name != "format"}
+        save_file(load_file(path), path, metadata)
+    finished(begun, out)
+    assert "begins anew" in caplog.text
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
