@@ -16,13 +16,13 @@ from namex_hf.errors import CheckpointError
 from namex_hf.models import PATCHED, load_patched, soft
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.soft_kronecker import Factors, KroneckerCurvature, curved, factor_pair, kronecker_parameters
+from tests.helpers.checkpoints import PROJECTIONS
 from tests.helpers.reference import double, expert64, softmax64
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 SEGMENT, EXPERTS, HIDDEN, WIDTH = 4, 8, 32, 16
 BENT = {"curvature": "kronecker"}
 SMEAR = {**BENT, "method": "smear"}
-from tests.helpers.checkpoints import PROJECTIONS
 
 PARTS = ("left_outer", "left_inner", "right_outer", "right_inner")
 NAMES = {f"{projection}.{part}" for projection in PROJECTIONS for part in PARTS}
