@@ -14,8 +14,8 @@ from namex_hf.merging.routing import TokenRouting
 from namex_hf.merging.weightings import ExpertStatistics
 from namex_hf.recipe import Grouped, Recipe
 from tests.helpers.checkpoints import PROJECTIONS
-from tests.helpers.mixtures import gates64, neurons64, random_routing, random_tokens, saliency64, usage64
-from tests.helpers.reference import double
+from tests.helpers.mixtures import random_routing, random_tokens
+from tests.helpers.reference import double, gates64, neurons64, saliency64, usage64
 
 EXPERTS, TOKENS = 6, 120
 INPUTS, ROUTING = random_tokens(TOKENS, 0), random_routing(TOKENS, EXPERTS, 2, 0)

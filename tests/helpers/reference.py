@@ -1,5 +1,6 @@
 """NAMEx in numpy and scipy, in float64, whole matrices at once: slow, plain, and sharing no code with the package."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from tests.helpers.checkpoints import PROJECTIONS, experts_of, moe_layers, read_
 Matrices = dict[str, np.ndarray]
 
 
-def double(tensor: torch.Tensor) -> np.ndarray:
-    return tensor.to(torch.float64).numpy()
+Numbers = torch.Tensor | np.ndarray
+
+
+def double(numbers: Numbers) -> np.ndarray:
+    return numbers.to(torch.float64).numpy() if isinstance(numbers, torch.Tensor) else np.asarray(numbers, np.float64)
 
 
 def experts_at(folder: Path, layer: int) -> Matrices:
@@ -213,12 +217,65 @@ def curved_mean(
     return np.linalg.solve(right, left.T).T
 
 
+def softmax64(logits: Numbers) -> np.ndarray:
+    """Over the last axis."""
+    powers = np.exp(double(logits) - double(logits).max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def neurons64(inputs: Numbers, expert: Mapping[str, Numbers]) -> np.ndarray:
+    """SwiGLU ahead of the last matrix: of inputs ``[..., hidden]`` the neurons ``[..., width]``."""
+    gate, up = (double(inputs) @ double(expert[name]).T for name in ("gate_proj", "up_proj"))
+    return gate / (1 + np.exp(-gate)) * up
+
+
+def expert64(inputs: Numbers, expert: Mapping[str, Numbers]) -> np.ndarray:
+    """An expert's answer to inputs ``[..., hidden]``."""
+    return neurons64(inputs, expert) @ double(expert["down_proj"]).T
+
+
+def answers64(inputs: Numbers, experts: Mapping[str, Numbers]) -> np.ndarray:
+    """Every expert's answer to every token, ``[tokens, N, hidden]``."""
+    count = len(experts["gate_proj"])
+    all_of = [{name: double(experts[name])[number] for name in PROJECTIONS} for number in range(count)]
+    return np.stack([expert64(inputs, one) for one in all_of], axis=1)
+
+
+def shared64(inputs: Numbers, shared: Mapping[str, Numbers]) -> np.ndarray:
+    """A shared expert's answer to every token, ``[tokens, hidden]``, behind its gate where it has one."""
+    given = expert64(inputs, shared)
+    return given / (1 + np.exp(-double(inputs) @ double(shared["gate"]).T)) if "gate" in shared else given
+
+
+def gates64(routing: Any, experts: int) -> np.ndarray:
+    """Gate values ``[tokens, N]``, 0 beyond the top-k."""
+    gates = np.zeros((len(routing.index), experts))
+    for token, (numbers, values) in enumerate(zip(routing.index.tolist(), routing.value.tolist(), strict=True)):
+        gates[token, numbers] = values
+    return gates
+
+
+def output64(inputs: Numbers, routing: Any, experts: Mapping[str, Numbers]) -> np.ndarray:
+    """The routed output, ``[tokens, hidden]``."""
+    return np.einsum("tn,tnh->th", gates64(routing, len(experts["gate_proj"])), answers64(inputs, experts))
+
+
+def usage64(routing: Any, experts: int) -> np.ndarray:
+    """Tokens that every expert received, ``[N]``."""
+    return (gates64(routing, experts) > 0).sum(0).astype(float)
+
+
+def saliency64(inputs: Numbers, routing: Any, experts: Mapping[str, Numbers]) -> np.ndarray:
+    """Mean over an expert's tokens of gate value times norm of its answer, ``[N]``; 0 of one without tokens."""
+    gates = gates64(routing, len(experts["gate_proj"]))
+    added = (gates * np.linalg.norm(answers64(inputs, experts), axis=2)).sum(0)
+    return added / np.maximum((gates > 0).sum(0), 1)
+
+
 def routed_mass(router: np.ndarray, norm: np.ndarray, top_k: int, directions: int = 20_000) -> float:
     """Mean over random directions of the sum of the top-k softmax values."""
     inputs = np.random.default_rng(5).standard_normal((directions, router.shape[1])) * norm
-    logits = inputs @ router.T
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    shares /= shares.sum(1, keepdims=True)
+    shares = softmax64(inputs @ router.T)
     return float(np.sort(shares, axis=1)[:, -top_k:].sum(1).mean())
 
 

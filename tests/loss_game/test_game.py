@@ -26,8 +26,8 @@ from tests.helpers.groups import (
     moments,
     tuning,
 )
-from tests.helpers.mixtures import WIDTH, draws, random_experts, random_routing, usage64
-from tests.helpers.reference import double
+from tests.helpers.mixtures import WIDTH, draws, random_experts, random_routing
+from tests.helpers.reference import double, usage64
 
 EVERY_WAY = every_way(point=("zero", "mean"), metric=("calibrated",), power=POWER)
 

@@ -12,17 +12,8 @@ from torch.nn.functional import silu
 from namex_hf.merging import alignment
 from namex_hf.merging.alignment import layer_orders, order_by_activations, order_by_weights, permuted
 from namex_hf.merging.routing import TokenRouting, expert_output
-from tests.helpers.mixtures import (
-    WIDTH,
-    draws,
-    expert_at,
-    neurons64,
-    random_experts,
-    random_routing,
-    random_tokens,
-    weights_of,
-)
-from tests.helpers.reference import double
+from tests.helpers.mixtures import WIDTH, draws, expert_at, random_experts, random_routing, random_tokens, weights_of
+from tests.helpers.reference import double, neurons64
 
 INPUTS = random_tokens(30, 0)
 quick = settings(max_examples=25, deadline=None, derandomize=True)

@@ -20,19 +20,8 @@ from namex_hf.merging.router_fit import RouterProblem
 from namex_hf.merging.settings import FitSettings
 from namex_hf.recipe import Recipe
 from tests.helpers.checkpoints import PROJECTIONS
-from tests.helpers.mixtures import (
-    HIDDEN,
-    answers64,
-    draws,
-    gates64,
-    output64,
-    random_experts,
-    random_tokens,
-    saliency64,
-    shared64,
-    usage64,
-)
-from tests.helpers.reference import double
+from tests.helpers.mixtures import HIDDEN, draws, random_experts, random_tokens
+from tests.helpers.reference import answers64, double, gates64, output64, saliency64, shared64, usage64
 
 EXPERTS, TOP_K, SEQUENCES, LENGTH = 6, 2, 4, 40
 GROUPINGS = ("damage", "outputs", "router", "weights")

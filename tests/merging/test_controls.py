@@ -6,9 +6,9 @@ import torch
 from namex_hf.merging.controls import random_experts, shared_experts
 from namex_hf.merging.experts import ExpertWeights
 from tests.helpers.checkpoints import PROJECTIONS
-from tests.helpers.mixtures import HIDDEN, WIDTH, answers64, draws, neurons64, random_tokens, weights_of
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, random_tokens, weights_of
 from tests.helpers.mixtures import random_experts as experts_of
-from tests.helpers.reference import double
+from tests.helpers.reference import answers64, double, neurons64
 
 SLICES = 3
 

@@ -10,8 +10,8 @@ from torch.nn.functional import silu
 from namex_hf.merging.directions import LayerCurvature, Leading, Spans, layer_curvature, spans
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import TokenRouting
-from tests.helpers.mixtures import HIDDEN, WIDTH, draws, expert_at, gates64, neurons64, random_experts, random_tokens
-from tests.helpers.reference import curvatures, double
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, expert_at, random_experts, random_tokens
+from tests.helpers.reference import curvatures, double, gates64, neurons64
 
 COLUMNS = 6
 quick = settings(max_examples=40, deadline=None, derandomize=True)

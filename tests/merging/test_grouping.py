@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from scipy.cluster.hierarchy import fcluster, linkage
 
 from namex_hf.merging.grouping import average_linkage, groups_by_damage, groups_by_outputs, groups_by_router
-from tests.helpers.mixtures import HIDDEN, answers64, gates64, random_experts, random_routing, random_tokens
-from tests.helpers.reference import double
+from tests.helpers.mixtures import HIDDEN, random_experts, random_routing, random_tokens
+from tests.helpers.reference import answers64, double, gates64
 
 quick = settings(max_examples=30, deadline=None, derandomize=True)
 seeds = st.integers(0, 10**6)

@@ -15,8 +15,8 @@ from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.layer_fit import Descent, FitParameters, LayerFit, Problem, fit_layer
 from namex_hf.merging.settings import FitSettings
 from tests.helpers.checkpoints import PROJECTIONS
-from tests.helpers.mixtures import HIDDEN, WIDTH, answers64, draws, random_experts, random_tokens, shared64, weights_of
-from tests.helpers.reference import double
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, random_experts, random_tokens, weights_of
+from tests.helpers.reference import answers64, double, shared64
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 320
 INPUTS = random_tokens(TOKENS, 0)

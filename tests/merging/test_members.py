@@ -21,8 +21,8 @@ from tests.helpers.groups import (
     moments,
     tuning,
 )
-from tests.helpers.mixtures import WIDTH, draws, expert_at, gates64, random_experts, saliency64, usage64
-from tests.helpers.reference import double
+from tests.helpers.mixtures import WIDTH, draws, expert_at, random_experts
+from tests.helpers.reference import double, gates64, saliency64, usage64
 
 EVERY_WAY = every_way(
     weighting=tuple(WEIGHTINGS), point=("zero", "mean"), curvature=CURVATURE, power=("equal", "usage")

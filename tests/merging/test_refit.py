@@ -13,19 +13,8 @@ from torch.nn.functional import silu
 from namex_hf.merging.moe_layer import MoELayer
 from namex_hf.merging.refit import refit_downs, refitted_down
 from namex_hf.merging.routing import TokenRouting
-from tests.helpers.mixtures import (
-    HIDDEN,
-    WIDTH,
-    draws,
-    expert_at,
-    gates64,
-    neurons64,
-    output64,
-    random_experts,
-    random_routing,
-    random_tokens,
-)
-from tests.helpers.reference import double
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, expert_at, random_experts, random_routing, random_tokens
+from tests.helpers.reference import double, gates64, neurons64, output64
 
 EXPERTS, TOP_K, TOKENS = 4, 2, 60
 quick = settings(max_examples=30, deadline=None, derandomize=True)

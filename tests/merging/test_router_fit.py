@@ -9,8 +9,8 @@ from namex_hf.merging.moe_layer import MoELayer
 from namex_hf.merging.router_fit import OutputProducts, RouterFit, RouterProblem, fit_router, output_products
 from namex_hf.merging.routing import expert_output, gate_values, route
 from namex_hf.merging.settings import FitSettings
-from tests.helpers.mixtures import HIDDEN, answers64, draws, expert_at, gates64, output64, random_experts, random_tokens
-from tests.helpers.reference import double
+from tests.helpers.mixtures import HIDDEN, draws, expert_at, random_experts, random_tokens
+from tests.helpers.reference import answers64, double, gates64, output64
 
 EXPERTS, TOP_K, TOKENS = 5, 2, 600
 MODELS = random_experts(EXPERTS, 0)

@@ -24,7 +24,7 @@ from namex_hf.merging.routers import (
 )
 from namex_hf.merging.routing import TokenRouting, route
 from tests.helpers.mixtures import draws
-from tests.helpers.reference import double
+from tests.helpers.reference import double, softmax64
 
 SIZES = [(7, 16), (16, 7), (5, 5), (1, 4), (60, 64)]  # experts, hidden
 
@@ -37,11 +37,6 @@ def router_of(experts: int, hidden: int, seed: int = 0) -> torch.Tensor:
 
 def inputs_of(tokens: int, hidden: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(tokens, hidden, generator=draws(500 + seed))
-
-
-def softmax64(logits: np.ndarray) -> np.ndarray:
-    powers = np.exp(logits - logits.max(-1, keepdims=True))
-    return powers / powers.sum(-1, keepdims=True)
 
 
 # By angle.

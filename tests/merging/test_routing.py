@@ -9,8 +9,9 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qw
 
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import TokenRouting, gate_values, route, routed_output
-from tests.helpers.mixtures import HIDDEN, WIDTH, draws, gates64, output64, random_experts, random_routing
+from tests.helpers.mixtures import HIDDEN, WIDTH, draws, random_experts, random_routing
 from tests.helpers.mixtures import random_tokens as tokens
+from tests.helpers.reference import gates64, output64
 
 EXPERTS, TOP_K, TOKENS = 7, 3, 50
 

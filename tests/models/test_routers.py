@@ -18,7 +18,8 @@ from namex_hf.models import PATCHED, load_patched
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.routers import ChosenRouting, CosineRouter, StableRouter
 from namex_hf.models.soft import SoftRouting
-from tests.helpers.reference import double
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.reference import double, expert64, softmax64
 
 FAMILIES, ROUTINGS, OTHERS = ["qwen2_moe", "deepseek"], ["linear", "cosine", "stable"], ["cosine", "stable"]
 EXPERTS, VOCABULARY, SEGMENT, TOP_K = 8, 61, 4, 3
@@ -66,11 +67,6 @@ def changed_at(tokens: torch.Tensor, place: int) -> torch.Tensor:
 # --- what routers answer, in float64 and in loops ---------------------------------------------------------------------
 
 
-def softmax64(logits: list[float]) -> list[float]:
-    powers = [np.exp(x - max(logits)) for x in logits]
-    return [float(power / sum(powers)) for power in powers]
-
-
 def cosine64(router: CosineRouter, h: np.ndarray) -> list[float]:
     """Logits of one token, from the definition of an angle."""
     seen = [float(row @ h) for row in double(router.projection.detach())]
@@ -99,29 +95,24 @@ def shares64(block: ChosenRouting, h: np.ndarray, token: int, top_k: int, norm: 
     return shares
 
 
-def swiglu64(matrices, x: np.ndarray) -> np.ndarray:
-    gate, up, down = matrices
-    inner = gate @ x
-    return down @ (inner / (1 + np.exp(-inner)) * (up @ x))
-
-
-def experts64(block) -> list[list[np.ndarray]]:
+def experts64(block) -> list[dict[str, np.ndarray]]:
     gate_up, down = double(block.experts.gate_up_proj), double(block.experts.down_proj)
     width = down.shape[-1]
-    return [[both[:width], both[width:], last] for both, last in zip(gate_up, down, strict=True)]
+    three = (gate_up[:, :width], gate_up[:, width:], down)
+    return [{name: part[i] for name, part in zip(PROJECTIONS, three, strict=True)} for i in range(len(down))]
 
 
-def base64(block) -> list[np.ndarray] | None:
+def base64(block) -> dict[str, np.ndarray] | None:
     if getattr(block, "base_expert", None) is None:
         return None
-    return [double(getattr(block.base_expert, f"{name}_proj").weight) for name in ("gate", "up", "down")]
+    return {name: double(getattr(block.base_expert, name).weight) for name in PROJECTIONS}
 
 
 def sparse64(block, x: np.ndarray, shares: list[np.ndarray]) -> np.ndarray:
     experts, base, rows = experts64(block), base64(block), []
     for token, own in zip(x, shares, strict=True):
-        row = sum(own[i] * swiglu64(experts[i], token) for i in range(EXPERTS) if own[i])
-        rows.append(row if base is None else row + (1 - own.sum()) * swiglu64(base, token))
+        row = sum(own[i] * expert64(token, experts[i]) for i in range(EXPERTS) if own[i])
+        rows.append(row if base is None else row + (1 - own.sum()) * expert64(token, base))
     return np.stack(rows)
 
 
@@ -131,10 +122,10 @@ def soft64(block, x: np.ndarray, shares: list[np.ndarray], eta: float, span: str
         stop = place // SEGMENT * SEGMENT
         before = shares[max(stop - SEGMENT, 0) if span == "previous" else 0 : stop]
         s = eta * sum(before) / len(before) if before else np.full(EXPERTS, 0 if base else 1 / EXPERTS)
-        merged = [sum(s[i] * experts[i][part] for i in range(EXPERTS)) for part in range(3)]
+        merged = {name: sum(s[i] * experts[i][name] for i in range(EXPERTS)) for name in PROJECTIONS}
         if base:
-            merged = [one + (1 - s.sum()) * own for one, own in zip(merged, base, strict=True)]
-        rows.append(swiglu64(merged, token))
+            merged = {name: one + (1 - s.sum()) * base[name] for name, one in merged.items()}
+        rows.append(expert64(token, merged))
     return np.stack(rows)
 
 

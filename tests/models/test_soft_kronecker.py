@@ -16,13 +16,14 @@ from namex_hf.errors import CheckpointError
 from namex_hf.models import PATCHED, load_patched, soft
 from namex_hf.models.convert import patch_classes
 from namex_hf.models.soft_kronecker import Factors, KroneckerCurvature, curved, factor_pair, kronecker_parameters
-from tests.helpers.reference import double
+from tests.helpers.checkpoints import PROJECTIONS
+from tests.helpers.reference import double, expert64, softmax64
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 SEGMENT, EXPERTS, HIDDEN, WIDTH = 4, 8, 32, 16
 BENT = {"curvature": "kronecker"}
 SMEAR = {**BENT, "method": "smear"}
-PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+
 PARTS = ("left_outer", "left_inner", "right_outer", "right_inner")
 NAMES = {f"{projection}.{part}" for projection in PROJECTIONS for part in PARTS}
 CLOSE = 2e-5
@@ -210,8 +211,7 @@ def test_an_untrained_curvature_is_the_plain_merge(soft_model, family, fields, r
 
 def shares64(block, h: np.ndarray) -> np.ndarray:
     """The router's top-k values, zeros elsewhere; without a base expert rescaled to sum 1."""
-    logits = double(block.gate.weight) @ h
-    p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    p = softmax64(double(block.gate.weight) @ h)
     p[np.argsort(-p)[block.gate.top_k :]] = 0
     return p if block.has_base else p / p.sum()
 
@@ -224,7 +224,7 @@ def routed64(block, x: np.ndarray, eta: float, plain: bool = False) -> np.ndarra
         s = np.full(EXPERTS, 0.0 if block.has_base else 1 / EXPERTS)
         if start:
             s = sum(values[:start]) / start
-        merged = []
+        merged = {}
         for name, experts in zip(PROJECTIONS, three, strict=True):
             base = double(getattr(block.base_expert, name).weight) if block.has_base else np.zeros(experts[0].shape)
             held = getattr(block.curvature, name)
@@ -232,10 +232,8 @@ def routed64(block, x: np.ndarray, eta: float, plain: bool = False) -> np.ndarra
             for i in range(EXPERTS):
                 tau, factors = experts[i] - base, [double(getattr(held, part)[i]) for part in PARTS]
                 total += eta * s[i] * (tau if plain else bent64(tau, factors))
-            merged.append(total)
-        for h in x[start : start + SEGMENT]:
-            inner = merged[0] @ h
-            rows.append(merged[2] @ (inner / (1 + np.exp(-inner)) * (merged[1] @ h)))
+            merged[name] = total
+        rows.extend(expert64(x[start : start + SEGMENT], merged))
     return np.stack(rows)
 
 

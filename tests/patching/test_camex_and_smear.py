@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from namex_hf import Recipe, load_patched, patch_checkpoint
 from tests.helpers.checkpoints import PROJECTIONS, aligned, differing, moe_layers, read_config, read_tensors, same_bits
-from tests.helpers.reference import Matrices, experts_at, own_base
+from tests.helpers.reference import Matrices, expert64, experts_at, own_base, softmax64
 
 SEGMENT = 4
 
@@ -46,14 +46,8 @@ def test_camex_reports_lengths_and_cosines_and_no_weights(odd, tmp_path: Path) -
             assert cosine == pytest.approx(tau @ tau.T / np.outer(lengths, lengths), abs=1e-5)
 
 
-def swiglu(expert: Matrices, x: np.ndarray) -> np.ndarray:
-    gate = expert["gate_proj"] @ x
-    return expert["down_proj"] @ (gate / (1 + np.exp(-gate)) * (expert["up_proj"] @ x))
-
-
 def top_k_values(router: np.ndarray, x: np.ndarray, top_k: int) -> np.ndarray:
-    p = np.exp(router @ x)
-    p /= p.sum()
+    p = softmax64(router @ x)
     return np.where(p >= np.sort(p)[-top_k], p, 0)
 
 
@@ -62,13 +56,13 @@ def camex(experts: Matrices, base: Matrices, shares: list[np.ndarray], x: np.nda
     rows = []
     for token, s in enumerate(shares):
         if merge == "residual":
-            outputs = [s[i] * swiglu({n: experts[n][i] for n in PROJECTIONS}, x[token]) for i in range(len(s))]
-            rows.append(sum(outputs) + (1 - s.sum()) * swiglu(base, x[token]))
+            outputs = [s[i] * expert64(x[token], {n: experts[n][i] for n in PROJECTIONS}) for i in range(len(s))]
+            rows.append(sum(outputs) + (1 - s.sum()) * expert64(x[token], base))
             continue
         before = shares[: token // SEGMENT * SEGMENT]
         s = np.mean(before, axis=0) if before else np.zeros(len(s))
         merged = {n: base[n] + sum(s[i] * (experts[n][i] - base[n]) for i in range(len(s))) for n in PROJECTIONS}
-        rows.append(swiglu(merged, x[token]))
+        rows.append(expert64(x[token], merged))
     return np.stack(rows)
 
 

@@ -37,7 +37,7 @@ from tests.helpers.checkpoints import (
 )
 from tests.helpers.killing import TRIES, Killing, is_clean, is_no_model, kill_after, run, settled, start
 from tests.helpers.recipes import CURVED, CURVES, MOMENTUM
-from tests.helpers.reference import Matrices, assert_rounded, base_experts, double, experts_at
+from tests.helpers.reference import Matrices, assert_rounded, base_experts, double, expert64, experts_at, neurons64
 from tests.helpers.runs import block_inputs, block_output, live, load, refused
 from tests.helpers.toy_models import FAMILIES, add_tokenizer, fused, odd_config, toy_tensors
 
@@ -126,17 +126,8 @@ def test_aligned_experts_are_the_same_functions(odd, words: Path, tmp_path: Path
         assert all(order != AS_THEY_WERE for expert, order in enumerate(orders) if expert != most)
         one, other = (experts_at(folder, record["layer"]) for folder in (source, plain(source, tmp_path / "out")))
         for expert in range(7):
-            said, wanted = (swiglu({name: m[name][expert] for name in PROJECTIONS}, inputs) for m in (other, one))
+            said, wanted = (expert64(inputs, {name: m[name][expert] for name in PROJECTIONS}) for m in (other, one))
             assert said == pytest.approx(wanted, rel=1e-9, abs=1e-12)
-
-
-def swiglu(expert: Matrices, x: np.ndarray) -> np.ndarray:
-    return neurons(expert, x) @ expert["down_proj"].T
-
-
-def neurons(expert: Matrices, x: np.ndarray) -> np.ndarray:
-    gate = x @ expert["gate_proj"].T
-    return gate / (1 + np.exp(-gate)) * (x @ expert["up_proj"].T)
 
 
 def plain(source: Path, out: Path) -> Path:
@@ -171,7 +162,7 @@ def view(expert: Matrices, inputs: np.ndarray, align: str) -> np.ndarray:
     if align == "weights":
         parts = expert["gate_proj"].T, expert["up_proj"].T, expert["down_proj"]
         return np.concatenate([part / np.linalg.norm(part, axis=0) for part in parts])
-    values = neurons(expert, inputs)
+    values = neurons64(inputs, expert)
     values = values - values.mean(0)
     return values / np.linalg.norm(values, axis=0)
 
@@ -269,7 +260,7 @@ class Told:
         for kind in ("input", "neuron"):
             energies, spans, rests = [], [], []
             for expert, (x, gate) in enumerate(mine):
-                x = x if kind == "input" else neurons({n: self.experts[n][expert] for n in PROJECTIONS}, x)
+                x = x if kind == "input" else neurons64(x, {n: self.experts[n][expert] for n in PROJECTIONS})
                 values, vectors = np.linalg.eigh((x * gate[:, None] ** 2).T @ x / mass[expert])
                 energies.append(values[-rank:])
                 spans.append(vectors[:, -rank:])
