@@ -57,36 +57,36 @@ def child(out: Path, folders: list[str]) -> None:
     import torch
     import transformers
 
-    found: dict[str, Any] = {"version": transformers.__version__}
+    answers: dict[str, Any] = {"version": transformers.__version__}
     for number, folder in enumerate(folders):
         try:
-            found[folder] = facts(folder, out / str(number))
-        except Exception as error:
-            found[folder] = f"{type(error).__name__}: {error}".splitlines()[0]
-    torch.save(found, out / "found.pt")
+            answers[folder] = facts(folder, out / str(number))
+        except Exception as error:  # whatever another version raises belongs into the table
+            answers[folder] = f"{type(error).__name__}: {error}".splitlines()[0]
+    torch.save(answers, out / "answers.pt")
 
 
-def cell(found: Any, here: dict[str, Any]) -> str:
-    if isinstance(found, str):
-        return found
-    differs = f"{float((found['logits'] - here['logits']).abs().max()):.0e}"
-    text = "" if found["text"].equal(here["text"]) else ", another text"
-    return differs + text + ("" if found["saved"] else ", another model when saved")
+def cell(answer: Any, here: dict[str, Any]) -> str:
+    if isinstance(answer, str):
+        return answer
+    differs = f"{float((answer['logits'] - here['logits']).abs().max()):.0e}"
+    text = "" if answer["text"].equal(here["text"]) else ", another text"
+    return differs + text + ("" if answer["saved"] else ", another model when saved")
 
 
 def main(out: Path, pythons: list[str]) -> None:
     import torch
 
-    folders, found = write(out), []
+    folders, by_python = write(out), []
     for number, python in enumerate([sys.executable, *pythons]):
         work = out / f"python-{number}"
         work.mkdir(exist_ok=True)
         environment = {**os.environ, "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([python, "-I", __file__, "--child", work, *folders], env=environment, check=True)
-        found.append(torch.load(work / "found.pt"))
-    print("| |", " | ".join(answers["version"] for answers in found), "|")
+        by_python.append(torch.load(work / "answers.pt"))
+    print("| |", " | ".join(answers["version"] for answers in by_python), "|")
     for folder in folders:
-        cells = [cell(answers[folder], found[0][folder]) for answers in found]
+        cells = [cell(answers[folder], by_python[0][folder]) for answers in by_python]
         print("|", "/".join(Path(folder).parts[-2:]), "|", " | ".join(cells), "|")
 
 

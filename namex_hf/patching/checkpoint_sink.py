@@ -100,8 +100,7 @@ def _saved_items(plan: Plan, state: State, layer: int) -> list[Item]:
 
 @dataclass
 class LazyLayers:
-    """Layers that do not depend on each other, made on demand: the writer asks for one tensor after
-    the other.
+    """Layers that do not depend on each other, made on demand: the writer asks for one tensor after the other.
 
     Memory: one layer's experts, and the merged one that is being written.
     """
