@@ -2,11 +2,8 @@
 
 import copy
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +13,7 @@ from transformers import AutoModelForCausalLM, DynamicCache, StaticCache
 
 from namex_hf.models import remote_code, soft, soft_cache
 from namex_hf.models.arguments import Arguments
+from tests.helpers.absent import child
 
 FAMILIES = ["qwen2_moe", "deepseek"]
 over_families = pytest.mark.parametrize("family", FAMILIES)
@@ -442,29 +440,16 @@ def names_of(model) -> tuple[str, ...]:
 # --- remote code ------------------------------------------------------------------------------------------------------
 
 CHILD = """
-import importlib.abc, json, sys
-
-class Absent(importlib.abc.MetaPathFinder):
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == "namex_hf":
-            raise ModuleNotFoundError("No module named 'namex_hf'", name=name)
-
-sys.meta_path.insert(0, Absent())
-import torch
-from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM
-
-folders, tokens = json.loads(sys.argv[1]), torch.tensor(json.loads(sys.argv[2]))
-out = {}
+tokens, tensors = torch.tensor(json.loads(sys.argv[3])), {}
 for name, folder in folders.items():
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
-    out[name + ".logits"] = model(tokens).logits.detach()
+    tensors[name + ".logits"] = model(tokens).logits.detach()
     kwargs = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 9}
     for beams in (1, 2):
         made = model.generate(tokens, attention_mask=torch.ones_like(tokens), num_beams=beams, **kwargs)
-        out[f"{name}.{beams}"] = made.contiguous()
-save_file(out, sys.argv[3])
+        tensors[f"{name}.{beams}"] = made.contiguous()
+save_file(tensors, out)
 """
 
 
@@ -492,26 +477,8 @@ def test_remote_code_without_the_package(soft_model, patched_folder, tmp_path):
         for kind, fields in kinds.items():
             name = f"{family}_{kind}"
             folders[name] = soft_folder(patched_folder(family), tmp_path / name, soft_model(family, **fields))
-    cwd = tmp_path / "cwd"
-    cwd.mkdir()
-    (cwd / "child.py").write_text(CHILD)
-    environment = {name: os.environ[name] for name in ("PATH", "OMP_NUM_THREADS") if name in os.environ}
-    environment |= {
-        "HF_HOME": f"{cwd}/hf",
-        "HF_MODULES_CACHE": f"{cwd}/modules",
-        "HF_HUB_OFFLINE": "1",
-        "HOME": f"{cwd}",
-    }
     out = tmp_path / "out.safetensors"
-    done = subprocess.run(
-        [sys.executable, "-I", "child.py", json.dumps(folders), json.dumps(tokens.tolist()), str(out)],
-        cwd=cwd,
-        env=environment,
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    done = child(CHILD, [json.dumps(folders), str(out), json.dumps(tokens.tolist())], tmp_path / "cwd")
     assert done.returncode == 0, done.stderr
     assert not re.search("warning|deprecated", done.stderr, re.IGNORECASE), done.stderr
     made = load_file(out)
