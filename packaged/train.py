@@ -1,4 +1,4 @@
-"""Train a packaged model: ``python packaged/train.py tiny`` (or ``tiny-deepseek``). Resumes where it was stopped.
+"""Train a packaged model: ``python packaged/train.py tiny`` (or ``tiny-deepseek``, ``tiny-qwen3``). Resumes where it was stopped.
 
     python packaged/train.py tiny --work /tmp/packaged        # writes the model folder to /tmp/packaged/tiny
 
@@ -16,7 +16,14 @@ import corpora
 import data
 import torch
 from save import publish
-from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 from transformers.models.qwen2_moe.modeling_qwen2_moe import load_balancing_loss_func
 
 from namex_hf.models.configuration_deepseek import DeepseekConfig
@@ -40,7 +47,14 @@ COMMON = {
     "pad_token_id": 0,
     "initializer_range": 0.04,
 }
-SEEDS = {"tiny": 11, "tiny-deepseek": 12}
+QWEN3 = {  # routed experts alone, values that sum to one, fewer key heads than query heads, and a head of its own
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "tie_word_embeddings": False,
+    "moe_intermediate_size": 64,
+    "norm_topk_prob": True,
+}
+SEEDS = {"tiny": 11, "tiny-deepseek": 12, "tiny-qwen3": 13}
 BALANCE = 0.01  # times the mean over layers of a loss that is 1 when the load is even
 PEAK, FLOOR, WARM_UP, DECAY = 3e-3, 1e-4, 200, 0.1
 LONG_SHARE = 0.25  # of the steps, at the end, that see the whole context
@@ -57,6 +71,10 @@ def build(name: str) -> PreTrainedModel:
             router_aux_loss_coef=0.001,
         )
         return Qwen2MoeForCausalLM(config)
+    if name == "tiny-qwen3":
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**COMMON | QWEN3, num_experts=16, intermediate_size=400, router_aux_loss_coef=0.001)
+        )
     return DeepseekForCausalLM(
         DeepseekConfig(**COMMON, n_routed_experts=16, n_shared_experts=2, intermediate_size=480, aux_loss_alpha=0.001)
     )
