@@ -1,4 +1,4 @@
-"""Train a packaged model: ``python packaged/train.py tiny`` (or ``tiny-deepseek``, ``tiny-qwen3``). Resumes where it was stopped.
+"""Train a packaged model: ``tiny``, ``tiny-deepseek`` or ``tiny-qwen3``. Resumes where it was stopped.
 
     python packaged/train.py tiny --work /tmp/packaged        # writes the model folder to /tmp/packaged/tiny
 
@@ -75,9 +75,8 @@ def build(name: str) -> PreTrainedModel:
         return Qwen3MoeForCausalLM(
             Qwen3MoeConfig(**COMMON | QWEN3, num_experts=16, intermediate_size=400, router_aux_loss_coef=0.001)
         )
-    return DeepseekForCausalLM(
-        DeepseekConfig(**COMMON, n_routed_experts=16, n_shared_experts=2, intermediate_size=480, aux_loss_alpha=0.001)
-    )
+    own = {"n_routed_experts": 16, "n_shared_experts": 2, "first_k_dense_replace": 1, "aux_loss_alpha": 0.001}
+    return DeepseekForCausalLM(DeepseekConfig(**COMMON | own, intermediate_size=480))
 
 
 def balance_loss(name: str, router_logits: tuple[torch.Tensor, ...], batch: int, top_k: int) -> torch.Tensor:

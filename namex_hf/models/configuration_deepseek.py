@@ -13,7 +13,8 @@ except ImportError as error:  # transformers 4; every model of this package impo
 
 @strict
 class DeepseekConfig(PreTrainedConfig):
-    """Fields and defaults of ``deepseek-ai/deepseek-moe-16b-base``.
+    """Fields of ``deepseek-ai/deepseek-moe-16b-base``, and its values as defaults; of a field that says which layers
+    are mixtures, the default of its authors' class: all of them.
 
     The class reuses transformers' Qwen2-MoE layers; only the block around the experts differs. Fields that those layers
     read are derived below and never written to disk.
@@ -50,7 +51,7 @@ class DeepseekConfig(PreTrainedConfig):
     n_routed_experts: int = 64
     num_experts_per_tok: int = 6
     moe_layer_freq: int = 1
-    first_k_dense_replace: int = 1
+    first_k_dense_replace: int = 0
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
     aux_loss_alpha: float = 0.001

@@ -46,7 +46,7 @@ def compared_on_held_out(folder: Path, tokens: int) -> list[dict[str, Any]]:
     Memory: the model in float32, and its blocks' inputs for all of the text.
     """
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
-    blocks: list[Any] = [layer.mlp for layer in model.model.layers if isinstance(layer.mlp, ChosenRouting)]
+    blocks: list[Any] = [module for module in model.modules() if isinstance(module, ChosenRouting)]
     inputs: list[list[torch.Tensor]] = [[] for _ in blocks]
     for block, taken in zip(blocks, inputs, strict=True):
         block.register_forward_pre_hook(lambda _, given, taken=taken: taken.append(given[0].flatten(0, 1)))

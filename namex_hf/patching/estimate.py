@@ -1,7 +1,7 @@
 """What a run takes, known before it begins: memory and room on the disk."""
 
 from ..calibration.decoder import layer_memory
-from ..families import PROJECTIONS
+from ..merging.experts import PROJECTIONS
 from ..recipe import Grouped
 from .budget import measuring_memory
 from .plan import Plan
@@ -25,7 +25,7 @@ def text_memory(plan: Plan) -> int:
     largest step holds."""
     recipe, shape = plan.recipe, plan.shape
     sizes = Sizes(shape, max(map(plan.layer_bytes, shape.layers)), plan.most_experts, recipe.calibration.tokens)
-    held = streams_memory(recipe, shape) + layer_memory(shape.hidden, shape.shared_width)
+    held = streams_memory(recipe, shape) + layer_memory(plan.outline)
     held += max(step.memory(sizes) for step in steps_of(recipe))
     return held + (measuring_memory(shape) if plan.spends_budget else 0)
 

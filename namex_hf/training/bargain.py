@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
-from ..families import original_family
+from ..families.outline import outline_of
 from ..merging.experts import NotFiniteError
 from ..merging.propagation import PropagationState, PropagationStep, propagate
 from ..merging.weightings import FALLBACK
@@ -60,31 +60,30 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[LayerBarga
         TrainingError: an expert has a value that is not finite.
     """
     model = getattr(model, "get_base_model", lambda: model)()
-    config = model.config.to_dict()
-    merge, family = recipe.merge, original_family(config)
+    merge, outline = recipe.merge, outline_of(model.config.to_dict())
     assert isinstance(merge, AroundBase)
-    shape = family.shape(config)
-    own_of = partial(own_base_of, choice=merge.base, shared_name=family.shared_name, width=shape.width)
+    shape, shared = outline.shape, outline.family.shared_name or ""
+    own_of = partial(own_base_of, choice=merge.base, shared_name=shared, width=shape.width)
     bargains: list[LayerBargain] = []
     walk = None
     with shared_out():
         for position, index in enumerate(shape.layers):
-            layer = model.model.layers[index]
-            with gathered(layer):
-                trained = own_of(layer.mlp) if merge.stays_sparse(index, shape.layers) else base_of(layer.mlp)
+            block = model.get_submodule(outline.blocks[index])
+            with gathered(model.get_submodule(outline.decoder_layers[index])):
+                trained = own_of(block) if merge.stays_sparse(index, shape.layers) else base_of(block)
                 keeps_base = walk is None or not write
                 if walk is None or not write:
                     walk = PropagationState(trained)
                 device = str(trained.down.device)
                 try:
-                    step = _propagate_layer(layer.mlp, walk, merge, position, device)
+                    step = _propagate_layer(block, walk, merge, position, device)
                 except NotFiniteError as error:
                     raise TrainingError(f"layer {index}, {error}: training has diverged") from error
             drift = None if keeps_base else distance(trained, walk.base)
             if not keeps_base:
-                write_base(layer.mlp, walk.base)
-            if write and isinstance(layer.mlp, LiveBlock) and step.weights is not None:
-                layer.mlp.weights = of_first_process(step.weights, device).cpu()
+                write_base(block, walk.base)
+            if write and isinstance(block, LiveBlock) and step.weights is not None:
+                block.weights = of_first_process(step.weights, device).cpu()
             bargains.append(LayerBargain(index, step.record, step.cosines, drift))
             walk = step.state
     return bargains

@@ -67,8 +67,8 @@ def test_somebody_elses_field_of_our_name(copied: Path, capsys: pytest.CaptureFi
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "llama"}, "accepted: deepseek, qwen2_moe"),
-        ({"model_type": [1]}, "accepted: deepseek, qwen2_moe"),
+        ({"model_type": "llama"}, "accepted: deepseek, deepseek_v2"),
+        ({"model_type": [1]}, "accepted: deepseek, deepseek_v2"),
         ({"hidden_size": None}, "'hidden_size' is None"),
         ({"hidden_size": 18}, "config.json makes it"),
     ],

@@ -27,5 +27,5 @@ def test_it_is_the_model_with_routed_outputs_of_zero(folder: Path, model: Any):
 
 
 def test_a_model_without_experts_has_no_floor():
-    with pytest.raises(ValueError, match=r"Linear has no mlp.experts.down_proj"):
+    with pytest.raises(ValueError, match=r"Linear has no experts.down_proj"):
         without_routed_experts(torch.nn.Linear(2, 2))
