@@ -203,7 +203,9 @@ def test_no_such_model(tmp_path: Path):
 @pytest.mark.parametrize("namex", [None, {}, Recipe().to_dict()])
 def test_another_family(tmp_path: Path, namex: dict[str, Any] | None):
     change_config(save_toy(tmp_path / "toy"), model_type="llama", namex=namex)
-    with pytest.raises(FamilyError, match=r"^model_type 'llama' is not a supported family; accepted: deepseek, deepseek_v2"):
+    with pytest.raises(
+        FamilyError, match=r"^model_type 'llama' is not a supported family; accepted: deepseek, deepseek_v2"
+    ):
         start_from(str(tmp_path / "toy"))
 
 
