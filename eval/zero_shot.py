@@ -67,7 +67,7 @@ def parser() -> Parser:
         "--model",
         nargs="+",
         metavar="MODEL",
-        help="folders, patched or not, Hub ids, tiny, tiny-deepseek (default: tiny)",
+        help="folders, patched or not, Hub ids, tiny, tiny-deepseek, tiny-qwen3 (default: tiny)",
     )
     models.add_argument(
         "--recipe",

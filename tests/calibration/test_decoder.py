@@ -55,7 +55,7 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
         {"rope_scaling": {"type": "dynamic", "factor": 2.0}, "max_position_embeddings": 8},
     ),
 }
-MODELS = (*CASES, "tiny", "tiny-deepseek")
+MODELS = (*CASES, "tiny", "tiny-deepseek", "tiny-qwen3")
 
 
 class Seen:

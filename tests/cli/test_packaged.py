@@ -14,12 +14,12 @@ from namex_hf.resources import packaged_models
 from namex_hf.scoring.compare import load
 from namex_hf.scoring.perplexity import held_out_texts
 
-MODELS = {"tiny": ("qwen2_moe", 5), "tiny-deepseek": ("deepseek", 4)}
+MODELS = {"tiny": ("qwen2_moe", 5), "tiny-deepseek": ("deepseek", 4), "tiny-qwen3": ("qwen3_moe", 5)}
 DOMAINS = ["arithmetic", "code", "dictionary", "manual", "prose", "mean"]
 PACKAGED = Path(namex_hf.__file__).parent / "packaged"
 
 
-def test_both_are_there():
+def test_all_are_there():
     assert packaged_models() == sorted(MODELS)
 
 
@@ -86,7 +86,7 @@ def test_a_bare_name_is_the_packaged_model_and_a_path_is_the_folder(
 def test_help_names_them(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         patch.main(["--help"])
-    assert "tiny,tiny-deepseek" in "".join(capsys.readouterr().out.split())
+    assert "tiny,tiny-deepseek,tiny-qwen3" in "".join(capsys.readouterr().out.split())
 
 
 def test_cosine_routing_without_text_is_compared_on_held_out_text(
