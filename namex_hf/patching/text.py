@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from ..calibration.sources import check_source, is_token_ids
 from ..calibration.text import CalibrationText, calibration_text
 from ..calibration.token_ids import open_ids, text_of_ids
-from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..errors import CalibrationError
 from ..families import Config
 from ..recipe import Grouped, Recipe
@@ -35,8 +35,8 @@ def check_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
     check_source(recipe.calibration.data)
     if is_token_ids(recipe.calibration.data):
         open_ids(Path(recipe.calibration.data), recipe.calibration.tokens)
-    elif not has_tokenizer(checkpoint.folder):  # transformers may make an empty one up
-        raise CalibrationError(f"{checkpoint.name} has no tokenizer, and {ACCEPTED}")
+    elif lack := lack_of_tokenizer(checkpoint.folder):  # transformers may make an empty one up
+        raise CalibrationError(f"{checkpoint.name} has {lack}, and {ACCEPTED}")
 
 
 def text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationText:

@@ -19,6 +19,7 @@ from namex_hf.patching.plan import make_plan
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
 from tests.helpers.checkpoints import change_config
+from tests.helpers.own_tokenizer import FILES, add_own_tokenizer
 from tests.helpers.toy_models import save_toy
 
 FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
@@ -240,6 +241,22 @@ def test_token_ids_need_no_tokenizer(
     for when in ((), ("--dry-run",)):
         says = "ids.npy has 1000 tokens, and 1024 are asked for; accepted: up to 1000\n"
         assert says in refused(*command, *when)
+
+
+def test_a_tokenizer_with_code_of_its_own(refused, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It is named wherever a tokenizer is needed or files are listed."""
+    add_own_tokenizer(copied)
+    lack = "copied has no tokenizer that opens without code of its own"
+    said = refused(copied, *FIT)
+    assert f"{lack}, and this recipe reads calibration text; accepted: " in said
+    assert said.endswith("or token ids in place of text (--calibration-data ids.npy)\n")
+    assert f"{lack}; without one no text can be scored" in said_by_compare(
+        copied, tmp_path / "no.npy", tmp_path, capsys
+    )
+    assert ran(copied, "--out", tmp_path / "out", "--dry-run", "--json") == 0
+    said = capsys.readouterr()
+    assert {*FILES, "tokenizer_config.json", "vocab.txt"} <= {*json.loads(said.out)["carried"]}
+    assert said.err == f"the tokenizer's code is carried over as it is, and was not run: {', '.join(FILES)}\n"
 
 
 def said_by_compare(model: Path, ids: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
