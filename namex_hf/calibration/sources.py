@@ -15,7 +15,7 @@ from ..limited import limited
 from .hub_source import FORM, hub_rows, is_hub_name
 
 PACKAGED = Path(__file__).parent.parent / "packaged" / "calibration"
-ACCEPTED = f"'packaged', a text file, a .jsonl file, a folder of these, or a Hub data set {FORM}"
+ACCEPTED = f"'packaged', a text file, a .jsonl file, a folder of these, token ids (.npy), or a Hub data set {FORM}"
 
 Documents = Iterator[str]
 
@@ -46,8 +46,14 @@ def check_source(source: str) -> None:
     """Raises:
     CalibrationError: nothing that is accepted, as far as can be said without reading it.
     """
-    if not source or not (source == "packaged" or Path(source).exists() or is_hub_name(source)):
+    on_hub = is_hub_name(source) and not is_token_ids(source)
+    if not source or not (source == "packaged" or Path(source).exists() or on_hub):
         raise CalibrationError(f"calibration data {source}: no such file or folder; accepted: {ACCEPTED}")
+
+
+def is_token_ids(source: str) -> bool:
+    """Whether calibration data of this name are token ids: the name ends in ``.npy``, in any case of letters."""
+    return source.lower().endswith(".npy")
 
 
 def _files(path: Path) -> list[Path]:

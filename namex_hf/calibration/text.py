@@ -35,6 +35,11 @@ class CalibrationText:
     name: str
     sha256: str
 
+    @classmethod
+    def of(cls, ids: Tensor, sources: Tensor, name: str) -> "CalibrationText":
+        """With the hash of the ids."""
+        return cls(ids, sources, name, hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest())
+
     @property
     def tokens(self) -> int:
         """How many there are: fewer than asked for where the text ends."""
@@ -79,8 +84,7 @@ def calibration_text(source: str, tokenizer: Any, tokens: int, length: int, seed
             that leave no sequence.
         MissingExtraError: a Hub data set without the library that reads it.
     """
-    if not 1 <= length <= tokens:
-        raise CalibrationError(f"{tokens} calibration tokens, and sequences of {length}; accepted: 1 sequence or more")
+    check_length(tokens, length)
     name, documents = open_sources(source, tokenizer, seed)
     random.Random(seed).shuffle(documents)
     tails: list[int] = []
@@ -88,9 +92,15 @@ def calibration_text(source: str, tokenizer: Any, tokens: int, length: int, seed
     rows, sources = _in_turn(packed, tails, tokens // length, length)
     if not rows:
         raise CalibrationError(f"calibration data {source} has {len(tails)} tokens of text; a sequence needs {length}")
-    ids = torch.tensor(rows)
-    digest = hashlib.sha256(ids.numpy().astype("<i8").tobytes()).hexdigest()
-    return CalibrationText(ids, torch.tensor(sources), name, digest)
+    return CalibrationText.of(torch.tensor(rows), torch.tensor(sources), name)
+
+
+def check_length(tokens: int, length: int) -> None:
+    """Raises:
+    CalibrationError: these numbers leave no sequence.
+    """
+    if not 1 <= length <= tokens:
+        raise CalibrationError(f"{tokens} calibration tokens, and sequences of {length}; accepted: 1 sequence or more")
 
 
 def _sequences(

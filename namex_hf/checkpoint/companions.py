@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..files import CONFIG, INDEX, SINGLE, write_bytes, write_text
+from ..files import CONFIG, INDEX, SINGLE, write_bytes
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps all chat templates but the first."""
 NAMES = re.compile(
@@ -102,13 +103,21 @@ def has_tokenizer(folder: Path) -> bool:
     return any((folder / name).is_file() for name in TOKENIZERS)
 
 
-def _json_object(data: bytes) -> dict[str, Any]:
+def json_object(data: bytes) -> dict[str, Any]:
     """The parsed object; empty if `data` is not one: a broken small file is copied as it is, and stops no run."""
     try:
         values = json.loads(data)
     except (ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def without_auto_map(data: bytes) -> bytes:
+    """A tokenizer's configuration without ``auto_map``, which refers to code; where there is none, the same bytes."""
+    values = json_object(data)
+    if values.pop("auto_map", None) is None:
+        return data
+    return (json.dumps(values, indent=2) + "\n").encode()  # ASCII: half a surrogate pair has no UTF-8
 
 
 def carry(folder: Path, out: Path) -> None:
@@ -118,10 +127,6 @@ def carry(folder: Path, out: Path) -> None:
         CheckpointError: as `companions`.
     """
     for path in companions(folder):
-        place, data = out / path.relative_to(folder), path.read_bytes()
-        if path.name.lower() == "tokenizer_config.json":
-            values = _json_object(data)
-            if values.pop("auto_map", None) is not None:
-                write_text(place, json.dumps(values, indent=2) + "\n")  # ASCII: half a surrogate pair has no UTF-8
-                continue
-        write_bytes(place, data)
+        data = path.read_bytes()
+        is_configuration = path.name.lower() == TOKENIZER_CONFIG
+        write_bytes(out / path.relative_to(folder), without_auto_map(data) if is_configuration else data)

@@ -27,6 +27,7 @@ from ..files import (
 )
 from .companions import companions
 from .header import TensorSpan, read_header
+from .tokenizer_code import tokenizer_code
 
 DIGESTS = "digests.json"
 """File in the state of an unfinished run: hashes of the tensors that were read so far."""
@@ -142,7 +143,8 @@ def _hash_range(path: Path, begin: int, size: int) -> str:
 class Identity:
     """The current state of the files of a checkpoint that a result depends on.
 
-    Small files (configuration, tokenizer, chat templates, generation settings, code of the model) are hashed at once.
+    Small files (configuration, tokenizer, chat templates, generation settings, code of model and tokenizer) are hashed
+    at once.
 
     Args:
         folder: folder of the checkpoint.
@@ -158,7 +160,7 @@ class Identity:
         self._stamps = {name: stamp(shard) for name, shard in self.weights.items()}
         self.digests = Digests(spans, self.weights.values())
         code = folder.glob("*.py") if config.get("auto_map") else ()
-        small = {folder / CONFIG, *companions(folder), *folder.glob("adapter_*"), *code}
+        small = {folder / CONFIG, *companions(folder), *tokenizer_code(folder), *folder.glob("adapter_*"), *code}
         self._small = {
             path.relative_to(folder).as_posix(): {**stamp(path), HASH: hash_file(path)}
             for path in sorted(small)

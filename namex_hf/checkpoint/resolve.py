@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from glob import escape
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
 from .hub import UNREACHABLE, NoHubError, answer_of, hub_client, root_of, why
 from .source import Checkpoint, open_checkpoint, read_index, refuse_adapter, without_weights
+from .tokenizer_code import named_code, tokenizer_code
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 OURS = {name for new in (RECIPE, REPORT, SCORES) for name in (new, BEFORE_0_2[new])}
@@ -66,7 +68,8 @@ def resolve(source: str | Path, revision: str | None = None, check: Check = fami
     if folder is not None:
         if revision is not None:
             raise CheckpointError(f"--revision {revision} belongs to a Hub id; {source} is a local folder")
-        companions(folder)  # refuses links that leave the folder before the run, not at its end
+        companions(folder)  # refuses links that leave the folder before the run, not at its end; so does the next
+        tokenizer_code(folder)
         return open_checkpoint(folder)
     return fetched(str(source), revision, check)
 
@@ -119,7 +122,7 @@ def peek(source: str | Path, revision: str | None = None) -> Checkpoint:
 
 
 def fetched(name: str, revision: str | None, check: Check) -> Checkpoint:
-    """Fetch a model of the Hub: its configuration, then its weights and companions, and no other files.
+    """Fetch a model of the Hub: its configuration, then weights, companions and the tokenizer's code, no other files.
 
     Args:
         name: ``USER/NAME``.
@@ -135,8 +138,11 @@ def fetched(name: str, revision: str | None, check: Check) -> Checkpoint:
         weights = _weights(name, commit, files, offline)
         small = [file for file in files if is_companion(file) or file in {*OURS, CARD, INDEX}]  # CARD has the licence
         patterns = [escape(file) for file in {CONFIG, *weights, *small}]
-        folder = snapshot_download(name, revision=commit, allow_patterns=patterns, local_files_only=bool(offline))
-    return open_checkpoint(Path(folder), commit, name)
+        get = partial(snapshot_download, name, revision=commit, local_files_only=bool(offline))
+        folder = Path(get(allow_patterns=patterns))
+        while code := [file for file in named_code(folder) if file in files and not (folder / file).exists()]:
+            get(allow_patterns=code)
+    return open_checkpoint(folder, commit, name)
 
 
 def _configuration(name: str, revision: str | None, offline: str = "") -> tuple[Path, str]:

@@ -90,8 +90,8 @@ def _compare(options: argparse.Namespace) -> int:
         from huggingface_hub.utils import disable_progress_bars
         from rich.console import Console
 
-        from ..checkpoint.companions import has_tokenizer
         from ..checkpoint.resolve import resolve
+        from ..checkpoint.tokenizer_code import lack_of_tokenizer
         from ..comparison.files import NUMBERS, PAGE, write
         from ..comparison.run import How, compare, make_plan_of
         from ..comparison.settings import settings
@@ -104,8 +104,8 @@ def _compare(options: argparse.Namespace) -> int:
     device = resolved(options.device[0] if options.device else "auto")
     chosen = settings(options.texts, options.tokens, options.problems, device)
     checkpoint = resolve(options.model, options.revision)
-    if not has_tokenizer(checkpoint.folder):
-        raise CheckpointError(f"{checkpoint.name} has no tokenizer; without one no text can be scored")
+    if lack := lack_of_tokenizer(checkpoint.folder):
+        raise CheckpointError(f"{checkpoint.name} has {lack}; without one no text can be scored")
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)
     with Shown(len(plan.wanted), options.jobs, console) as shown:

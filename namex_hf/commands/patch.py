@@ -74,6 +74,7 @@ def _patch(options: argparse.Namespace) -> int:
         from ..checkpoint.folder import OutputFolder
         from ..checkpoint.layout import left_out_line
         from ..checkpoint.resolve import peek, resolve
+        from ..checkpoint.tokenizer_code import code_line
         from ..hub.publish import checked_target, publish
         from ..patching.patch import describe, run_plan
         from ..patching.plan import make_plan
@@ -86,7 +87,7 @@ def _patch(options: argparse.Namespace) -> int:
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
-    if line := left_out_line(plan.left_out):
+    for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder))):
         console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.scores is not None:

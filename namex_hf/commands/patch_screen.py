@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import SCORED_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, NamexError
 from ..files import size_text
@@ -152,8 +152,8 @@ def _memory_named(plan: Plan) -> Iterator[None]:
 
 def score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -> Report:
     """Perplexity before and after, and how routing changed, where the model is small enough to run here."""
-    if not has_tokenizer(checkpoint.folder):
-        console.print("no tokenizer in the checkpoint: perplexity is skipped")
+    if lack := lack_of_tokenizer(checkpoint.folder):
+        console.print(f"{lack} in the checkpoint: perplexity is skipped", soft_wrap=True)
         return report
     if checkpoint.size > SCORED_BYTES:
         console.print(f"{checkpoint.size / 1e9:.1f} GB is too large to score here: perplexity is skipped")

@@ -14,6 +14,7 @@ from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import STATE, check_whole
 from ..checkpoint.layout import left_out, left_out_line, outline_in, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.tokenizer_code import tokenizer_code
 from ..errors import CheckpointError, PublishError
 from ..files import CARD, REPORT, locate, read_text
 from ..models import load_patched, remote_code
@@ -76,7 +77,9 @@ def check_folder(folder: Path, verify: bool = False) -> CheckedFolder:
     foreign = left_out(checkpoint, per_expert(checkpoint, outline_in(checkpoint)))
     if line := left_out_line(foreign):
         notes.append(line)
-    if has_tokenizer(folder):
+    if code := [path.name for path in tokenizer_code(folder)]:
+        notes.append(f"the tokenizer's code stays here ({', '.join(code)}): users need the tokenizer of the original")
+    elif has_tokenizer(folder):
         _check_tokenizer(folder, rows)
     else:
         notes.append("no tokenizer: users of the model need the tokenizer of the original")

@@ -7,11 +7,27 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from ..checkpoint.companions import companions
+from ..checkpoint.companions import TOKENIZER_CONFIG, companions, without_auto_map
 from ..checkpoint.rewrite import rewrite
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer_code import tokenizer_code
 from ..errors import PublishError
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, PICTURES, RECIPE, REPORT, SCORES, STATISTICS, write_text
+from ..files import (
+    BEFORE_0_2,
+    CARD,
+    CONFIG,
+    HASH,
+    INDEX,
+    PICTURES,
+    RECIPE,
+    REPORT,
+    SCORES,
+    STATISTICS,
+    hash_bytes,
+    read_json,
+    write_bytes,
+    write_text,
+)
 from ..models import remote_code
 
 OURS = (CONFIG, INDEX, CARD, REPORT, SCORES, RECIPE, STATISTICS)
@@ -46,7 +62,7 @@ class Selection:
     left_out: dict[str, str]
     rewritten: tuple[Callable[[Path], None], ...] = ()
     """Functions that rewrite files in a folder of links to `files`: weights without left-out tensors, a configuration
-    with the current ``auto_map``."""
+    with the current ``auto_map``, a tokenizer's without one, and the report that lists it."""
 
     @property
     def size(self) -> int:
@@ -87,7 +103,9 @@ def select(checkpoint: Checkpoint, include: tuple[str, ...] = (), tensors: tuple
             left_out[name] = reason
     weights = (partial(rewrite, checkpoint, tensors),) if tensors else ()
     configuration = (partial(_write_auto_map, checkpoint),) if code else ()
-    return Selection(tuple(sorted(files, key=lambda file: file.name)), left_out, (*weights, *configuration))
+    foreign = [path.name for path in tokenizer_code(folder)]
+    tokenizer = (partial(_leave_code_out, foreign),) if foreign else ()
+    return Selection(tuple(sorted(files, key=lambda file: file.name)), left_out, (*weights, *configuration, *tokenizer))
 
 
 def current_code(checkpoint: Checkpoint) -> tuple[Path, ...]:
@@ -105,6 +123,17 @@ def _write_auto_map(checkpoint: Checkpoint, folder: Path) -> None:
     code = remote_code(str(checkpoint.config["model_type"]))
     (folder / CONFIG).unlink()
     write_text(folder / CONFIG, json.dumps({**checkpoint.config, "auto_map": code.auto_map}, indent=2) + "\n")
+
+
+def _leave_code_out(names: list[str], folder: Path) -> None:
+    """Take the pointer to a tokenizer's code from its configuration, and these files from the report's list."""
+    report, data = read_json(folder / REPORT), without_auto_map((folder / TOKENIZER_CONFIG).read_bytes())
+    if isinstance(files := report.get("files"), dict):
+        report["files"] = {name: listed for name, listed in files.items() if name not in names}
+        report["files"][TOKENIZER_CONFIG] = {"bytes": len(data), HASH: hash_bytes(data)}
+    for name, content in ((TOKENIZER_CONFIG, data), (REPORT, json.dumps(report, indent=1).encode() + b"\n")):
+        (folder / name).unlink()  # a link
+        write_bytes(folder / name, content)
 
 
 def current_place(name: str) -> str:

@@ -45,7 +45,7 @@ def compared_on_held_out(folder: Path, tokens: int) -> list[dict[str, Any]]:
 
     Memory: the model in float32, and its blocks' inputs for all of the text.
     """
-    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     blocks: list[Any] = [module for module in model.modules() if isinstance(module, ChosenRouting)]
     inputs: list[list[torch.Tensor]] = [[] for _ in blocks]
     for block, taken in zip(blocks, inputs, strict=True):

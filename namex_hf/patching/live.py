@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ..checkpoint.rope import both_forms
-from ..errors import CalibrationError, FamilyError
+from ..errors import FamilyError
 from ..families import Family, family_of
 from ..families.check import check_block
 from ..families.outline import outline_of
@@ -31,7 +31,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
 
     Args:
         model: a ``*ForCausalLM`` of a supported family.
-        calibration: for a recipe that reads calibration text: the model's tokenizer.
+        calibration: the model's tokenizer, for a recipe that reads calibration text other than token ids.
 
     Memory: beyond the model one base expert a layer (where the recipe has one), or the merged experts of one layer
     (``grouped``), a head where the model has none of its own (`fit_for_others`), and with calibration text what
@@ -53,8 +53,6 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     fit_for_others(model, family)
     text = counts = None
     if recipe.needs_text:
-        if calibration is None:
-            raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
         text = text_for(recipe, config, calibration)
         recipe = recipe.with_text(text.name)
     source = model_source(model, outline, copies="align" in recipe.steps)

@@ -21,6 +21,7 @@ from ..checkpoint.layout import left_out_line
 from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer_code import carry_code, code_line, tokenizer_code
 from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, locate, write_text
 from ..models import remote_code
@@ -112,7 +113,7 @@ def run_plan(
         if state.is_damaged(plan.shape.layers):
             logger.warning("%s: the state of an earlier run is damaged; the run begins anew", out)
             folder.begin_anew()
-        if line := left_out_line(plan.left_out):
+        for line in filter(None, (left_out_line(plan.left_out), code_line(plan.checkpoint.folder))):
             logger.warning(line)
         earlier = set(state.shards())
         try:
@@ -233,6 +234,7 @@ def _stability(propagation: Propagation, layers: list[dict[str, Any]]) -> dict[s
 def _write_companions(plan: Plan, out: Path, state: State, report: Report, weight_map: dict[str, str]) -> None:
     write_index(out, weight_map, plan.bytes_out)
     carry(plan.checkpoint.folder, out)
+    carry_code(plan.checkpoint.folder, out)
     config = plan.config()
     for file in remote_code(config["model_type"]).files:
         write_text(out / file.name, file.read_text("utf-8"))
@@ -269,7 +271,8 @@ def _carried(checkpoint: Checkpoint) -> list[str]:
     """Names of what is carried over, of a folder or of a repository of which headers were fetched."""
     if checkpoint.elsewhere is not None:
         return list(checkpoint.elsewhere)
-    return [path.relative_to(checkpoint.folder).as_posix() for path in companions(checkpoint.folder)]
+    folder = checkpoint.folder
+    return [path.relative_to(folder).as_posix() for path in (*companions(folder), *tokenizer_code(folder))]
 
 
 def rewrite_report(out: Path, report: Report) -> None:

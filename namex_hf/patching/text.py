@@ -1,19 +1,24 @@
 """The calibration text of a recipe, in the words of a model's tokenizer."""
 
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..calibration.sources import check_source
+from ..calibration.sources import check_source, is_token_ids
 from ..calibration.text import CalibrationText, calibration_text
-from ..checkpoint.companions import has_tokenizer
+from ..calibration.token_ids import open_ids, text_of_ids
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..errors import CalibrationError
 from ..families import Config
 from ..recipe import Grouped, Recipe
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
-ACCEPTED = "this recipe reads calibration text; accepted: a checkpoint with its tokenizer, or a recipe without text"
+ACCEPTED = (
+    "this recipe reads calibration text; accepted: a checkpoint with its tokenizer, a recipe without text, or token "
+    "ids in place of text (--calibration-data ids.npy)"
+)
 
 
 def measures(recipe: Recipe) -> bool:
@@ -22,23 +27,27 @@ def measures(recipe: Recipe) -> bool:
 
 
 def check_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
-    """What can be said without reading: that there is a text, and a tokenizer.
+    """What can be said without reading: that there is a text, and a tokenizer; of token ids what their header says.
 
     Raises:
         CalibrationError: there is none.
     """
     check_source(recipe.calibration.data)
-    if not has_tokenizer(checkpoint.folder):  # transformers may make an empty one up
-        raise CalibrationError(f"{checkpoint.name} has no tokenizer, and {ACCEPTED}")
+    if is_token_ids(recipe.calibration.data):
+        open_ids(Path(recipe.calibration.data), recipe.calibration.tokens)
+    elif lack := lack_of_tokenizer(checkpoint.folder):  # transformers may make an empty one up
+        raise CalibrationError(f"{checkpoint.name} has {lack}, and {ACCEPTED}")
 
 
 def text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationText:
-    """Read the text that a recipe names. No code of others is run for the tokenizer.
+    """Read the text that a recipe names. No code of others is run for the tokenizer, which token ids do not need.
 
     Raises:
         CalibrationError: the model has no tokenizer, or the text cannot be had.
     """
     check_text(recipe, checkpoint)
+    if is_token_ids(recipe.calibration.data):
+        return text_for(recipe, checkpoint.config)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     except Exception as error:  # whatever a foreign tokenizer raises
@@ -48,8 +57,8 @@ def text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationText:
     return text_for(recipe, checkpoint.config, tokenizer)
 
 
-def text_for(recipe: Recipe, config: Config, tokenizer: Any) -> CalibrationText:
-    """`text_of`, with the tokenizer at hand.
+def text_for(recipe: Recipe, config: Config, tokenizer: Any = None) -> CalibrationText:
+    """`text_of`, with the tokenizer at hand; None where the recipe names token ids.
 
     Raises:
         CalibrationError: the text cannot be had, or is too short for some of it to be held back.
@@ -57,7 +66,21 @@ def text_for(recipe: Recipe, config: Config, tokenizer: Any) -> CalibrationText:
     longest = config.get("max_position_embeddings")
     tokens = recipe.calibration.tokens
     length = min(LENGTH, longest if isinstance(longest, int) else LENGTH, tokens)
-    text = calibration_text(recipe.calibration.data, tokenizer, tokens, length, recipe.seed)
+    data, seed = recipe.calibration.data, recipe.seed
+    if is_token_ids(data):
+        text = text_of_ids(Path(data), _vocabulary(config), tokens, length, seed)
+    elif tokenizer is None:
+        needs = "calibration=tokenizer, or a recipe with token ids in place of text (calibration_data: ids.npy)"
+        raise CalibrationError(f"this recipe reads calibration text: patch_model needs {needs}")
+    else:
+        text = calibration_text(data, tokenizer, tokens, length, seed)
     if measures(recipe):
         _ = text.held_out  # complains now, not when a fit asks for it
     return text
+
+
+def _vocabulary(config: Config) -> int:
+    size = config.get("vocab_size")
+    if not isinstance(size, int):
+        raise CalibrationError(f"config.json: vocab_size is {size!r}; token ids need the number of the model's tokens")
+    return size

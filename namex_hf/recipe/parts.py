@@ -277,8 +277,8 @@ class Calibration(Part):
 
     data: str = leaf(
         "packaged",
-        "calibration text: packaged, a text file, a .jsonl file of messages or text, a folder of these, or a Hub data "
-        "set; stored as a name",
+        "calibration text: packaged, a text file, a .jsonl file of messages or text, a folder of these, a .npy file of "
+        "token ids, or a Hub data set; stored as a name",
         name="calibration_data",
     )
     tokens: int = leaf(65536, "tokens of calibration text", name="calibration_tokens", within=count_to(1 << 40))

@@ -6,6 +6,7 @@ from typing import Any
 from urllib.parse import quote
 
 from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.tokenizer_code import tokenizer_code
 from ..files import PICTURES, REPORT, locate
 from ..recipe import Grouped, Recipe
 from .card_text import plain
@@ -78,9 +79,10 @@ def _source(report: Report) -> str:
 
 
 def loading_lines(config: dict[str, Any], folder: Path | None, place: str = PLACE) -> list[str]:
-    """A snippet that loads the model and, where there is a tokenizer, lets it go on with a text."""
+    """A snippet that loads the model and, where a tokenizer opens without code, lets it go on with a text."""
     remote = ", trust_remote_code=True" if "auto_map" in config else ""
-    talks = folder is None or has_tokenizer(folder)
+    foreign = [] if folder is None else tokenizer_code(folder)
+    talks = folder is None or (has_tokenizer(folder) and not foreign)
     lines = [
         f"from transformers import AutoModelForCausalLM{', AutoTokenizer' if talks else ''}",
         "",
@@ -92,7 +94,13 @@ def loading_lines(config: dict[str, Any], folder: Path | None, place: str = PLAC
             'inputs = tokenizer("The first thing to know", return_tensors="pt", return_token_type_ids=False)',
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=20)[0]))",
         ]
-    after = "The folder holds no tokenizer: that of the original is needed." if not talks else ""
+    after = "" if talks else "The folder holds no tokenizer: that of the original is needed."
+    if foreign:
+        names = ", ".join(f"`{path.name}`" for path in foreign)
+        after = (
+            f"The tokenizer needs code of the original ({names}), which was carried over and not run. Read it, then "
+            "open the tokenizer with `trust_remote_code=True`; where the code is missing, take that of the original."
+        )
     code = (
         "The model's class comes as code with the folder; with `namex_hf` imported that code is not run."
         if remote

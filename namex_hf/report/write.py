@@ -5,7 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import PICTURE_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, MissingExtraError, UsageError
 from ..files import PAGE, PICTURES, REPORT, write_bytes, write_text
@@ -70,8 +70,8 @@ def write_pictures(
 def _answered(folder: PatchedFolder, tokens: int | None, console: Console) -> Answers | None:
     if tokens is None:
         tokens = folder.recipe.calibration.tokens if folder.recipe.needs_text else PICTURE_TOKENS
-        if not has_tokenizer(folder.path):
-            console.print("no tokenizer in the folder: the experts answer to no text", soft_wrap=True)
+        if lack := lack_of_tokenizer(folder.path):
+            console.print(f"{lack} in the folder: the experts answer to no text", soft_wrap=True)
             tokens = 0
         elif folder.checkpoint.size > SCORED_BYTES:
             size = f"{folder.checkpoint.size / 1e9:.1f} GB"

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed.fsdp import FSDPModule
 
-from ..checkpoint.companions import carry
+from ..checkpoint.companions import TOKENIZER_CONFIG, carry, without_auto_map
 from ..checkpoint.folder import OutputFolder, list_files
 from ..checkpoint.header import read_header
 from ..checkpoint.rope import both_forms
@@ -58,6 +58,8 @@ def save_trained(
     with carried_settings(model, carried, staged):
         model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
     tokenizer.save_pretrained(staged)
+    settings = staged / TOKENIZER_CONFIG  # of a tokenizer that was opened without code
+    settings.write_bytes(without_auto_map(settings.read_bytes()))
     carry(carried, out)
     config = both_forms(json.loads((staged / CONFIG).read_text("utf-8")))
     # torch creates the class of a sharded model, which must not be named in the configuration.

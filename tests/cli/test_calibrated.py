@@ -5,19 +5,21 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from namex_hf.checkpoint.bytes import Reader
 from namex_hf.checkpoint.resolve import resolve
-from namex_hf.commands import patch, patch_screen
+from namex_hf.commands import compare, patch, patch_screen
 from namex_hf.patching import text as patching_text
 from namex_hf.patching.estimate import peak_bytes
 from namex_hf.patching.plan import make_plan
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
 from tests.helpers.checkpoints import change_config
+from tests.helpers.own_tokenizer import FILES, add_own_tokenizer
 from tests.helpers.toy_models import save_toy
 
 FIT = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--fit-steps", "20", "--calibration-tokens", "1024")
@@ -211,6 +213,57 @@ def test_no_tokenizer_and_no_text(
     says = "no.txt: no such file or folder; accepted: 'packaged', a text file, a .jsonl file"
     assert says in refused(speaking, *FIT, "--calibration-data", tmp_path / "no.txt", *when)
     assert "calibration data : no such file" in refused(speaking, *FIT, "--calibration-data", "", *when)
+
+
+def test_token_ids_need_no_tokenizer(
+    refused, toys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """The way out that the refusal names; what needs a tokenizer is left out, in a line each."""
+    monkeypatch.setenv("COLUMNS", "400")  # the temporary folder's name may be long
+    monkeypatch.setattr(patch_screen, "DRAWN_BYTES", patch_screen.SCORED_BYTES)
+    toy, ids = toys["qwen2_moe"], tmp_path / "ids" / "ids.npy"
+    ids.parent.mkdir()
+    np.save(ids, np.random.default_rng(0).integers(0, 260, (40, 64)))
+    command, out = (toy, *FIT, "--calibration-data", ids), tmp_path / "ids" / "out"
+    assert "or token ids in place of text (--calibration-data ids.npy)\n" in refused(toy, *FIT)
+    assert ran(*command, "--out", out, "--dry-run") == 0
+    assert re.search(r"calibration text +│ 1024 tokens of .*ids\.npy, not read yet", capsys.readouterr().out)
+    assert not out.exists()
+    assert ran(*command, "--out", out) == 0
+    said = capsys.readouterr()
+    assert "calibrated on 1024 tokens of ids.npy: " in said.out
+    assert "no tokenizer in the checkpoint: perplexity is skipped\n" in said.err
+    assert "no tokenizer in the folder: the experts answer to no text\n" in said.err
+    assert (out / "namex/pictures/6-damage.png").is_file()
+    assert "The folder holds no tokenizer" in (out / "README.md").read_text()
+    assert "no tokenizer; without one no text can be scored" in said_by_compare(toy, ids, tmp_path, capsys)
+    np.save(ids, np.arange(1000) % 260)
+    for when in ((), ("--dry-run",)):
+        says = "ids.npy has 1000 tokens, and 1024 are asked for; accepted: up to 1000\n"
+        assert says in refused(*command, *when)
+
+
+def test_a_tokenizer_with_code_of_its_own(refused, copied: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """It is named wherever a tokenizer is needed or files are listed."""
+    add_own_tokenizer(copied)
+    lack = "copied has no tokenizer that opens without code of its own"
+    said = refused(copied, *FIT)
+    assert f"{lack}, and this recipe reads calibration text; accepted: " in said
+    assert said.endswith("or token ids in place of text (--calibration-data ids.npy)\n")
+    assert f"{lack}; without one no text can be scored" in said_by_compare(
+        copied, tmp_path / "no.npy", tmp_path, capsys
+    )
+    assert ran(copied, "--out", tmp_path / "out", "--dry-run", "--json") == 0
+    said = capsys.readouterr()
+    assert {*FILES, "tokenizer_config.json", "vocab.txt"} <= {*json.loads(said.out)["carried"]}
+    assert said.err == f"the tokenizer's code is carried over as it is, and was not run: {', '.join(FILES)}\n"
+
+
+def said_by_compare(model: Path, ids: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What namex-compare says, which scores text and so needs a tokenizer."""
+    flags = ("--merge", "grouped", "--experts", "3", "--fit", "router", "--calibration-data", ids)
+    assert compare.main([str(one) for one in (model, "--out", folder / "compared", *flags)]) == 2
+    return capsys.readouterr().err
 
 
 def test_text_that_is_none(refused, speaking: Path, prose: Path):

@@ -28,11 +28,16 @@ def chats(path: Path) -> tuple[str, int]:
 
 @pytest.fixture(scope="module")
 def epoch(run: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """One pass over all chats, into a folder whose name is markup for rich, from a model with odd settings."""
+    """One pass over all chats, into a folder whose name is markup for rich, from a model with odd settings, whose
+    tokenizer has code that it does not need."""
     folder = tmp_path_factory.mktemp("epoch")
     model = folder / "model"
     shutil.copytree(PACKAGED / "tiny", model)
     (model / "generation_config.json").write_bytes(ODD)
+    settings = json.loads((model / "tokenizer_config.json").read_text())
+    settings["auto_map"] = {"AutoTokenizer": [None, "tokenization_x.Tok"]}
+    (model / "tokenizer_config.json").write_text(json.dumps(settings))
+    (model / "tokenization_x.py").write_text("raise SystemExit")
     data, _ = chats(folder / "own.jsonl")
     (folder / "a [v1] b[").mkdir()
     out = folder / "a [v1] b[" / "c]"
@@ -46,6 +51,11 @@ def test_generation_settings_are_the_sources(epoch: Any):
     assert {path.parent.name for path in written} >= {"c]", "checkpoint-1"}
     assert {path.read_bytes() for path in written} == {ODD}
     assert load_patched(epoch.out).generation_config.temperature == 0.6
+
+
+def test_a_tokenizer_that_opened_without_its_code_needs_none(epoch: Any):
+    assert "auto_map" not in json.loads((epoch.out / "tokenizer_config.json").read_text())
+    assert not (epoch.out / "tokenization_x.py").exists()
 
 
 def test_brackets_in_the_folders_name_are_printed(epoch: Any):

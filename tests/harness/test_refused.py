@@ -44,7 +44,10 @@ def copied(tmp_path: Path, **changes: object) -> Path:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--models", "tinny"), "MODEL tinny: accepted: a folder, a packaged model (tiny, tiny-deepseek, tiny-qwen3), or a Hub id"),
+        (
+            ("--models", "tinny"),
+            "MODEL tinny: accepted: a folder, a packaged model (tiny, tiny-deepseek, tiny-qwen3), or a Hub id",
+        ),
         (("--tasks", "mmmlu_hard"), "task mmmlu_hard is not known"),
         (("--tasks", "namex_sum"), "task namex_sum is not known; near it: namex_sums"),
         (("--tasks", "namex_sums", "--data", "nowhere"), "--data nowhere is no folder"),

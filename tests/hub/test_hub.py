@@ -13,6 +13,7 @@ from namex_hf import patch_checkpoint
 from tests.helpers.checkpoints import change_config
 from tests.helpers.commands import Answer, Command, child
 from tests.helpers.hub import Hub
+from tests.helpers.own_tokenizer import FILES, add_own_tokenizer
 
 Publish = Callable[..., str]
 
@@ -213,6 +214,28 @@ def test_what_is_carried_is_said_and_fetched(hub: Hub, publish: Publish, online:
     for flags in (("--dry-run",), ("--quiet",)):
         answer = online("namex-patch", "me/more", "--out", tmp_path / "adapted", *flags)
         assert_refused(answer, "me/more has an adapter beside its weights")
+
+
+def test_the_code_of_a_tokenizer_is_fetched(hub: Hub, publish: Publish, online: Command, tmp_path: Path, home: Path):
+    """Its own and what that imports, no other code; from the cache alone, too."""
+    publish("me/own")
+    folder = add_own_tokenizer(hub.folders["me/own"])
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenization_other.py").write_text("raise SystemExit")
+    answer = online("namex-patch", "me/own", "--out", tmp_path / "out")
+    assert answer.status == 0, answer
+    assert (
+        "the tokenizer's code is carried over as it is, and was not run: tokenization_own.py, pieces_own.py"
+        in answer.err
+    )
+    assert "no tokenizer that opens without code of its own in the checkpoint: perplexity is skipped" in answer.err
+    assert hub.sent("tokenization_other.py") == 0
+    with child(home, HF_HUB_OFFLINE="1", HF_ENDPOINT=hub.url) as run:
+        assert run("namex-patch", "me/own", "--out", tmp_path / "offline", "--quiet").status == 0
+    for out in (tmp_path / "out", tmp_path / "offline"):
+        for name in (*FILES, "tokenizer_config.json"):
+            assert (out / name).read_bytes() == (folder / name).read_bytes()
+        assert not (out / "tokenization_other.py").exists()
 
 
 def test_what_is_scored_is_fetched_alike(hub: Hub, publish: Publish, online: Command, model: Path, tmp_path: Path):

@@ -17,6 +17,7 @@ from namex_hf.models import load_patched
 from tests.helpers.checkpoints import all_files
 from tests.helpers.commands import TOKEN, WRONG, Command, assert_refused
 from tests.helpers.hub import Hub
+from tests.helpers.own_tokenizer import FILES, add_own_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -232,6 +233,23 @@ def test_namex_patch_pushes_what_it_has_made(hub: Hub, me: Command, model: Path,
     assert me("same", "me/made", out).status == 0
     again = me(*patch, "me/made", "--public")
     assert again == (0, answer.out, ""), "a private repository stays private"
+
+
+def test_the_code_of_a_tokenizer_stays(hub: Hub, me: Command, model: Path, tmp_path: Path):
+    """And so does the pointer to it; what went up is whole."""
+    source, out = add_own_tokenizer(Path(shutil.copytree(model, tmp_path / "source"))), tmp_path / "out"
+    patch_checkpoint(source, out)
+    before = all_files(out)
+    answer = me("namex-push", out, "--repo", "me/own")
+    assert answer.status == 0, answer
+    assert "note: the tokenizer's code stays here (tokenization_own.py, pieces_own.py): users need the" in answer.err
+    for name in FILES:
+        assert f"stays: {name}: code that is not of this model's class" in answer.err
+    assert set(hub.files("me/own")) == set(before) - set(FILES)
+    there = hub.folders["me/own"]
+    assert json.loads((there / "tokenizer_config.json").read_text()) == {"tokenizer_class": "OwnTokenizer"}
+    check_whole(there, verify=True)
+    assert all_files(out) == before
 
 
 def test_tensors_that_the_class_lacks_stay(hub: Hub, me: Command, folder: Path):
