@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe, patch_model
 from namex_hf.calibration.text import calibration_text
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.routers import (
     assignment,
     cosine_form,
@@ -125,7 +126,7 @@ def rank_table(name: str, model: Any, ids: torch.Tensor, heard: list[torch.Tenso
     found: dict[str, list[float]] = {}
     for gate, inputs in zip(gates, heard, strict=True):
         experts, top_k = len(gate.weight), gate.top_k
-        routing = route(inputs, gate.weight.detach(), top_k, renormalises=False)
+        routing = route(inputs, gate.weight.detach(), Gate(top_k))
         mine, theirs = (TokenRouting(routing.index[some], routing.value[some]) for some in (~tokens, tokens))
         table_of = assignment(learnt, mine, experts, model.config.vocab_size)
         known = table_of[others, 0] >= 0

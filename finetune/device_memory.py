@@ -19,8 +19,9 @@ from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig
 
 from namex_hf.errors import TrainingError
-from namex_hf.families import family_of, original_family
+from namex_hf.families import original_family
 from namex_hf.families.kinds import KINDS, kind_of
+from namex_hf.families.outline import outline_of
 from namex_hf.merging.momentum import parts as momentum_parts
 from namex_hf.models import DeepseekConfig
 from namex_hf.models.configuration_namex import SoftChoice, is_residual, soft_choice
@@ -234,10 +235,9 @@ def outline(config: Mapping[str, Any], recipe: Recipe | None = None) -> Outline:
             raise TrainingError("the model is patched already, so a recipe says nothing; accepted: none")
         original_family(raw)
     else:
-        family, recipe = family_of(raw), recipe or Recipe()
-        shape = family.shape(raw)
-        check_fit(recipe, shape)
-        raw = patched_config(raw, family, shape, recipe)
+        outline, recipe = outline_of(raw), recipe or Recipe()
+        check_fit(recipe, outline)
+        raw = patched_config(raw, outline.family, outline.shape, recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
     parts = tuple(Part(name, kind_of(name), tuple(p.shape), _layer(name)) for name, p in model.named_parameters())

@@ -1,4 +1,4 @@
-"""Train a packaged model: ``python packaged/train.py tiny`` (or ``tiny-deepseek``, ``tiny-qwen3``). Resumes where it was stopped.
+"""Train a packaged model: ``tiny``, ``tiny-deepseek`` or ``tiny-qwen3``. Resumes where it was stopped.
 
     python packaged/train.py tiny --work /tmp/packaged        # writes the model folder to /tmp/packaged/tiny
 

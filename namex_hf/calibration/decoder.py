@@ -1,39 +1,41 @@
 """The decoder of a causal language model, one decoder layer in memory at a time.
 
-Attention, norms, router, shared expert, rotary embedding and masks are those of the transformers class; nothing of them
-is written again here.
+Embedding, attention, norms, router, shared expert, rotary embedding and masks are those of the transformers class;
+nothing of them is written again here. The model's own forward pass runs once for every shape of a batch, with stand-ins
+for its decoder layers: they record the arguments that it hands to each, which are replayed with the layer itself.
 """
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from .. import models  # noqa: F401  (registers the model types that transformers does not know)
 from ..checkpoint.layout import FLOATS
 from ..errors import CheckpointError, FamilyError
-from ..families import EMBEDDING, HEAD, Config, Family, MoeShape
+from ..families import Config
+from ..families.outline import Outline, build
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 
-#: A tensor by its Hub name, on the CPU in its own dtype; KeyError where there is none of that name.
+#: A tensor by its name in the class, on the CPU in its own dtype; KeyError where there is none of that name.
 Read = Callable[[str], Tensor]
 
-NORM = "model.norm"
 #: Tokens of a batch: enough to keep a processor busy, few enough that activations stay about as large as a layer.
 BATCH_TOKENS = 2048
+TOLERANCE = 1e-5
+"""How far a layerwise pass may be from the model's own forward pass, relative to the largest number."""
 
 
 @dataclass(frozen=True)
 class Tapped:
-    """A MoE layer without its routed experts. Its true output is ``rest`` plus theirs for the other three.
+    """A MoE layer without its routed experts, whose output `Decoder.pass_on` completes.
 
     Attributes:
-        rest: ``[sequences, length, hidden]`` float32, the layer's output without the routed part.
+        rest: ``[sequences, length, hidden]`` float32, the layer's output without the routed part; where that is no
+            summand of the output (`Family.linear`), the layer's input.
         inputs: ``[tokens, hidden]`` float32, what the routed experts are given; sequence after sequence.
         index: ``[tokens, top_k]`` int64, the experts that the router chose.
         value: ``[tokens, top_k]`` float32, their weights as the router hands them over.
@@ -56,8 +58,7 @@ class Decoder:
     def __init__(
         self,
         config: Config,
-        family: Family,
-        shape: MoeShape,
+        outline: Outline,
         read: Read,
         device: torch.device | str = "cpu",
         batch_tokens: int = BATCH_TOKENS,
@@ -65,38 +66,37 @@ class Decoder:
         """
         Args:
             config: the content of ``config.json``; it is not changed.
-            family: of the model; says where its blocks are.
-            shape: of the model; says which layers are mixtures.
+            outline: of the model.
             read: never asked for tensors of routed experts.
             device: where layers are held and run; hidden states may lie elsewhere.
             batch_tokens: run at a time, in whole sequences, at least one.
 
         Raises:
-            FamilyError: transformers cannot build this model, or makes other layers mixtures than ``shape`` says.
+            FamilyError: transformers cannot build this model.
         """
-        model = on_meta(config)
-        self._read, self._batch_tokens, self._shape = read, batch_tokens, shape
-        self._embedding, self._tied = model.get_input_embeddings().weight.shape, bool(model.config.tie_word_embeddings)
-        blocks = [family.block(index) for index in range(model.config.num_hidden_layers)]
-        self._taps = _tap_experts([model.get_submodule(block) for block in blocks], shape)
-        self._names = [block.rpartition(".")[0] for block in blocks]
-        self._layers = [model.get_submodule(name) for name in self._names]
-        self._norm = model.get_submodule(NORM)
-        self._frame = _Frame(model, torch.device(device))
+        self._read, self._batch_tokens, self._outline = read, batch_tokens, outline
+        self._device, self._model = torch.device(device), on_meta(config)
+        self._layers = [self._model.get_submodule(name) for name in outline.decoder_layers]
+        self._taps = {layer: _Tap() for layer in outline.blocks}
+        for layer, tap in self._taps.items():
+            self._model.get_submodule(outline.blocks[layer]).experts = tap
+        self._frame = _Frame(self._model, outline, self._layers, self._device)
 
     def embed(self, ids: Tensor) -> Tensor:
-        """Token ids ``[sequences, length]`` to hidden states ``[sequences, length, hidden]``, float32 on the device.
+        """Token ids ``[sequences, length]`` to what the first layer receives, ``[sequences, length, hidden]`` float32.
 
         Raises:
             CheckpointError: an id that is not in the vocabulary, or no table as ``config.json`` has it.
         """
-        vocabulary, width = self._embedding
+        vocabulary, width = self._model.get_input_embeddings().weight.shape
         if ids.numel() and int(ids.max()) >= vocabulary:
             raise CheckpointError(f"token id {int(ids.max())}: config.json makes the vocabulary {vocabulary}")
-        table = self._tensor(self._embedding, EMBEDDING, *([HEAD] if self._tied else []))
-        hidden = torch.empty(*ids.shape, width, device=self._frame.device, dtype=torch.float32)
+        table = self._tensor(torch.Size((vocabulary, width)), self._outline.embedding)
+        hidden = torch.empty(*ids.shape, width, device=self._device, dtype=torch.float32)
         for rows, target in zip(ids.to(table.device), hidden, strict=True):  # the table is never converted whole
             target.copy_(nn.functional.embedding(rows, table))
+        for rows in self._batches(hidden):
+            hidden[rows] = self._frame.first(hidden[rows])
         return hidden
 
     @contextmanager
@@ -108,13 +108,24 @@ class Decoder:
         """
         module = self._layers[index]
         try:
-            self._materialise(module, self._names[index])
-            tap, top_k = self._taps.get(index), self._shape.top_k
-            if tap is not None:
-                top_k = min(top_k, self._shape.experts_of(index))
-            yield DecoderLayer(index, module, tap, top_k, self._frame, self._batch_tokens)
+            self._materialise(module, self._outline.decoder_layers[index])
+            tap, shape = self._taps.get(index), self._outline.shape
+            top_k = shape.gate.top_k if tap is None else min(shape.gate.top_k, shape.experts_of(index))
+            linear = self._outline.family.linear
+            yield DecoderLayer(index, module, tap, top_k, linear, self._frame, self._batches)
         finally:
             module.to("meta")
+
+    def pass_on(self, index: int, rest: Tensor, output: Tensor) -> None:
+        """Make of `Tapped.rest` of a MoE layer its output, in place. Args: output, routed, ``[tokens, hidden]``.
+
+        Memory: where that is no sum, the layer without its experts again.
+        """
+        if self._outline.family.linear:
+            rest.add_(output.to(rest.device).view_as(rest))
+            return
+        with self.layer(index) as module:
+            module.answer(rest, output)
 
     @torch.no_grad()
     def losses(self, streams: Iterable[Tensor], ids: Tensor) -> list[float]:
@@ -129,52 +140,121 @@ class Decoder:
         Raises:
             CheckpointError: the norm or the head is missing, or has a wrong shape or dtype.
         """
-        self._materialise(self._norm, NORM)
-        head = self._tensor(self._embedding, HEAD, *([EMBEDDING] if self._tied else [])).to(self._frame.device).float()
+        ends = [name for name, module in self._model.named_modules() if self._is_end(name, module)]
+        for name in ends:
+            self._materialise(self._model.get_submodule(name), name)
         means = []
         for hidden in streams:
             losses = [
-                nn.functional.cross_entropy(self._norm(row.to(head))[:-1] @ head.T, labels[1:].to(head.device))
+                nn.functional.cross_entropy(self._frame.logits(row[None])[0, :-1], labels[1:].to(self._device))
                 for row, labels in zip(hidden, ids, strict=True)
             ]
             means.append(float(torch.stack(losses).double().mean()))
-        self._norm.to("meta")
+        for name in ends:
+            self._model.get_submodule(name).to("meta")
         return means
 
+    @torch.no_grad()
+    def check(self, ids: Tensor) -> None:
+        """Compare the layerwise pass with the model's own forward pass, routed experts apart, on one batch.
+
+        Args:
+            ids: ``[sequences, length]``, of which the first are taken.
+
+        Memory: one layer, as always.
+
+        Raises:
+            FamilyError: they differ: the layers take what other layers make, or another norm follows the experts.
+        """
+        ids = ids[next(self._batches(ids))]
+        replayed, draw = self.embed(ids), torch.Generator().manual_seed(0)
+        self._frame.arguments(replayed.shape)  # known before the model's own forward pass begins
+
+        def both(index: int, own: Tensor, arguments: "Arguments") -> Tensor:
+            nonlocal replayed
+            with self.layer(index) as layer:
+                own = layer.run(own, arguments)
+                given = replayed.clone()
+                if layer.is_mixture:
+                    layer.tap(given)
+                    if not self._outline.family.linear:
+                        layer.answer(given, torch.zeros_like(given))
+                    self._check_sum(layer, index, replayed, given, draw)
+                else:
+                    layer.forward(given)
+            self._expect_equal(index, own, replayed := given)
+            return own
+
+        self._frame.in_step(replayed.clone(), both)
+
+    def _check_sum(self, layer: "DecoderLayer", index: int, given: Tensor, rest: Tensor, draw: torch.Generator) -> None:
+        """Whether the routed output is added to the rest, where the family says so."""
+        if self._outline.family.linear:
+            output, answered = torch.randn(rest.shape, generator=draw).to(rest), given.clone()
+            layer.answer(answered, output)
+            self._expect_equal(index, answered, rest + output)
+
+    def _expect_equal(self, index: int, own: Tensor, layerwise: Tensor) -> None:
+        apart = float((own - layerwise).abs().max() / own.abs().max().clamp(min=torch.finfo().tiny))
+        if not apart <= TOLERANCE:
+            raise FamilyError(
+                f"model_type {self._outline.family.model_type!r}: layer {index} by itself is {apart:.1e} away from "
+                f"{type(self._model).__name__}'s own forward pass (accepted: {TOLERANCE:.0e}), so calibration text "
+                "cannot be used; a recipe without text works"
+            )
+
+    def _batches(self, hidden: Tensor) -> Iterator[slice]:
+        """Whole sequences of about `BATCH_TOKENS`."""
+        count = max(1, self._batch_tokens // max(1, hidden.shape[1]))
+        for start in range(0, len(hidden), count):
+            yield slice(start, min(start + count, len(hidden)))
+
+    def _is_end(self, name: str, module: nn.Module) -> bool:
+        """Whether a module with parameters of its own follows the layers."""
+        inside = name.startswith(self._outline.decoder_layers[0].removesuffix(".0"))
+        first = f"{name}.weight" == self._outline.embedding
+        return not inside and not first and next(module.parameters(recurse=False), None) is not None
+
     def _materialise(self, module: nn.Module, name: str) -> None:
+        restore_buffers(self._model, module, self._device)
         weights = {
-            key: self._tensor(empty.shape, f"{name}.{key}").to(self._frame.device, torch.float32)
+            key: self._tensor(empty.shape, f"{name}.{key}").to(self._device, _dtype_of(empty))
             for key, empty in module.state_dict().items()
         }
         module.load_state_dict(weights, assign=True)
 
-    def _tensor(self, shape: torch.Size, *names: str) -> Tensor:
-        """The first of these names that there is."""
-        name, tensor = self._find(names)
+    def _tensor(self, shape: torch.Size, name: str) -> Tensor:
+        try:
+            # Detached: a live model's parameter that becomes a layer's weight takes over its requires_grad.
+            tensor = self._read(name).detach()
+        except KeyError:
+            raise CheckpointError(f"tensor {name} is missing; calibration needs it") from None
         if tensor.shape != shape:
             raise CheckpointError(f"tensor {name} is {list(tensor.shape)}; config.json makes it {list(shape)}")
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS and tensor.is_floating_point():
             raise CheckpointError(f"tensor {name} is {tensor.dtype}; accepted: bfloat16, float16, float32")
         return tensor
 
-    def _find(self, names: tuple[str, ...]) -> tuple[str, Tensor]:
-        for name in names:
-            try:
-                # Detached: a live model's parameter that becomes a layer's weight takes over its requires_grad.
-                return name, self._read(name).detach()
-            except KeyError:
-                continue
-        raise CheckpointError(f"tensor {names[0]} is missing; calibration needs it")
+
+def _dtype_of(empty: Tensor) -> torch.dtype:
+    return torch.float32 if empty.is_floating_point() else empty.dtype
 
 
 class DecoderLayer:
     """A decoder layer that is in memory, lent by `Decoder.layer`. Hidden states are float32, on any device."""
 
     def __init__(
-        self, index: int, module: nn.Module, tap: "_Tap | None", top_k: int, frame: "_Frame", batch_tokens: int
+        self,
+        index: int,
+        module: nn.Module,
+        tap: "_Tap | None",
+        top_k: int,
+        linear: bool,
+        frame: "_Frame",
+        batches: Callable[[Tensor], Iterator[slice]],
     ) -> None:
         self._index, self._module, self._tap, self._top_k = index, module, tap, top_k
-        self._frame, self._batch_tokens = frame, batch_tokens
+        self._linear, self._frame, self._batches = linear, frame, batches
 
     @property
     def is_mixture(self) -> bool:
@@ -190,8 +270,8 @@ class DecoderLayer:
         """
         if self._tap is not None:
             raise ValueError(f"layer {self._index} is a mixture of experts: tap it")
-        for _ in self._run(hidden, progress):
-            pass
+        for rows, output in self._outputs(hidden, progress):
+            hidden[rows] = output
         return hidden
 
     @torch.no_grad()
@@ -211,32 +291,50 @@ class DecoderLayer:
         length, tokens = hidden.shape[1], hidden.shape[0] * hidden.shape[1]
         inputs, value = hidden.new_empty(tokens, hidden.shape[2]), hidden.new_empty(tokens, self._top_k)
         index = torch.empty_like(value, dtype=torch.int64)
-        for rows in self._run(hidden, progress):
+        for rows, output in self._outputs(hidden, progress):
+            if self._linear:
+                hidden[rows] = output
             for target, given in zip((inputs, index, value), self._tap.take(), strict=True):
                 target[rows.start * length : rows.stop * length] = given.to(target.device)
         return Tapped(hidden, inputs, index, value)
 
-    def _run(self, hidden: Tensor, progress: ProgressCallback) -> Iterator[slice]:
-        """Write the layer's output over ``hidden``, batch by batch; yields the sequences that were done."""
-        count = max(1, self._batch_tokens // max(1, hidden.shape[1]))
-        for start in range(0, len(hidden), count):
-            rows = slice(start, min(start + count, len(hidden)))
-            batch = hidden[rows].to(self._frame.device)
-            hidden[rows] = self._module(batch, **self._frame.arguments(batch.shape)[self._index]).to(hidden.device)
-            yield rows
+    @torch.no_grad()
+    def answer(self, hidden: Tensor, output: Tensor) -> None:
+        """Run a MoE layer over ``hidden``, in place, with ``output [tokens, hidden]`` as that of its routed experts."""
+        assert self._tap is not None
+        answers = output.reshape(hidden.shape)
+        for rows in self._batches(hidden):
+            self._tap.answer = answers[rows].to(self._frame.device)
+            hidden[rows] = self.run(hidden[rows]).to(hidden.device)
+        self._tap.answer = None
+
+    def run(self, batch: Tensor, arguments: "Arguments | None" = None) -> Tensor:
+        """The layer's output to a batch, with the arguments that the model's forward pass hands to it."""
+        positional, named = arguments or self._frame.arguments(batch.shape)[self._index]
+        output: Any = self._module(batch.to(self._frame.device), *positional, **named)
+        if not isinstance(output, Tensor):
+            kind = type(self._module).__name__
+            raise FamilyError(f"{kind} gives {type(output).__name__}; accepted for calibration text: one tensor")
+        return output
+
+    def _outputs(self, hidden: Tensor, progress: ProgressCallback) -> Iterator[tuple[slice, Tensor]]:
+        """The sequences of every batch, and the layer's output to them."""
+        for rows in self._batches(hidden):
+            yield rows, self.run(hidden[rows]).to(hidden.device)
             progress(ProgressEvent("read", amount=rows.stop - rows.start, done=rows.stop, total=len(hidden)))
 
 
 class _Tap(nn.Module):
-    """In the place of the routed experts: keeps what it is given, once, and returns zeros."""
+    """In the place of the routed experts: keeps what it is given, once, and returns zeros or an answer that is set."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.answer: Tensor | None = None
         self._given: tuple[Tensor, Tensor, Tensor] | None = None
 
     def forward(self, inputs: Tensor, index: Tensor, value: Tensor) -> Tensor:
         self._given = inputs, index, value
-        return torch.zeros_like(inputs)
+        return torch.zeros_like(inputs) if self.answer is None else self.answer.view_as(inputs)
 
     def take(self) -> tuple[Tensor, Tensor, Tensor]:
         given, self._given = self._given, None
@@ -244,36 +342,88 @@ class _Tap(nn.Module):
         return given
 
 
-class _Recorder(nn.Module):
-    """In the place of a decoder layer: keeps the arguments that the model hands to it."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional ones behind the hidden states, and named ones."""
 
-    def __init__(self) -> None:
+
+class _Finished(Exception):
+    """All layers have what the model hands to them."""
+
+
+class _StandIn(nn.Module):
+    """In the place of a decoder layer: keeps what the model hands to it, and passes something on."""
+
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.arguments: dict[str, Any] = {}
+        # The forward pass of some models reads a layer's kind.
+        vars(self).update({name: value for name, value in vars(layer).items() if isinstance(value, int | str)})
+        self.given: tuple[Tensor, Arguments] | None = None
+        self.replace: Callable[[Tensor, Arguments], Tensor] | None = None
+        self.finishes = False
 
-    def forward(self, hidden: Tensor, **arguments: Any) -> Tensor:
-        self.arguments = arguments
-        return hidden
+    def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
+        self.given = hidden, (positional, named)
+        output = hidden if self.replace is None else self.replace(hidden, (positional, named))
+        if self.finishes:
+            raise _Finished
+        return output
 
 
 class _Frame:
     """The model around its layers: what its own forward hands to each of them (masks, rotary embedding, positions)."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.device, self._inner = device, model.get_decoder()
-        self._recorders = [_Recorder() for _ in self._inner.layers]
-        self._inner.layers, self._inner.norm = nn.ModuleList(self._recorders), nn.Identity()
-        # Its buffers are in no checkpoint, and on meta they lost their values.
-        self._inner.rotary_emb = type(self._inner.rotary_emb)(config=model.config).to(device)
-        self._known: dict[torch.Size, list[dict[str, Any]]] = {}
+    def __init__(self, model: Any, outline: Outline, layers: list[nn.Module], device: torch.device) -> None:
+        self.device, self._model = device, model
+        self._layers = [_StandIn(layer) for layer in layers]
+        path = outline.decoder_layers[0].rpartition(".")[0]
+        model.set_submodule(path, nn.ModuleList(self._layers))
+        self._inner = model.get_submodule(path.rpartition(".")[0])
+        restore_buffers(model, model, device)
+        self._known: dict[torch.Size, list[Arguments]] = {}
 
-    def arguments(self, shape: torch.Size) -> list[dict[str, Any]]:
+    def arguments(self, shape: torch.Size) -> list[Arguments]:
         """Those of every layer, for hidden states of ``shape``, on which alone they depend."""
         if shape not in self._known:
-            nothing = torch.zeros((), dtype=torch.float32, device=self.device).expand(shape)
-            self._inner(inputs_embeds=nothing, use_cache=False)
-            self._known[shape] = [recorder.arguments for recorder in self._recorders]
+            given = self._run(torch.zeros((), dtype=torch.float32, device=self.device).expand(shape))
+            self._known[shape] = [arguments for _, arguments in given]
         return self._known[shape]
+
+    def first(self, embedded: Tensor) -> Tensor:
+        """What the first layer receives."""
+        return self._run(embedded.to(self.device))[0][0]
+
+    def in_step(self, embedded: Tensor, compute: Callable[[int, Tensor, Arguments], Tensor]) -> None:
+        """The model's own forward pass. Args: compute, a layer's output from its number, input and arguments."""
+        for index, layer in enumerate(self._layers):
+            layer.replace = partial(compute, index)
+        self._run(embedded)
+
+    @torch.no_grad()
+    def _run(self, embedded: Tensor) -> list[tuple[Tensor, Arguments]]:
+        """What the model hands to every layer."""
+        self._layers[-1].finishes = True
+        try:
+            self._inner(inputs_embeds=embedded, use_cache=False)
+        except _Finished:
+            return [layer.given for layer in self._layers if layer.given is not None]
+        finally:
+            self._reset()
+        raise FamilyError(f"{type(self._inner).__name__} does not call its decoder layers")
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Of hidden states behind the last layer; norm and head have their weights."""
+        hidden = hidden.to(self.device)
+        self._layers[-1].replace = lambda *_: hidden
+        try:
+            logits: Tensor = self._model(inputs_embeds=hidden, use_cache=False).logits
+        finally:
+            self._reset()
+        return logits
+
+    def _reset(self) -> None:
+        for layer in self._layers:
+            layer.given, layer.replace, layer.finishes = None, None, False
 
 
 def layer_memory(hidden: int, shared: int) -> int:
@@ -282,28 +432,22 @@ def layer_memory(hidden: int, shared: int) -> int:
 
 
 def on_meta(config: Config) -> Any:
-    """The causal language model of a configuration, without memory for its weights."""
-    try:
-        settings = AutoConfig.for_model(**copy.deepcopy(dict(config)))
-        with torch.device("meta"):
-            # What the configuration names may need packages that are not here.
-            model = AutoModelForCausalLM.from_config(settings, dtype=torch.float32, attn_implementation="sdpa")
-    except Exception as error:  # what transformers raises is no closed set
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise FamilyError(f"config.json: transformers cannot build this model: {reason}") from error
-    return model.eval()
-
-
-def _tap_experts(blocks: list[Any], shape: MoeShape) -> dict[int, _Tap]:
-    """Put taps in the place of the routed experts of the MoE layers.
+    """The causal language model of a configuration, without memory for its weights.
 
     Raises:
-        FamilyError: the layers that have experts are others than ``shape`` says.
+        FamilyError: transformers cannot build it.
     """
-    built = tuple(index for index, block in enumerate(blocks) if hasattr(block, "experts"))
-    if built != shape.layers:
-        raise FamilyError(f"config.json: MoE layers are {list(shape.layers)}; transformers makes them {list(built)}")
-    taps = {index: _Tap() for index in built}
-    for index, tap in taps.items():
-        blocks[index].experts = tap
-    return taps
+    try:
+        return build(config, "sdpa").float()
+    except FamilyError:
+        return build(config, "eager").float()  # some families have no other attention
+
+
+def restore_buffers(model: Any, module: nn.Module, device: torch.device) -> None:
+    """Give a module of a model on the meta device the buffers that are in no checkpoint, as its class computes them."""
+    for part in module.modules():
+        lost = [name for name in part._non_persistent_buffers_set if getattr(part, name).is_meta]
+        for name in lost:
+            setattr(part, name, torch.empty_like(getattr(part, name), device=device))
+        if lost:
+            model._init_weights(part)

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from ..errors import CheckpointError
-from ..families import Family, MoeShape
-from ..families.outline import TensorSpec, check_counts, check_tensors, outline_of
+from ..families import original_family
+from ..families.outline import FUSED, Outline, TensorSpec, check_counts, check_tensors, outline_of
 from ..printable import printable
 from .header import TensorSpan
 from .source import Checkpoint
@@ -18,25 +18,33 @@ from .source import Checkpoint
 NAMED = 8
 """Number of left-out tensors whose names are printed."""
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-OF_EXPERTS = re.compile(r"^model\.layers\.(\d+)\.mlp\.experts\.(?:(\d+)\.)?")
 RECOMPUTED = re.compile(r"\.rotary_emb\.inv_freq$")
 """Buffers that older releases of transformers saved, and that every class computes."""
 
 
-def per_expert(checkpoint: Checkpoint, family: Family, shape: MoeShape) -> dict[str, TensorSpan]:
-    """The checked spans of all tensors of the checkpoint's class, under the family's per-expert names.
+def outline_in(checkpoint: Checkpoint) -> Outline:
+    """The outline of a checkpoint's model, after a look at its files.
 
     Raises:
-        FamilyError: the class cannot be built from the configuration.
+        FamilyError: as `outline_of`, or numbers that the files cannot hold.
+    """
+    original_family(checkpoint.config).check(checkpoint.config)
+    check_counts(checkpoint.config, tensors_of(checkpoint.spans))
+    return outline_of(checkpoint.config)
+
+
+def per_expert(checkpoint: Checkpoint, outline: Outline) -> dict[str, TensorSpan]:
+    """The checked spans of all tensors of the checkpoint's class, under the names of `Outline`.
+
+    Raises:
         CheckpointError: a tensor of the class is missing, has a wrong shape or dtype, or belongs to an expert that the
             configuration does not count.
     """
-    check_counts(checkpoint.config, tensors_of(checkpoint.spans))
-    spans = _split_fused(checkpoint.spans, family, shape)
-    _expect_experts(spans, family, shape)
-    _check_dtypes(spans, family, shape)
-    _refuse_uncounted(spans, family, shape, checkpoint.config["num_hidden_layers"])
-    foreign = set(check_tensors(outline_of(checkpoint.config), tensors_of(spans)))
+    spans = _under_own_names(checkpoint.spans, outline)
+    _expect_experts(spans, outline)
+    _check_dtypes(spans, outline)
+    _refuse_uncounted(spans, outline)
+    foreign = set(check_tensors(outline, tensors_of(spans)))
     return {name: span for name, span in spans.items() if name not in foreign}
 
 
@@ -66,63 +74,68 @@ def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, TensorSpec]:
     return {name: TensorSpec(span.shape, span.dtype) for name, span in spans.items()}
 
 
-def _expect_experts(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
-    """Raises:
-    CheckpointError: there are fewer experts than the configuration counts; their class would be too large to build.
-    """
-    for layer in shape.layers:
-        count = shape.experts_of(layer)
-        for name in (*family.experts(layer, count), family.router(layer)):
+def _expect_experts(spans: dict[str, TensorSpan], outline: Outline) -> None:
+    for layer in outline.shape.layers:
+        for name in (*outline.experts(layer), outline.file(outline.router(layer))):
             if name not in spans:
+                count = outline.shape.experts_of(layer)
                 raise CheckpointError(f"tensor {name} is missing; config.json counts {count} experts a layer")
 
 
-def _check_dtypes(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> None:
-    for layer in shape.layers:
-        dtypes = {spans[name].dtype for name in family.experts(layer, shape.experts_of(layer))}
+def _check_dtypes(spans: dict[str, TensorSpan], outline: Outline) -> None:
+    for layer in outline.shape.layers:
+        dtypes = {spans[name].dtype for name in outline.experts(layer)}
         if len(dtypes) != 1 or not dtypes.issubset(FLOATS):
             found = ", ".join(sorted(map(str, dtypes)))
             raise CheckpointError(f"experts of layer {layer} are {found}; accepted: one of bfloat16, float16, float32")
 
 
-def _split_fused(spans: dict[str, TensorSpan], family: Family, shape: MoeShape) -> dict[str, TensorSpan]:
-    whole, parts = dict(spans), {}
-    for layer in shape.layers:
-        count = shape.experts_of(layer)
-        gate_up = whole.pop(family.fused(layer, "gate_up_proj"), None)
-        down = whole.pop(family.fused(layer, "down_proj"), None)
-        if gate_up is not None:
-            _expect(gate_up, family.fused(layer, "gate_up_proj"), (count, 2 * shape.width, shape.hidden))
-            for expert in range(count):
-                gate, up = slice(0, shape.width), slice(shape.width, 2 * shape.width)
-                parts[family.expert(layer, expert, "gate_proj")] = gate_up.part(expert, gate)
-                parts[family.expert(layer, expert, "up_proj")] = gate_up.part(expert, up)
-        if down is not None:
-            _expect(down, family.fused(layer, "down_proj"), (count, shape.hidden, shape.width))
-            for expert in range(count):
-                parts[family.expert(layer, expert, "down_proj")] = down.part(expert)
-    for name in parts:
-        if name in whole:
-            raise CheckpointError(f"tensor {name} is there twice: by itself, and within a fused tensor")
-    return whole | parts
+def _under_own_names(spans: dict[str, TensorSpan], outline: Outline) -> dict[str, TensorSpan]:
+    """The same tensors; stacked experts apart, and older names as the class is saved today."""
+    fused = {outline.fused(layer, name): (layer, name) for layer in outline.shape.layers for name in FUSED}
+    own = {name: span for name, span in spans.items() if name in outline.tensors}
+    for name, span in spans.items():
+        if name in own:
+            continue
+        renamed = outline.in_class(name)
+        parts = _parts(span, name, outline, *fused[renamed]) if renamed in fused else {}
+        for part, of_expert in (parts or {outline.by_class_name.get(renamed, name): span}).items():
+            if part in own:
+                whole = "within a fused tensor" if parts else f"as {name}"
+                raise CheckpointError(f"tensor {part} is there twice: by itself, and {whole}")
+            own[part] = of_expert
+    return own
 
 
-def _expect(span: TensorSpan, name: str, shape: tuple[int, ...]) -> None:
-    if span.shape != shape:
-        raise CheckpointError(f"tensor {name} is {list(span.shape)}; config.json makes it {list(shape)}")
+def _parts(span: TensorSpan, name: str, outline: Outline, layer: int, kind: str) -> dict[str, TensorSpan]:
+    """The matrices in one tensor of a layer's stacked experts."""
+    shape, count = outline.shape, outline.shape.experts_of(layer)
+    expected = (count, 2 * shape.width, shape.hidden) if kind == FUSED[0] else (count, shape.hidden, shape.width)
+    if span.shape != expected:
+        raise CheckpointError(f"tensor {name} is {list(span.shape)}; config.json makes it {list(expected)}")
+    halves = {"gate_proj": slice(0, shape.width), "up_proj": slice(shape.width, 2 * shape.width)}
+    if kind != FUSED[0]:
+        return {outline.expert(layer, expert, "down_proj"): span.part(expert) for expert in range(count)}
+    return {
+        outline.expert(layer, expert, projection): span.part(expert, rows)
+        for expert in range(count)
+        for projection, rows in halves.items()
+    }
 
 
-def _refuse_uncounted(spans: dict[str, TensorSpan], family: Family, shape: MoeShape, depth: int) -> None:
-    for name in spans:
-        match = OF_EXPERTS.search(name)
-        if match is None or int(match[1]) >= depth:  # a prediction head, which no class here has
+def _refuse_uncounted(spans: dict[str, TensorSpan], outline: Outline) -> None:
+    layers, first = outline.decoder_layers, outline.shape.layers[0]
+    prefix, suffix = layers[0].removesuffix("0"), outline.blocks[first].removeprefix(f"{layers[first]}.")
+    of_experts = re.compile(rf"{re.escape(prefix)}(\d+)\.{re.escape(suffix)}\.experts\.(?:(\d+)\.)?")
+    for name in spans.keys() - outline.tensors.keys():
+        match = of_experts.match(outline.in_class(name))
+        if match is None or int(match[1]) >= len(layers):  # a prediction head, which no class here has
             continue
         layer, expert = int(match[1]), int(match[2] or 0)
-        if layer not in shape.layers:
+        if layer not in outline.shape.layers:
             raise CheckpointError(
                 f"tensor {name} belongs to layer {layer}, which config.json does not make a MoE layer"
             )
-        if expert >= shape.experts_of(layer):
-            raise CheckpointError(
-                f"tensor {name} is expert {expert}; config.json counts {shape.experts_of(layer)} experts"
-            )
+        if expert >= outline.shape.experts_of(layer):
+            count = outline.shape.experts_of(layer)
+            raise CheckpointError(f"tensor {name} is expert {expert}; config.json counts {count} experts")

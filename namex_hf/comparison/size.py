@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from math import prod
 
-from ..checkpoint.layout import per_expert
+from ..checkpoint.layout import outline_in, per_expert
 from ..checkpoint.source import Checkpoint
-from ..families import PROJECTIONS, original_family
+from ..merging.experts import PROJECTIONS
 from ..models.configuration_namex import SoftChoice, soft_choice
 
 
@@ -32,20 +32,18 @@ def size_of(checkpoint: Checkpoint, routed: bool = True) -> Size:
         routed: False: as if routed experts and their routers were not there.
 
     Raises:
-        FamilyError, CheckpointError: as of `original_family` and `per_expert`.
+        FamilyError, CheckpointError: as of `outline_in` and `per_expert`.
     """
-    family = original_family(checkpoint.config)
-    shape = family.shape(checkpoint.config)
-    spans = per_expert(checkpoint, family, shape)
-    experts = family.all_experts(shape)
+    outline = outline_in(checkpoint)
+    shape, spans = outline.shape, per_expert(checkpoint, outline)
     recipe = checkpoint.config.get("namex") or {}
     choice = soft_choice(recipe)
-    apart = set(experts)
+    apart = set(outline.places)
     if not routed or recipe.get("routing", "linear") != "linear":  # another router has taken the linear one's place
-        apart |= {family.router(layer) for layer in shape.layers}
+        apart |= {outline.file(outline.router(layer)) for layer in shape.layers}
     if choice is not None:
         kinds = ("curvature",) if choice.segment is None else ("base_expert", "curvature")
-        parts = tuple(f"{family.block(layer)}.{kind}." for layer in shape.layers for kind in kinds)
+        parts = tuple(f"{outline.blocks[layer]}.{kind}." for layer in shape.layers for kind in kinds)
         apart |= {name for name in spans if name.startswith(parts)}
     dense = sum(prod(span.shape) for name, span in spans.items() if name not in apart and span.dtype.is_floating_point)
     one = sum(prod(shape.of(projection)) for projection in PROJECTIONS)

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..errors import FamilyError
-from ..merging.experts import PROJECTIONS
+from ..merging.gate import Gate
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Config = Mapping[str, Any]
@@ -28,16 +28,23 @@ LAYER_EXPERTS = "layer_experts"
 
 @dataclass(frozen=True)
 class MoeShape:
-    """The sizes of a mixture-of-experts model, from its configuration."""
+    """The sizes of a mixture-of-experts model."""
 
     layers: tuple[int, ...]  # indices of the MoE layers
     experts: int  # per layer; the largest number where layers differ
-    top_k: int
+    gate: Gate
     hidden: int
     width: int  # of one routed expert
-    shared_width: int
-    renormalises: bool  # top-k values rescaled to sum 1
+    shared_width: int  # 0: there is no shared expert
     counts: tuple[int, ...] | None = None  # experts per MoE layer; None: `experts` in every layer
+
+    @property
+    def top_k(self) -> int:
+        return self.gate.top_k
+
+    @property
+    def renormalises(self) -> bool:
+        return self.gate.renormalises
 
     def experts_of(self, layer: int) -> int:
         """Number of experts of a MoE layer."""
@@ -47,9 +54,14 @@ class MoeShape:
         """Shape of one routed expert's matrix."""
         return (self.hidden, self.width) if projection == "down_proj" else (self.width, self.hidden)
 
-    def of_shared(self, projection: str) -> tuple[int, int]:
-        """Shape of the shared expert's matrix."""
-        return (self.hidden, self.shared_width) if projection == "down_proj" else (self.shared_width, self.hidden)
+
+PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_layers")
+"""Fields that count layers which predict further tokens."""
+
+
+def without_prediction(config: Config) -> dict[str, Any]:
+    """Fields that say that no layers predict further tokens: those layers are in no class, and are left out."""
+    return dict.fromkeys((name for name in PREDICTION if config.get(name)), 0)
 
 
 class Constant(NamedTuple):
@@ -77,39 +89,52 @@ class Reexpression:
 
 @dataclass(frozen=True)
 class Family:
-    """One ``model_type``. Adding a family is one file beside this one that defines ``FAMILY``.
+    """One ``model_type``: what cannot be read off its class in transformers. See `docs/families.md`.
 
-    The name of a tensor alone gives its layer, expert and projection. The fused layout of transformers 5
-    (``mlp.experts.gate_up_proj``) is the same for all families that use its fused experts.
+    Names of tensors and modules are those of the class, below the MoE block or the decoder layer.
     """
 
     model_type: str
-    patched_type: str
-    experts_field: str
-    shared_name: str
-    moe_layers: Callable[[Config], tuple[int, ...]]
-    shared_width: Callable[[Config], int]
-    needs: tuple[str, ...]
-    optional: Mapping[str, int]  # whole numbers that may be absent, each with its least value
-    refuse: Callable[[Config], str | None] = field(default=lambda config: None)
-    renormalises: Callable[[Config], bool] = field(default=lambda config: bool(config.get("norm_topk_prob", False)))
+    gate: Callable[[Any], Gate]
+    """From the configuration, as an object of its class."""
+    experts_field: str = "num_experts"
+    top_k_field: str = "num_experts_per_tok"
+    width_field: str = "moe_intermediate_size"
+    router: str = "gate.weight"
+    bias: str | None = None
+    """The router's correction bias, a tensor of as many numbers as there are experts."""
+    shared_name: str | None = None
     shared_gate_name: str | None = None  # of a sigmoid gate before the shared expert
+    norm: str | None = "post_attention_layernorm.weight"
+    """Weight of the norm whose output the router reads, below the decoder layer; None: there is none."""
+    norm_offset: float = 0.0  # the norm multiplies by this plus its weight
+    linear: bool = True
+    """Whether the decoder layer's output is the routed experts' output plus what does not depend on it."""
+    least: int = 1
+    """Number of experts that a router needs."""
+    needs: tuple[str, ...] = ()
+    optional: Mapping[str, int] = field(default_factory=dict)  # may be absent; each with its least value
+    refuse: Callable[[Config], str | None] = field(default=lambda config: None)
+    fewer: Callable[[Config], dict[str, Any]] = field(default=lambda config: {})
+    """Fields that a model with fewer experts has in the place of this one's, beside the numbers of experts."""
+    patched_type: str | None = None
+    """``model_type`` of the class with a base expert or another router; None: there is no such class."""
     as_qwen2_moe: Reexpression | None = None
     unties: bool = False
     """Whether results store embedding and head apart: other programs for this family cannot read tied models."""
 
-    def shape(self, config: Config) -> MoeShape:
-        """Read the sizes from a raw ``config.json``.
+    def check(self, config: Config) -> None:
+        """Check the numbers of a raw ``config.json``, before a class is built of them.
 
         Raises:
             FamilyError: a field is missing or is not a whole number in its range, or the model is not supported.
         """
-        required = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "num_experts_per_tok")
-        least = dict.fromkeys((*required, self.experts_field, *self.needs), 1)
+        required = ("num_hidden_layers", "hidden_size", self.width_field, self.top_k_field, self.experts_field)
+        least = dict.fromkeys((*required, *self.needs), 1)
         stated = {name: low for name, low in SIZES.items() if config.get(name) is not None}
         stated |= {name: low for name, low in self.optional.items() if name in config}
         for name, lowest in (least | stated).items():
-            value, most = config.get(name), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+            value, most = self.number(config, name), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= most:
                 raise FamilyError(
                     f"config.json: '{name}' is {value!r}; {self.model_type} needs a whole number from {lowest} "
@@ -117,75 +142,48 @@ class Family:
                 )
         if reason := self.refuse(config):
             raise FamilyError(f"config.json: {reason}")
-        experts, top_k = config[self.experts_field], config["num_experts_per_tok"]
+        experts, top_k = self.number(config, self.experts_field), self.number(config, self.top_k_field)
         if top_k > experts:
-            raise FamilyError(
-                f"config.json: 'num_experts_per_tok' is {top_k}, above '{self.experts_field}' = {experts}"
-            )
-        layers = self.moe_layers(config)
-        if not layers:
-            raise FamilyError("config.json: no layer is a mixture of experts; at least one is needed")
+            raise FamilyError(f"config.json: '{self.top_k_field}' is {top_k}, above '{self.experts_field}' = {experts}")
         counts = config.get(LAYER_EXPERTS)
         if counts is not None and not (
             isinstance(counts, list)
             and len(counts) == config["num_hidden_layers"]
-            and all(type(counts[layer]) is int and 1 <= counts[layer] <= experts for layer in layers)
+            and all(type(count) is int and 0 <= count <= experts for count in counts)
         ):
             raise FamilyError(
                 f"config.json: '{LAYER_EXPERTS}' is {counts!r}; accepted: a number for each of "
                 f"{config['num_hidden_layers']} layers, of MoE layers from 1 to '{self.experts_field}' = {experts}"
             )
-        return MoeShape(
-            layers=layers,
-            experts=experts,
-            top_k=top_k,
-            hidden=config["hidden_size"],
-            width=config["moe_intermediate_size"],
-            shared_width=self.shared_width(config),
-            renormalises=self.renormalises(config),
-            counts=None if counts is None else tuple(counts[layer] for layer in layers),
+
+    def names(self, name: str) -> tuple[str, ...]:
+        """A field and all other names that transformers reads it by."""
+        from transformers import CONFIG_MAPPING
+
+        from .. import models  # noqa: F401  (registers the classes of this package)
+
+        aliases: Mapping[str, str] = CONFIG_MAPPING[self.model_type].attribute_map
+        named = {aliases.get(name, name), *(other for other, own in aliases.items() if own == aliases.get(name, name))}
+        return (name, *sorted(named - {name}))
+
+    def number(self, config: Config, name: str) -> Any:
+        """The value of a field under any of its names; of a list with equal entries, one a layer, the entry."""
+        value = next((config[one] for one in self.names(name) if one in config), None)
+        equal = (
+            isinstance(value, list) and len(value) == config.get("num_hidden_layers") and len({*map(repr, value)}) == 1
         )
+        return value[0] if equal and isinstance(value, list) else value
+
+    def with_experts(self, config: Config, experts: int) -> dict[str, Any]:
+        """The fields of a configuration that say that there are fewer experts, under all names that they have."""
+        result = self.fewer(config)
+        top_k = min(experts, self.number(config, self.top_k_field))
+        for field_name, value in ((self.experts_field, experts), (self.top_k_field, top_k)):
+            for name in self.names(field_name):
+                if name in config:
+                    result[name] = [value] * len(config[name]) if isinstance(config[name], list) else value
+        return result
 
     def is_to_untie(self, config: Config) -> bool:
         """Whether this model ties its head to the embedding, and its result must store them apart."""
         return self.unties and bool(config.get("tie_word_embeddings", False))
-
-    def block(self, layer: int) -> str:
-        return f"model.layers.{layer}.mlp"
-
-    def expert(self, layer: int, expert: int, projection: str) -> str:
-        return f"{self.block(layer)}.experts.{expert}.{projection}.weight"
-
-    def experts(self, layer: int, count: int) -> dict[str, tuple[int, str]]:
-        """Expert and projection of every tensor of a layer's routed experts, by the tensor's name."""
-        return {self.expert(layer, e, name): (e, name) for e in range(count) for name in PROJECTIONS}
-
-    def all_experts(self, shape: MoeShape) -> dict[str, tuple[int, int, str]]:
-        """Layer, expert and projection of every tensor of all routed experts, by the tensor's name."""
-        layers = {layer: self.experts(layer, shape.experts_of(layer)) for layer in shape.layers}
-        return {name: (layer, *place) for layer, places in layers.items() for name, place in places.items()}
-
-    def fused(self, layer: int, name: str) -> str:
-        """Name of a fused tensor, ``gate_up_proj [N, 2 width, hidden]`` or ``down_proj [N, hidden, width]``."""
-        return f"{self.block(layer)}.experts.{name}"
-
-    def router(self, layer: int) -> str:
-        return f"{self.block(layer)}.gate.weight"
-
-    def router_norm(self, layer: int) -> str:
-        """Weight of the norm whose output the router reads."""
-        return f"model.layers.{layer}.post_attention_layernorm.weight"
-
-    def shared(self, layer: int, projection: str) -> str:
-        return f"{self.block(layer)}.{self.shared_name}.{projection}.weight"
-
-    def shared_parts(self, layer: int) -> dict[str, str]:
-        """Names of all tensors of the shared expert: by projection, and ``gate`` where it has a gate."""
-        parts = {projection: self.shared(layer, projection) for projection in PROJECTIONS}
-        if self.shared_gate_name is not None:
-            parts["gate"] = f"{self.block(layer)}.{self.shared_gate_name}.weight"
-        return parts
-
-    def added(self, layer: int, kind: str, part: str) -> str:
-        """Name of a tensor that only the patched model has: of the ``base`` expert, or of another `kind` of part."""
-        return f"{self.block(layer)}." + (f"base_expert.{part}.weight" if kind == "base" else f"{kind}.{part}")

@@ -15,17 +15,30 @@ KINDS = {
 }
 """Kinds of parameters with their descriptions, in the order of tables."""
 
+BLOCK, DENSE = r"(mlp|feed_forward)\.", r"(mlp|feed_forward)\.((gate|up|down)_proj|w[123])"
+ATTENTION = r"(self_attn|linear_attn|mamba|conv)\."
 PATTERNS = {
-    "experts": r"\.mlp\.experts\.",
-    "base": r"\.mlp\.base_expert\.",
-    "router": r"\.mlp\.(gate|cosine_router)\.",
-    "curvature": r"\.mlp\.curvature\.",
-    "shared": r"\.mlp\.shared_expert",
-    "dense": r"\.mlp\.(gate|up|down)_proj\.",
-    "attention": r"\.self_attn\.",
+    "experts": rf"\.{BLOCK}experts\.",
+    "base": rf"\.{BLOCK}base_expert\.",
+    "router": rf"\.{BLOCK}(gate|router|cosine_router)\.",
+    "curvature": rf"\.{BLOCK}curvature\.",
+    "shared": rf"\.{BLOCK}shared_(expert|mlp)",
+    "dense": rf"\.{DENSE}\.",
+    "attention": rf"\.{ATTENTION}",
     "embeddings": r"(^|\.)(embed_tokens|lm_head)\.",
     "norms": r"norm\.",
 }
+FUSED = {
+    "experts": ("experts.gate_up_proj", "experts.down_proj"),
+    "router": ("gate.weight", "router.weight", "cosine_router.projection", "cosine_router.embeddings"),
+}
+"""Ends of the names of parameters that are in no `nn.Linear`, by kind."""
+LINEAR = {
+    "attention": rf"{ATTENTION}\w*proj\w*",
+    "shared": rf"{BLOCK}shared_(experts?|mlp)\.(gate|up|down)_proj",
+    "dense": DENSE,
+}
+"""Regular expressions for the ends of names of `nn.Linear` modules, by kind."""
 
 
 def kind_of(name: str) -> str:

@@ -11,7 +11,7 @@ from transformers import CONFIG_MAPPING
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
 from ..checkpoint.identity import differing
-from ..checkpoint.layout import per_expert, tensors_of
+from ..checkpoint.layout import outline_in, per_expert, tensors_of
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
 from ..errors import CheckpointError, FamilyError
@@ -110,13 +110,13 @@ def check_tensors(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
         CheckpointError, FamilyError: naming the tensor, or the field of ``config.json``.
     """
     try:
-        family = original_family(checkpoint.config)
+        original_family(checkpoint.config)
     except FamilyError:
         tensors = tensors_of(checkpoint.spans)
         check_counts(checkpoint.config, tensors)
         check_loading(checkpoint.folder, tensors, trust_remote_code)
         return
-    per_expert(checkpoint, family, family.shape(checkpoint.config))
+    per_expert(checkpoint, outline_in(checkpoint))
 
 
 def candidates(

@@ -12,10 +12,9 @@ from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import STATE, check_whole
-from ..checkpoint.layout import left_out, left_out_line, per_expert
+from ..checkpoint.layout import left_out, left_out_line, outline_in, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, PublishError
-from ..families import original_family
 from ..files import CARD, REPORT, locate, read_text
 from ..models import load_patched, remote_code
 from ..report.card_metadata import read_block
@@ -74,8 +73,7 @@ def check_folder(folder: Path, verify: bool = False) -> CheckedFolder:
     if large:
         raise PublishError(f"{large[0]} is larger than 50 GB, which the Hub does not take; patch with --shard-size 5GB")
     rows = _check_loads(checkpoint)
-    family = original_family(config)
-    foreign = left_out(checkpoint, per_expert(checkpoint, family, family.shape(config)))
+    foreign = left_out(checkpoint, per_expert(checkpoint, outline_in(checkpoint)))
     if line := left_out_line(foreign):
         notes.append(line)
     if has_tokenizer(folder):

@@ -1,6 +1,6 @@
 """A layer with fewer experts, merged on its activations on calibration text."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -77,9 +77,11 @@ class Shrinking:
         if self.merge.operator == "keep":
             self.groups = tuple((max(group, key=self.pruning_score),) for group in self.groups)
             self.record["kept"] = [group[0] for group in self.groups]
-        top_k = min(self.source.top_k, self.merge.experts)
+        gate = self.source.gate.of(self.merge.experts)
         # The source gets no local name here, so that `fit_all` can free its experts.
-        self.result = replace(self.source, experts=self.initial_experts(), router=self.average_rows(), top_k=top_k)
+        self.result = replace(
+            self.source, experts=self.initial_experts(), router=self.average_rows(), gate=gate, bias=self.average_bias()
+        )
         if self.scores is not None:
             return self.result, self.target
         output = self.record_error("merged", self.output())
@@ -226,12 +228,22 @@ class Shrinking:
 
     def average_rows(self) -> torch.Tensor:
         """A router row a group: the mean of its members' rows, weighted by their gate values."""
-        rows = []
-        for group in self.groups:
-            mass = self.mass[list(group)]
-            share = mass / mass.sum() if mass.sum() > 0 else torch.full_like(mass, 1 / len(mass))
-            rows.append(share.float() @ self.source.router[list(group)].float())
-        return torch.stack(rows).to(self.source.router)
+        router = self.source.router
+        return torch.stack([share @ router[list(group)].float() for group, share in self.mass_shares()]).to(router)
+
+    def average_bias(self) -> torch.Tensor | None:
+        """An entry of the gate's correction bias a group: means as of the rows, ``[..., K]`` like the source's."""
+        bias = self.source.bias
+        if bias is None:
+            return None
+        entries = [share @ bias.flatten()[list(group)].float() for group, share in self.mass_shares()]
+        return torch.stack(entries).to(bias).view(*bias.shape[:-1], len(entries))
+
+    def mass_shares(self) -> Iterator[tuple[list[int], torch.Tensor]]:
+        """Every group, and the share of each member in its gate values, float32."""
+        for group in map(list, self.groups):
+            mass = self.mass[group]
+            yield group, (mass / mass.sum() if mass.sum() > 0 else torch.full_like(mass, 1 / len(mass))).float()
 
     def fit_rows(self) -> None:
         """Fit the router's rows to the target; the experts stay as they are."""
@@ -240,9 +252,7 @@ class Shrinking:
         inputs, weight = text.inputs[::every], self.weight[::every]
         products = output_products(inputs, self.target[::every], result, chunk_bytes=settings.chunk_bytes)
         held_out = text.held_out_tokens[::every]
-        problem = RouterProblem(
-            inputs, products.weighted(weight), held_out, result.top_k, result.renormalises, settings
-        )
+        problem = RouterProblem(inputs, products.weighted(weight), held_out, result.gate, settings, result.bias)
         fitted = fit_router(problem, result.router, self.merge.fit.steps, self.seed)
         fit = {"of": "router", "before": fitted.before, "after": fitted.after, "steps": fitted.steps}
         self.record["fits"].append(fit)
@@ -259,10 +269,10 @@ class Shrinking:
             self.target - delta,
             self.weight,
             text.held_out_tokens,
-            result.top_k,
-            result.renormalises,
+            result.gate,
             result.activation,
             self.settings,
+            result.bias,
         )
         fitted = fit_layer(
             problem, result.experts, result.router, self.refitted, merge.fit.steps, self.seed, self.progress

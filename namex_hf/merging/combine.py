@@ -92,3 +92,9 @@ def average_rows(router: torch.Tensor, groups: Groups) -> torch.Tensor:
         router[list(group)].float().mean(0).to(router.dtype) if len(group) > 1 else router[group[0]] for group in groups
     ]
     return torch.stack(rows)
+
+
+def average_entries(bias: torch.Tensor, groups: Groups) -> torch.Tensor:
+    """Correction biases of the groups: means of their members', in the shape ``[..., K]`` and dtype of ``bias``."""
+    means = [bias.flatten()[list(group)].float().mean() for group in groups]
+    return torch.stack(means).to(bias.dtype).view(*bias.shape[:-1], len(groups))

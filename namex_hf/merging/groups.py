@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..recipe import Grouped
-from .combine import Group, average_rows, merged_expert, play
+from .combine import Group, average_entries, average_rows, merged_expert, play
 from .experts import Expert, Experts, grams
 from .grouping import groups_by_weights
 from .mass import expected_mass
@@ -24,6 +24,7 @@ class MergedLayer:
     device: str
     factor: float  # on ``down_proj`` of groups of more than one
     router: torch.Tensor  # [K, hidden]
+    bias: torch.Tensor | None  # of the gate, K numbers
     record: dict[str, Any]
     cosines: torch.Tensor  # float32 [1, N, N], between whole experts
 
@@ -37,7 +38,7 @@ def merge_layer(layer: MoELayer, norm: torch.Tensor, merge: Grouped, seed: int, 
 
     Args:
         layer: the original. Router rows are averaged within the groups.
-        norm: ``[hidden]``, the weight of the norm before the router.
+        norm: ``[hidden]``, the what the norm before the router multiplies by.
 
     Memory: that of the games; experts are merged on demand.
 
@@ -48,14 +49,15 @@ def merge_layer(layer: MoELayer, norm: torch.Tensor, merge: Grouped, seed: int, 
     count = merge.experts
     groups = groups_by_weights(gram[0], count)
     rows = average_rows(layer.router, groups)
+    bias = None if layer.bias is None else average_entries(layer.bias, groups)
     factor = 1.0
-    if not layer.renormalises and count < len(layer.router):
-        before = expected_mass(layer.router, norm, layer.top_k, seed)
-        factor = before / expected_mass(rows, norm, min(layer.top_k, count), seed)
+    if not layer.gate.renormalises and count < len(layer.router):
+        before = expected_mass(layer.router, norm, layer.gate, seed, layer.bias)
+        factor = before / expected_mass(rows, norm, layer.gate.of(count), seed, bias)
     played = [play(layer.experts, members, merge, device) for members in groups]
     record = {
         "groups": [list(members) for members in groups],
         "mass_factor": factor,
         "games": [game for group in played for game in group.record],
     }
-    return MergedLayer(layer.experts, played, merge, device, factor, rows, record, cosines(gram))
+    return MergedLayer(layer.experts, played, merge, device, factor, rows, bias, record, cosines(gram))

@@ -11,6 +11,7 @@ import torch
 
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .experts import Experts
+from .gate import Gate
 from .routing import Activation, expert_output, gate_values, shared_expert_output
 from .settings import DEFAULTS, FitSettings
 
@@ -23,10 +24,10 @@ class Problem:
     target: torch.Tensor  # float32 [tokens, hidden], of all that is fitted
     weight: torch.Tensor  # [tokens], of errors
     held_out: torch.Tensor  # bool [tokens]
-    top_k: int
-    renormalises: bool
+    gate: Gate
     activation: Activation
     settings: FitSettings = DEFAULTS
+    bias: torch.Tensor | None = None  # of the gate, which stays as it is
 
     def energy(self, tokens: torch.Tensor) -> torch.Tensor:
         weighted = self.weight[tokens].square() * self.target[tokens].square().sum(1)
@@ -67,7 +68,7 @@ class FitParameters:
 
     def output(self, inputs: torch.Tensor, problem: Problem) -> torch.Tensor:
         """The layer's output ``[tokens, hidden]``, differentiable in everything."""
-        gates = gate_values(inputs, self.router, problem.top_k, problem.renormalises)
+        gates = gate_values(inputs, self.router, problem.gate, problem.bias)
         shared = self.shared
         output = shared_expert_output(inputs, shared, problem.activation) if shared else torch.zeros_like(inputs)
         for number in range(len(self.router)):

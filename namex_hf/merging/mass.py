@@ -6,19 +6,24 @@ output of the merged experts would then be larger than that of the originals. Th
 
 import torch
 
+from .gate import Gate
+
 DIRECTIONS = 2048
 
 
-def expected_mass(router: torch.Tensor, norm: torch.Tensor, top_k: int, seed: int) -> float:
-    """Mean over random directions of the sum of the top-k softmax values.
+def expected_mass(
+    router: torch.Tensor, norm: torch.Tensor, gate: Gate, seed: int, bias: torch.Tensor | None = None
+) -> float:
+    """Mean over random directions of the sum of a token's gate values.
 
     The router reads the output of an RMS norm: ``norm * u`` with ``u`` of unit mean square. Without data, ``u`` is
     taken from a normal distribution (seeded), which is what the norm makes of an isotropic residual stream.
 
     Args:
         router: ``[N, hidden]``.
-        norm: ``[hidden]``, the weight of the norm before the router.
+        norm: ``[hidden]``, what the norm before the router multiplies by.
+        bias: as `Gate` takes it.
     """
     draw = torch.Generator().manual_seed(seed)
     inputs = torch.randn(DIRECTIONS, router.shape[1], generator=draw) * norm.float()
-    return float((inputs @ router.float().T).softmax(-1).topk(top_k, dim=-1).values.sum(-1).mean())
+    return float(gate(inputs @ router.float().T, bias)[0].sum(-1).mean())

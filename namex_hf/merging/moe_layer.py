@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from .experts import Expert, Experts, ExpertWeights
+from .gate import Gate
 from .routing import Activation, TokenRouting, Visit, gate_values, route, routed_output
 
 
@@ -14,9 +15,9 @@ class MoELayer:
 
     experts: Experts  # N, in any floating dtype
     router: torch.Tensor  # [N, hidden]
-    top_k: int
-    renormalises: bool  # whether the top-k gate values are scaled to sum to 1
+    gate: Gate
     activation: Activation
+    bias: torch.Tensor | None = None  # correction bias of the gate, N numbers
 
     def expert(self, number: int, like: torch.Tensor) -> Expert:
         """One expert's matrices in the dtype of ``like``, and where it is."""
@@ -31,11 +32,11 @@ class MoELayer:
         return replace(self, experts=ExpertWeights(None, (), ()))
 
     def route(self, inputs: torch.Tensor) -> TokenRouting:
-        return route(inputs, self.router.to(inputs), self.top_k, self.renormalises)
+        return route(inputs, self.router.to(inputs), self.gate, self.bias)
 
     def gates(self, inputs: torch.Tensor) -> torch.Tensor:
         """Gate values ``[tokens, N]``, zero beyond the top-k."""
-        return gate_values(inputs, self.router.to(inputs), self.top_k, self.renormalises)
+        return gate_values(inputs, self.router.to(inputs), self.gate, self.bias)
 
     def output(self, inputs: torch.Tensor, routing: TokenRouting, visit: Visit | None = None) -> torch.Tensor:
         """The routed output, float32 ``[tokens, hidden]``. Args: visit, as `routed_output`."""

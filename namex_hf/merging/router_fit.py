@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..progress import ProgressCallback, ProgressEvent, no_progress
+from .gate import Gate
 from .moe_layer import MoELayer
 from .routing import expert_output, gate_values
 from .settings import DEFAULTS, FitSettings
@@ -79,13 +80,13 @@ class RouterProblem:
     inputs: torch.Tensor  # float32 [tokens, hidden]
     products: OutputProducts
     held_out: torch.Tensor  # bool [tokens]
-    top_k: int
-    renormalises: bool
+    gate: Gate
     settings: FitSettings = DEFAULTS
+    bias: torch.Tensor | None = None  # of the gate, which stays as it is
 
     def error(self, tokens: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """The sum of squared errors."""
-        return self.products.errors(gate_values(self.inputs[tokens], rows, self.top_k, self.renormalises), tokens).sum()
+        return self.products.errors(gate_values(self.inputs[tokens], rows, self.gate, self.bias), tokens).sum()
 
     def energy(self, tokens: torch.Tensor) -> torch.Tensor:
         """The sum of squares of the target."""

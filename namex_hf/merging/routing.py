@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .experts import Expert, Experts, ExpertWeights
+from .gate import Gate
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -32,23 +33,23 @@ class TokenRouting:
         return sums.index_add_(0, self.index.flatten(), self.value.flatten().double())
 
 
-def route(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> TokenRouting:
-    """Softmax over the experts, then the top-k values, as Qwen2-MoE and DeepSeek-MoE have it.
+def route(inputs: torch.Tensor, router: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None) -> TokenRouting:
+    """What a router does with its inputs.
 
     Args:
         inputs: float32 ``[tokens, hidden]``.
         router: ``[experts, hidden]``.
-        renormalises: whether the top-k values are scaled to sum to 1.
+        bias: as `Gate` takes it.
     """
-    value, index = (inputs @ router.float().T).softmax(-1).topk(top_k, dim=-1)
-    return TokenRouting(index, value / value.sum(-1, keepdim=True) if renormalises else value)
+    value, index = gate(inputs @ router.float().T, bias)
+    return TokenRouting(index, value)
 
 
-def gate_values(inputs: torch.Tensor, router: torch.Tensor, top_k: int, renormalises: bool) -> torch.Tensor:
-    """Dense gate values ``[tokens, K]``, zero beyond the top-k; differentiable in the router."""
-    value, index = (inputs @ router.T).softmax(-1).topk(top_k, dim=-1)
-    if renormalises:
-        value = value / value.sum(-1, keepdim=True)
+def gate_values(
+    inputs: torch.Tensor, router: torch.Tensor, gate: Gate, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Dense gate values ``[tokens, K]``, zero beyond the top-k; differentiable in the router. Args: as `route`."""
+    value, index = gate(inputs @ router.T, bias)
     return torch.zeros(len(inputs), len(router), dtype=value.dtype, device=value.device).scatter(1, index, value)
 
 

@@ -50,7 +50,7 @@ class DeepseekConfig(PreTrainedConfig):
     n_routed_experts: int = 64
     num_experts_per_tok: int = 6
     moe_layer_freq: int = 1
-    first_k_dense_replace: int = 1
+    first_k_dense_replace: int = 0
     norm_topk_prob: bool = False
     scoring_func: str = "softmax"
     aux_loss_alpha: float = 0.001

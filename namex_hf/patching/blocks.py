@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from ..calibration.decoder import BATCH_TOKENS, on_meta
-from ..families import Config, Family
+from ..calibration.decoder import BATCH_TOKENS
+from ..families import Config
+from ..families.outline import Outline, build
 from ..merging.experts import Experts
 from ..merging.moe_layer import Text
 from ..models.configuration_namex import soft_choice
@@ -48,17 +49,18 @@ class Blocks:
     Memory: nothing but the tensors that it is given, and what a batch takes: under ``soft`` its merged experts.
     """
 
-    def __init__(self, config: Config, family: Family) -> None:
+    def __init__(self, config: Config, outline: Outline) -> None:
         """
         Args:
             config: ``config.json`` of the patched model.
+            outline: of the original, whose blocks are in the same places.
         """
-        self.model, self.family, self.choice = on_meta(config), family, soft_choice(config["namex"])
+        self.model, self.outline, self.choice = build(config, "sdpa"), outline, soft_choice(config["namex"])
 
     @contextmanager
     def filled(self, layer: int, tensors: dict[str, torch.Tensor], device: str) -> Iterator[Any]:
         """The block of a layer, with `block_tensors`, on a device."""
-        block: Any = self.model.get_submodule(self.family.block(layer))
+        block: Any = self.model.get_submodule(self.outline.blocks[layer])
         block.load_state_dict({name: t.to(device) for name, t in tensors.items()}, strict=False, assign=True)
         try:
             yield block

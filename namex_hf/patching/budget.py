@@ -43,7 +43,7 @@ def spend(
     if merge.experts == shape.experts:
         return [{"layer": layer, "experts": shape.experts} for layer in shape.layers]
     ids, held_out = shorter(text)
-    decoder = Decoder(source.config, source.family, shape, source.read, device)
+    decoder = Decoder(source.config, source.outline, source.read, device)
     hidden = decoder.embed(ids).cpu()
     damaged: dict[int, torch.Tensor] = {}
     errors: dict[int, dict[int, float]] = {}
@@ -55,7 +55,7 @@ def spend(
                 continue
             mixture = source.moe_layer(layer)
             for stream in damaged.values():
-                unpatched(mixture, module.tap(stream), device)
+                unpatched(decoder, layer, mixture, module.tap(stream), device)
             tapped = module.tap(hidden)
         routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
         inputs = tapped.inputs.to(device)
@@ -64,7 +64,7 @@ def spend(
         with source.named(layer):
             errors[layer], output = _errors_by_count(mixture, shown, merge, recipe.seed)
         damaged[layer] = (hidden + output.cpu().view_as(hidden))[held_out]
-        hidden += target.cpu().view_as(hidden)
+        decoder.pass_on(layer, hidden, target)
         progress(ProgressEvent("measured", layer))
     before, *after = decoder.losses([hidden[held_out], *damaged.values()], ids[held_out])
     return dealt_out(errors, [max(0.0, loss - before) for loss in after], merge.experts, shape.experts)

@@ -63,7 +63,7 @@ def carried_items(plan: Plan, shard: Path, state: State, reader: Reader) -> list
     """A source shard's tensors under per-expert names, in the order of their bytes; experts that a step reordered are
     made in their new order."""
     spans = sorted((s.begin, n, s) for n, s in plan.spans.items() if s.file == shard)
-    places = plan.family.all_experts(plan.shape) if plan.reorders else {}
+    places = plan.outline.places if plan.reorders else {}
     items = []
     for _, name, span in spans:
         item = Item.of(name, span)
@@ -96,7 +96,7 @@ def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int | N
 
 def added_items(plan: Plan, state: State, layer: int | None) -> list[Item]:
     """What a layer's block has more than before; without a layer, `Plan.untied`."""
-    return plan.untied if layer is None else state.saved(layer).added(plan.family)
+    return plan.untied if layer is None else state.saved(layer).added(plan.outline)
 
 
 def packs_of_added(plan: Plan) -> list[list[int | None]]:

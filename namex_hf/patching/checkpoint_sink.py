@@ -94,7 +94,7 @@ def save(plan: Plan, pipeline: Pipeline, state: State, progress: ProgressCallbac
 
 
 def _saved_items(plan: Plan, state: State, layer: int) -> list[Item]:
-    replaced = state.saved(layer).replaced(plan.family, plan.experts_of(layer))
+    replaced = state.saved(layer).replaced(plan.outline, plan.experts_of(layer))
     return replaced + added_items(plan, state, layer)
 
 
@@ -114,15 +114,20 @@ class LazyLayers:
 
     def items(self, layer: int) -> list[Item]:
         """Router and experts of a layer, and what its block has more."""
-        plan = self.plan
-        router = plan.spans[name := plan.family.router(layer)]
+        plan, outline = self.plan, self.plan.outline
+        router = plan.span(outline.router(layer))
         rows = (plan.experts, plan.shape.hidden)
+        name = outline.file(outline.router(layer))
         items = [Item(name, router.dtype, rows, lambda: self._tensor(self._result(layer).router))]
-        for name, (number, projection) in plan.family.experts(layer, plan.experts).items():
+        if bias := outline.bias(layer):
+            span = plan.span(bias)
+            entries = (*span.shape[:-1], plan.experts)
+            items.append(Item(outline.file(bias), span.dtype, entries, lambda: self._tensor(self._result(layer).bias)))
+        for name, (number, projection) in outline.experts(layer, plan.experts).items():
             span = plan.spans[name]
             items.append(Item(name, span.dtype, span.shape, partial(self._expert, layer, number, projection)))
         for name, (shape, dtype) in plan.added(layer).items():
-            added = plan.family.added(layer, *name.split(".", 1))
+            added = outline.added(layer, *name.split(".", 1))
             items.append(Item(added, dtype, shape, partial(self._added, layer, name)))
         return items
 

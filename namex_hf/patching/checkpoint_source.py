@@ -8,8 +8,7 @@ import torch
 from ..checkpoint.bytes import Reader
 from ..checkpoint.header import TensorSpan
 from ..errors import CheckpointError
-from ..families import PROJECTIONS
-from ..merging.experts import Expert, ExpertWeights, NotFiniteError
+from ..merging.experts import PROJECTIONS, Expert, ExpertWeights, NotFiniteError
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Grouped
 from .finite import is_finite
@@ -39,17 +38,17 @@ def checkpoint_source(plan: Plan, reader: Reader) -> LayerSource:
         try:
             yield
         except NotFiniteError as error:
-            tensor = plan.family.expert(layer, error.expert, error.projection)
+            tensor = plan.outline.expert(layer, error.expert, error.projection)
             file = plan.spans[tensor].file.name
             raise CheckpointError(f"tensor {tensor} in {file} holds NaN or infinite values") from error
 
     def read(name: str) -> torch.Tensor:
-        return reader.read(plan.spans[name])
+        return reader.read(plan.spans[plan.outline.stored(name, plan.spans)])
 
     def dtype(layer: int) -> torch.dtype:
         return plan.expert_spans(layer)[0].dtype
 
-    return LayerSource(plan.checkpoint.config, plan.family, plan.shape, read, dtype, experts, named)
+    return LayerSource(plan.checkpoint.config, plan.outline, read, dtype, experts, named)
 
 
 def read_experts(plan: Plan, reader: Reader, layer: int, room: Expert | None = None) -> Expert:
@@ -60,7 +59,7 @@ def read_experts(plan: Plan, reader: Reader, layer: int, room: Expert | None = N
     """
     stacked, places = {}, []
     for projection in PROJECTIONS:
-        spans = [plan.spans[plan.family.expert(layer, e, projection)] for e in range(plan.shape.experts)]
+        spans = [plan.spans[plan.outline.expert(layer, e, projection)] for e in range(plan.shape.experts)]
         shape, dtype = (len(spans), *spans[0].shape), spans[0].dtype
         fits = room is not None and room[projection].dtype == dtype
         stacked[projection] = room[projection] if room and fits else torch.empty(shape, dtype=dtype)
@@ -78,7 +77,7 @@ def check_finite(plan: Plan, progress: ProgressCallback) -> None:
     Raises:
         CheckpointError: naming the tensor.
     """
-    experts = plan.family.all_experts(plan.shape)
+    experts = plan.outline.places
     merge = plan.recipe.merge
     merged = merge.has_base or plan.recipe.needs_text or isinstance(merge, Grouped)
     with Reader(plan.checkpoint.identity.digests) as reader:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from ..checkpoint.rope import both_forms
-from ..families import LAYER_EXPERTS, Config, Family, MoeShape
+from ..families import LAYER_EXPERTS, Config, Family, MoeShape, without_prediction
 from ..recipe import Grouped, Recipe
 
 
@@ -15,16 +15,15 @@ def patched_config(
     Args:
         counts: of experts that each MoE layer keeps; None: all keep the recipe's number.
     """
-    result = {**both_forms(config), "namex": recipe.to_stored()}
+    result = {**both_forms(config), **without_prediction(config), "namex": recipe.to_stored()}
     if family.is_to_untie(config):
         result["tie_word_embeddings"] = False
     merge = recipe.merge
     experts = merge.experts if isinstance(merge, Grouped) else None
     if counts is not None:
         experts = max(counts)
-    if experts is not None:
-        result[family.experts_field] = experts
-        result["num_experts_per_tok"] = min(shape.top_k, experts)
+    if experts is not None and experts < shape.experts:
+        result |= family.with_experts(config, experts)
     if counts is not None:
         result[LAYER_EXPERTS] = by_decoder_layer(counts, shape.layers, config["num_hidden_layers"])
     if recipe.own_class:

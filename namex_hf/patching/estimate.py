@@ -1,7 +1,7 @@
 """What a run takes, known before it begins: memory and room on the disk."""
 
 from ..calibration.decoder import layer_memory
-from ..families import PROJECTIONS
+from ..merging.experts import PROJECTIONS
 from ..recipe import Grouped
 from .budget import measuring_memory
 from .plan import Plan

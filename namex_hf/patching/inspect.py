@@ -2,9 +2,18 @@
 
 from typing import Any
 
-from ..checkpoint.layout import left_out, left_out_line, per_expert
+from ..checkpoint.layout import left_out, left_out_line, outline_in, per_expert
 from ..checkpoint.source import Checkpoint
-from ..families import original_family
+from ..families.outline import FUSED
+
+ADDED = {
+    ".base_expert.": "base experts",
+    ".cosine_router.": "added routers",
+    ".stable_router.": "added routers",
+    ".curvature.": "curvature",
+}
+"""What only a patched block has, by a part of the names of its tensors."""
+KINDS = ("routed experts", "base experts", "added routers", "curvature", "shared experts", "the rest")
 
 
 def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -14,39 +23,23 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         FamilyError, CheckpointError: the checkpoint is none that could be patched or was.
     """
     config = checkpoint.config
-    family = original_family(config)
-    shape = family.shape(config)
-    spans = per_expert(checkpoint, family, shape)
-    kinds = {
-        "routed experts": 0,
-        "base experts": 0,
-        "added routers": 0,
-        "curvature": 0,
-        "shared experts": 0,
-        "the rest": 0,
-    }
+    outline = outline_in(checkpoint)
+    shape, spans = outline.shape, per_expert(checkpoint, outline)
+    kinds = dict.fromkeys(KINDS, 0)
+    shared = {name for layer in shape.layers for part, name in outline.shared(layer).items() if part != "gate"}
+    known = dict.fromkeys(outline.places, "routed experts") | dict.fromkeys(map(outline.file, shared), "shared experts")
     for name, span in spans.items():
-        if ".mlp.experts." in name:
-            kinds["routed experts"] += span.size
-        elif ".mlp.base_expert." in name:
-            kinds["base experts"] += span.size
-        elif ".mlp.cosine_router." in name or ".mlp.stable_router." in name:
-            kinds["added routers"] += span.size
-        elif ".mlp.curvature." in name:
-            kinds["curvature"] += span.size
-        elif f".mlp.{family.shared_name}." in name:
-            kinds["shared experts"] += span.size
-        else:
-            kinds["the rest"] += span.size
+        added = next((kind for part, kind in ADDED.items() if part in name), "the rest")
+        kinds[known.get(name, added)] += span.size
     recipe = config.get("namex")
     recipe = recipe if isinstance(recipe, dict) else {}
     counts = shape.experts if shape.counts is None else ", ".join(map(str, shape.counts))
     foreign = left_out_line(left_out(checkpoint, spans))
-    fused = any(family.fused(layer, "gate_up_proj") in checkpoint.spans for layer in shape.layers)
+    fused = any(outline.in_class(name) == outline.fused(shape.layers[0], FUSED[0]) for name in checkpoint.spans)
     return {
         "model": checkpoint.name,
         "commit": checkpoint.commit or "none (local)",
-        "family": family.model_type,
+        "family": outline.family.model_type,
         "patched": ", ".join(str(recipe.get(name)) for name in ("merge", "method", "routing")) if recipe else "no",
         **({"recipe": ", ".join(f"{name}={value}" for name, value in recipe.items())} if recipe else {}),
         "layers": f"{config['num_hidden_layers']}, of which {len(shape.layers)} are MoE",

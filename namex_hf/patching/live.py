@@ -9,6 +9,8 @@ from torch import nn
 from ..checkpoint.rope import both_forms
 from ..errors import CalibrationError, FamilyError
 from ..families import Family, family_of
+from ..families.check import check_block
+from ..families.outline import outline_of
 from ..progress import no_progress
 from ..recipe import Grouped, Recipe
 from .budget import spend
@@ -43,10 +45,11 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     recipe = recipe or Recipe()
     config = model.config.to_dict()
     family = family_of(config)
-    shape = family.shape(config)
-    recipe = check_fit(recipe, shape)
-    if not hasattr(model, "model") or not hasattr(model, "lm_head"):
+    outline = outline_of(config)
+    recipe = check_fit(recipe, outline)
+    if not {outline.embedding, outline.head} <= model.state_dict().keys():
         raise FamilyError(f"{type(model).__name__}: accepted: a causal language model of {family.model_type}")
+    check_block(config, outline)
     fit_for_others(model, family)
     text = counts = None
     if recipe.needs_text:
@@ -54,12 +57,12 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
             raise CalibrationError("this recipe reads calibration text: patch_model needs calibration=tokenizer")
         text = text_for(recipe, config, calibration)
         recipe = recipe.with_text(text.name)
-    source = model_source(model, family, shape, copies="align" in recipe.steps)
+    source = model_source(model, outline, copies="align" in recipe.steps)
     if text is not None and isinstance(recipe.merge, Grouped) and recipe.merge.budget == "damage":
         counts = [layer["experts"] for layer in spend(source, recipe, text, no_progress)]
-    patched = patched_config(model.config.to_dict(), family, shape, recipe)
+    patched = patched_config(model.config.to_dict(), family, outline.shape, recipe)
     with shared_out() if text is None else nullcontext():
-        write_model(model, family, shape, recipe, Pipeline(source, recipe, patched, text, counts=counts).run())
+        write_model(model, outline, recipe, Pipeline(source, recipe, patched, text, counts=counts).run())
     model.config.namex = recipe.to_stored()
     return model
 
@@ -75,8 +78,8 @@ def fit_for_others(model: Any, family: Family) -> None:
     if family.is_to_untie(model.config.to_dict()):
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        if model.lm_head.weight is model.model.embed_tokens.weight:
-            weight = model.lm_head.weight
-            model.lm_head.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        head = model.get_output_embeddings()
+        if head.weight is model.get_input_embeddings().weight:
+            head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)
     # Past the setter of transformers, which takes `rope_scaling` for another name of `rope_parameters`.
     vars(model.config).update(both_forms(model.config.to_dict()))

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..families import Family, MoeShape
+from ..families.outline import Outline, build
 from ..merging.alignment import reorder
 from ..merging.experts import Expert, ExpertWeights
 from ..models.convert import patch_classes
@@ -17,34 +17,36 @@ from .finite import require_finite_result
 from .result import LayerResult, Tensors
 
 
-def write_model(model: Any, family: Family, shape: MoeShape, recipe: Recipe, results: Iterable[LayerResult]) -> None:
+def write_model(model: Any, outline: Outline, recipe: Recipe, results: Iterable[LayerResult]) -> None:
     """Give a model what the pipeline makes of its layers, and the class that the recipe asks for.
 
     Memory: beyond the model the added tensors of all layers, and the experts of one.
     """
-    blocks = {layer: model.get_submodule(family.block(layer)) for layer in shape.layers}
+    layers = outline.shape.layers
+    blocks = {layer: model.get_submodule(outline.blocks[layer]) for layer in layers}
     added: dict[int, Tensors] = {}
     orders: dict[int, torch.Tensor] = {}
+    counts = []
     for result in results:
         layer, added[result.layer] = result.layer, result.added
         if result.orders is not None:
             orders[layer] = result.orders
         if result.experts is not None and result.router is not None:
-            _replace(blocks[layer], _experts(result, len(result.router), recipe), result.router)
+            counts.append(len(result.router))
+            _replace(model, outline, result, _experts(result, counts[-1], recipe))
         for part, tensor in result.shared.items():
-            model.get_parameter(family.shared_parts(layer)[part]).copy_(tensor)
+            model.get_parameter(outline.shared(layer)[part]).copy_(tensor)
         del result  # before the next layer is read
     if isinstance(recipe.merge, Grouped):
-        _count(model, family, shape, recipe.merge, [len(block.gate.weight) for block in blocks.values()])
+        _count(model, outline, recipe.merge, counts)
     if recipe.own_class:
         patch_classes(model, recipe.to_stored())
     for layer, order in orders.items():
-        fused = model.get_submodule(family.block(layer)).experts
+        fused, width = blocks[layer].experts, outline.shape.width
         gate_up, down = fused.gate_up_proj, fused.down_proj
-        views = ExpertWeights(gate_up[:, : shape.width], gate_up[:, shape.width :], down)
-        reorder(views, order.to(down.device))
+        reorder(ExpertWeights(gate_up[:, :width], gate_up[:, width:], down), order.to(down.device))
     for layer, tensors in added.items():
-        places = model.get_submodule(family.block(layer)).state_dict(keep_vars=True)
+        places = model.get_submodule(outline.blocks[layer]).state_dict(keep_vars=True)
         for name, tensor in tensors.items():
             places[block_name(name)].copy_(tensor)
 
@@ -60,21 +62,41 @@ def _experts(result: LayerResult, count: int, recipe: Recipe) -> Expert:
     return ExpertWeights.of(lambda name: torch.stack([expert[name] for expert in experts]))
 
 
-def _replace(block: Any, experts: Expert, router: torch.Tensor) -> None:
-    """Give a block other experts, and a row of the router for each."""
-    place, count = block.gate.weight.device, len(router)
-    block.experts.gate_up_proj = nn.Parameter(torch.cat([experts["gate_proj"], experts.up], dim=1).to(place))
-    block.experts.down_proj = nn.Parameter(experts.down.to(place))
-    block.gate.weight = nn.Parameter(router.to(place))
-    block.experts.num_experts = block.gate.num_experts = count
-    block.gate.top_k = min(block.gate.top_k, count)
+def _replace(model: Any, outline: Outline, result: LayerResult, experts: Expert) -> None:
+    """Give a block other experts, and a row of the router and an entry of its bias for each."""
+    layer = result.layer
+    assert experts.gate is not None
+    assert result.router is not None
+    _set(model, outline.fused(layer, "gate_up_proj"), torch.cat([experts.gate, experts.up], dim=1))
+    _set(model, outline.fused(layer, "down_proj"), experts.down)
+    _set(model, outline.router(layer), result.router)
+    if (bias := outline.bias(layer)) and result.bias is not None:
+        _set(model, bias, result.bias)
 
 
-def _count(model: Any, family: Family, shape: MoeShape, merge: Grouped, counts: list[int]) -> None:
-    """Note the number of experts that is left; where layers differ, of each."""
-    count = max(counts)
+def _set(model: Any, name: str, value: torch.Tensor) -> None:
+    """Give a parameter or a buffer another value, of another shape, where the old one is."""
+    path, _, leaf = name.rpartition(".")
+    module = model.get_submodule(path)
+    old = getattr(module, leaf)
+    value = value.to(old.device)
+    setattr(module, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
+
+
+def _count(model: Any, outline: Outline, merge: Grouped, counts: list[int]) -> None:
+    """Note how many experts are left, in the configuration and in the modules; where layers differ, of each layer."""
+    layers, depth = outline.shape.layers, len(outline.decoder_layers)
     if merge.budget == "damage":
-        model.config.layer_experts = by_decoder_layer(tuple(counts), shape.layers, len(model.model.layers))
-    setattr(model.config, family.experts_field, count)
-    model.config.num_experts_per_tok = model.num_experts_per_tok = min(shape.top_k, count)
-    model.num_experts = count
+        model.config.layer_experts = by_decoder_layer(tuple(counts), layers, depth)
+    if max(counts) < outline.shape.experts:
+        for name, value in outline.family.with_experts(model.config.to_dict(), max(counts)).items():
+            setattr(model.config, name, value)
+    smaller = build(model.config.to_dict())
+    for name, module in model.named_modules():
+        for key, value in vars(smaller.get_submodule(name)).items():
+            if isinstance(value, int | str) and key != "training":
+                setattr(module, key, value)
+    for layer, count in zip(layers, counts, strict=True):
+        for module in model.get_submodule(outline.blocks[layer]).modules():
+            for key in vars(module).keys() & {"num_experts", "top_k"}:
+                setattr(module, key, min(getattr(module, key), count))

@@ -16,7 +16,7 @@ from ..errors import FamilyError
 from ..progress import FINISHED, ProgressCallback, ProgressEvent
 from .carry import METADATA
 from .finite import is_finite
-from .plan import LAYER, Plan, constant_items
+from .plan import Plan, constant_items
 from .state import State
 
 logger = logging.getLogger(__name__)
@@ -36,11 +36,12 @@ def write_packs(
     Args:
         layer_items: router and experts of a MoE layer, and what else of it takes the place of a tensor of its name.
     """
-    packs = pack(items_of(plan, layer_items, reader), plan.shard_size)
+    packs = pack(items_of(plan, layer_items, reader), plan.outline.layer_of, plan.shard_size)
     names = shard_names(len(packs))
     for items, name in zip(packs, names, strict=True):
         target = folder / name
-        layers = sorted({int(m[1]) for item in items if (m := LAYER.match(item.name))} & {*plan.shape.layers})
+        present = {plan.outline.layer_of(item.name) for item in items}
+        layers = [layer for layer in plan.shape.layers if layer in present]
         if target.is_file() and all(state.layer_file(layer).is_file() for layer in layers):
             logger.info("%s is there; continues after it", name)
             for layer in layers:
@@ -52,8 +53,7 @@ def write_packs(
 
 def items_of(plan: Plan, layer_items: Callable[[int], list[Item]], reader: Reader) -> list[Item]:
     """All tensors of the result in their natural order, layer by layer. Args: layer_items, as `write_packs`."""
-    gone = {*plan.family.all_experts(plan.shape), *map(plan.family.router, plan.shape.layers)}
-    by_name = {name: Item.of(name, span) for name, span in plan.spans.items() if name not in gone}
+    by_name = {name: Item.of(name, span) for name, span in plan.spans.items() if name not in plan.outline.places}
     for layer in plan.shape.layers:
         by_name |= {item.name: item for item in layer_items(layer)}
     items = [*by_name.values(), *plan.untied]
@@ -88,12 +88,12 @@ def natural(name: str) -> tuple[tuple[bool, int, str], ...]:
     return tuple((not part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in NUMBERS.split(name))
 
 
-def pack(items: list[Item], shard_size: int) -> list[list[Item]]:
+def pack(items: list[Item], layer_of: Callable[[str], int | None], shard_size: int) -> list[list[Item]]:
     """Fill shards up to a size. A layer is never split, so that it is merged once, even after a kill."""
-    units: dict[str, list[Item]] = {}
+    units: dict[int | str, list[Item]] = {}
     for item in items:
-        match = LAYER.match(item.name)
-        units.setdefault(match[0] if match else item.name, []).append(item)
+        layer = layer_of(item.name)
+        units.setdefault(item.name if layer is None else layer, []).append(item)
     packs: list[list[Item]] = [[]]
     size = 0
     for unit in units.values():

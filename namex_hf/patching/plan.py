@@ -11,11 +11,13 @@ import torch
 
 from ..calibration.text import CalibrationText
 from ..checkpoint.header import TensorSpan
-from ..checkpoint.layout import left_out, per_expert
+from ..checkpoint.layout import left_out, outline_in, per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
 from ..errors import FamilyError, RecipeError, UsageError
-from ..families import EMBEDDING, FAMILIES, HEAD, Family, MoeShape, family_of
+from ..families import FAMILIES, Family, MoeShape, family_of
+from ..families.check import check_block
+from ..families.outline import Outline
 from ..merging.members import GAMES
 from ..merging.weightings import WEIGHTINGS
 from ..models import remote_code
@@ -28,7 +30,6 @@ from .steps import steps_of
 from .steps.step import LayerForm, Shapes
 from .text import check_text, text_of
 
-LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -37,14 +38,25 @@ class Plan:
     """A checked run."""
 
     checkpoint: Checkpoint
-    family: Family
-    shape: MoeShape
+    outline: Outline
     recipe: Recipe
-    spans: dict[str, TensorSpan]  # under per-expert names
+    spans: dict[str, TensorSpan]  # of the model's class, by the names of the outline
     shard_size: int
     export_as: str | None = None
     text: CalibrationText | None = None
     counts: tuple[int, ...] | None = None  # routed experts that each MoE layer keeps, once a budget is spent
+
+    @property
+    def family(self) -> Family:
+        return self.outline.family
+
+    @property
+    def shape(self) -> MoeShape:
+        return self.outline.shape
+
+    def span(self, name: str) -> TensorSpan:
+        """Of a tensor, by its name in the class."""
+        return self.spans[self.outline.file(name)]
 
     @property
     def run(self) -> dict[str, Any]:
@@ -121,7 +133,7 @@ class Plan:
         return self.experts if self.counts is None else self.counts[self.shape.layers.index(layer)]
 
     def expert_spans(self, layer: int) -> list[TensorSpan]:
-        return [self.spans[name] for name in self.family.experts(layer, self.shape.experts)]
+        return [self.spans[name] for name in self.outline.experts(layer)]
 
     def layer_bytes(self, layer: int) -> int:
         """Bytes of the routed experts of a layer."""
@@ -132,13 +144,11 @@ class Plan:
         """Bytes of all layers' shared experts, where they are fitted along; else 0."""
         if self.fits != "layer":
             return 0
-        return sum(
-            self.spans[name].size for layer in self.shape.layers for name in self.family.shared_parts(layer).values()
-        )
+        return sum(self.span(name).size for layer in self.shape.layers for name in self.outline.shared(layer).values())
 
     def added(self, layer: int) -> Shapes:
         """Shapes and dtypes of what a layer has more than before, by kind and part: ``base.gate_proj`` ..."""
-        expert, router = self.expert_spans(layer)[0].dtype, self.spans[self.family.router(layer)].dtype
+        expert, router = self.expert_spans(layer)[0].dtype, self.span(self.outline.router(layer)).dtype
         sparse = self.recipe.merge.stays_sparse(layer, self.shape.layers)
         form = LayerForm(layer, self.shape, self.config(), self.experts, expert, router, sparse)
         return {name: shape for step in steps_of(self.recipe) for name, shape in step.added(form).items()}
@@ -169,7 +179,8 @@ class Plan:
         as the head), and the result has two."""
         if not self.family.is_to_untie(self.checkpoint.config):
             return []
-        for name, other in ((HEAD, EMBEDDING), (EMBEDDING, HEAD)):
+        head, embedding = self.outline.head, self.outline.embedding
+        for name, other in ((head, embedding), (embedding, head)):
             if name not in self.spans and other in self.spans:
                 return [Item.of(name, self.spans[other])]
         return []
@@ -181,7 +192,7 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        routers = sum(self.spans[self.family.router(layer)].size for layer in self.shape.layers)
+        routers = sum(self.span(self.outline.router(layer)).size for layer in self.shape.layers)
         routed = routers + sum(self.layer_bytes(layer) for layer in self.shape.layers)
         added = self.all_added_bytes + self.untied_bytes
         if self.export_as:
@@ -194,7 +205,7 @@ class Plan:
         config = {name: value for name, value in self.checkpoint.config.items() if name not in foreign}
         config = patched_config(config, self.family, self.shape, self.recipe, self.counts)
         if self.export_as:
-            reexpression = FAMILIES[self.family.model_type].as_qwen2_moe
+            reexpression = self.family.as_qwen2_moe
             assert reexpression is not None
             config = reexpression.config(config)
         code = remote_code(config["model_type"])
@@ -224,8 +235,8 @@ def make_plan(
         CheckpointError: tensors that contradict the configuration.
     """
     family = family_of(checkpoint.config)
-    shape = family.shape(checkpoint.config)
-    recipe = check_fit(recipe, shape)
+    outline = outline_in(checkpoint)
+    recipe = check_fit(recipe, outline)
     if export_as is not None and (family.as_qwen2_moe is None or export_as != "qwen2_moe"):
         able = ", ".join(sorted(name for name, one in FAMILIES.items() if one.as_qwen2_moe))
         raise FamilyError(f"--export-as {export_as} of a {family.model_type} model; accepted: qwen2_moe, of {able}")
@@ -238,8 +249,9 @@ def make_plan(
         )
     if export_as is not None and family.as_qwen2_moe and (reason := family.as_qwen2_moe.refuse(checkpoint.config)):
         raise FamilyError(f"--export-as {export_as}: config.json: {reason}")
-    spans = per_expert(checkpoint, family, shape)
-    plan = Plan(checkpoint, family, shape, recipe, spans, _bytes(shard_size), export_as)
+    spans = per_expert(checkpoint, outline)
+    check_block(checkpoint.config, outline)
+    plan = Plan(checkpoint, outline, recipe, spans, _bytes(shard_size), export_as)
     if not recipe.needs_text:
         return plan
     if not reads_text:
@@ -250,7 +262,7 @@ def make_plan(
     return replace(plan, text=text, recipe=recipe.with_text(text.name))
 
 
-def check_fit(recipe: Recipe, shape: MoeShape) -> Recipe:
+def check_fit(recipe: Recipe, outline: Outline) -> Recipe:
     """Check a recipe against the numbers of a model; returns it with the device that its arithmetic runs on.
 
     Raises:
@@ -262,9 +274,11 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> Recipe:
             f"recipe field 'weighting' is {weighting!r}, which no installed package registers; "
             f"accepted here: {', '.join(WEIGHTINGS)}"
         )
-    recipe = on_device(recipe)
+    recipe, shape = on_device(recipe), outline.shape
+    if recipe.own_class and outline.family.patched_type is None:
+        raise RecipeError(_without_class(recipe, outline))
     if isinstance(recipe.merge, Grouped):
-        _check_grouped(recipe.merge, shape)
+        _check_grouped(recipe.merge, outline)
     if isinstance(recipe.merge, Soft):
         _check_soft(recipe.merge, shape)
     if isinstance(recipe.merge, AroundBase):
@@ -272,10 +286,26 @@ def check_fit(recipe: Recipe, shape: MoeShape) -> Recipe:
     return recipe
 
 
-def _check_grouped(merge: Grouped, shape: MoeShape) -> None:
-    if merge.experts > shape.experts:
-        raise RecipeError(f"recipe field 'experts' is {merge.experts}; this model has {shape.experts} a layer")
-    if merge.operator == "shared" and shape.shared_width % shape.width:
+def _without_class(recipe: Recipe, outline: Outline) -> str:
+    """Why a recipe with a class of its own is refused, and what works."""
+    able = ", ".join(sorted(name for name, family in FAMILIES.items() if family.patched_type))
+    values = {"merge": recipe.merge.kind, **recipe.to_dict()}
+    asked = next(n for n in ("merge", "routing", "budget") if values[n] not in ("grouped", "none", "linear", "equal"))
+    half = max(outline.family.least, outline.shape.experts // 2)
+    return (
+        f"recipe field '{asked}' is {values[asked]!r}, which needs a class of its own, and there is one for {able} "
+        f"alone; what works for {outline.family.model_type}: --merge grouped --experts {half}"
+    )
+
+
+def _check_grouped(merge: Grouped, outline: Outline) -> None:
+    shape = outline.shape
+    if not outline.family.least <= merge.experts <= shape.experts:
+        raise RecipeError(
+            f"recipe field 'experts' is {merge.experts}; this model has {shape.experts} a layer; "
+            f"accepted: from {outline.family.least} to {shape.experts}"
+        )
+    if merge.operator == "shared" and (not shape.shared_width or shape.shared_width % shape.width):
         raise RecipeError(
             f"recipe field 'operator' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of "
             f"the routed width {shape.width}: the other control is random"
@@ -338,8 +368,8 @@ def constant_items(plan: Plan) -> list[Item]:
     assert plan.family.as_qwen2_moe is not None
     items = []
     for name, constant in plan.family.as_qwen2_moe.constants(plan.checkpoint.config).items():
-        match = LAYER.match(name)
-        assert match is not None
-        dtype = plan.spans[plan.family.router_norm(int(match[1]))].dtype
+        norm = plan.outline.router_norm(plan.outline.layer_of(name) or 0)
+        assert norm is not None
+        dtype = plan.span(norm).dtype
         items.append(Item(name, dtype, constant.shape, partial(constant.tensor, dtype)))
     return items

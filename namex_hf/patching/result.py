@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from ..checkpoint.header import TensorSpan, read_header
 from ..checkpoint.shard import Item
-from ..families import Family
+from ..families.outline import Outline
 from ..merging.experts import Expert, ExpertWeights
 from ..merging.propagation import PropagationState
 
@@ -62,8 +62,9 @@ class LayerResult:
     statistics: Tensors = field(default_factory=dict)  # cosines, usage
     added: Tensors = field(default_factory=dict)  # base.gate_proj, curvature.usage, cosine_router.scale ...
     router: torch.Tensor | None = None  # [K, hidden]; None: the source's
+    bias: torch.Tensor | None = None  # correction bias of K experts; None: the source's, or none
     experts: MadeExperts | None = None  # K; None: the source's
-    shared: Tensors = field(default_factory=dict)  # by `Family.shared_parts`; empty: the source's
+    shared: Tensors = field(default_factory=dict)  # by `Outline.shared`; empty: the source's
     orders: torch.Tensor | None = None  # int64 [N, width], of the source's neurons; None: as they are
 
     def tensors(self) -> Tensors:
@@ -75,6 +76,8 @@ class LayerResult:
             saved["orders"] = self.orders
         if self.router is not None:
             saved["router"] = self.router
+        if self.bias is not None:
+            saved["bias"] = self.bias
         if isinstance(self.experts, ExpertWeights):
             for name, matrices in self.experts.items():
                 saved |= {f"expert.{number}.{name}": matrix for number, matrix in enumerate(matrices)}
@@ -88,17 +91,19 @@ class SavedResult:
     layer: int
     file: Path
 
-    def added(self, family: Family) -> list[Item]:
+    def added(self, outline: Outline) -> list[Item]:
         """What the layer's block has more than before."""
-        return self._items(ADDED, lambda name: family.added(self.layer, *name.split(".", 1)))
+        return self._items(ADDED, lambda name: outline.added(self.layer, *name.split(".", 1)))
 
-    def replaced(self, family: Family, count: int) -> list[Item]:
+    def replaced(self, outline: Outline, count: int) -> list[Item]:
         """Router, experts and shared expert, as far as they are in the place of the source's."""
-        shared, spans = family.shared_parts(self.layer), read_header(self.file)
-        items = [Item.of(family.router(self.layer), spans["router"])]
-        for name, (expert, projection) in family.experts(self.layer, count).items():
+        shared, spans = outline.shared(self.layer), read_header(self.file)
+        items = [Item.of(outline.file(outline.router(self.layer)), spans["router"])]
+        if bias := outline.bias(self.layer):
+            items.append(Item.of(outline.file(bias), spans["bias"]))
+        for name, (expert, projection) in outline.experts(self.layer, count).items():
             items.append(Item.of(name, spans[f"expert.{expert}.{projection}"]))
-        return items + self._items("shared.", shared.__getitem__)
+        return items + self._items("shared.", lambda part: outline.file(shared[part]))
 
     def order(self, expert: int) -> torch.Tensor:
         """Of an expert's neurons."""

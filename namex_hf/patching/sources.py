@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers.activations import ACT2FN
 
 from ..calibration.decoder import Read
-from ..families import Config, Family, MoeShape
+from ..families import Config, MoeShape
+from ..families.outline import Outline
 from ..merging.experts import Expert, ExpertWeights
 from ..merging.moe_layer import MoELayer
 
@@ -19,50 +19,58 @@ class LayerSource:
     """The MoE layers of a model, to be read one at a time. Tensors are on the CPU, in their own dtype."""
 
     config: Config
-    family: Family
-    shape: MoeShape
+    outline: Outline
     read: Read
     dtype: Callable[[int], torch.dtype]  # of a MoE layer's experts
     experts: Callable[[int], Expert]  # of a MoE layer, stacked
     named: Callable[[int], AbstractContextManager[None]]  # gives a complaint about an expert its tensor's name
 
+    @property
+    def shape(self) -> MoeShape:
+        return self.outline.shape
+
     def moe_layer(self, layer: int) -> MoELayer:
-        activation = ACT2FN[self.config.get("hidden_act", "silu")]
-        return MoELayer(self.experts(layer), self.router(layer), self.shape.top_k, self.shape.renormalises, activation)
+        name = self.outline.bias(layer)
+        bias = None if name is None else self.read(name)
+        return MoELayer(self.experts(layer), self.router(layer), self.shape.gate, self.outline.activation, bias)
 
     def router(self, layer: int) -> torch.Tensor:
-        return self.read(self.family.router(layer))
+        return self.read(self.outline.router(layer))
 
     def norm(self, layer: int) -> torch.Tensor:
-        """The weight of the norm before the router."""
-        return self.read(self.family.router_norm(layer))
+        """``[hidden]``, what the norm before the router multiplies by; ones where there is no norm."""
+        name, offset = self.outline.router_norm(layer), self.outline.family.norm_offset
+        if name is None:
+            return torch.ones(self.shape.hidden)
+        return self.read(name) + offset if offset else self.read(name)
 
     def shared(self, layer: int) -> dict[str, torch.Tensor]:
         """The shared expert of a MoE layer by projection, and its ``gate`` where it has one."""
-        return {part: self.read(name) for part, name in self.family.shared_parts(layer).items()}
+        return {part: self.read(name) for part, name in self.outline.shared(layer).items()}
 
 
-def model_source(model: Any, family: Family, shape: MoeShape, copies: bool) -> LayerSource:
+def model_source(model: Any, outline: Outline, copies: bool) -> LayerSource:
     """A live model. A layer is read before it is replaced, and no layer above reads one below.
 
     Args:
         copies: whether a layer's experts are copied, so that they can be changed; else they are views.
     """
-    parameters = dict(model.named_parameters())
+    state = model.state_dict(keep_vars=True)
 
     def read(name: str) -> torch.Tensor:
-        return parameters[name].detach().cpu()
+        return state[name].detach().cpu()
 
     def fused(layer: int) -> Any:
-        return model.get_submodule(family.block(layer)).experts
+        return model.get_submodule(outline.blocks[layer]).experts
 
     def experts(layer: int) -> Expert:
         gate_up, down = fused(layer).gate_up_proj.detach().cpu(), fused(layer).down_proj.detach().cpu()
-        views = ExpertWeights(gate_up[:, : shape.width], gate_up[:, shape.width :], down)
+        width = outline.shape.width
+        views = ExpertWeights(gate_up[:, :width], gate_up[:, width:], down)
         return views.map(torch.clone) if copies else views
 
     def dtype(layer: int) -> torch.dtype:
         kind: torch.dtype = fused(layer).down_proj.dtype
         return kind
 
-    return LayerSource(model.config.to_dict(), family, shape, read, dtype, experts, lambda layer: nullcontext())
+    return LayerSource(model.config.to_dict(), outline, read, dtype, experts, lambda layer: nullcontext())

@@ -28,8 +28,9 @@ class TextPass:
 
     def __init__(self, source: LayerSource, recipe: Recipe, text: CalibrationText, state: PipelineState) -> None:
         self._source, self._recipe, self.text = source, recipe, text
-        self._decoder = Decoder(source.config, source.family, source.shape, source.read, recipe.device)
+        self._decoder = Decoder(source.config, source.outline, source.read, recipe.device)
         self._next, aims = state.layer, aims_at_model(recipe)
+        self._decoder.check(text.ids)
         self.hidden = self._decoder.embed(text.ids).cpu() if state.hidden is None else state.hidden
         self.original = state.original
         if aims and self.original is None:
@@ -57,7 +58,7 @@ class TextPass:
         self._tapped = self._aim = target = None
         routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
         if aim is not None:
-            self.original = unpatched(mixture, aim, device)
+            self.original = unpatched(self._decoder, self._next - 1, mixture, aim, device)
             target = (self.original - self.hidden).view_as(tapped.inputs).to(device)
         held_out = torch.zeros(len(self.text.ids), dtype=torch.bool)
         if measures(self._recipe):
@@ -66,14 +67,14 @@ class TextPass:
 
     def pass_on(self, output: torch.Tensor) -> None:
         """Add the layer's routed output ``[tokens, hidden]``: that is what the next layer receives."""
-        self.hidden.add_(output.cpu().view_as(self.hidden))
+        self._decoder.pass_on(self._next - 1, self.hidden, output)
 
 
-def unpatched(mixture: MoELayer, tapped: Tapped, device: str) -> torch.Tensor:
+def unpatched(decoder: Decoder, layer: int, mixture: MoELayer, tapped: Tapped, device: str) -> torch.Tensor:
     """A layer's whole output, over ``tapped.rest``, with the routed experts of `mixture`."""
     routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
-    output = mixture.output(tapped.inputs.to(device), routing)
-    return tapped.rest.add_(output.cpu().view_as(tapped.rest))
+    decoder.pass_on(layer, tapped.rest, mixture.output(tapped.inputs.to(device), routing))
+    return tapped.rest
 
 
 def streams_memory(recipe: Recipe, shape: MoeShape) -> int:

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..families import PROJECTIONS
+from ..merging.experts import PROJECTIONS
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from typing import Any
 import torch
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
-from transformers.activations import ACT2FN
 
 from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText, calibration_text
@@ -58,13 +57,13 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
     text = _text(folder, tokens)
     config = folder.checkpoint.config
     if folder.shape.counts is None:  # else only the patched class has layers of different numbers of experts
-        config = {**config, "model_type": folder.family.model_type}
-    activation = ACT2FN[config.get("hidden_act", "silu")]
+        config = {**config, "model_type": folder.outline.family.model_type}
     every = max(1, text.tokens // ASKED)
     found: dict[int, Layer] = {}
     asked = 0
     with Reader() as reader:
-        decoder = Decoder(config, folder.family, folder.shape, lambda name: reader.read(folder.spans[name]))
+        outline, spans = folder.outline, folder.spans
+        decoder = Decoder(config, outline, lambda name: reader.read(spans[outline.stored(name, spans)]))
         hidden = decoder.embed(text.ids)
         for layer in range(max(folder.shape.layers) + 1):
             with decoder.layer(layer) as module:
@@ -75,12 +74,12 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
             experts, routing = folder.experts(reader, layer), TokenRouting(tapped.index, tapped.value)
             count = experts.count
             some = tapped.inputs[::every][:ASKED]
-            outputs = (expert_output(some, experts.expert(e).to(some), activation) for e in range(count))
+            outputs = (expert_output(some, experts.expert(e).to(some), folder.outline.activation) for e in range(count))
             said = torch.stack([normalize(output, dim=-1).flatten() for output in outputs])
             asked = len(some)
             found[layer] = Layer(said @ said.T / asked, routing.count(count))
-            output = routed_output(tapped.inputs, routing, experts, activation)
-            hidden = tapped.rest.add_(output.view_as(tapped.rest))
+            output = routed_output(tapped.inputs, routing, experts, folder.outline.activation)
+            decoder.pass_on(layer, hidden, output)
             del experts, said, output  # before the next layer is read
     return Answers(found, text.sha256, text.tokens, asked)
 

@@ -9,10 +9,11 @@ import torch
 from ..checkpoint.bytes import Reader
 from ..checkpoint.folder import check_whole
 from ..checkpoint.header import TensorSpan, read_header
-from ..checkpoint.layout import per_expert
+from ..checkpoint.layout import outline_in, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..families import Family, MoeShape, original_family
+from ..families import MoeShape
+from ..families.outline import Outline
 from ..files import REPORT, STATISTICS, locate, read_json
 from ..merging.experts import Expert
 from ..recipe import Recipe
@@ -30,8 +31,7 @@ class PatchedFolder:
     report: Report
     recipe: Recipe
     checkpoint: Checkpoint
-    family: Family  # of the original
-    shape: MoeShape  # of the folder's own experts: fewer than the original's under ``grouped``
+    outline: Outline  # of the folder's own experts: fewer than the original's under ``grouped``
     spans: dict[str, TensorSpan]  # under per-expert names
     cosines: dict[int, torch.Tensor]  # by layer, float32 [games, N, N]
     usage: dict[int, torch.Tensor]  # by layer, tokens that each of the original's experts received, int64 [N]
@@ -47,13 +47,17 @@ class PatchedFolder:
                 return record
         raise CheckpointError(f"{REPORT} has no record of layer {layer}, of which {STATISTICS} has cosines")
 
+    @property
+    def shape(self) -> MoeShape:
+        return self.outline.shape
+
     def experts(self, reader: Reader, layer: int) -> Expert:
         """The routed experts of a layer, stacked, in their own dtype."""
-        return layer_experts(reader, self.spans, self.family, layer, self.shape.experts_of(layer))
+        return layer_experts(reader, self.spans, self.outline, layer)
 
     def shared(self, reader: Reader, layer: int) -> Expert:
         """The shared expert of a layer."""
-        return shared_expert(reader, self.spans, self.family, layer)
+        return shared_expert(reader, self.spans, self.outline, layer)
 
     def domain_grams(self, layer: int) -> torch.Tensor | None:
         """Gram matrices of the domain vectors of a layer's games, float64 ``[games, N, N]``, from norms and cosines.
@@ -86,14 +90,13 @@ def open_patched(path: Path) -> PatchedFolder:
     report = rebuild(path) if has_recipe_alone(path) else Report.from_file(locate(path, REPORT))
     check_whole(path)
     checkpoint = open_checkpoint(path)
-    family = original_family(config)
-    shape = family.shape(config)
+    outline = outline_in(checkpoint)
     recipe = Recipe.from_stored(config["namex"])
     tensors = _statistics(locate(path, STATISTICS))
     cosines = {layer: t for (layer, what), t in tensors.items() if what == "cosines"}
     usage = {layer: t for (layer, what), t in tensors.items() if what == "usage"}
-    spans = per_expert(checkpoint, family, shape)
-    return PatchedFolder(path, report, recipe, checkpoint, family, shape, spans, cosines, usage)
+    spans = per_expert(checkpoint, outline)
+    return PatchedFolder(path, report, recipe, checkpoint, outline, spans, cosines, usage)
 
 
 def _statistics(path: Path) -> dict[tuple[int, str], torch.Tensor]:

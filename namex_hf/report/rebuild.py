@@ -10,11 +10,11 @@ import torch
 from ..checkpoint.bytes import Reader
 from ..checkpoint.folder import list_files
 from ..checkpoint.header import TensorSpan
-from ..checkpoint.layout import per_expert
+from ..checkpoint.layout import outline_in, per_expert
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError
-from ..families import Family, original_family
+from ..families.outline import Outline
 from ..files import CARD, CONFIG, INDEX, RECIPE, REPORT, SINGLE, STATISTICS, locate, read_text, write_text
 from ..merging.base import own_base
 from ..merging.experts import Expert, ExpertWeights, NotFiniteError
@@ -76,18 +76,17 @@ def rebuild(path: Path) -> Report:
 @torch.no_grad()
 def _layers(checkpoint: Checkpoint, merge: AroundBase) -> tuple[list[dict[str, Any]], dict[str, torch.Tensor]]:
     """Records of the MoE layers as a report has them, and what `STATISTICS` holds."""
-    family = original_family(checkpoint.config)
-    shape = family.shape(checkpoint.config)
-    spans = per_expert(checkpoint, family, shape)
+    outline = outline_in(checkpoint)
+    shape, spans = outline.shape, per_expert(checkpoint, outline)
     layers, cosines = [], {}
     with Reader() as reader:
         for position, layer in enumerate(shape.layers):
-            experts = layer_experts(reader, spans, family, layer, shape.experts)
+            experts = layer_experts(reader, spans, outline, layer)
             if merge.stays_sparse(layer, shape.layers):
-                shared = partial(shared_expert, reader, spans, family, layer)
+                shared = partial(shared_expert, reader, spans, outline, layer)
                 base = own_base(merge.base, experts, shared, shape.width)
             else:
-                base = base_expert(reader, spans, family, layer)
+                base = base_expert(reader, spans, outline, layer)
             try:
                 step = propagate(experts, PropagationState(base), merge, position)
             except NotFiniteError as error:
@@ -98,18 +97,19 @@ def _layers(checkpoint: Checkpoint, merge: AroundBase) -> tuple[list[dict[str, A
     return layers, cosines
 
 
-def layer_experts(reader: Reader, spans: dict[str, TensorSpan], family: Family, layer: int, count: int) -> Expert:
+def layer_experts(reader: Reader, spans: dict[str, TensorSpan], outline: Outline, layer: int) -> Expert:
     """The routed experts of a layer, stacked, in their own dtype."""
+    count = outline.shape.experts_of(layer)
     return ExpertWeights.of(
-        lambda name: torch.stack([reader.read(spans[family.expert(layer, e, name)]) for e in range(count)])
+        lambda name: torch.stack([reader.read(spans[outline.expert(layer, e, name)]) for e in range(count)])
     )
 
 
-def base_expert(reader: Reader, spans: dict[str, TensorSpan], family: Family, layer: int) -> Expert:
+def base_expert(reader: Reader, spans: dict[str, TensorSpan], outline: Outline, layer: int) -> Expert:
     """The base expert of a layer, in float32."""
-    return ExpertWeights.of(lambda name: reader.read(spans[family.added(layer, "base", name)]).float())
+    return ExpertWeights.of(lambda name: reader.read(spans[outline.added(layer, "base", name)]).float())
 
 
-def shared_expert(reader: Reader, spans: dict[str, TensorSpan], family: Family, layer: int) -> Expert:
+def shared_expert(reader: Reader, spans: dict[str, TensorSpan], outline: Outline, layer: int) -> Expert:
     """The shared expert of a layer."""
-    return ExpertWeights.of(lambda name: reader.read(spans[family.shared(layer, name)]))
+    return ExpertWeights.of(lambda name: reader.read(spans[outline.file(outline.shared(layer)[name])]))

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 
 from ..bargaining import NO_AGREEMENT
 from ..errors import TrainingError
-from ..families import original_family
+from ..families.outline import outline_of
 from ..merging.experts import NotFiniteError
 from ..merging.propagation import PropagationState, PropagationStep, propagate
 from ..merging.weightings import FALLBACK
@@ -60,11 +60,10 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[LayerBarga
         TrainingError: an expert has a value that is not finite.
     """
     model = getattr(model, "get_base_model", lambda: model)()
-    config = model.config.to_dict()
-    merge, family = recipe.merge, original_family(config)
+    merge, outline = recipe.merge, outline_of(model.config.to_dict())
     assert isinstance(merge, AroundBase)
-    shape = family.shape(config)
-    own_of = partial(own_base_of, choice=merge.base, shared_name=family.shared_name, width=shape.width)
+    shape, shared = outline.shape, outline.family.shared_name or ""
+    own_of = partial(own_base_of, choice=merge.base, shared_name=shared, width=shape.width)
     bargains: list[LayerBargain] = []
     walk = None
     with shared_out():

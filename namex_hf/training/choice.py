@@ -6,22 +6,11 @@ from typing import Any
 from rich.table import Table
 
 from ..errors import TrainingError
-from ..families.kinds import KINDS, kind_of
+from ..families.kinds import FUSED, KINDS, LINEAR, kind_of
 
 EVERYTHING = "everything"
 STUDENT = "student"
 """Parameters that exist, and always train, only in StableMoE's first stage (`stable_moe`)."""
-FUSED = {
-    "experts": ("mlp.experts.gate_up_proj", "mlp.experts.down_proj"),
-    "router": ("mlp.gate.weight", "mlp.cosine_router.projection", "mlp.cosine_router.embeddings"),
-}
-"""Parameters that PEFT adapts as `target_parameters`, because they are not in an `nn.Linear`."""
-LINEAR = {
-    "attention": r"self_attn\.[qkvo]_proj",
-    "shared": r"mlp\.shared_experts?\.(gate|up|down)_proj",
-    "dense": r"mlp\.(gate|up|down)_proj",
-}
-"""`target_modules`, as regular expressions for the ends of their names."""
 WHOLE = {"base": "base_expert", "curvature": "curvature"}
 """`modules_to_save`: trained without an adapter, and saved in the adapter's file."""
 

@@ -9,9 +9,8 @@ from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from ..families import PROJECTIONS
 from ..merging.base import own_base
-from ..merging.experts import Expert, ExpertWeights
+from ..merging.experts import PROJECTIONS, Expert, ExpertWeights
 from ..models.soft import dense_weight
 from ..models.soft_kronecker import Factors
 from ..recipe import BaseExpert

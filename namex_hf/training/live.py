@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import TrainingError
-from ..families import original_family
+from ..families.outline import outline_of
 from ..recipe import AroundBase, Recipe
 from .bargain import LayerBargain, rebargain
 from .gathered import gathered, write_base
@@ -152,8 +152,7 @@ def check_first_base(recipe: Recipe) -> AroundBase:
 
 def moe_blocks(model: Any) -> list[Any]:
     """MoE blocks of a model, by layer."""
-    config = model.config.to_dict()
-    return [model.model.layers[index].mlp for index in original_family(config).shape(config).layers]
+    return [model.get_submodule(path) for path in outline_of(model.config.to_dict()).blocks.values()]
 
 
 def _swap_layers(model: Any, forms: dict[type, type]) -> None:

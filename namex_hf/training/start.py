@@ -11,12 +11,13 @@ from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
-from ..checkpoint.layout import left_out, per_expert
+from ..checkpoint.layout import left_out, outline_in, per_expert
 from ..checkpoint.resolve import resolve
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import TrainingError, UsageError
-from ..families import family_of, original_family
+from ..families import original_family
+from ..families.outline import outline_of
 from ..models import load_patched
 from ..patching.config import patched_config
 from ..patching.live import fit_for_others, patch_model
@@ -74,7 +75,7 @@ class Start:
         """
         config, family = self.checkpoint.config, original_family(self.checkpoint.config)
         if not self.patched:
-            config = patched_config(config, family, family.shape(config), self.recipe)
+            config = patched_config(config, family, outline_of(config).shape, self.recipe)
         elif family.is_to_untie(config):
             config = {**config, "tie_word_embeddings": False}
         try:
@@ -144,13 +145,13 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
     if patched := isinstance(stored, dict):
         if recipe is not None:
             raise TrainingError(f"{checkpoint.name} is patched already, so --recipe says nothing; accepted: none")
-        family, recipe = original_family(checkpoint.config), Recipe.from_stored(stored)
+        recipe = Recipe.from_stored(stored)
     else:
-        family, recipe = family_of(checkpoint.config), recipe or Recipe()
-    shape = family.shape(checkpoint.config)
+        recipe = recipe or Recipe()
+    outline = outline_in(checkpoint)
     if not patched:
-        check_fit(recipe, shape)
-    foreign = left_out(checkpoint, per_expert(checkpoint, family, shape))
+        check_fit(recipe, outline)
+    foreign = left_out(checkpoint, per_expert(checkpoint, outline))
     return Start(checkpoint, recipe, patched, tuple(foreign))
 
 

@@ -18,7 +18,7 @@ from namex_hf.checkpoint.bytes import Reader
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, FamilyError
-from namex_hf.families import family_of
+from namex_hf.families.outline import outline_of
 from namex_hf.progress import ProgressEvent
 from tests.helpers.checkpoints import Tensors, read_config, read_tensors, write_folder
 from tests.helpers.toy_models import VOCAB, odd_config, toy_tensors
@@ -116,9 +116,12 @@ def token_ids(vocabulary: int = VOCAB) -> Tensor:
 def decoder_of(
     config: dict[str, Any], read: Callable[[str], Tensor] | Tensors, batch_tokens: int = BATCHES_OF_2, **options: Any
 ) -> Decoder:
-    family = family_of(config)
-    reading = read.__getitem__ if isinstance(read, dict) else read
-    return Decoder(config, family, family.shape(config), reading, batch_tokens=batch_tokens, **options)
+    outline, tensors = outline_of(config), read
+
+    def reading(name: str) -> Tensor:
+        return tensors[outline.stored(name, tensors)] if isinstance(tensors, dict) else tensors(name)
+
+    return Decoder(config, outline, reading, batch_tokens=batch_tokens, **options)
 
 
 def decoder_in(folder: Path, **options: Any) -> Decoder:
@@ -436,13 +439,9 @@ def test_refuses_ids_that_the_vocabulary_does_not_have(folder_of: Callable[[str]
         decoder_in(folder_of("qwen")).embed(torch.tensor([[1, VOCAB]]))
 
 
-def test_refuses_what_transformers_builds_otherwise(folder_of: Callable[[str], Path]) -> None:
+def test_refuses_what_transformers_cannot_build(folder_of: Callable[[str], Path]) -> None:
     config = read_config(folder_of("qwen"))
-    family = family_of(config)
-    shape = family.shape(config | {"mlp_only_layers": [2]})
-    with pytest.raises(FamilyError, match=r"MoE layers are \[0, 1, 3\]; transformers makes them \[0, 2, 3\]"):
-        Decoder(config, family, shape, {}.__getitem__)
-    with pytest.raises(FamilyError, match=r"config\.json: transformers cannot build this model: .*nonsense"):
+    with pytest.raises(FamilyError, match=r"config\.json: no model of type 'qwen2_moe' can be built .*nonsense"):
         decoder_of(config | {"hidden_act": "nonsense"}, {})
 
 

@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import CheckpointError, FamilyError
-from namex_hf.families import family_of
 from namex_hf.families.others import check_loading
 from namex_hf.families.outline import TensorSpec, check_counts, outline_of
 from namex_hf.merging.routing import route
@@ -57,14 +56,14 @@ def test_renormalises_as_the_router_does(family: str, top_k: int, stated: bool |
     config = odd_config(family, torch.float32, num_experts_per_tok=top_k, norm_topk_prob=stated)
     if stated is None:
         del config["norm_topk_prob"]
-    shape = family_of(config).shape(config)
+    shape = outline_of(config).shape
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(_built(config))
     gate, inputs = model.model.layers[shape.layers[0]].mlp.gate, torch.randn(40, shape.hidden)
     torch.nn.init.normal_(gate.weight)
     with torch.no_grad():
         _, values, chosen = gate(inputs)
-    found = route(inputs, gate.weight.detach(), top_k, shape.renormalises)
+    found = route(inputs, gate.weight.detach(), shape.gate)
     assert shape.renormalises == (bool(stated) and (top_k > 1 or family == "qwen2_moe"))
     for token in range(len(inputs)):
         wanted = dict(zip(chosen[token].tolist(), values[token].tolist(), strict=True))

@@ -8,7 +8,7 @@ import torch
 
 from namex_hf.checkpoint.header import TensorSpan
 from namex_hf.checkpoint.source import Checkpoint
-from namex_hf.families import FAMILIES, family_of
+from namex_hf.families.outline import outline_of
 from namex_hf.patching.estimate import peak_bytes, space_needed
 from namex_hf.patching.plan import Plan, check_fit, make_plan
 from namex_hf.recipe import Recipe, read_yaml
@@ -158,7 +158,7 @@ def plan(file: Path, checkpoints: dict[str, Checkpoint]) -> Plan:
 @pytest.mark.parametrize("model", CONFIGS)
 def test_the_numbers_of_the_true_models(model: str, checkpoints: dict[str, Checkpoint]):
     config = CONFIGS[model]
-    shape = family_of(config).shape(config)
+    shape = outline_of(config).shape
     assert (shape.hidden, shape.width, shape.experts) == (2048, 1408, EXPERTS[model])
     assert len(shape.layers) == LAYERS[model]
     assert not shape.renormalises
@@ -198,7 +198,7 @@ def test_files_say_what_they_are(file: Path):
 @patches()
 def test_recipes_fit_the_true_configurations(file: Path):
     config = CONFIGS[file.parent.name]
-    check_fit(Recipe.from_yaml(file), family_of(config).shape(config))
+    check_fit(Recipe.from_yaml(file), outline_of(config))
 
 
 @patches()
@@ -237,7 +237,7 @@ def test_configurations_of_the_results(file: Path, plan: Plan):
 def test_deepseek_as_stock_qwen(experts: int, checkpoints: dict[str, Checkpoint]):
     recipe = Recipe(merge="grouped", experts=experts)
     plan = make_plan(checkpoints["deepseek-moe-16b"], recipe, "5GB", "qwen2_moe")
-    shape = FAMILIES["qwen2_moe"].shape(plan.config())
+    shape = outline_of(plan.config()).shape
     assert (shape.layers, shape.experts, shape.top_k) == (tuple(range(1, 28)), experts, min(6, experts))
     assert shape.shared_width == 2816
     assert "auto_map" not in plan.config()

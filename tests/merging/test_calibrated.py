@@ -13,6 +13,7 @@ from namex_hf.merging.calibrated import Shrinking
 from namex_hf.merging.controls import random_experts as controls
 from namex_hf.merging.controls import shared_experts
 from namex_hf.merging.experts import NotFiniteError
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from namex_hf.merging.layer_fit import Problem
 from namex_hf.merging.moe_layer import MoELayer, Text
@@ -33,7 +34,7 @@ SALIENT = {"weighting": "saliency"}
 
 def mixture(seed: int = 0, dtype: torch.dtype = torch.float32, renormalises: bool = False) -> MoELayer:
     router = torch.randn(EXPERTS, HIDDEN, generator=draws(seed + 1)).to(dtype)
-    return MoELayer(random_experts(EXPERTS, seed, dtype), router, TOP_K, renormalises, silu)
+    return MoELayer(random_experts(EXPERTS, seed, dtype), router, Gate(TOP_K, renormalises), silu)
 
 
 def text(of: MoELayer, loud: float, length: int) -> Text:
@@ -95,7 +96,7 @@ def test_all_experts_are_the_layer_itself(how: dict) -> None:
     run = shrinking(EXPERTS, of, **how)
     result, output = run.run()
     assert_same(result, of)
-    assert result.top_k == TOP_K
+    assert result.gate.top_k == TOP_K
     np.testing.assert_allclose(output.numpy(), output_of(of, run.text.inputs), rtol=1e-3, atol=1e-3)
     assert set(run.record) == {"usage", "mass", "games"}
     assert run.record["games"] == []
@@ -159,8 +160,8 @@ def test_output_is_that_of_the_result(grouping: str, how: dict) -> None:
         of = mixture(dtype=dtype, renormalises=renormalises)
         run = shrinking(count, of, loud=3.0, grouping=grouping, **how)
         result, output = run.run()
-        assert (len(result.router), result.top_k) == (count, min(count, TOP_K))
-        assert result.renormalises == renormalises
+        assert (len(result.router), result.gate.top_k) == (count, min(count, TOP_K))
+        assert result.gate.renormalises == renormalises
         assert {result.router.dtype, *(result.experts[name].dtype for name in PROJECTIONS)} == {dtype}
         wanted, found = (output_of(one, run.text.inputs) for one in (of, result))
         np.testing.assert_allclose(output.numpy(), found, rtol=1e-3, atol=1e-4 * np.abs(found).max())
@@ -175,7 +176,7 @@ def test_output_is_that_of_the_result_whatever_it_began_with(operator: str) -> N
         run = shrinking(count, of, loud=3.0, length=4 * LENGTH, operator=operator, **how)
         run.shared = shared
         result, output = run.run()
-        assert (len(result.router), result.top_k) == (count, min(count, TOP_K))
+        assert (len(result.router), result.gate.top_k) == (count, min(count, TOP_K))
         assert {result.router.dtype, *(result.experts[name].dtype for name in PROJECTIONS)} == {dtype}
         wanted, found = (output_of(one, run.text.inputs) for one in (of, result))
         if how is WHOLE:  # the shared expert is fitted along, and what it answers now is more than what it did
@@ -302,7 +303,7 @@ def test_what_the_layer_is_fitted_to(count: int, monkeypatch: pytest.MonkeyPatch
     run.run()
     ((problem, steps, seed),) = seen
     assert (steps, seed) == (25, 4)
-    assert (problem.top_k, problem.renormalises, problem.activation) == (min(count, TOP_K), True, silu)
+    assert (problem.gate, problem.activation) == (Gate(min(count, TOP_K), True), silu)
     assert torch.equal(problem.inputs, run.text.inputs)
     together = wanted + shared64(run.text.inputs, shared())
     np.testing.assert_allclose(double(problem.target), together, rtol=1e-3, atol=1e-3)

@@ -12,6 +12,7 @@ from torch.nn.functional import silu
 
 from namex_hf.merging import layer_fit
 from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.layer_fit import Descent, FitParameters, LayerFit, Problem, fit_layer
 from namex_hf.merging.settings import FitSettings
 from tests.helpers.checkpoints import PROJECTIONS
@@ -106,7 +107,7 @@ def problem(
     top_k: int = TOP_K,
     **settings: float,
 ) -> Problem:
-    return Problem(INPUTS, wanted, WEIGHT, held_out, top_k, renormalises, silu, FitSettings(**settings))
+    return Problem(INPUTS, wanted, WEIGHT, held_out, Gate(top_k, renormalises), silu, FitSettings(**settings))
 
 
 def fit(of: Layer, aim: Problem, steps: int, seed: int = 0) -> LayerFit:
@@ -305,7 +306,7 @@ def test_an_expert_without_tokens_stays() -> None:
     inputs = torch.cat([INPUTS[:, :-1], bias + 5], dim=1)
     start[1][:3, -1], start[1][3, -1] = 1.0, -9.0
     left, aim = cast(start), problem(noisy())
-    found = fit(left, Problem(inputs, aim.target, WEIGHT, HELD_OUT, TOP_K, False, silu), 20)
+    found = fit(left, Problem(inputs, aim.target, WEIGHT, HELD_OUT, Gate(TOP_K, False), silu), 20)
     assert found.after < found.before
     for name in PROJECTIONS:
         assert torch.equal(left[0][name][3], start[0][name][3])

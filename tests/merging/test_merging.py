@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from namex_hf.merging.combine import average_rows, merged_expert, play
 from namex_hf.merging.experts import PROJECTIONS, ExpertWeights, NotFiniteError, games_of, grams, weighted_step
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.grouping import groups_by_weights
 from namex_hf.merging.mass import expected_mass
 from namex_hf.merging.propagation import PropagationState, propagate
@@ -271,8 +272,8 @@ def test_expected_mass(count: int, seed: int) -> None:
     """Rises with top-k to 1 where all experts are taken, repeats with the seed, and is k/N for a router of zeros."""
     router = 2 * torch.randn(count, HIDDEN, generator=torch.Generator().manual_seed(seed))
     norm = torch.ones(HIDDEN)
-    masses = [expected_mass(router, norm, top_k, seed) for top_k in range(1, count + 1)]
+    masses = [expected_mass(router, norm, Gate(top_k), seed) for top_k in range(1, count + 1)]
     assert masses == sorted(masses)
     assert masses[-1] == pytest.approx(1)
-    assert masses[0] == expected_mass(router, norm, 1, seed)
-    assert expected_mass(0 * router, norm, 1, seed) == pytest.approx(1 / count)
+    assert masses[0] == expected_mass(router, norm, Gate(1), seed)
+    assert expected_mass(0 * router, norm, Gate(1), seed) == pytest.approx(1 / count)

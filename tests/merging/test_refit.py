@@ -1,6 +1,6 @@
 """Refitted downs against numpy's least squares: one of them, and all of a layer together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.functional import silu
 
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.moe_layer import MoELayer
 from namex_hf.merging.refit import refit_downs, refitted_down
 from namex_hf.merging.routing import TokenRouting
@@ -44,7 +45,7 @@ def test_one_down(seed: int, tokens: int, ridge: float) -> None:
 class Recorded(MoELayer):
     """Which experts get another down matrix."""
 
-    kept: list[int]
+    kept: list[int] = field(default_factory=list)
 
     def set_down(self, number: int, down: torch.Tensor) -> None:
         self.kept.append(number)
@@ -64,7 +65,7 @@ class Layer:
         self.kept: list[int] = []
 
     def refit(self, sweeps: int, ridge: float = 1e-6) -> torch.Tensor:
-        layer = Recorded(self.experts, torch.zeros(EXPERTS, HIDDEN), TOP_K, False, silu, self.kept)
+        layer = Recorded(self.experts, torch.zeros(EXPERTS, HIDDEN), Gate(TOP_K), silu, kept=self.kept)
         output = layer.output(self.inputs, self.routing)
         refit_downs(layer, self.inputs, self.routing, output, self.wanted, self.weight, ridge, sweeps)
         return output

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.moe_layer import MoELayer
 from namex_hf.merging.router_fit import OutputProducts, RouterFit, RouterProblem, fit_router, output_products
 from namex_hf.merging.routing import expert_output, gate_values, route
@@ -15,7 +16,7 @@ from tests.helpers.reference import answers64, double, gates64, output64
 EXPERTS, TOP_K, TOKENS = 5, 2, 600
 MODELS = random_experts(EXPERTS, 0)
 INPUTS = random_tokens(TOKENS, 0)
-LAYER = MoELayer(MODELS, torch.zeros(EXPERTS, HIDDEN), TOP_K, False, silu)
+LAYER = MoELayer(MODELS, torch.zeros(EXPERTS, HIDDEN), Gate(TOP_K, False), silu)
 HELD_OUT = torch.arange(TOKENS) % 4 == 0
 
 
@@ -24,7 +25,7 @@ def rows(seed: int) -> torch.Tensor:
 
 
 def output(router: torch.Tensor, renormalises: bool = False) -> torch.Tensor:
-    return torch.from_numpy(output64(INPUTS, route(INPUTS, router, TOP_K, renormalises), MODELS)).float()
+    return torch.from_numpy(output64(INPUTS, route(INPUTS, router, Gate(TOP_K, renormalises)), MODELS)).float()
 
 
 def known(wanted: torch.Tensor) -> OutputProducts:
@@ -32,12 +33,12 @@ def known(wanted: torch.Tensor) -> OutputProducts:
 
 
 def fit(data: OutputProducts, start: torch.Tensor, steps: int, seed: int = 0, renormalises: bool = False) -> RouterFit:
-    return fit_router(RouterProblem(INPUTS, data, HELD_OUT, TOP_K, renormalises), start, steps, seed)
+    return fit_router(RouterProblem(INPUTS, data, HELD_OUT, Gate(TOP_K, renormalises)), start, steps, seed)
 
 
 def error(router: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor = HELD_OUT) -> float:
     """On the held-out tokens, from whole outputs."""
-    missed = output64(INPUTS, route(INPUTS, router, TOP_K, False), MODELS) - double(wanted)
+    missed = output64(INPUTS, route(INPUTS, router, Gate(TOP_K, False)), MODELS) - double(wanted)
     return float((missed[held_out] ** 2).sum() / (double(wanted)[held_out] ** 2).sum())
 
 
@@ -67,7 +68,7 @@ def test_gradient(renormalises: bool) -> None:
     """That of the rows, through the experts' answers themselves."""
     wanted, everyone = output(rows(1)), torch.arange(TOKENS)
     one, other = rows(2).requires_grad_(), rows(2).double().requires_grad_()
-    known(wanted).errors(gate_values(INPUTS, one, TOP_K, renormalises), everyone).sum().backward()
+    known(wanted).errors(gate_values(INPUTS, one, Gate(TOP_K, renormalises)), everyone).sum().backward()
     value, index = (INPUTS.double() @ other.T).softmax(-1).topk(TOP_K, dim=-1)
     if renormalises:
         value = value / value.sum(-1, keepdim=True)
@@ -90,8 +91,8 @@ def test_a_planted_router_is_found(renormalises: bool) -> None:
         found = fit(data, truth + 0.5 * rows(2), 400, renormalises=renormalises)
     assert found.before > 0.05
     assert found.after < 0.01 * found.before
-    agree = gates64(route(INPUTS, found.router, TOP_K, renormalises), EXPERTS)
-    assert ((agree > 0) == (gates64(route(INPUTS, truth, TOP_K, renormalises), EXPERTS) > 0)).mean() > 0.99
+    agree = gates64(route(INPUTS, found.router, Gate(TOP_K, renormalises)), EXPERTS)
+    assert ((agree > 0) == (gates64(route(INPUTS, truth, Gate(TOP_K, renormalises)), EXPERTS) > 0)).mean() > 0.99
 
 
 def test_errors_are_those_of_the_rows_before_and_returned() -> None:
@@ -100,7 +101,7 @@ def test_errors_are_those_of_the_rows_before_and_returned() -> None:
     start = rows(2)
     kept = start.clone()
     settings = FitSettings(batch=64)
-    found = fit_router(RouterProblem(INPUTS, known(wanted), HELD_OUT, TOP_K, False, settings), start, 60, 0)
+    found = fit_router(RouterProblem(INPUTS, known(wanted), HELD_OUT, Gate(TOP_K, False), settings), start, 60, 0)
     assert torch.equal(start, kept)
     assert found.after < found.before
     assert found.before == pytest.approx(error(start, wanted), rel=1e-4)
@@ -112,7 +113,7 @@ def test_best_of_all_checks() -> None:
     """A long fit to few tokens gets worse on all others: the rows of its best check are kept."""
     wanted = output(rows(1)) + torch.randn(TOKENS, HIDDEN, generator=draws(5))
     most = torch.arange(TOKENS) >= 20
-    found = fit_router(RouterProblem(INPUTS, known(wanted), most, TOP_K, False), rows(2), 400, 0)
+    found = fit_router(RouterProblem(INPUTS, known(wanted), most, Gate(TOP_K, False)), rows(2), 400, 0)
     assert found.steps in range(25, 400, 25)
     assert found.after < found.before
     assert found.after == pytest.approx(error(found.router, wanted, most), rel=1e-4)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import entropy
 
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.routers import (
     SHARPEST,
     assignment,
@@ -281,7 +282,7 @@ def test_an_assignment_of_a_real_router() -> None:
     """Tokens of one id hear the same: the table is the router's own choice, in the order of its values."""
     router, words = router_of(7, 16), inputs_of(5, 16)
     ids = torch.tensor([0, 3, 3, 4, 1, 0, 3])
-    routing = route(words[ids], router, 3, renormalises=False)
+    routing = route(words[ids], router, Gate(3))
     table = assignment(ids, routing, 7, 6)
     chosen = (words @ router.T).topk(3).indices
     for one in range(6):

@@ -8,6 +8,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeTopKRouter
 
 from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.routing import TokenRouting, gate_values, route, routed_output
 from tests.helpers.mixtures import HIDDEN, WIDTH, draws, random_experts, random_routing
 from tests.helpers.mixtures import random_tokens as tokens
@@ -34,19 +35,19 @@ def test_as_transformers(renormalises: bool) -> None:
         block.down_proj.copy_(experts["down_proj"])
         _, value, index = router(inputs)
         wanted = block(inputs, index, value)
-    found = route(inputs, router.weight.detach(), TOP_K, renormalises)
+    found = route(inputs, router.weight.detach(), Gate(TOP_K, renormalises))
     assert torch.equal(found.index, index)
     torch.testing.assert_close(found.value, value)
     output = routed_output(inputs, found, experts, silu)
     torch.testing.assert_close(output, wanted)
-    dense = gate_values(inputs, router.weight.detach(), TOP_K, renormalises)
+    dense = gate_values(inputs, router.weight.detach(), Gate(TOP_K, renormalises))
     np.testing.assert_allclose(dense.numpy(), gates64(found, EXPERTS), rtol=1e-6)
 
 
 def test_router_in_lower_precision() -> None:
     """Its rows are read as they are, the softmax is float32."""
     inputs, rows = tokens(TOKENS, 0), torch.randn(EXPERTS, HIDDEN, generator=draws(1)).bfloat16()
-    found, wanted = route(inputs, rows, TOP_K, False), route(inputs, rows.float(), TOP_K, False)
+    found, wanted = route(inputs, rows, Gate(TOP_K, False)), route(inputs, rows.float(), Gate(TOP_K, False))
     assert found.value.dtype == torch.float32
     assert torch.equal(found.value, wanted.value)
 

@@ -17,7 +17,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.comparison.size import size_of
 from namex_hf.errors import FamilyError, RecipeError
-from namex_hf.families import original_family
+from namex_hf.families.outline import outline_of
 from namex_hf.patching.budget import dealt_out, shorter, spend
 from namex_hf.patching.text import text_for
 from tests.helpers.checkpoints import differing, moe_layers, read_config, same_bits, settled_files
@@ -38,7 +38,7 @@ def unequal(odd, words: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def numbers(config: dict[str, Any]) -> list[int]:
-    return list(original_family(config).shape(config).counts or ())
+    return list(outline_of(config).shape.counts or ())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -144,7 +144,7 @@ def test_more_experts_where_they_are_worth_more() -> None:
 
 def test_all_experts_are_all(odd, words: Path, tmp_path: Path) -> None:
     source = odd("deepseek", torch.float32, tokenizer=True)
-    experts = original_family(read_config(source)).shape(read_config(source)).experts
+    experts = outline_of(read_config(source)).shape.experts
     patch_checkpoint(source, tmp_path / "out", recipe_on(words, **UNEQUAL, experts=experts))
     assert numbers(read_config(tmp_path / "out")) == [experts] * len(moe_layers(read_config(source)))
     assert same_bits(logits(load(tmp_path / "out")), logits(load(source)))
@@ -188,7 +188,7 @@ def test_counts_that_are_none(unequal: dict[str, Path], tmp_path: Path, counts: 
     path = tmp_path / "out" / "config.json"
     config = {**json.loads(path.read_text()), "layer_experts": counts}
     with pytest.raises(FamilyError, match=r"'layer_experts' is .*; accepted: a number for each of 4 layers"):
-        original_family(config).shape(config)
+        outline_of(config)
     path.write_text(json.dumps(config))
     with pytest.raises(Exception, match="layer_experts"):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -6,6 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.merging.experts import ExpertWeights
+from namex_hf.merging.gate import Gate
 from namex_hf.merging.layer_fit import FitParameters, Problem
 from namex_hf.merging.settings import FitSettings
 from namex_hf.patching.effort import effort_of, measured_speed
@@ -29,10 +30,11 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     top_k, hidden, width = min(4, kept), plan.shape.hidden, plan.shape.width
     tokens = torch.randn(BATCH, hidden)
     matrices = ExpertWeights.of(lambda name: torch.randn(kept, *plan.shape.of(name)))
-    shared = {name: torch.randn(*plan.shape.of_shared(name)) for name in matrices}
+    wide = {True: (hidden, plan.shape.shared_width), False: (plan.shape.shared_width, hidden)}
+    shared = {name: torch.randn(*wide[name == "down_proj"]) for name in matrices}
     layer = FitParameters.of(matrices, torch.randn(kept, hidden), shared, tokens)
     every = torch.zeros(BATCH, dtype=torch.bool)
-    problem = Problem(tokens, tokens, torch.ones(BATCH), every, top_k, False, torch.nn.functional.silu)
+    problem = Problem(tokens, tokens, torch.ones(BATCH), every, Gate(top_k), torch.nn.functional.silu)
     with FlopCounterMode(display=False) as forward:
         missed = problem.missed(torch.arange(BATCH), layer)
     with FlopCounterMode(display=False) as backward:

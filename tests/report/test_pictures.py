@@ -17,7 +17,7 @@ pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 from namex_hf.bargaining import spectral_radius
 from namex_hf.checkpoint.bytes import Reader
 from namex_hf.checkpoint.header import TensorSpan
-from namex_hf.families import PROJECTIONS
+from namex_hf.merging.experts import PROJECTIONS
 from namex_hf.recipe import Recipe
 from namex_hf.report.answers import answers
 from namex_hf.report.folder import PatchedFolder, open_patched
@@ -165,9 +165,9 @@ def test_the_methods_walk_side_by_side(patched: dict[str, Path], monkeypatch: py
 
     monkeypatch.setattr(Reader, "read_into", counted)
     assert len(distances(folder)) == 5
-    shared = [folder.family.shared(folder.shape.layers[0], part) for part in PROJECTIONS]
+    shared = [folder.outline.shared(folder.shape.layers[0])[part] for part in PROJECTIONS]
     experts = [
-        folder.family.expert(layer, expert, part)
+        folder.outline.expert(layer, expert, part)
         for layer in folder.shape.layers[:-1]
         for part in PROJECTIONS
         for expert in range(folder.shape.experts)

@@ -27,7 +27,7 @@ class Answer(Step):
         experts = work.mixture.experts if work.experts is None else work.experts
         assert isinstance(experts, ExpertWeights)
         if self.blocks is None:
-            self.blocks = Blocks(work.config, work.source.family)
+            self.blocks = Blocks(work.config, work.source.outline)
         tensors = block_tensors(experts, work.new_router, work.added)
         with self.blocks.filled(work.layer, tensors, device) as block:
             work.output = self.blocks.output(block, text.inputs, work.ids)

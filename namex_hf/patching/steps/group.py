@@ -16,7 +16,7 @@ class GroupByWeights(Step):
                 work.mixture, work.source.norm(work.layer), work.merge, work.recipe.seed, work.recipe.device
             )
         require_finite_result(work.layer, {"router": merged.router}, work.recipe)
-        work.router, work.experts = merged.router, merged
+        work.router, work.bias, work.experts = merged.router, merged.bias, merged
         work.statistics["cosines"] = merged.cosines
         work.record |= merged.record
 

@@ -3,6 +3,7 @@
 import torch
 
 from ...families import Config
+from ...merging.gate import Gate
 from ...merging.routers import assignment, cosine_form, cosines, scale_by_entropy, scale_by_norms
 from ...merging.routing import TokenRouting, route
 from ...recipe import Soft
@@ -39,7 +40,7 @@ class Reroute(Step):
         text, router = work.required_text, work.new_router
         assert work.ids is not None
         top_k = self._assigned_top_k(work.config, work.stays_sparse)
-        routing = route(text.inputs, router.to(text.inputs), top_k, renormalises=False)
+        routing = route(text.inputs, router.to(text.inputs), Gate(top_k))
         ids, learnt = work.ids.to(routing.index.device), ~text.held_out.to(routing.index.device)
         tokens = learnt.repeat_interleave(ids.shape[1])
         learnt_routing = TokenRouting(routing.index[tokens], routing.value[tokens])

@@ -34,7 +34,12 @@ class Shrink(Step):
             numbered = {f"expert {number} {name}": matrix for number, matrix in enumerate(matrices)}
             require_finite_result(work.layer, numbered, work.recipe)
         require_finite_result(work.layer, {"router": smaller.router, **shrinking.refitted}, work.recipe)
-        work.router, work.experts, work.shared = smaller.router, smaller.experts, shrinking.refitted
+        work.router, work.bias, work.experts, work.shared = (
+            smaller.router,
+            smaller.bias,
+            smaller.experts,
+            shrinking.refitted,
+        )
         work.target, work.shared_delta = shrinking.target, shrinking.shared_output_delta
         work.statistics = {"cosines": shrinking.cosines, "usage": torch.tensor(shrinking.record["usage"])}
         work.record |= shrinking.record

@@ -40,6 +40,7 @@ class LayerWork:
     statistics: Tensors = field(default_factory=dict)
     added: Tensors = field(default_factory=dict)
     router: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
     experts: MadeExperts | None = None
     shared: Tensors = field(default_factory=dict)
     orders: torch.Tensor | None = None
@@ -90,7 +91,7 @@ class LayerWork:
     def result(self, state: PipelineState, seconds: float) -> LayerResult:
         """Args: state, on arrival at the next layer; seconds, that the layer took."""
         record = {"layer": self.layer, "games": [], **self.record, "seconds": seconds}
-        parts = (self.statistics, self.added, self.router, self.experts, self.shared, self.orders)
+        parts = (self.statistics, self.added, self.router, self.bias, self.experts, self.shared, self.orders)
         return LayerResult(self.layer, record, state, *parts)
 
 

@@ -1,13 +1,9 @@
 """Qwen1.5-MoE and Qwen2-MoE: by default every layer is an MoE layer; one shared expert with a sigmoid gate."""
 
-from .family import Config, Family
+from ..family import Config, Family
+from ..gate import stated
 
 ATTENTION = ("full_attention", "sliding_attention")
-
-
-def moe_layers(config: Config) -> tuple[int, ...]:
-    step, dense = config.get("decoder_sparse_step", 1), config.get("mlp_only_layers") or ()
-    return tuple(i for i in range(config["num_hidden_layers"]) if i not in dense and (i + 1) % step == 0)
 
 
 def refuse(config: Config) -> str | None:
@@ -23,14 +19,12 @@ def refuse(config: Config) -> str | None:
 
 FAMILY = Family(
     model_type="qwen2_moe",
-    patched_type="namex_qwen2_moe",
-    experts_field="num_experts",
+    gate=stated,
     shared_name="shared_expert",
     shared_gate_name="shared_expert_gate",
-    moe_layers=moe_layers,
-    shared_width=lambda config: config["shared_expert_intermediate_size"],
     needs=("shared_expert_intermediate_size",),
     optional={"decoder_sparse_step": 1},
     refuse=refuse,
+    patched_type="namex_qwen2_moe",
     unties=True,  # llama.cpp needs lm_head.weight
 )

@@ -6,7 +6,8 @@ doubled ``down_proj`` of the shared expert compensates for that. Loaders that ex
 
 from typing import Any
 
-from .family import Config, Constant, Family, Reexpression
+from ...merging.gate import Gate
+from ..family import Config, Constant, Family, Reexpression
 
 # Not zero: llama.cpp computes the sigmoid of x as silu(x) / x.
 NEARLY_ZERO = {"value": 1e-20, "value_in_float16": 6e-8}
@@ -77,17 +78,19 @@ def refuse_as_qwen2_moe(config: Config) -> str | None:
     return "'attention_bias' is true; Qwen2-MoE has no bias on o_proj" if config.get("attention_bias") else None
 
 
+def gate(config: Any) -> Gate:
+    return Gate(config.num_experts_per_tok, renormalises=config.renormalises)
+
+
 FAMILY = Family(
     model_type="deepseek",
-    patched_type="namex_deepseek",
+    gate=gate,
     experts_field="n_routed_experts",
     shared_name="shared_experts",
-    moe_layers=moe_layers,
-    shared_width=lambda config: config["moe_intermediate_size"] * config["n_shared_experts"],
     needs=("n_shared_experts", "num_attention_heads"),
     optional={"first_k_dense_replace": 0, "moe_layer_freq": 1},
     refuse=refuse,
-    renormalises=renormalises,
+    patched_type="namex_deepseek",
     as_qwen2_moe=Reexpression(as_qwen2_moe, rename, doubled, constants, refuse_as_qwen2_moe),
     unties=True,  # vLLM and SGLang do not tie the head of this class: its values would be random
 )

@@ -1,0 +1,6 @@
+"""Mellum."""
+
+from ..family import Family
+from ..gate import stated
+
+FAMILY = Family(model_type="mellum", gate=stated)

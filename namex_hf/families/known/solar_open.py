@@ -1,0 +1,14 @@
+"""Solar Open."""
+
+from ..family import Family
+from ..gate import sigmoid_groups, ungrouped
+
+FAMILY = Family(
+    model_type="solar_open",
+    gate=sigmoid_groups,
+    experts_field="n_routed_experts",
+    bias="gate.e_score_correction_bias",
+    shared_name="shared_experts",
+    least=2,  # the router takes the two best experts of a group
+    fewer=ungrouped,
+)
