@@ -13,6 +13,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .bargaining import NashSolution, nash_bargaining
+    from .families import register_family
     from .merging.weightings import register_weighting
     from .models import load_patched
     from .patching.live import patch_model
@@ -29,6 +30,7 @@ __all__ = [
     "nash_bargaining",
     "patch_checkpoint",
     "patch_model",
+    "register_family",
     "register_weighting",
 ]
 _MODULES = {
@@ -39,6 +41,7 @@ _MODULES = {
     "nash_bargaining": ".bargaining",
     "patch_checkpoint": ".patching.patch",
     "patch_model": ".patching.live",
+    "register_family": ".families",
     "register_weighting": ".merging.weightings",
 }
 

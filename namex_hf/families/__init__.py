@@ -3,6 +3,7 @@
 from importlib.metadata import entry_points
 
 from ..errors import FamilyError, UsageError
+from ..merging.gate import Gate
 from .family import LAYER_EXPERTS, Config, Family, MoeShape, Reexpression, without_prediction
 from .known import FAMILIES
 
@@ -71,6 +72,7 @@ __all__ = [
     "LAYER_EXPERTS",
     "Config",
     "Family",
+    "Gate",
     "MoeShape",
     "Reexpression",
     "family_of",
