@@ -40,6 +40,7 @@ def per_expert(checkpoint: Checkpoint, outline: Outline) -> dict[str, TensorSpan
         CheckpointError: a tensor of the class is missing, has a wrong shape or dtype, or belongs to an expert that the
             configuration does not count.
     """
+    _refuse_quantised(checkpoint)
     spans = _under_own_names(checkpoint.spans, outline)
     _expect_experts(spans, outline)
     _check_dtypes(spans, outline)
@@ -72,6 +73,14 @@ def left_out_line(names: Iterable[str]) -> str:
 def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor, from the headers."""
     return {name: TensorSpec(span.shape, span.dtype) for name, span in spans.items()}
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    for name, span in checkpoint.spans.items():
+        if span.dtype.is_floating_point and span.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"tensor {name} is {span.dtype}; accepted: bfloat16, float16, float32 (quantised tensors are not read)"
+            )
 
 
 def _expect_experts(spans: dict[str, TensorSpan], outline: Outline) -> None:
