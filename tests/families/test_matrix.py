@@ -193,7 +193,7 @@ def through(decoder: Decoder, model: Any, outline: Outline, index: int, hidden: 
 @rows()
 @torch.no_grad()
 def test_layerwise_pass_is_the_own_forward_pass(family: Family) -> None:
-    """Every layer by itself to 1e-6, all one after the other to 1e-5 (a recurrence enlarges roundings), and the loss."""
+    """Each layer by itself to 1e-6, all one after the other to 1e-5 (a recurrence enlarges roundings), and the loss."""
     model, outline, own = stock_model(family.name), family.outline, []
     for path in outline.decoder_layers:
         model.get_submodule(path).register_forward_hook(

@@ -3,16 +3,13 @@
 A family is a row of `ROWS`. Nothing here shares code with the package: what a class reads is stated twice.
 """
 
-import json
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
