@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import cross_entropy, gelu
 from transformers import AutoModelForCausalLM
 
-from namex_hf import Recipe, patch_checkpoint
+from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.calibration.decoder import Decoder
 from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.families.check import check_block
@@ -34,7 +34,7 @@ from tests.helpers.family_models import (
     stock_model,
 )
 from tests.helpers.recipes import Fields, recipe_of
-from tests.helpers.runs import live
+from tests.helpers.runs import live, load
 from tests.helpers.toy_models import add_tokenizer
 
 FEWER: Fields = {"merge": "grouped", "experts": 4}
@@ -173,6 +173,28 @@ def test_another_gate_is_found_out(family: Family) -> None:
         assert family.row.model_type in str(error.value), what
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("qwen3_moe", {"norm_topk_prob": False}),
+        ("deepseek_v3", {"norm_topk_prob": False}),
+        ("deepseek_v3", {"n_group": 1, "topk_group": 1}),
+        ("deepseek_v3", {"n_group": 5, "topk_group": 2, "routed_scaling_factor": 1.0}),
+        ("deepseek_v2_group", {"n_group": 5, "topk_group": 2}),
+        ("deepseek_v2_group", {"topk_method": "greedy"}),
+        ("lfm2_moe", {"use_expert_bias": False}),
+        ("lfm2_moe", {"norm_topk_prob": False, "routed_scaling_factor": 2.0}),
+        ("jamba", {"num_experts_per_tok": 1}),
+        ("qwen2_moe", {"num_experts_per_tok": 1, "norm_topk_prob": True}),
+    ],
+)
+def test_gates_follow_the_configuration(name: str, fields: Fields) -> None:
+    config = stock_model(name, **fields).config.to_dict()
+    outline = outline_of(config)
+    check_block(config, outline)
+    assert (outline.bias(LAYERS - 1) is None) == (bias_of(stock_model(name, **fields), LAYERS - 1) is None)
+
+
 @rows()
 def test_another_activation_is_found_out(family: Family) -> None:
     with pytest.raises(FamilyError, match="outputs of experts of the class"):
@@ -302,6 +324,20 @@ def test_disk_equals_memory(family: Family, kind: str) -> None:
     assert torch.equal(logits(stored), logits(patched))
     for name in family.row.counts:
         assert getattr(stored.config, name) == getattr(patched.config, name)
+
+
+@rows()
+def test_disk_equals_memory_in_half_precision(family: Family, tmp_path: Path) -> None:
+    """Tensors that a class keeps in float32 stay so."""
+    half = AutoModelForCausalLM.from_pretrained(family.source, dtype=torch.bfloat16)
+    half.save_pretrained(source := tmp_path / "source")
+    recipe = family.recipe("plain")
+    patch_checkpoint(source, tmp_path / "out", recipe)
+    before, after = read_tensors(source), read_tensors(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in after.items()} == {name: before[name].dtype for name in after}
+    assert torch.bfloat16 in {tensor.dtype for tensor in after.values()}
+    stored, patched = load(tmp_path / "out"), patch_model(load(source), recipe)
+    assert differing(stored.state_dict(), patched.state_dict()) == []
 
 
 class Stop(BaseException):
