@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, gelu
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.calibration.decoder import Decoder
@@ -18,6 +18,7 @@ from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.families import FAMILIES
 from namex_hf.families.check import check_block
 from namex_hf.families.outline import Outline, outline_of
+from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
 from namex_hf.report.report import Report
 from tests.helpers.checkpoints import aligned, differing, read_config, read_tensors, settled_files
@@ -318,6 +319,30 @@ def test_correction_biases_are_means_of_their_groups(family: Family) -> None:
             ]
             assert result[names[0]].shape == (*bias.shape[:-1], len(expected))
             assert result[names[0]].flatten().tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@torch.no_grad()
+def routed_output(model: Any, path: str, ids: torch.Tensor) -> torch.Tensor:
+    """What the experts of a block add, ``[sequences, length, hidden]``."""
+    seen: list[torch.Tensor] = []
+    handle = model.get_submodule(f"{path}.experts").register_forward_hook(
+        lambda module, given, output: seen.append(output.reshape(*ids.shape, -1))
+    )
+    model(ids)
+    handle.remove()
+    return seen[0]
+
+
+@rows()
+def test_error_on_the_text_is_that_of_the_stock_model(family: Family) -> None:
+    """Of the first MoE layer: fits and statistics route as the class does. All sequences weigh the same."""
+    folder, original = family.result("router"), stock_model(family.name)
+    text = text_for(family.recipe("router"), family.config, AutoTokenizer.from_pretrained(family.source))
+    path = next(iter(family.outline.blocks.values()))
+    target, output = (routed_output(model, path, text.ids) for model in (original, opened(folder, original)))
+    weight = target.square().sum(2).mean(1).rsqrt()[:, None, None]
+    errors = (weight * (output - target)).square().sum() / (weight * target).square().sum()
+    assert family.reports["router"].layers[0]["errors"][-1]["error"] == pytest.approx(float(errors), rel=1e-3)
 
 
 @rows()
