@@ -6,7 +6,7 @@ NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
 SUITE := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test test-newest lint types check format clean
+.PHONY: help demo test test-all test-newest lint types check format clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -30,6 +30,9 @@ demo: $(READY)  ## patch the packaged model, compare the methods, let it talk
 
 test: $(READY)  ## the whole suite, no network and no accelerator needed
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python $(SUITE)
+
+test-all: $(READY)  ## the same with every model family
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python $(SUITE) -m ''
 
 test-newest: $(NEWEST_READY)  ## the whole suite with the newest versions that pyproject.toml allows, but for torch
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(NEWEST)/bin/python $(SUITE)

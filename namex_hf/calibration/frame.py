@@ -75,6 +75,11 @@ class Frame:
             self._inner(inputs_embeds=embedded, use_cache=False)
         except _Finished:
             return [layer.given for layer in self._layers if layer.given is not None]
+        except (TypeError, ValueError, AttributeError) as error:  # what a layer hands on is not one tensor
+            raise FamilyError(
+                f"{type(self._inner).__name__} does not run with its layers one at a time ({error}), so calibration "
+                "text cannot be used; a recipe without text works"
+            ) from error
         finally:
             self._reset()
         raise FamilyError(f"{type(self._inner).__name__} does not call its decoder layers")

@@ -29,11 +29,7 @@ def outline_in(checkpoint: Checkpoint) -> Outline:
         FamilyError: as `outline_of`, or numbers that the files cannot hold.
         CheckpointError: the tensors are quantised.
     """
-    if isinstance(quantised := checkpoint.config.get("quantization_config"), dict):
-        raise CheckpointError(
-            f"config.json: 'quantization_config' is {quantised.get('quant_method')!r}: quantised tensors are not read; "
-            "accepted: a checkpoint in bfloat16, float16 or float32"
-        )
+    _refuse_quantised(checkpoint)
     original_family(checkpoint.config).check(checkpoint.config)
     check_counts(checkpoint.config, tensors_of(checkpoint.spans))
     return outline_of(checkpoint.config)
@@ -78,6 +74,19 @@ def left_out_line(names: Iterable[str]) -> str:
 def tensors_of(spans: Mapping[str, TensorSpan]) -> dict[str, TensorSpec]:
     """Shape and dtype of every tensor, from the headers."""
     return {name: TensorSpec(span.shape, span.dtype) for name, span in spans.items()}
+
+
+def _refuse_quantised(checkpoint: Checkpoint) -> None:
+    for name, span in checkpoint.spans.items():
+        if span.dtype.is_floating_point and span.dtype.itemsize == 1:
+            raise CheckpointError(
+                f"tensor {name} is {span.dtype}; accepted: bfloat16, float16, float32 (quantised tensors are not read)"
+            )
+    if isinstance(stated := checkpoint.config.get("quantization_config"), dict):
+        raise CheckpointError(
+            f"config.json: 'quantization_config' is {stated.get('quant_method')!r}; accepted: none (quantised tensors "
+            "are not read)"
+        )
 
 
 def _expect_experts(spans: dict[str, TensorSpan], outline: Outline) -> None:
