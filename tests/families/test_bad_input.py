@@ -17,6 +17,7 @@ from namex_hf.families import FAMILIES
 from namex_hf.patching.inspect import inspection
 from tests.helpers.checkpoints import Tensors, change_config, read_config, read_tensors, rewrite_tensors
 from tests.helpers.family_models import EXPERTS, LAYERS, add_prediction_layer, save_stock
+from tests.helpers.recipes import recipe_of
 from tests.helpers.runs import refused
 
 RECIPE = Recipe(merge="grouped", experts=4)
@@ -56,6 +57,20 @@ def test_quantised_tensors_are_refused_by_name(tmp_path: Path) -> None:
     rewrite_tensors(source, to_fp8)
     says = rf"^tensor {PROJECTION} is torch\.float8_e4m3fn; accepted: .* \(quantised"
     refused(source, tmp_path / "out", RECIPE, CheckpointError, says)
+
+
+def test_a_configuration_of_quantised_tensors_is_refused(tmp_path: Path) -> None:
+    source = save_stock(tmp_path / "source", "qwen3_moe")
+    change_config(source, quantization_config={"quant_method": "gptq", "bits": 4})
+    says = r"config\.json: 'quantization_config' is 'gptq'; accepted: none"
+    refused(source, tmp_path / "out", RECIPE, CheckpointError, says)
+
+
+def test_no_sum_makes_up_for_the_layers_below(tmp_path: Path, words: Path) -> None:
+    """FlexOLMo's experts are followed by a norm."""
+    source = save_stock(tmp_path / "source", "flex_olmo")
+    recipe = recipe_of(words, {"merge": "grouped", "experts": 4, "fit": "router", "target": "model"})
+    refused(source, tmp_path / "out", recipe, RecipeError, "'target' is 'model'; in flex_olmo .* accepted here: layer$")
 
 
 @pytest.mark.parametrize("name", ["glm4_moe", "deepseek_v3"])
