@@ -26,7 +26,8 @@ from rich.console import Console
 from rich.table import Table
 
 from namex_hf.checkpoint.resolve import packaged_models
-from namex_hf.training.scores import Items, difference, value
+from namex_hf.evaluation.statistics import difference, value
+from namex_hf.training.scores import Items
 from namex_hf.training.tune import scores_of
 
 ROOT = Path(__file__).parents[1]

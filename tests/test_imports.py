@@ -8,8 +8,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    *("bottom", "recipe", "bargaining", "merging", "models", "families", "checkpoint", "scoring", "calibration"),
-    *("patching", "report", "harness", "comparison", "training", "hub", "commands", "namex_hf"),
+    *("bottom", "recipe", "bargaining", "merging", "models", "families", "checkpoint", "evaluation", "scoring"),
+    *("calibration", "patching", "report", "harness", "comparison", "training", "hub", "commands", "namex_hf"),
 )
 """A room imports those before it; ``bottom`` is every module that lies in no folder, ``namex_hf`` the public names."""
 UPWARD = {("patching", "report")}

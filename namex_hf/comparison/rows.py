@@ -1,12 +1,12 @@
 """From what was measured to the rows of a table: ratios to the original, intervals, means over seeds."""
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean, stdev
 from typing import Any
 
-from ..scoring.intervals import mean_interval
+from ..evaluation.statistics import Groups, changes, mean_interval, mean_of
 from .grid import Cell
 
 Result = Mapping[str, Any]
@@ -59,9 +59,8 @@ class Row:
 
 def perplexities(result: Result) -> dict[str, float]:
     """Perplexity by domain, and their geometric mean under ``mean``."""
-    means = {name: statistics.fmean(losses) for name, losses in result["losses"].items()}
-    found = {name: math.exp(mean) for name, mean in means.items()}
-    return {**found, "mean": math.exp(statistics.fmean(means.values()))}
+    domains = {name: math.exp(fmean(losses)) for name, losses in result["losses"].items()}
+    return {**domains, "mean": math.exp(mean_of(list(result["losses"].values())))}
 
 
 def row_of(
@@ -79,21 +78,20 @@ def row_of(
         recipe: in full, as it was run.
         title: of the row (default: the cell's, or the label).
     """
-    differences = {
-        name: [after - before for before, after in zip(original["losses"][name], losses, strict=True)]
-        for name, losses in result["losses"].items()
-    }
-    means = {name: statistics.fmean(values) for name, values in differences.items()}
-    same = result is original
-    exact, difference, difference_interval = _exact(result["right"], original["right"], same)
+    names = list(result["losses"])
+    losses, before = ([one["losses"][name] for name in names] for one in (result, original))
+    differences, interval = changes(losses, before), None
+    if result is not original and (in_nats := _interval(differences)):
+        interval = math.exp(in_nats[0]), math.exp(in_nats[1])
+    exact, difference, difference_interval = _exact(result, original)
     return Row(
         label=label,
         title=title or (cell.title if cell else label),
         line=cell.line if cell else None,
         experts=result["experts"],
-        ratios={name: math.exp(mean) for name, mean in means.items()},
-        ratio=math.exp(statistics.fmean(means.values())),
-        interval=None if same else _ratio_interval(list(differences.values())),
+        ratios={name: math.exp(fmean(each)) for name, each in zip(names, differences, strict=True)},
+        ratio=math.exp(mean_of(differences)),
+        interval=interval,
         exact=exact,
         difference=difference,
         difference_interval=difference_interval,
@@ -102,24 +100,19 @@ def row_of(
     )
 
 
-def _ratio_interval(differences: Sequence[Sequence[float]]) -> Interval | None:
-    if min(map(len, differences)) < 2:
-        return None
-    low, high = mean_interval(differences)
-    return math.exp(low), math.exp(high)
+def _interval(differences: Groups) -> Interval | None:
+    return mean_interval(differences) if min(map(len, differences)) > 1 else None
 
 
-def _exact(
-    right: Sequence[bool] | None, before: Sequence[bool] | None, same: bool
-) -> tuple[float | None, float | None, Interval | None]:
+def _exact(result: Result, original: Result) -> tuple[float | None, float | None, Interval | None]:
+    """The share of exact answers, its difference to the original's, and the interval of that."""
+    right, before = result["right"], original["right"]
     if right is None or before is None:
         return None, None, None
-    share = statistics.fmean(right)
-    if same:
-        return share, None, None
-    differences = [float(new) - float(old) for old, new in zip(before, right, strict=True)]
-    interval = mean_interval([differences]) if len(differences) > 1 else None
-    return share, statistics.fmean(differences), interval
+    if result is original:
+        return fmean(right), None, None
+    differences = changes([right], [before])
+    return fmean(right), mean_of(differences), _interval(differences)
 
 
 def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
@@ -130,18 +123,18 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
         label, title: of the row.
     """
     first, unmerged = rows[0], [row.unmerged for row in rows if row.unmerged]
-    spread = {name: statistics.stdev(row.ratios[name] for row in rows) for name in first.ratios}
+    spread = {name: stdev(row.ratios[name] for row in rows) for name in first.ratios}
     exact, difference = (_mean([getattr(row, name) for row in rows]) for name in ("exact", "difference"))
-    spread["ratio"] = statistics.stdev(row.ratio for row in rows)
+    spread["ratio"] = stdev(row.ratio for row in rows)
     if exact is not None:
-        spread["exact"] = statistics.stdev(row.exact for row in rows if row.exact is not None)
+        spread["exact"] = stdev(row.exact for row in rows if row.exact is not None)
     return Row(
         label=label,
         title=title,
         line=first.line,
         experts=first.experts,
-        ratios={name: statistics.fmean(row.ratios[name] for row in rows) for name in first.ratios},
-        ratio=statistics.fmean(row.ratio for row in rows),
+        ratios={name: fmean(row.ratios[name] for row in rows) for name in first.ratios},
+        ratio=fmean(row.ratio for row in rows),
         interval=None,
         exact=exact,
         difference=difference,
@@ -156,7 +149,7 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
 
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
-    return statistics.fmean(known) if len(known) == len(values) else None
+    return fmean(known) if len(known) == len(values) else None
 
 
 def with_means(rows: Sequence[tuple[Cell, Row]]) -> list[Row]:

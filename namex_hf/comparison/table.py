@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..scoring.intervals import RESAMPLES
+from ..evaluation.statistics import RESAMPLES
 from .rows import Row, perplexities
 from .run import ORIGINAL, Comparison
 

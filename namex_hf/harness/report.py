@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
-from .paired import Difference
+from ..evaluation.statistics import Difference
 from .paper import PaperScore
 
 SHARES = ("acc", "acc_norm", "exact_match")

@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import OutputError
+from ..evaluation.statistics import error_of, paired
 from ..files import check_name
 from ..patching.patch import run_plan
 from ..progress import ProgressCallback
@@ -25,7 +26,6 @@ from .candidates import Candidate
 from .checks import check_answers
 from .items import RESULTS, Items, items, members
 from .language_model import NamexLM
-from .paired import difference
 from .paper import Paper
 from .report import Model, Score, ZeroShotReport
 from .scoring import JOURNAL, finished, score
@@ -217,7 +217,7 @@ def _scores(
                 task.data,
                 f"{row.label}/{task.label}/{RESULTS}",
                 row.baseline,
-                difference(own.values, before.values) if comparable and own and before else None,
+                paired(own.values, before.values) if comparable and own and before else None,
                 paper.score(row.checkpoint.config, row.recipe, name),
             )
 
@@ -238,6 +238,4 @@ def _stderr(given: Any, own: Items | None) -> float | None:
     """lm-eval's own, or the items' where it gives none."""
     if isinstance(given, float):
         return given
-    if own is None or len(own.values) < 2:
-        return None
-    return float(torch.tensor(own.values, dtype=torch.float64).std() / len(own.values) ** 0.5)
+    return None if own is None else error_of([own.values])

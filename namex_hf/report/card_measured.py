@@ -1,12 +1,10 @@
 """What was measured, as a card shows it: perplexity before and after, and what fine-tuning did."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from ..evaluation.statistics import changes, standard_error, value
 from ..files import SCORES, locate, read_json
 from .card_text import plain, table
 from .report import Report, ratio
@@ -120,24 +118,9 @@ def _items(folder: Path | None) -> dict[str, Any]:
     return read_json(path) if path is not None and path.is_file() else {}
 
 
-def standard_error(measure: str, groups: list[list[float]] | None) -> float | None:
-    """Of a score's figure: a perplexity (by the delta method), or per cent; None where there are too few items.
-
-    Args:
-        groups: losses in nats a group, such as the windows of a domain, or 1 and 0 for right and wrong answers.
-    """
-    if not groups or min(map(len, groups)) < 2:
-        return None
-    mean = float(np.mean([np.mean(group) for group in groups]))
-    error = math.sqrt(sum(float(np.var(group, ddof=1)) / len(group) for group in groups)) / len(groups)
-    return 100 * error if measure == "problems" else math.exp(mean) * error
-
-
 def change(measure: str, before: list[list[float]], after: list[list[float]]) -> str:
     """Of perplexities the ratio, of answers the difference in points, with the standard error of paired items."""
-    apart = [np.subtract(new, old).tolist() for old, new in zip(before, after, strict=True)]
+    apart = changes(after, before)
+    sign, form = ("", "+.2f") if measure == "problems" else ("x ", ".3f")
     error = standard_error(measure, apart)
-    mean = float(np.mean([np.mean(group) for group in apart]))
-    if measure == "problems":
-        return f"{100 * mean:+.2f}" + ("" if error is None else f" ± {error:.2f}")
-    return f"x {math.exp(mean):.3f}" + ("" if error is None else f" ± {error:.3f}")
+    return f"{sign}{value(measure, apart):{form}}" + ("" if error is None else f" ± {error:{form[-3:]}}")

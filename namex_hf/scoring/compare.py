@@ -1,7 +1,5 @@
 """Comparison of two models on the same text."""
 
-import math
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the classes that the folders need)
 from ..checkpoint.tokenizer import open_tokenizer
+from ..evaluation.statistics import perplexity_change
 from .perplexity import held_out_texts, text_ids, window_losses
 
 
@@ -37,26 +36,10 @@ def compare(before: Path, after: Path, tokens: int | None = None) -> dict[str, d
     ids, losses = text_ids(tokenizer, texts, tokens), {}
     for name, folder in (("before", before), ("after", after)):
         model = load(folder)
-        losses[name] = {domain: window_losses(model, each) for domain, each in ids.items()}
+        losses[name] = {domain: window_losses(model, each).tolist() for domain, each in ids.items()}
         del model  # before the next model is loaded
     groups = {**{domain: [domain] for domain in texts}, "mean": list(texts)}
     return {
-        group: measured([losses["before"][name] for name in domains], [losses["after"][name] for name in domains])
+        group: perplexity_change(*([losses[when][name] for name in domains] for when in ("before", "after")))
         for group, domains in groups.items()
     }
-
-
-def measured(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> dict[str, float]:
-    """Perplexities and their standard errors, by the delta method.
-
-    Args:
-        before, after: for each text the losses of its windows in nats, float64 ``[windows]``.
-    """
-    values = {"before": before, "after": after, "ratio": [new - old for old, new in zip(before, after, strict=True)]}
-    means = {name: math.exp(sum(float(each.mean()) for each in texts) / len(texts)) for name, texts in values.items()}
-    results = {name: means[name] for name in ("before", "after")}
-    if min(map(len, before)) > 1:
-        for name, texts in values.items():
-            spread = math.sqrt(sum(float(each.var()) / len(each) for each in texts)) / len(texts)
-            results[f"{name}_stderr"] = means[name] * spread
-    return results

@@ -1,13 +1,10 @@
 """Scores of a model before and after training, item by item, and comparison of two models."""
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
+from ..evaluation.statistics import differs
 from ..scoring.arithmetic import exact_answers, held_out_problems
-from ..scoring.intervals import mean_interval
 from ..scoring.labelled import labelled_losses
 from ..scoring.perplexity import held_out_texts, text_losses
 
@@ -42,31 +39,6 @@ def measure(model: Any, tokenizer: Any, rows: Sequence[dict[str, Any]], measures
         items["problems"] = [[float(is_right) for is_right in right]]
     tokenizer.padding_side = side
     return items
-
-
-def value(measure: str, groups: Sequence[Sequence[float]]) -> float:
-    """The value of a measure: a perplexity (geometric mean over groups), or per cent."""
-    mean = sum(sum(group) / len(group) for group in groups) / len(groups)
-    return 100 * mean if measure == "problems" else math.exp(mean)
-
-
-def difference(measure: str, groups: Sequence[Sequence[float]], other: Sequence[Sequence[float]]) -> dict[str, float]:
-    """Difference of two models on the same items, with a 95 % interval over items (paired bootstrap).
-
-    Returns:
-        ``value``, ``low``, ``high``: for perplexities the ratio, for problems the difference in points.
-    """
-    pairs = [np.subtract(a, b) for a, b in zip(groups, other, strict=True)]
-    low, high = mean_interval([pair.tolist() for pair in pairs])
-    mean = float(np.mean([pair.mean() for pair in pairs]))
-    scale = (lambda x: 100 * x) if measure == "problems" else math.exp
-    return {"value": scale(mean), "low": scale(low), "high": scale(high)}
-
-
-def differs(measure: str, interval: Mapping[str, float]) -> bool:
-    """Whether the interval excludes equality of the models."""
-    equality = 0.0 if measure == "problems" else 1.0
-    return not interval["low"] <= equality <= interval["high"]
 
 
 def verdict(name: str, other: str, differences: Mapping[str, Mapping[str, float]]) -> str:

@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from ..checkpoint.folder import OutputFolder
 from ..errors import TrainingError
+from ..evaluation.statistics import value
 from ..families.kinds import kind_of
 from ..files import REPORT, SCORES, locate, read_checked, read_json, write_checked, write_text
 from ..printable import marked
@@ -26,7 +27,7 @@ from .finish import layer_records, save_trained
 from .labels import Labelled, labelled, length_table
 from .live import go_live
 from .plan import Choice, TrainingPlan, changed_arguments, plan_training
-from .scores import Items, measure, value
+from .scores import Items, measure
 from .stable_moe import freeze
 from .start import Start
 from .trainer import LabelTokens, NamexTrainer, StageOneTrainer, last_checkpoint

@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import Qwen2MoeConfig
 
-from namex_hf.harness.paired import difference
+from namex_hf.evaluation.statistics import paired
 from namex_hf.harness.paper import Paper
 from namex_hf.harness.report import Model, Score, ZeroShotReport, eval_results, markdown, sentence, table
 from namex_hf.models import DeepseekConfig
@@ -95,7 +95,7 @@ def report(new: list[float], old: list[float], metric: str = "acc", higher_is_be
         Score("a", "mmlu", metric, "none", sum(old) / len(old), 0.01, len(old), 0, higher_is_better, data, "a/r.json"),
         Score(
             *("b", "mmlu", metric, "none", sum(new) / len(new), 0.01, len(new), 0, higher_is_better, data, "b/r.json"),
-            *("a", difference(new, old), paper),
+            *("a", paired(new, old), paper),
         ),
     ]
     models = [

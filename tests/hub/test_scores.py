@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from namex_hf import patch_checkpoint
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, UsageError
-from namex_hf.harness.paired import difference
+from namex_hf.evaluation.statistics import paired
 from namex_hf.harness.report import Model, Score, ZeroShotReport
 from namex_hf.hub.scores import read_evaluation, row_of, with_scores
 from namex_hf.report.report import Report
@@ -168,7 +168,7 @@ def test_scores_that_no_card_can_show(folder: Path, tmp_path: Path, changes: dic
 
 
 def test_the_card_shows_the_scores(folder: Path):
-    apart = difference([1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0])
+    apart = paired([1.0, 0.0, 1.0, 1.0], [1.0, 1.0, 0.0, 1.0])
     scores = [
         score("out", baseline="tiny", difference=apart),
         score("out", "a|b<i>", metric="bits", filter="strict", value=1.5, stderr=None, num_fewshot=5),

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from namex_hf.scoring.intervals import mean_interval
+from namex_hf.evaluation.statistics import mean_interval
 
 
 def test_close_to_the_normal_approximation():

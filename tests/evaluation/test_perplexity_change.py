@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from namex_hf.scoring.compare import measured
+from namex_hf.evaluation.statistics import perplexity_change
 
 
 def draws(seed: int, windows: int) -> torch.Tensor:
@@ -18,7 +18,7 @@ def test_standard_errors_are_those_of_many_repetitions():
     for seed in range(0, 4000, 4):
         before = [draws(seed, 40), draws(seed + 1, 20)]
         after = [text + 0.1 + 0.01 * (draws(seed + 2 + n, len(text)) - 3) for n, text in enumerate(before)]
-        runs.append(measured(before, after))
+        runs.append(perplexity_change([text.tolist() for text in before], [text.tolist() for text in after]))
     for name, value in (("before", "before"), ("after", "after")):
         spread = torch.tensor([run[value] for run in runs]).std()
         assert sum(run[f"{name}_stderr"] for run in runs) / len(runs) == pytest.approx(float(spread), rel=0.1)
@@ -29,5 +29,5 @@ def test_standard_errors_are_those_of_many_repetitions():
 
 
 def test_one_window_tells_no_error():
-    found = measured([torch.tensor([1.0]).double()], [torch.tensor([2.0]).double()])
+    found = perplexity_change([[1.0]], [[2.0]])
     assert found == {"before": pytest.approx(math.e), "after": pytest.approx(math.e**2)}

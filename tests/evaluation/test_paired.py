@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from namex_hf.harness.paired import difference, mcnemar
+from namex_hf.evaluation.statistics import mcnemar, paired
 
 
 def test_mcnemar_is_the_binomial_tail() -> None:
@@ -20,7 +20,7 @@ def test_right_or_wrong() -> None:
     draw = np.random.default_rng(0)
     old = draw.integers(0, 2, 300)
     new = np.where(draw.random(300) < 0.2, 1, old)
-    found = difference(new.tolist(), old.tolist())
+    found = paired(new.tolist(), old.tolist())
     assert found.test == "mcnemar"
     assert found.lower == 0
     assert found.higher == int((new > old).sum())
@@ -35,7 +35,7 @@ def test_other_scores_take_the_paired_t_test() -> None:
     draw = np.random.default_rng(1)
     old = draw.normal(size=50)
     new = old + draw.normal(0.1, 0.5, size=50)
-    found = difference(new.tolist(), old.tolist())
+    found = paired(new.tolist(), old.tolist())
     assert found.test == "t"
     assert found.p == pytest.approx(stats.ttest_1samp(new - old, 0).pvalue)
 
@@ -43,20 +43,20 @@ def test_other_scores_take_the_paired_t_test() -> None:
 def test_what_is_common_to_both_cancels() -> None:
     draw = np.random.default_rng(2)
     hard = draw.normal(0, 10, size=100)
-    found = difference((hard + 0.1 + draw.normal(0, 0.01, 100)).tolist(), hard.tolist())
+    found = paired((hard + 0.1 + draw.normal(0, 0.01, 100)).tolist(), hard.tolist())
     assert not found.is_noise
     assert found.stderr < 0.01
 
 
 def test_no_difference_at_all() -> None:
-    found = difference([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
+    found = paired([1.0, 0.0, 1.0], [1.0, 0.0, 1.0])
     assert (found.mean, found.low, found.high, found.p, found.is_noise) == (0, 0, 0, 1, True)
-    assert difference([1.5, 2.5], [1.5, 2.5]).p == 1
-    assert difference([1.75, 2.75], [1.5, 2.5]).p == 0  # the same on every item
+    assert paired([1.5, 2.5], [1.5, 2.5]).p == 1
+    assert paired([1.75, 2.75], [1.5, 2.5]).p == 0  # the same on every item
 
 
 def test_items_must_be_the_same() -> None:
     with pytest.raises(ValueError, match="2 and 3 items; needed: the same, at least 2"):
-        difference([0, 1], [0, 1, 1])
+        paired([0, 1], [0, 1, 1])
     with pytest.raises(ValueError, match="1 and 1 items"):
-        difference([0], [0])
+        paired([0], [0])

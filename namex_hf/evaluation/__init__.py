@@ -1,0 +1,1 @@
+"""What a model is worth: tasks, runs, stored results, statistics and tables."""
