@@ -20,7 +20,6 @@ import namex_hf.commands.common  # noqa: F401  (the first: Ctrl-C is answered wh
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import MissingExtraError, UsageError
@@ -280,18 +279,10 @@ def _print(report: Any, console: Console) -> None:
     from namex_hf.harness.report import CHOICES, sentence, table
 
     for task in dict.fromkeys(score.task for score in report.scores):
-        titles, rows = table(report, task)
-        shown = Table(title=marked(task))
+        whole = table(report, task)
         # The rest is in report.md; here the model's label tells its recipe.
-        kept = [place for place, title in enumerate(titles) if title not in (*CHOICES, "95 %")]
-        for place in kept:
-            words = titles[place] in ("model", "metric", "to")
-            shown.add_column(
-                marked(titles[place]), justify="left" if words else "right", no_wrap=not words, overflow="fold"
-            )
-        for row in rows:
-            shown.add_row(*(marked(row[place]) for place in kept))
-        console.print(shown)
+        shown = whole.only(at for at, title in enumerate(whole.titles) if title not in (*CHOICES, "95 %"))
+        console.print(shown.screen(task, ("metric", "to")))
         for one in report.scores:
             if one.task == task and (text := sentence(one)):
                 console.print(f"  {printable(text)}", soft_wrap=True, markup=False, highlight=False)

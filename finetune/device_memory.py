@@ -15,10 +15,10 @@ from math import ceil, prod
 from typing import Any, NamedTuple
 
 import torch
-from rich.table import Table
 from transformers import AutoConfig, AutoModelForCausalLM, Qwen2MoeConfig
 
 from namex_hf.errors import TrainingError
+from namex_hf.evaluation.table import Table
 from namex_hf.families import original_family
 from namex_hf.families.kinds import KINDS, kind_of
 from namex_hf.families.outline import outline_of
@@ -404,29 +404,22 @@ def _of_a_token(config: Any, choice: SoftChoice) -> int:
 
 def counts_table(models: Mapping[str, Outline]) -> Table:
     """Numbers by kind."""
-    table = Table(title="parameters")
-    table.add_column("")
-    for name in models:
-        table.add_column(name, justify="right")
     counts = [model.counts for model in models.values()]
-    for kind in KINDS:
-        if any(kind in count for count in counts):
-            table.add_row(kind, *(f"{count.get(kind, 0):,}" for count in counts))
-    table.add_row("together", *(f"{sum(count.values()):,}" for count in counts))
-    return table
+    kinds = [kind for kind in KINDS if any(kind in count for count in counts)]
+    rows = [[kind, *(f"{count.get(kind, 0):,}" for count in counts)] for kind in kinds]
+    return Table(["", *models], [*rows, ["together", *(f"{sum(count.values()):,}" for count in counts)]])
 
 
-def memory_table(title: str, plans: Iterable[tuple[Plan, Memory]]) -> Table:
+def memory_table(plans: Iterable[tuple[Plan, Memory]]) -> Table:
     """GB a device by strategy, and which devices that fits."""
-    table, columns = Table(title=f"{title}: GB a device"), list(plans)
-    table.add_column("")
-    for plan, _ in columns:
-        several = f" x {plan.devices}" if plan.strategy in SHARDED else ""
-        table.add_column(plan.strategy + several, justify="right", no_wrap=True)
-    table.add_row("precision", *(plan.precision or USUAL[plan.strategy] for plan, _ in columns))
-    table.add_row("numbers trained", *(f"{found.trained / 1e9:.3f} G" for _, found in columns))
+    columns = list(plans)
+    several = [f" x {plan.devices}" if plan.strategy in SHARDED else "" for plan, _ in columns]
+    rows = [
+        ["precision", *(plan.precision or USUAL[plan.strategy] for plan, _ in columns)],
+        ["numbers trained", *(f"{found.trained / 1e9:.3f} G" for _, found in columns)],
+    ]
     for name in ("weights", "gradients", "optimiser", "gathered", "activations", "logits", "total"):
-        table.add_row(name, *(f"{getattr(found, name) / 1e9:.1f}" for _, found in columns))
+        rows.append([name, *(f"{getattr(found, name) / 1e9:.1f}" for _, found in columns)])
     fitting = [[str(size) for size in DEVICES if found.fits(size)] for _, found in columns]
-    table.add_row("fits", *(", ".join(sizes) or "none" for sizes in fitting))
-    return table
+    rows.append(["fits", *(", ".join(sizes) or "none" for sizes in fitting)])
+    return Table(["", *(plan.strategy + more for (plan, _), more in zip(columns, several, strict=True))], rows)

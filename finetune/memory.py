@@ -15,7 +15,6 @@ from rich.console import Console
 
 from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import CheckpointError, MissingExtraError
-from namex_hf.printable import marked
 
 try:
     from device_memory import (
@@ -106,9 +105,10 @@ def show(options: argparse.Namespace) -> None:
     chosen = plans(options)
     recipe = Recipe.from_yaml(options.recipe) if options.recipe else None
     models = {name: outline(config_of(name), recipe) for name in options.models or PUBLISHED}
-    tables = [counts_table({marked(name): model for name, model in models.items()})]
+    tables = [counts_table(models).screen("parameters")]
     for name, model in models.items():
-        tables.append(memory_table(marked(name), [(plan, memory(model, plan)) for plan in chosen]))
+        by_strategy = memory_table((plan, memory(model, plan)) for plan in chosen)
+        tables.append(by_strategy.screen(f"{name}: GB a device"))
     console, plan = Console(), chosen[0]
     for table in tables:
         console.print(table)

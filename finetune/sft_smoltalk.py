@@ -22,7 +22,6 @@ import namex_hf.commands.common  # noqa: F401  (the first: Ctrl-C is answered wh
 
 # isort: split
 from rich.console import Console
-from rich.table import Table
 
 from namex_hf.checkpoint.layout import left_out_line
 from namex_hf.commands.common import ended
@@ -36,6 +35,7 @@ try:
     from trl import SFTConfig, TrlParser
 
     from namex_hf.evaluation.statistics import difference, value
+    from namex_hf.evaluation.table import Table
     from namex_hf.training.chats import check_template, load_chats
     from namex_hf.training.choice import EVERYTHING, check_kinds
     from namex_hf.training.libraries import check_libraries
@@ -271,14 +271,11 @@ def tell(console: Console, folders: dict[str, Path], measures: tuple[str, ...]) 
     items = {name: scores_of(folder) for name, folder in folders.items()}
     if not all(items.values()):
         return
-    table = Table(title="before -> after")
-    table.add_column("")
-    for name in measures:
-        table.add_column("problems, %" if name == "problems" else f"{name}, perplexity", justify="right")
+    table = Table(["", *("problems, %" if name == "problems" else f"{name}, perplexity" for name in measures)], [])
     for name, found in items.items():
         cells = [" -> ".join(f"{value(m, found[when][m]):.2f}" for when in ("before", "after")) for m in measures]
-        table.add_row(name, *cells)
-    console.print(table)
+        table.rows.append([name, *cells])
+    console.print(table.screen("before -> after"))
     for name in measures:
         console.print(f"{name}: {MEASURES[name]}", soft_wrap=True)
     main_run, *rivals = items

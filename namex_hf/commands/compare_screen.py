@@ -3,19 +3,13 @@
 import statistics
 import time
 
-from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
-from rich.table import Table
 
 from ..comparison.run import BEGINS, ENDED, FAILED, KNOWN, Comparison
-from ..comparison.table import Table as Titled
 from ..comparison.table import costs, notes, quality
 from ..printable import marked, printable
 from ..progress import ProgressEvent
-
-LABEL = 22  # characters of a label that are not wrapped
-GAP = 2  # between the columns of a table on a screen
 
 
 class Shown:
@@ -83,44 +77,7 @@ def print_tables(comparison: Comparison) -> None:
         ("what each model takes", costs(comparison)),
     ):
         console.print(f"{title}:", highlight=False)
-        for part in in_parts(table, console.width):
-            console.print(_shown(part))
+        for part in table.parts(console.width):
+            console.print(part.screen(compact=True))
     for note in notes(comparison):
         console.print(f"* {printable(note)}", markup=False, highlight=False)
-
-
-def in_parts(table: Titled, width: int) -> list[Titled]:
-    """A table whose numbers are never broken: columns that a screen has no room for go to further tables.
-
-    Args:
-        table: the first two columns tell the rows, and are repeated; the first may be wrapped.
-        width: of the screen, in characters.
-    """
-    titles, rows = table
-    wide = widths(table)
-    parts: list[list[int]] = [[]]
-    for place in range(2, len(titles)):
-        if parts[-1] and sum(wide[one] + GAP for one in (0, 1, *parts[-1], place)) > width:
-            parts.append([])
-        parts[-1].append(place)
-    return [
-        ([titles[place] for place in (0, 1, *part)], [[row[place] for place in (0, 1, *part)] for row in rows])
-        for part in parts
-    ]
-
-
-def widths(table: Titled) -> list[int]:
-    """Characters that each column needs: titles may be wrapped between words, numbers not, labels if they are long."""
-    titles, rows = table
-    widths = [max(map(len, (*title.split(), *cells))) for title, *cells in zip(titles, *rows, strict=True)]
-    return [min(widths[0], LABEL), *widths[1:]]
-
-
-def _shown(table: Titled) -> Table:
-    titles, rows = table
-    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for place, (name, width) in enumerate(zip(titles, widths(table), strict=True)):
-        shown.add_column(marked(name), justify="right" if place else "left", width=width, overflow="fold")
-    for row in rows:
-        shown.add_row(*map(marked, row))
-    return shown

@@ -4,7 +4,6 @@ import argparse
 from collections.abc import Sequence
 
 from ..files import size_text
-from ..printable import marked
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
 
 
@@ -24,17 +23,15 @@ def parser_of(prog: str) -> Parser:
 def _inspect(options: argparse.Namespace) -> int:
     with loading():
         from rich.console import Console
-        from rich.table import Table
 
         from ..checkpoint.resolve import peek
+        from ..evaluation.table import facts
         from ..patching.inspect import inspection
 
-    facts = inspection(peek(options.model, options.revision))
+    found = inspection(peek(options.model, options.revision))
     if options.json:
-        print_json(facts)
+        print_json(found)
         return 0
-    table = Table(show_header=False, min_width=60)
-    for name, value in facts.items():
-        table.add_row(name, size_text(value) if name.startswith("bytes") else marked(value))
-    Console().print(table)
+    values = {name: size_text(value) if name.startswith("bytes") else value for name, value in found.items()}
+    Console().print(facts(values))
     return 0

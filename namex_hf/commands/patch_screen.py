@@ -17,13 +17,13 @@ from rich.progress import (
     TextColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
 from rich.text import Text
 
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import SCORED_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, NamexError
+from ..evaluation.table import facts
 from ..files import size_text
 from ..patching.compared import compared_on_held_out
 from ..patching.effort import Effort, effort_of, measured_speed
@@ -32,7 +32,7 @@ from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
 from ..printable import marked
 from ..progress import FINISHED, ProgressEvent
-from ..report.report import Report, layer_table, ratio
+from ..report.report import Report, layer_table, perplexity_table
 from ..report.write import write_pictures
 from ..scoring.compare import compare
 from .common import of_memory
@@ -207,38 +207,31 @@ def _time(seconds: float) -> str:
 
 def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     recipe = plan.recipe
-    table = Table(title="dry run: nothing was read but headers, nothing was written", show_header=False, min_width=60)
-    table.add_row("recipe", f"{recipe.merge.kind}, {recipe.merge.method}, {recipe.routing.kind} routing")
-    table.add_row("MoE layers", str(what["layers"]))
-    table.add_row("routed experts a layer", f"{what['experts']} -> {what['kept']}")
-    table.add_row("device of the arithmetic", what["device"])
-    table.add_row("bytes in", size_text(what["bytes_in"]))
-    table.add_row("bytes out", size_text(what["bytes_out"]))
-    table.add_row("peak memory (estimate)", size_text(what["peak_bytes"]))
+    table = {
+        "recipe": f"{recipe.merge.kind}, {recipe.merge.method}, {recipe.routing.kind} routing",
+        "MoE layers": what["layers"],
+        "routed experts a layer": f"{what['experts']} -> {what['kept']}",
+        "device of the arithmetic": what["device"],
+        "bytes in": size_text(what["bytes_in"]),
+        "bytes out": size_text(what["bytes_out"]),
+        "peak memory (estimate)": size_text(what["peak_bytes"]),
+    }
     if what["calibration_tokens"]:
-        text = f"{what['calibration_tokens']} tokens of {recipe.calibration.data}, not read yet"
-        table.add_row("calibration text", marked(text))
+        table["calibration text"] = f"{what['calibration_tokens']} tokens of {recipe.calibration.data}, not read yet"
     if what["fit"]:
-        table.add_row("fit", _said(what["fit"], plan))
+        table["fit"] = _said(what["fit"], plan)
     if what["curvature_parameters"]:
-        table.add_row("trainable curvature", _counts(what["curvature_parameters"]))
-    table.add_row("disk needed / free", f"{size_text(what['space_needed'])} / {size_text(what['free'])}")
-    table.add_row("files carried over", marked(", ".join(what["carried"])) or "none")
-    Console().print(table)
+        table["trainable curvature"] = _counts(what["curvature_parameters"])
+    table["disk needed / free"] = f"{size_text(what['space_needed'])} / {size_text(what['free'])}"
+    table["files carried over"] = ", ".join(what["carried"]) or "none"
+    Console().print(facts(table, "dry run: nothing was read but headers, nothing was written"))
 
 
 def print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
     what = ", ".join((recipe["method"], recipe["merge"], f"{recipe['routing']} routing"))
-    table = Table(title=f"{marked(report.source['name'])}: {what}")
-    titles, rows = layer_table(report)
-    for title, *cells in zip(titles, *rows, strict=True):
-        one_word = not any(" " in text for text in (title, *cells))  # where the screen is narrow, others are wrapped
-        table.add_column(title, justify="left" if title == "status" else "right", no_wrap=one_word)
-    for row in rows:
-        table.add_row(*row)
     if report.layers:
-        console.print(table)
+        console.print(layer_table(report).screen(f"{report.source['name']}: {what}", ["status"]))
     if text := report.run.get("calibration"):
         seconds = sum(layer["seconds"] for layer in report.layers) / len(report.layers)
         console.print(
@@ -247,13 +240,8 @@ def print_report(report: Report, out: Path) -> None:
             soft_wrap=True,
         )
     if report.perplexity:
-        scores = Table(title=f"perplexity, the first {SCORED_TOKENS} tokens of each held-out text")
-        for column in ("domain", "before", "after", "ratio"):
-            scores.add_column(column, justify="right")
-        for domain, value in report.perplexity.items():
-            before, after = value["before"], value["after"]
-            scores.add_row(domain, f"{before:.2f}", f"{after:.2f}", f"{ratio(value):.3f}")
-        console.print(scores)
+        title = f"perplexity, the first {SCORED_TOKENS} tokens of each held-out text"
+        console.print(perplexity_table(report).screen(title))
     totals = report.totals
     if "curvature_parameters" in totals:
         console.print(f"trainable curvature, the identity so far: {_counts(totals['curvature_parameters'])}")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from ..report.page import document, figure, table
+from ..report.page import document, figure
 from .run import Comparison
 from .table import costs, notes, quality
 
@@ -26,9 +26,9 @@ def page(found: Comparison, pictures: Sequence["Picture"]) -> str:
     parts = [
         *map(figure, pictures),
         "<h2>What each model is worth</h2>",
-        table(*quality(found)),
+        quality(found).html(),
         "<h2>What each model takes</h2>",
-        table(*costs(found)),
+        costs(found).html(),
         "<ul>",
         *(f"<li>{escape(note)}</li>" for note in notes(found)),
         "</ul>",

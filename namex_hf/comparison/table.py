@@ -1,12 +1,10 @@
 """The tables of a comparison as titles and cells of text, and ``comparison.md``."""
 
-from collections.abc import Sequence
-
 from ..evaluation.statistics import RESAMPLES
+from ..evaluation.table import Table
 from .rows import Row, perplexities
 from .run import ORIGINAL, Comparison
 
-Table = tuple[list[str], list[list[str]]]
 UNMERGED = "same router, unmerged"
 
 
@@ -25,7 +23,7 @@ def quality(found: Comparison) -> Table:
         rows.append([*cells, *_to_unmerged(row, asked)] if unmerged else cells)
     by_domain = [[f"{absolute[name]:.2f}" for name in names]]
     by_domain += [[_ratio(row, name) for name in names] for row in found.rows]
-    return [*titles, *names], [[*cells, *more] for cells, more in zip(rows, by_domain, strict=True)]
+    return Table([*titles, *names], [[*cells, *more] for cells, more in zip(rows, by_domain, strict=True)])
 
 
 def _to_unmerged(row: Row, asked: bool) -> list[str]:
@@ -50,7 +48,7 @@ def costs(found: Comparison) -> Table:
         ]
         for row in found.rows
     ]
-    return titles, rows
+    return Table(titles, rows)
 
 
 def _in(row: Row, name: str, unit: float, form: str) -> str:
@@ -137,17 +135,7 @@ def markdown(found: Comparison) -> str:
     run = found.plan.run
     lines = [f"# Recipes on `{found.plan.checkpoint.name}`, side by side", ""]
     for table in (quality(found), costs(found)):
-        lines += [*_lines(table), ""]
+        lines += [*table.markdown(numbers=True), ""]
     lines += [f"* {note}" for note in notes(found)]
     lines += ["", ", ".join(f"{library} {version}" for library, version in run["versions"].items()) + "."]
     return "\n".join(lines) + "\n"
-
-
-def _lines(table: Table) -> list[str]:
-    titles, rows = table
-    aligned = "|---" + "|---:" * (len(titles) - 1) + "|"
-    return [_line(titles), aligned, *map(_line, rows)]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"

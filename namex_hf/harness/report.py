@@ -1,13 +1,14 @@
 """The report of a zero-shot run: what was measured, against what, and where each number comes from."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from huggingface_hub import EvalResult
 
 from ..evaluation.statistics import Difference
+from ..evaluation.table import Table
 from .paper import PaperScore
 
 SHARES = ("acc", "acc_norm", "exact_match")
@@ -147,8 +148,8 @@ def shown(score: Score, value: float, form: str = "") -> str:
     return format(100 * value, f"{form}.2f") if score.metric in SHARES else format(value, f"{form}.4f")
 
 
-def table(report: ZeroShotReport, task: str) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of a task's table."""
+def table(report: ZeroShotReport, task: str) -> Table:
+    """A task's table."""
     scores = [score for score in report.scores if score.task == task]
     others = any(score.difference and score.baseline != report.model(score.model).original for score in scores)
     titles = ["model", *CHOICES, "shots", "metric", "score", *(["difference", "to"] if others else [TO_ORIGINAL])]
@@ -157,7 +158,7 @@ def table(report: ZeroShotReport, task: str) -> tuple[list[str], list[list[str]]
     if any(score.paper for score in scores):
         titles += ["paper", "paper, to SMoE of the same routing"]
         rows = [[*row, *_paper(score.paper)] for row, score in zip(rows, scores, strict=True)]
-    return titles, rows
+    return Table(titles, rows)
 
 
 def _first(report: ZeroShotReport, score: Score) -> list[str]:
@@ -226,13 +227,12 @@ def markdown(report: ZeroShotReport) -> str:
         "comparisons without any difference, one in twenty has p < 0.05.",
     ]
     for task in dict.fromkeys(score.task for score in report.scores):
-        titles, rows = table(report, task)
-        lines += ["", f"## {task}", "", _row(titles), "|---" * len(titles) + "|", *map(_row, rows)]
+        lines += ["", f"## {task}", "", *table(report, task).markdown()]
         told = [text for score in report.scores if score.task == task and (text := sentence(score))]
         lines += ["", *(f"* {text}" for text in told)] if told else []
         lines += ["", *_notes(report, task)]
-    lines += ["", "## Models", "", _row(["model", "from", "commit", "recipe"]), "|---|---|---|---|"]
-    lines += [_row([m.label, m.name, m.commit or "none (local)", _fields(m.recipe)]) for m in report.models]
+    models = [[m.label, m.name, m.commit or "none (local)", _fields(m.recipe)] for m in report.models]
+    lines += ["", "## Models", "", *Table(["model", "from", "commit", "recipe"], models).markdown()]
     return "\n".join(lines) + "\n"
 
 
@@ -248,10 +248,6 @@ def _notes(report: ZeroShotReport, task: str) -> list[str]:
             f"neither the harness, nor the metric, nor the number of examples{', nor which half of ARC' * is_arc}.",
         ]
     return notes
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _fields(recipe: Mapping[str, Any] | None) -> str:

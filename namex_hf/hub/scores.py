@@ -7,10 +7,11 @@ from typing import Any
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError
+from ..evaluation.table import Table
 from ..files import REPORT, locate, parse_json, read_json, read_text
 from ..harness.report import Model, Score, ZeroShotReport, eval_results, shots, shown
 from ..report.card_metadata import model_index, put_block, read_block
-from ..report.card_text import plain, put_section, table
+from ..report.card_text import plain, put_section
 from ..report.report import Report
 
 SECTION = "scores"
@@ -133,7 +134,7 @@ def score_lines(evaluation: ZeroShotReport, label: str) -> list[str]:
         f"By lm-eval {plain(run['versions']['lm_eval'])}, seed {plain(run['seed'])}, weights in {plain(run['dtype'])}"
         f"{limit}. Shares in per cent, ± one standard error{paired}.",
         "",
-        *table(titles, rows),
+        *Table(titles, rows).markdown(),
     ]
 
 

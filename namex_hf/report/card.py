@@ -3,11 +3,12 @@
 from pathlib import Path
 from typing import Any
 
+from ..evaluation.table import Table
 from ..files import REPORT
 from .card_measured import perplexity_lines, training_lines
 from .card_metadata import as_yaml, metadata
 from .card_story import limit_lines, loading_lines, picture_lines, story_lines
-from .card_text import fenced, plain, section, table
+from .card_text import fenced, plain, section
 from .report import Report, layer_table
 
 PAPER = "Nguyen et al., *Expert Merging in Sparse Mixture of Experts with Nash Bargaining*"
@@ -30,7 +31,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
     """
     recipe, made = report.run["recipe"], "Report rebuilt" if report.run.get("rebuilt") else "Made"
     data = metadata(report, source, folder).to_dict()
-    titles, rows = layer_table(report, "seconds")
+    layers = layer_table(report, "seconds")
     lines = [
         "---",
         as_yaml(data),
@@ -55,7 +56,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         "",
         "## Layers",
         "",
-        *table(titles, [map(plain, row) for row in rows]),
+        *Table(layers.titles, [list(map(plain, row)) for row in layers.rows]).markdown(),
         "",
         "## Limits",
         "",

@@ -5,8 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.statistics import changes, standard_error, value
+from ..evaluation.table import Table
 from ..files import SCORES, locate, read_json
-from .card_text import plain, table
+from .card_text import plain
 from .report import Report, ratio
 
 MEASURES = {
@@ -37,7 +38,7 @@ def perplexity_lines(report: Report) -> list[str]:
         + _of_the_router(report.run.get("recipe", {}))
         + (" ± one standard error, of the ratio's paired by windows." if _has_errors(report.perplexity) else ""),
         "",
-        *table(["domain", "before", "after", "ratio"], rows),
+        *Table(["domain", "before", "after", "ratio"], rows).markdown(),
     ]
 
 
@@ -110,7 +111,8 @@ def _score_lines(scores: dict[str, dict[str, float]], items: dict[str, Any]) -> 
         for measure in scores["after"]
     ]
     titles = ["score", "before training", "after", *(["change, item by item"] if paired else [])]
-    return [*table(titles, rows), *(["", "± one standard error over the items of the score."] if paired else [])]
+    note = ["", "± one standard error over the items of the score."]
+    return [*Table(titles, rows).markdown(), *(note if paired else [])]
 
 
 def _items(folder: Path | None) -> dict[str, Any]:

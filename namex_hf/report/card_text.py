@@ -31,16 +31,6 @@ def fenced(text: str, language: str) -> list[str]:
     return [f"{fence}{language}", *text.strip("\n").split("\n"), fence]
 
 
-def table(titles: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
-    """Lines of a table. Args: titles, rows: cells that are `plain` already, or our own."""
-    titles = list(titles)
-    return [_row(titles), "|---" * len(titles) + "|", *map(_row, rows)]
-
-
-def _row(cells: Iterable[str]) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
 def section(name: str, lines: Iterable[str]) -> str:
     """A part of a card that can be found again and replaced."""
     body = "\n".join(lines)

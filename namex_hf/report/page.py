@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .report import Report, layer_table, ratio
+from .report import Report, layer_table, perplexity_table
 
 if TYPE_CHECKING:
     from .pictures import Picture
@@ -48,11 +48,12 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
     title = f"{name}, patched by namex_hf"
     what = "the sparse original" if recipe.get("method") == "smoe" else WORDS.get(recipe.get("merge"), "")
     words = f"{recipe.get('method')}, {recipe.get('merge')}, {recipe.get('routing')} routing: {what}."
-    parts = [f"<p>{escape(words)}</p>", *_perplexity(report), *map(figure, pictures)]
+    parts = [f"<p>{escape(words)}</p>", *map(figure, pictures)]
+    if report.perplexity:
+        parts[1:1] = ["<h2>Perplexity on held-out text</h2>", perplexity_table(report).html()]
     if not pictures:
         parts.append("<p>This folder has no data to draw: no expert was weighed and no text was read.</p>")
-    titles, rows = layer_table(report)
-    parts += ["<h2>Layers</h2>", table(titles, rows), "<h2>Recipe</h2>", f"<pre>{escape(recipe_text)}</pre>"]
+    parts += ["<h2>Layers</h2>", layer_table(report).html(), "<h2>Recipe</h2>", f"<pre>{escape(recipe_text)}</pre>"]
     return document(title, parts, report.versions)
 
 
@@ -96,20 +97,3 @@ def figure(picture: "Picture") -> str:
 
 def _data(content: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def _perplexity(report: Report) -> list[str]:
-    if not report.perplexity:
-        return []
-    rows = [
-        [domain, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{ratio(one):.3f}"]
-        for domain, one in report.perplexity.items()
-    ]
-    return ["<h2>Perplexity on held-out text</h2>", table(["domain", "before", "after", "ratio"], rows)]
-
-
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that scrolls where the screen is narrow."""
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
-    body = "\n".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'

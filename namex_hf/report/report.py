@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..evaluation.table import Table
 from ..files import read_json
 from ..version import __version__
 
@@ -64,6 +65,13 @@ def ratio(one: dict[str, float]) -> float:
     return one["after"] / one["before"] if one["before"] else math.nan
 
 
+def perplexity_table(report: Report) -> Table:
+    """Perplexity of each domain, before and after."""
+    domains = (report.perplexity or {}).items()
+    rows = [[name, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{ratio(one):.3f}"] for name, one in domains]
+    return Table(["domain", "before", "after", "ratio"], rows)
+
+
 def versions(*more: str) -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {name: importlib.metadata.version(name) for name in (*LIBRARIES, *more)}
@@ -116,8 +124,8 @@ COLUMNS = {
 """Title and form of what `layer_summary` gives to a table."""
 
 
-def layer_table(report: Report, *left_out: str) -> tuple[list[str], list[list[str]]]:
-    """Titles and rows of the table of layers; what only text tells where it did, groups where layers differ in them."""
+def layer_table(report: Report, *left_out: str) -> Table:
+    """The table of layers: what only text tells where it did, groups where layers differ in them."""
     rows = [layer_summary(layer) for layer in report.layers]
     told_by_text = ("error_merged", "error_fitted", "agreement", "load_entropy_linear", "load_entropy")
     untold = {name for name in told_by_text if all(row[name] is None for row in rows)}
@@ -127,4 +135,4 @@ def layer_table(report: Report, *left_out: str) -> tuple[list[str], list[list[st
     texts = [
         ["" if row[name] is None else format(row[name], form) for name, (_, form) in shown.items()] for row in rows
     ]
-    return [title for title, _ in shown.values()], texts
+    return Table([title for title, _ in shown.values()], texts)

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rich.table import Table
+from rich.table import Table as ScreenTable
 
 from ..errors import TrainingError
+from ..evaluation.table import Table
 from ..families.kinds import FUSED, KINDS, LINEAR, kind_of
 
 EVERYTHING = "everything"
@@ -132,12 +133,8 @@ def whole_size(parameter: Any) -> int:
     return getattr(parameter, "ds_numel", None) or parameter.numel()
 
 
-def table_of(trains: dict[str, tuple[int, int]]) -> Table:
+def table_of(trains: dict[str, tuple[int, int]]) -> ScreenTable:
     """The result of `check_trains` as a table."""
-    table = Table(title="what trains")
-    for column in ("kind", "trainable", "all", "share"):
-        table.add_column(column, justify="left" if column == "kind" else "right")
     rows = {**trains, "together": tuple(map(sum, zip(*trains.values(), strict=True)))}
-    for kind, (trainable, every) in rows.items():
-        table.add_row(kind, f"{trainable:,}", f"{every:,}", f"{100 * trainable / every:.1f} %")
-    return table
+    cells = [[kind, f"{some:,}", f"{every:,}", f"{100 * some / every:.1f} %"] for kind, (some, every) in rows.items()]
+    return Table(["kind", "trainable", "all", "share"], cells).screen("what trains")

@@ -16,9 +16,10 @@ from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..errors import TrainingError
+from ..evaluation.table import facts
 from ..files import read_text
 from ..limited import SECONDS, limited
-from ..printable import marked
+from ..printable import printable
 from ..scoring.labelled import IGNORED
 from .chats import Chats
 
@@ -237,25 +238,24 @@ def _check_read(messages: list[dict[str, Any]], tokenizer: Any, variables: dict[
 
 
 def length_table(chats: Labelled) -> Table:
-    """Lengths of the chats, and the tokens that are cut away."""
+    """Lengths of the chats, and the tokens that are cut away, for a terminal."""
     counts = chats.lengths
     longest = int(counts.max()) if chats.longest is None else chats.longest
-    table = Table(title="chats to train on", show_header=False)
-    table.add_row("chats", f"{len(counts):,}")
-    quantiles = np.quantile(counts, (0.5, 0.9)).round().astype(int).tolist()
-    table.add_row(
-        "tokens a chat", f"mean {np.mean(counts):.0f}, median {quantiles[0]}, nine in ten up to {quantiles[1]}"
-    )
-    table.add_row("the longest", f"{counts.max():,}")
+    half, most = np.quantile(counts, (0.5, 0.9)).round().astype(int).tolist()
     lost, cut = int((chats.answers == 0).sum()), int((counts > longest).sum())
-    table.add_row(f"longer than a sequence of {longest:,}", f"{cut:,}, which {chats.loses}" if cut else "none")
+    table = {
+        "chats": f"{len(counts):,}",
+        "tokens a chat": f"mean {np.mean(counts):.0f}, median {half}, nine in ten up to {most}",
+        "the longest": f"{counts.max():,}",
+        f"longer than a sequence of {longest:,}": f"{cut:,}, which {chats.loses}" if cut else "none",
+    }
     if cut and chats.loses.startswith("lose"):
-        table.add_row("tokens cut away", f"{np.maximum(counts - longest, 0).sum():,}")
+        table["tokens cut away"] = f"{np.maximum(counts - longest, 0).sum():,}"
     if lost:
-        table.add_row("no token of an answer is left", f"{lost:,}, which are left out")
+        table["no token of an answer is left"] = f"{lost:,}, which are left out"
     if chats.held_out_lost:
-        table.add_row("the same of held-out chats", f"{chats.held_out_lost:,}, which are not scored")
-    table.add_row("tokens in all", f"{counts.sum():,}")
+        table["the same of held-out chats"] = f"{chats.held_out_lost:,}, which are not scored"
+    table["tokens in all"] = f"{counts.sum():,}"
     if chats.unread:
-        table.add_row("not read by the chat template", marked(", ".join(chats.unread), 200))
-    return table
+        table["not read by the chat template"] = printable(", ".join(chats.unread), 200)
+    return facts(table, "chats to train on")

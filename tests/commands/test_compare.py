@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.commands import compare as command
-from namex_hf.commands import compare_screen
+from namex_hf.evaluation.table import Table
 from namex_hf.scoring.perplexity import HELD_OUT
 from tests.helpers.process import SERVER
 
@@ -175,7 +175,7 @@ def test_the_rows_of_a_wide_table_stay_together_on_a_narrow_screen():
     titles = ["recipe", "experts", "one column", "two", "three"]
     rows = [["a label that is much too long for it", "8", "1.234 ± 0.567", "x" * 30, "y" * 30]]
     for width, parts in ((200, 1), (80, 2), (60, 3), (10, 3)):
-        found = compare_screen.in_parts((titles, rows), width)
+        found = Table(titles, rows).parts(width)
         assert len(found) == parts
         assert [title for part, _ in found for title in part[2:]] == titles[2:]
         assert all(part[:2] == titles[:2] and cells[0][:2] == rows[0][:2] for part, cells in found)
