@@ -38,10 +38,10 @@ from namex_hf import Recipe
 from namex_hf.bargaining import NashSolution, ccp_bargaining, domain_gram, nash_bargaining, spectral_radius
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
 from namex_hf.errors import MissingExtraError
+from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, perplexity
 from namex_hf.recipe import AroundBase
-from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, perplexity
 
 WINDOW = 512
 METHODS = {"ep-camex": "EP-CAMEx", "namex": "NAMEx", "namex-full": "NAMEx-Full"}

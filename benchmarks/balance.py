@@ -30,11 +30,11 @@ from transformers.activations import ACT2FN
 from namex_hf import Recipe, patch_model
 from namex_hf.bargaining import cosine
 from namex_hf.checkpoint.resolve import PACKAGED, packaged_models, resolve
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.merging.experts import grams
 from namex_hf.merging.routers import load_entropy
 from namex_hf.merging.routing import expert_output
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, perplexities
 from namex_hf.training.gathered import base_of, experts_of
 
 sys.path.append(str(Path(__file__).parents[1] / "finetune"))  # where training from nothing is

@@ -20,8 +20,7 @@ from rich.table import Table
 
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import packaged_models, resolve
-from namex_hf.comparison.measure import tokenizer_of
-from namex_hf.scoring.compare import load
+from namex_hf.evaluation.loading import load, tokenizer_of
 
 
 def mixed(rows: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, base: torch.Tensor) -> torch.Tensor:

@@ -20,13 +20,13 @@ from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.merging.curvature import second_moment
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import TokenRouting, neurons
 from namex_hf.models.soft import Merged, SoftExperts, swiglu
 from namex_hf.patching.text import text_for
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, perplexities
 
 EXPERTS, COLUMNS = 60, 2048
 Given = dict[int, tuple[torch.Tensor, TokenRouting]]

@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, Trainer
 from namex_hf import Recipe, patch_model
 from namex_hf.calibration.text import calibration_text
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.training.fold import fold_curvature
 
 # Name, fields of the recipe, whether all parameters train (None: nothing does), learning rate.

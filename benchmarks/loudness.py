@@ -26,10 +26,9 @@ from torch import nn
 
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import packaged_models, resolve
-from namex_hf.comparison.measure import tokenizer_of
+from namex_hf.evaluation.loading import load, tokenizer_of
+from namex_hf.evaluation.perplexity import held_out_texts
 from namex_hf.models.sparse import left_over_mass
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts
 
 BASES = "shared", "first", "mean"
 METHODS = "namex-full", "camex"

@@ -18,10 +18,9 @@ from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
-from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.floor import without_routed_experts
-from namex_hf.scoring.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
+from namex_hf.evaluation.loading import load, without_routed_experts
+from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 
 Change = Callable[[Any], Any]
 

@@ -21,10 +21,10 @@ from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder
+from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, window_losses
 from namex_hf.evaluation.statistics import mean_interval
-from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, window_losses
 
 PATCHES = Path(__file__).parents[1] / "patches"
 FAMILIES = {"tiny": "qwen1.5-moe-a2.7b", "tiny-deepseek": "deepseek-moe-16b"}

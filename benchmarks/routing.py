@@ -20,6 +20,8 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe, patch_model
 from namex_hf.calibration.text import calibration_text
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.routers import (
     assignment,
@@ -31,8 +33,6 @@ from namex_hf.merging.routers import (
     scale_by_norms,
 )
 from namex_hf.merging.routing import TokenRouting, route
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, perplexities
 
 TOKENS, LENGTH, STEPS = 65536, 256, 400
 

@@ -22,12 +22,12 @@ from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArgume
 
 from namex_hf.calibration.text import calibration_text
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.merging.routers import assignment
 from namex_hf.merging.routing import TokenRouting
 from namex_hf.models.convert import patch_classes
-from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, perplexities
 from namex_hf.training.stable_moe import StageOne, freeze
 from namex_hf.training.stable_moe.routing_hooks import stable_routers
 

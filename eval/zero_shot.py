@@ -173,12 +173,12 @@ def score(options: argparse.Namespace) -> int:
     except ImportError as error:
         raise MissingExtraError("eval/zero_shot.py", "eval") from error
     _hush()
-    from namex_hf.harness.candidates import candidates
-    from namex_hf.harness.memory import check_fits
-    from namex_hf.harness.paper import Paper
-    from namex_hf.harness.report import markdown
-    from namex_hf.harness.run import Options, is_first, run
-    from namex_hf.harness.tasks import chosen
+    from namex_hf.evaluation.candidates import candidates
+    from namex_hf.evaluation.checks import check_fits
+    from namex_hf.evaluation.paper import Paper
+    from namex_hf.evaluation.tasks import chosen
+    from namex_hf.evaluation.zero_shot import ZeroShotOptions, is_first, run
+    from namex_hf.evaluation.zero_shot_report import markdown
 
     console = Console(quiet=options.quiet or not is_first())
     device = _device(options.device)
@@ -195,7 +195,7 @@ def score(options: argparse.Namespace) -> int:
             num_fewshot=options.num_fewshot,
             seed=options.seed,
         )
-    chosen_options = Options(
+    chosen_options = ZeroShotOptions(
         options.output_path,
         device,
         options.dtype,
@@ -276,7 +276,7 @@ def _commit() -> str | None:
 
 
 def _print(report: Any, console: Console) -> None:
-    from namex_hf.harness.report import CHOICES, sentence, table
+    from namex_hf.evaluation.zero_shot_report import CHOICES, sentence, table
 
     for task in dict.fromkeys(score.task for score in report.scores):
         whole = table(report, task)

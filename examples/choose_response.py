@@ -40,8 +40,7 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.checkpoint.tokenizer import open_tokenizer
 from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import NamexError
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.generation import without_balance_loss
+from namex_hf.evaluation.loading import load, without_balance_loss
 
 GAINS = ("quality", "latency", "agreement")
 PROMPT = (

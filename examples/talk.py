@@ -5,7 +5,7 @@ import argparse
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from namex_hf.scoring.generation import without_balance_loss  # its package registers the patched model types
+from namex_hf.evaluation.loading import without_balance_loss  # its package registers the patched model types
 
 PROMPTS = (
     "It was in the beginning of the summer that Elizabeth",

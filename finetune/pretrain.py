@@ -33,10 +33,10 @@ from transformers import AutoTokenizer
 
 from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import MissingExtraError, TrainingError, UsageError
+from namex_hf.evaluation.perplexity import held_out_texts
 from namex_hf.files import read_json, read_text
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
-from namex_hf.scoring.perplexity import held_out_texts
 
 CORPORA = Path(__file__).resolve().parent.parent / "packaged"
 """Where the scripts are that read the packaged models' corpora."""

@@ -12,9 +12,9 @@ from expert_load import load_hooks
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
+from namex_hf.evaluation.perplexity import window_losses
 from namex_hf.patching.live import patch_model
 from namex_hf.recipe import Recipe
-from namex_hf.scoring.perplexity import window_losses
 from namex_hf.training.bargain import rebargain, summary
 from namex_hf.training.live import go_live
 

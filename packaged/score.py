@@ -14,9 +14,9 @@ import torch
 from transformers import AutoTokenizer
 
 from namex_hf.checkpoint.resolve import local_folder
-from namex_hf.scoring.arithmetic import exact_answers, held_out_problems
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 
 
 @torch.no_grad()

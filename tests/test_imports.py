@@ -8,12 +8,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 ROOMS = (
-    *("bottom", "recipe", "bargaining", "merging", "models", "families", "checkpoint", "evaluation", "scoring"),
-    *("calibration", "patching", "report", "harness", "comparison", "training", "hub", "commands", "namex_hf"),
+    *("bottom", "recipe", "bargaining", "merging", "models", "families", "checkpoint", "calibration"),
+    *("patching", "evaluation", "report", "training", "hub", "commands", "namex_hf"),
 )
 """A room imports those before it; ``bottom`` is every module that lies in no folder, ``namex_hf`` the public names."""
 UPWARD = {("patching", "report")}
-"""A report is a record and its drawing in one room so far: patching writes the first, the second runs models."""
+"""A patched folder has its card from the beginning."""
 
 Modules = dict[str, Path]
 

@@ -5,10 +5,10 @@ from typing import Any
 
 from datasets import Dataset, DatasetDict
 
-from namex_hf.harness.items import read_samples
-from namex_hf.harness.text import as_dataset, measured, pieces
-from namex_hf.scoring.arithmetic import PROBLEMS
-from namex_hf.scoring.perplexity import held_out_texts
+from namex_hf.evaluation.arithmetic import PROBLEMS
+from namex_hf.evaluation.perplexity import held_out_texts
+from namex_hf.evaluation.samples import read_samples
+from namex_hf.evaluation.text_task import as_dataset, measured, pieces
 
 PIECES = 8  # of each domain: the beginning, as much as a comparison needs
 

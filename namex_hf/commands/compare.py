@@ -5,9 +5,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..comparison.grid import field_options, grid, recipe_files
 from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
 from ..errors import CheckpointError, UsageError
+from ..evaluation.grid import field_options, grid, recipe_files
 from ..printable import marked, printable
 from ..resources import recipe_path
 from .common import MODEL_HELP, Parser, command_parser, loading, run
@@ -92,10 +92,10 @@ def _compare(options: argparse.Namespace) -> int:
 
         from ..checkpoint.resolve import resolve
         from ..checkpoint.tokenizer_code import lack_of_tokenizer
-        from ..comparison.files import NUMBERS, PAGE, write
-        from ..comparison.run import How, compare, make_plan_of
-        from ..comparison.settings import settings
+        from ..evaluation.compare import RunOptions, compare, make_plan_of
+        from ..evaluation.settings import settings
         from ..patching.device import resolved
+        from ..report.comparison import NUMBERS, PAGE, write
         from .compare_screen import Shown, print_tables
 
     console = Console(stderr=True, quiet=options.quiet)
@@ -108,8 +108,8 @@ def _compare(options: argparse.Namespace) -> int:
         raise CheckpointError(f"{checkpoint.name} has {lack}; without one no text can be scored")
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)
-    with Shown(len(plan.wanted), options.jobs, console) as shown:
-        comparison = compare(plan, options.out, How(options.jobs, options.keep, options.overwrite), shown.show)
+    with Shown(len(plan.requests), options.jobs, console) as shown:
+        comparison = compare(plan, options.out, RunOptions(options.jobs, options.keep, options.overwrite), shown.show)
     drawn = write(comparison, options.out)
     if options.json:
         print((options.out / NUMBERS).read_text("utf-8"), end="")

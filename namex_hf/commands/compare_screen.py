@@ -6,8 +6,8 @@ import time
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
-from ..comparison.run import BEGINS, ENDED, FAILED, KNOWN, Comparison
-from ..comparison.table import costs, notes, quality
+from ..evaluation.compare import BEGINS, ENDED, FAILED, KNOWN, Comparison
+from ..evaluation.compare_table import costs, notes, quality
 from ..printable import marked, printable
 from ..progress import ProgressEvent
 

@@ -23,18 +23,19 @@ from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import SCORED_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, NamexError
+from ..evaluation.perplexity import before_and_after
+from ..evaluation.routing import routing_on_held_out
 from ..evaluation.table import facts
 from ..files import size_text
-from ..patching.compared import compared_on_held_out
 from ..patching.effort import Effort, effort_of, measured_speed
 from ..patching.estimate import peak_bytes
 from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
 from ..printable import marked
 from ..progress import FINISHED, ProgressEvent
-from ..report.report import Report, layer_table, perplexity_table
+from ..record import Report
+from ..report.layers import layer_table, perplexity_table
 from ..report.write import write_pictures
-from ..scoring.compare import compare
 from .common import of_memory
 
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
@@ -160,9 +161,9 @@ def score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -
         return report
     try:
         with console.status("perplexity before and after"):
-            report = report.with_perplexity(compare(checkpoint.folder, out, SCORED_TOKENS))
+            report = report.with_perplexity(before_and_after(checkpoint.folder, out, SCORED_TOKENS))
             if report.run["recipe"]["routing"] != "linear" and not all("routing" in one for one in report.layers):
-                report = report.with_routing(compared_on_held_out(out, SCORED_TOKENS))
+                report = report.with_routing(routing_on_held_out(out, SCORED_TOKENS))
     except Exception as error:  # whatever a foreign tokenizer raises: the patched folder itself is whole
         console.print(f"perplexity cannot be measured and is skipped: {marked(f'{type(error).__name__}: {error}')}")
         return report

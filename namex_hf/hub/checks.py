@@ -18,9 +18,9 @@ from ..checkpoint.tokenizer_code import tokenizer_code
 from ..errors import CheckpointError, PublishError
 from ..files import CARD, REPORT, locate, read_text
 from ..models import load_patched, remote_code
+from ..record import Report
 from ..report.card_metadata import read_block
 from ..report.rebuild import has_recipe_alone, rebuild
-from ..report.report import Report
 from .files import current_code
 
 RUN_BYTES = 256 << 20

@@ -8,11 +8,11 @@ from typing import Any
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError
 from ..evaluation.table import Table
+from ..evaluation.zero_shot_report import Score, ScoredModel, ZeroShotReport, eval_results, shots, shown
 from ..files import REPORT, locate, parse_json, read_json, read_text
-from ..harness.report import Model, Score, ZeroShotReport, eval_results, shots, shown
+from ..record import Report
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section
-from ..report.report import Report
 
 SECTION = "scores"
 MODELS = "models"
@@ -68,7 +68,7 @@ def row_of(evaluation: ZeroShotReport, path: Path, folder: Path, label: str | No
     raise CheckpointError(f"{path}: {reason} of {folder}; rows: {rows}")
 
 
-def _fits(evaluation: ZeroShotReport, model: Model, results: Path, folder: Path, has_label: bool) -> bool:
+def _fits(evaluation: ZeroShotReport, model: ScoredModel, results: Path, folder: Path, has_label: bool) -> bool:
     checkpoint = open_checkpoint(folder)
     if model.fingerprint == checkpoint.fingerprint():
         return has_label or _same_files(_files_scored(evaluation, model, results), checkpoint)
@@ -89,7 +89,7 @@ def _same_bytes(scored: Path, folder: Path) -> bool:
     return all((scored / name).is_file() and cmp(scored / name, folder / name, shallow=False) for name in names)
 
 
-def _files_scored(evaluation: ZeroShotReport, model: Model, results: Path) -> dict[str, Any]:
+def _files_scored(evaluation: ZeroShotReport, model: ScoredModel, results: Path) -> dict[str, Any]:
     """The record of the scored files, from `Identity.record`; empty if no result beside the report has it."""
     for score in evaluation.scores:
         path = results / score.file

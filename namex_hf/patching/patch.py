@@ -27,8 +27,8 @@ from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, locate, writ
 from ..models import remote_code
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import AroundBase, Grouped, Propagation, Recipe
+from ..record import Report
 from ..report.card import card
-from ..report.report import Report
 from .budget import spend
 from .carry import METADATA
 from .checkpoint_sink import write_checkpoint

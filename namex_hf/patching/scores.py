@@ -10,7 +10,7 @@ from ..errors import CheckpointError, RecipeError
 from ..files import REPORT, locate
 from ..merging.weightings import ExpertStatistics
 from ..recipe import Recipe
-from ..report.report import Report
+from ..record import Report
 from .plan import Plan
 
 Scores = dict[int, ExpertStatistics]

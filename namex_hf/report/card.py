@@ -5,11 +5,12 @@ from typing import Any
 
 from ..evaluation.table import Table
 from ..files import REPORT
+from ..record import Report
 from .card_measured import perplexity_lines, training_lines
 from .card_metadata import as_yaml, metadata
 from .card_story import limit_lines, loading_lines, picture_lines, story_lines
 from .card_text import fenced, plain, section
-from .report import Report, layer_table
+from .layers import layer_table
 
 PAPER = "Nguyen et al., *Expert Merging in Sparse Mixture of Experts with Nash Bargaining*"
 

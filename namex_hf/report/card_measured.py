@@ -7,8 +7,8 @@ from typing import Any
 from ..evaluation.statistics import changes, standard_error, value
 from ..evaluation.table import Table
 from ..files import SCORES, locate, read_json
+from ..record import Report, ratio
 from .card_text import plain
-from .report import Report, ratio
 
 MEASURES = {
     "chats": "perplexity of the assistant's turns in held-out chats",

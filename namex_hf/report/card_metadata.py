@@ -13,8 +13,8 @@ from huggingface_hub.utils import validate_repo_id
 from ..checkpoint.companions import companions, is_inside, is_licence
 from ..files import open_regular
 from ..plain_yaml import parse_yaml
+from ..record import Report
 from .card_text import one_line
-from .report import Report
 
 BLOCK = re.compile(r"\A\s*---[\r\n]+(.*?)[\r\n]+---(?:\r\n|\n|\Z)", re.DOTALL)
 LICENCE = re.compile(r"[a-z0-9.+-]{1,60}")

@@ -9,8 +9,8 @@ from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.tokenizer_code import tokenizer_code
 from ..files import PICTURES, REPORT, locate
 from ..recipe import Grouped, Recipe
+from ..record import Report
 from .card_text import plain
-from .report import Report
 
 MERGES = {
     "residual": "top-k experts as they were, and a base expert for the mass that top-k leaves over",

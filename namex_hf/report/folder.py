@@ -17,8 +17,8 @@ from ..families.outline import Outline
 from ..files import REPORT, STATISTICS, locate, read_json
 from ..merging.experts import Expert
 from ..recipe import Recipe
+from ..record import Report
 from .rebuild import has_recipe_alone, layer_experts, rebuild, shared_expert
-from .report import Report
 
 ACCEPTED = "accepted: a finished folder of namex-patch or sft_smoltalk.py"
 

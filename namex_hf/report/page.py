@@ -5,7 +5,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .report import Report, layer_table, perplexity_table
+from ..record import Report
+from .layers import layer_table, perplexity_table
 
 if TYPE_CHECKING:
     from .pictures import Picture

@@ -20,8 +20,8 @@ from ..merging.base import own_base
 from ..merging.experts import Expert, ExpertWeights, NotFiniteError
 from ..merging.propagation import PropagationState, propagate
 from ..recipe import AroundBase, Recipe
+from ..record import Report
 from .card import card
-from .report import Report
 
 UNKNOWN = dict.fromkeys(("name", "commit", "fingerprint", "bytes", "patched"))
 """Of the source: nothing that such a folder holds tells it."""

@@ -16,8 +16,8 @@ from ..checkpoint.shard import write_index, write_tensors
 from ..files import CARD, CONFIG, RECIPE, REPORT, SINGLE, STATISTICS, write_text
 from ..models import remote_code
 from ..recipe import Recipe
+from ..record import Report
 from ..report.card import card
-from ..report.report import Report
 from .bargain import LayerBargain
 from .generation import carried_settings
 

@@ -16,11 +16,11 @@ from trl import SFTConfig
 from trl.chat_template_utils import get_training_chat_template, has_generation_markers
 
 from ..errors import TrainingError
+from ..evaluation.perplexity import IGNORED
 from ..evaluation.table import facts
 from ..files import read_text
 from ..limited import SECONDS, limited
 from ..printable import printable
-from ..scoring.labelled import IGNORED
 from .chats import Chats
 
 WHOLE = ("bfd_split", "wrapped")

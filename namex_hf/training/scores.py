@@ -3,10 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.arithmetic import exact_answers, held_out_problems
+from ..evaluation.perplexity import held_out_texts, labelled_losses, text_losses
 from ..evaluation.statistics import differs
-from ..scoring.arithmetic import exact_answers, held_out_problems
-from ..scoring.labelled import labelled_losses
-from ..scoring.perplexity import held_out_texts, text_losses
 
 TEXT_TOKENS = 4096
 """Tokens of each domain of the packaged held-out text."""

@@ -11,9 +11,9 @@ from transformers.trainer_callback import ExportableState
 from trl import SFTTrainer
 
 from ..errors import TrainingError
+from ..evaluation.perplexity import IGNORED
 from ..files import hash_file, read_checked, read_json, write_checked
 from ..recipe import Recipe
-from ..scoring.labelled import IGNORED
 from .bargain import BargainCallback
 from .generation import carried_settings
 from .stable_moe import StageOne

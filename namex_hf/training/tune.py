@@ -19,7 +19,7 @@ from ..families.kinds import kind_of
 from ..files import REPORT, SCORES, locate, read_checked, read_json, write_checked, write_text
 from ..printable import marked
 from ..recipe import Recipe
-from ..report.report import Report, versions
+from ..record import Report, versions
 from .bargain import LayerBargain, rebargain
 from .chats import Chats
 from .choice import check_trains, table_of, train_only

@@ -9,8 +9,8 @@ from types import ModuleType
 import pytest
 
 from namex_hf.calibration.sources import PACKAGED
-from namex_hf.scoring.arithmetic import held_out_problems
-from namex_hf.scoring.perplexity import held_out_texts
+from namex_hf.evaluation.arithmetic import held_out_problems
+from namex_hf.evaluation.perplexity import held_out_texts
 
 GENERATOR = Path(__file__).parents[2] / "packaged" / "arithmetic.py"
 TEXTS = {path.stem: path.read_text("utf-8") for path in PACKAGED.glob("*.txt")}

@@ -10,7 +10,7 @@ from namex_hf import Recipe, patch_checkpoint
 from namex_hf.commands.push import main as push
 from namex_hf.commands.report import main as draw
 from namex_hf.errors import CheckpointError
-from namex_hf.harness.candidates import resolve_model
+from namex_hf.evaluation.candidates import resolve_model
 from namex_hf.training.start import start_from
 from tests.helpers.checkpoints import all_files
 from tests.helpers.toy_models import save_toy

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.checkpoint.tokenizer import check_ids, open_tokenizer
 from namex_hf.errors import CheckpointError
-from namex_hf.scoring.arithmetic import exact_answers
-from namex_hf.scoring.perplexity import text_losses
+from namex_hf.evaluation.arithmetic import exact_answers
+from namex_hf.evaluation.perplexity import text_losses
 from namex_hf.training.start import start_from
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

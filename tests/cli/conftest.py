@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from namex_hf.commands import patch, patch_screen
-from namex_hf.patching import compared
-from namex_hf.scoring import compare, perplexity
+from namex_hf.evaluation import perplexity, routing
 from tests.helpers.toy_models import save_toy
 
 Refused = Callable[..., str]
@@ -42,7 +41,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
 def beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads a held-out text beyond its first 8,192 tokens, and tokenizing all of it takes seconds."""
     texts = {name: text[:40_000] for name, text in perplexity.held_out_texts().items()}
-    for reader in (compare, compared):
+    for reader in (perplexity, routing):
         monkeypatch.setattr(reader, "held_out_texts", lambda: texts)
 
 

@@ -10,9 +10,9 @@ from transformers import AutoTokenizer
 import namex_hf
 from namex_hf import load_patched
 from namex_hf.commands import inspect, patch, patch_screen
+from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.perplexity import held_out_texts
 from namex_hf.resources import packaged_models
-from namex_hf.scoring.compare import load
-from namex_hf.scoring.perplexity import held_out_texts
 
 MODELS = {"tiny": ("qwen2_moe", 5), "tiny-deepseek": ("deepseek", 4), "tiny-qwen3": ("qwen3_moe", 5)}
 DOMAINS = ["arithmetic", "code", "dictionary", "manual", "prose", "mean"]

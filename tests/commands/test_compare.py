@@ -16,8 +16,8 @@ from transformers import AutoTokenizer
 from namex_hf import Recipe
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.commands import compare as command
+from namex_hf.evaluation.perplexity import HELD_OUT
 from namex_hf.evaluation.table import Table
-from namex_hf.scoring.perplexity import HELD_OUT
 from tests.helpers.process import SERVER
 
 SOURCE = "tiny-deepseek"
@@ -259,7 +259,7 @@ def test_without_matplotlib_the_rest_is_written(
 ):
     for name in [name for name in sys.modules if name.startswith(("matplotlib", "namex_hf.report.pictures"))]:
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delitem(sys.modules, "namex_hf.comparison.picture", raising=False)
+    monkeypatch.delitem(sys.modules, "namex_hf.report.pictures.comparison", raising=False)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     for path in copied.glob("comparison.*"):
         path.unlink()

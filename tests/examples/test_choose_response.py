@@ -12,7 +12,7 @@ from transformers import AutoTokenizer
 
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import NamexError
-from namex_hf.scoring.compare import load
+from namex_hf.evaluation.loading import load
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from namex_hf.families.check import check_block
 from namex_hf.families.outline import Outline, outline_of
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
-from namex_hf.report.report import Report
+from namex_hf.record import Report
 from tests.helpers.checkpoints import aligned, differing, read_config, read_tensors, settled_files
 from tests.helpers.family_models import (
     EXPERTS,

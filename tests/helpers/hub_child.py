@@ -38,7 +38,7 @@ def same(arguments: tuple[str, ...]) -> int:
 
 def scored(arguments: tuple[str, ...]) -> int:
     """Print the files of what ``eval/zero_shot.py`` would score."""
-    from namex_hf.harness.candidates import resolve_model
+    from namex_hf.evaluation.candidates import resolve_model
 
     try:
         folder = resolve_model(*arguments).folder

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from namex_hf.comparison.rows import COSTS
+from namex_hf.evaluation.rows import COSTS
 
 WINDOWS = {"code": 40, "prose": 60}
 

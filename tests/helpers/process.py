@@ -15,7 +15,7 @@ from typing import Any
 HELPERS = Path(__file__).parent
 """Scripts for processes of their own lie here too."""
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["namex_hf.training.tune", "namex_hf.harness.run"])
+SERVER.set_forkserver_preload(["namex_hf.training.tune", "namex_hf.evaluation.zero_shot"])
 """There is one server a process, and the last list counts: no other file sets one."""
 
 

@@ -14,9 +14,9 @@ from namex_hf import patch_checkpoint
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, UsageError
 from namex_hf.evaluation.statistics import paired
-from namex_hf.harness.report import Model, Score, ZeroShotReport
+from namex_hf.evaluation.zero_shot_report import Score, ScoredModel, ZeroShotReport
 from namex_hf.hub.scores import read_evaluation, row_of, with_scores
-from namex_hf.report.report import Report
+from namex_hf.record import Report
 from tests.helpers.commands import Command, assert_refused
 from tests.helpers.hub import Hub
 
@@ -54,15 +54,15 @@ def score(label: str, task: str = "sums", **changes: Any) -> Score:
     return Score(**(values | changes))
 
 
-def evaluation(*models: Model, scores: list[Score] | None = None) -> ZeroShotReport:
+def evaluation(*models: ScoredModel, scores: list[Score] | None = None) -> ZeroShotReport:
     run = {"limit": None, "seed": 1234, "dtype": "auto", "versions": {"lm_eval": "0.4.13"}}
     return ZeroShotReport(run, list(models), scores or [score(model.label) for model in models])
 
 
-def scored(folder: Path, label: str = "out") -> Model:
+def scored(folder: Path, label: str = "out") -> ScoredModel:
     """A row that scored the folder itself."""
     checkpoint = open_checkpoint(folder)
-    return Model(label, "out", None, checkpoint.fingerprint(), checkpoint.config["namex"], None, "auto")
+    return ScoredModel(label, "out", None, checkpoint.fingerprint(), checkpoint.config["namex"], None, "auto")
 
 
 def write(found: ZeroShotReport, path: Path, weights: Path | None) -> Path:
@@ -116,7 +116,7 @@ def test_trained_weights_do_not_get_the_scores_of_the_untrained(folder: Path, tm
 
 def test_a_recipe_that_was_applied_on_the_way(folder: Path, tmp_path: Path):
     run = report_of(folder).run
-    row = Model("tiny+full", "tiny", None, run["source"], run["recipe"], "tiny", "auto")
+    row = ScoredModel("tiny+full", "tiny", None, run["source"], run["recipe"], "tiny", "auto")
     stock = replace(row, label="tiny", recipe=None)
     other = replace(row, label="tiny+other", recipe={**run["recipe"], "gamma": 0.5})
     found = evaluation(stock, row, other)

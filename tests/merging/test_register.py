@@ -10,7 +10,7 @@ from namex_hf import Recipe, load_patched, patch_checkpoint, register_weighting
 from namex_hf.errors import RecipeError, UsageError
 from namex_hf.merging.weightings import WEIGHTINGS, ExpertStatistics, Weights
 from namex_hf.recipe import choices
-from namex_hf.report.report import Report
+from namex_hf.record import Report
 from tests.helpers.toy_models import save_toy
 
 FIRST = {"merge": "grouped", "experts": 2, "weighting": "first"}

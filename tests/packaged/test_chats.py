@@ -13,8 +13,8 @@ import pytest
 from transformers import AutoTokenizer
 
 from namex_hf.calibration.sources import PACKAGED as CALIBRATION
-from namex_hf.scoring.arithmetic import held_out_problems
-from namex_hf.scoring.perplexity import held_out_texts
+from namex_hf.evaluation.arithmetic import held_out_problems
+from namex_hf.evaluation.perplexity import held_out_texts
 
 Chat = list[dict[str, str]]
 FOLDER = CALIBRATION.parent / "chats"

@@ -15,8 +15,8 @@ import namex_hf.patching.live as live_module
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.checkpoint.source import open_checkpoint
-from namex_hf.comparison.size import size_of
 from namex_hf.errors import FamilyError, RecipeError
+from namex_hf.evaluation.size import size_of
 from namex_hf.families.outline import outline_of
 from namex_hf.patching.budget import dealt_out, shorter, spend
 from namex_hf.patching.text import text_for

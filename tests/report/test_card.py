@@ -19,11 +19,11 @@ from markdown_it import MarkdownIt
 from namex_hf import patch_checkpoint
 from namex_hf.evaluation.statistics import standard_error, value
 from namex_hf.recipe import Recipe
+from namex_hf.record import Report
 from namex_hf.report.card import card
 from namex_hf.report.card_measured import change
 from namex_hf.report.card_metadata import carried, put_block, read_block
 from namex_hf.report.card_text import fenced, one_line, plain, put_section, section
-from namex_hf.report.report import Report
 from namex_hf.training.scores import MEASURES
 from tests.helpers.toy_models import save_toy
 

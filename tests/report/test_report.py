@@ -11,8 +11,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from namex_hf.recipe import Recipe
+from namex_hf.record import Report
 from namex_hf.report.card import card
-from namex_hf.report.report import Report, layer_summary, layer_table
+from namex_hf.report.layers import layer_summary, layer_table
 from tests.helpers.forms import FORMS
 
 STOCK = ("qwen2_moe grouped", "qwen2_moe calibrated", "qwen2_moe pruned", "qwen2_moe sparse", "deepseek as qwen2_moe")

@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
+from namex_hf.evaluation.perplexity import IGNORED, held_out_texts
 from namex_hf.evaluation.statistics import difference, differs, value
-from namex_hf.scoring.labelled import IGNORED
-from namex_hf.scoring.perplexity import held_out_texts
 from namex_hf.training.scores import MEASURES, TEXT_TOKENS, measure, verdict
 from tests.helpers.toy_models import COMMON, toy_model, toy_tokenizer
 

@@ -1,1 +1,0 @@
-"""Several recipes on one model, side by side: what ``namex-compare`` is made of."""

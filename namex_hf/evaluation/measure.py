@@ -1,0 +1,115 @@
+"""One cell, in a process of its own: patched, scored, clocked."""
+
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint.source import Checkpoint, open_checkpoint
+from ..checkpoint.tokenizer import open_tokenizer
+from ..errors import CheckpointError
+from ..patching.patch import run_plan
+from ..patching.plan import make_plan
+from ..progress import ProgressCallback, ProgressEvent
+from ..recipe import Recipe
+from .arithmetic import exact_answers, held_out_problems
+from .loading import load, without_routed_experts
+from .perplexity import text_losses
+from .settings import WINDOW, Settings
+from .size import size_of
+from .speed import NEW, PROMPT, speed
+
+SHARD = "5GB"
+BATCH = 32  # problems answered together
+
+
+@dataclass(frozen=True)
+class CellTask:
+    """What a process is to do."""
+
+    label: str
+    checkpoint: Checkpoint
+    settings: Settings
+    recipe: Recipe | None = None
+    """None: the model is scored as it is."""
+    routed: bool = True
+    """False: without its routed experts."""
+    out: Path | None = None
+    """Where the recipe writes its model."""
+    threads: int = 1
+
+
+def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
+    """All that there is to know of a cell, plain.
+
+    ``losses`` by domain: nats a token of every window; ``right``: a problem each, None where none is asked;
+    ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
+    zeros are computed all the same; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
+    patched; ``threads``.
+
+    Raises:
+        NamexError: what the patching refuses, or a model whose losses are no numbers.
+    """
+    torch.set_num_threads(task.threads)
+    seconds = peak = None
+    found = task.checkpoint
+    if task.recipe is not None:
+        assert task.out is not None
+        plan = make_plan(task.checkpoint, task.recipe, SHARD)
+        totals = run_plan(plan, task.out, progress=progress).totals
+        seconds, peak, found = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
+    model = load(found.folder).to(task.settings.device)
+    if not task.routed:
+        model = without_routed_experts(model)
+    return {
+        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, progress, clocked=task.routed),
+        **asdict(size_of(found, task.routed)),
+        "seconds": seconds,
+        "peak_resident_bytes": peak,
+        "threads": task.threads,
+    }
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Of the original, with something to fill batches with; no code of others is run.
+
+    Raises:
+        CheckpointError: none that transformers can open.
+    """
+    tokenizer = open_tokenizer(folder, str(folder))
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def scores(
+    model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback, clocked: bool = True
+) -> dict[str, Any]:
+    """Losses, answers and speed of a loaded model. Speed comes last, when everything is warm.
+
+    Raises:
+        CheckpointError: losses that are no finite numbers.
+    """
+    losses = {}
+    longest = model.config.max_position_embeddings
+    for done, (name, text) in enumerate(settings.texts.items()):
+        progress(ProgressEvent(f"perplexity, {name}", done=done, total=len(settings.texts)))
+        found = text_losses(model, tokenizer, {name: text}, settings.tokens, min(WINDOW, longest))[name].tolist()
+        if not all(map(math.isfinite, found)):
+            raise CheckpointError(f"the model's losses on the text '{name}' are no finite numbers")
+        losses[name] = found
+    problems, right = held_out_problems()[: settings.problems], []
+    for start in range(0, len(problems), BATCH):
+        progress(ProgressEvent("word problems", done=start, total=len(problems)))
+        right += exact_answers(model, tokenizer, problems[start : start + BATCH], BATCH)
+    found_speed = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
+    return {"losses": losses, "right": right or None, **found_speed}
+
+
+def _speed(model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback) -> dict[str, float]:
+    progress(ProgressEvent("speed", total=1))
+    text = next(iter(settings.texts.values()))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False).input_ids[0]
+    return asdict(speed(model, ids, prompt=min(PROMPT, model.config.max_position_embeddings - NEW)))

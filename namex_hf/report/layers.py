@@ -1,0 +1,73 @@
+"""The tables of a report: its layers, and perplexity before and after."""
+
+from typing import Any
+
+from ..evaluation.table import Table
+from ..record import Report, ratio
+
+
+def layer_summary(layer: dict[str, Any]) -> dict[str, Any]:
+    """The numbers of one layer that fit on a line of a table.
+
+    Errors are of the layer's output to the calibration text, relative to the original's: once merged, and at the end.
+    Agreement is the share of a token's experts that the linear router would choose too, load entropy that of the
+    experts' shares over that of equal shares.
+    """
+    games = layer["games"]
+    spreads = [game["spread"] for game in games if game["spread"] is not None]
+    residuals = [game["residual"] for game in games if game["residual"] is not None]
+    words = {game["status"] for game in games}
+    errors = [one["error"] for one in layer.get("errors", [])]
+    routing = layer.get("routing", {})
+    return {
+        "layer": layer["layer"],
+        "games": len(games),
+        "status": ", ".join(sorted(words)) or "no game",
+        "spread": max(spreads, default=None),
+        "residual": max(residuals, default=None),
+        "groups": len(layer["groups"]) if "groups" in layer else None,
+        "error_merged": errors[0] if errors else None,
+        "error_fitted": errors[-1] if len(errors) > 1 else None,
+        "agreement": routing.get("agreement"),
+        "load_entropy_linear": routing.get("load_entropy_linear"),
+        "load_entropy": routing.get("load_entropy"),
+        "seconds": layer["seconds"],
+    }
+
+
+COLUMNS = {
+    "layer": ("layer", "d"),
+    "groups": ("groups", "d"),
+    "games": ("games", "d"),
+    "status": ("status", "s"),
+    "spread": ("spread of weights", ".4f"),
+    "residual": ("residual", ".1e"),
+    "error_merged": ("error merged", ".4f"),
+    "error_fitted": ("error fitted", ".4f"),
+    "agreement": ("agreement with linear", ".3f"),
+    "load_entropy_linear": ("load entropy, linear", ".3f"),
+    "load_entropy": ("load entropy", ".3f"),
+    "seconds": ("seconds", ".2f"),
+}
+"""Title and form of what `layer_summary` gives to a table."""
+
+
+def layer_table(report: Report, *left_out: str) -> Table:
+    """The table of layers: what only text tells where it did, groups where layers differ in them."""
+    rows = [layer_summary(layer) for layer in report.layers]
+    told_by_text = ("error_merged", "error_fitted", "agreement", "load_entropy_linear", "load_entropy")
+    untold = {name for name in told_by_text if all(row[name] is None for row in rows)}
+    if len({row["groups"] for row in rows}) == 1:
+        untold.add("groups")
+    shown = {name: column for name, column in COLUMNS.items() if name not in untold.union(left_out)}
+    texts = [
+        ["" if row[name] is None else format(row[name], form) for name, (_, form) in shown.items()] for row in rows
+    ]
+    return Table([title for title, _ in shown.values()], texts)
+
+
+def perplexity_table(report: Report) -> Table:
+    """Perplexity of each domain, before and after."""
+    domains = (report.perplexity or {}).items()
+    rows = [[name, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{ratio(one):.3f}"] for name, one in domains]
+    return Table(["domain", "before", "after", "ratio"], rows)

@@ -1,1 +1,0 @@
-"""Scores of a model: perplexity over text, exact answers by generation."""

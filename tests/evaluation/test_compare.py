@@ -1,0 +1,274 @@
+"""Real runs on the packaged model: processes, files, resuming, failing."""
+
+import json
+import multiprocessing
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from namex_hf import Recipe, patch_checkpoint
+from namex_hf.checkpoint.resolve import resolve
+from namex_hf.errors import CalibrationError, OutputError, RecipeError
+from namex_hf.evaluation.compare import (
+    BEGINS,
+    ENDED,
+    FLOOR,
+    KNOWN,
+    ORIGINAL,
+    ComparisonPlan,
+    RunOptions,
+    compare,
+    make_plan_of,
+)
+from namex_hf.evaluation.grid import Cell, grid, recipe_files
+from namex_hf.evaluation.loading import load, tokenizer_of
+from namex_hf.evaluation.perplexity import perplexities
+from namex_hf.evaluation.settings import Settings
+from namex_hf.evaluation.store import CellFiles
+from namex_hf.progress import ProgressEvent
+from namex_hf.report.comparison import as_json
+from tests.helpers.killing import hold_folder
+from tests.helpers.process import SERVER
+
+SOURCE = "tiny-deepseek"
+
+
+def quiet(event: ProgressEvent) -> None:
+    pass
+
+
+class Heard(list[tuple[str, str]]):
+    """Which cells began, and which were known. Args: out: where no model may be left of a cell that has ended."""
+
+    def __init__(self, out: Path | None = None) -> None:
+        super().__init__()
+        self.out = out
+
+    def __call__(self, event: ProgressEvent) -> None:
+        if event.stage in (BEGINS, KNOWN):
+            self.append((event.model, event.stage))
+        if event.stage == ENDED and self.out:
+            assert not list((self.out / "work").iterdir())
+
+
+def cells(**options: list) -> list[Cell]:
+    return grid({}, {"merge": ["grouped"], **options})
+
+
+def planned(few: Settings, *of: Cell) -> ComparisonPlan:
+    return make_plan_of(resolve(SOURCE), few, list(of))
+
+
+def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
+    return {
+        str(path.relative_to(folder)): (path.read_bytes(), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_a_run_then_more_recipes_then_nothing_is_measured_twice(few: Settings, tmp_path: Path):
+    out, how = tmp_path / "out", RunOptions(keep=True)
+    twelve, eight = cells(experts=[12, 8])
+    heard = Heard()
+    found = compare(planned(few, twelve), out, how, heard)
+    assert heard == [(ORIGINAL, BEGINS), (FLOOR, BEGINS), (twelve.label, BEGINS)]
+    assert not (out / "work").exists()
+
+    kept = out / "models" / twelve.slug
+    patch_checkpoint(SOURCE, tmp_path / "alone", Recipe(merge="grouped", experts=12))
+    for file in ("model.safetensors", "config.json"):
+        assert (kept / file).read_bytes() == (tmp_path / "alone" / file).read_bytes()
+    scored = {}
+    tokenizer = tokenizer_of(kept)
+    for name, folder in (("before", resolve(SOURCE).folder), ("after", kept)):
+        scored[name] = perplexities(load(folder), tokenizer, few.texts, few.tokens)
+    assert [row.label for row in found.rows] == [ORIGINAL, FLOOR, twelve.label]
+    row = found.rows[2]
+    assert row.ratio == pytest.approx(scored["after"]["mean"] / scored["before"]["mean"], rel=1e-5)
+    assert row.interval is not None
+    assert row.interval[0] <= row.ratio <= row.interval[1]
+    assert row.recipe == Recipe(merge="grouped", experts=12).to_dict()
+    assert row.costs["bytes"] == sum(span.size for span in resolve(kept).spans.values())
+    assert 0 < row.costs["seconds"] < 60
+    assert 1e8 < row.costs["peak_resident_bytes"] < 2e9
+    assert min(row.costs["prefill"], row.costs["decode"]) > 0
+    assert found.rows[1].ratio > row.ratio > 1
+    assert found.rows[1].costs["prefill"] is None
+
+    before = contents(out / "cells")
+    heard = Heard(out)
+    twice = replace(twelve, name="again")  # the same recipe in another file
+    more = compare(planned(few, twelve, eight, twice), out, RunOptions(jobs=2), heard)
+    assert heard == [(ORIGINAL, KNOWN), (FLOOR, KNOWN), (twelve.label, KNOWN), (eight.label, BEGINS)]
+    after = contents(out / "cells")
+    assert {name: after[name] for name in before} == before
+    assert len(after) == 4
+    assert not (out / "models" / eight.slug).exists()
+    assert [row.label for row in more.rows] == [ORIGINAL, FLOOR, twelve.label, twice.label, eight.label]
+    assert replace(more.rows[3], label="", title="", line=None) == replace(row, label="", title="", line=None)
+
+    assert [more.results[label]["at_once"] for label in (twelve.label, eight.label)] == [1, 2]
+
+    told = json.loads(as_json(more, out))
+    assert (out / told["rows"][2]["file"]).is_file()
+    assert told["rows"][2]["recipe"]["experts"] == 12
+    assert told["run"]["texts"].keys() == {"prose"}
+
+    report = kept / "namex/report.json"
+    other = json.loads(report.read_text())
+    other["run"]["recipe"]["gamma"] = 0.5
+    report.write_text(json.dumps(other))  # a model that is to be kept and is another's is made again
+    heard = Heard()
+    compare(planned(few, twelve), out, how, heard)
+    assert heard == [(ORIGINAL, KNOWN), (FLOOR, KNOWN), (twelve.label, BEGINS)]
+    assert json.loads(report.read_text())["run"]["recipe"] == row.recipe
+
+    assert refused(planned(replace(few, tokens=512)), out).startswith(
+        f"{out} belongs to a run with another tokens; use --overwrite or another folder"
+    )
+
+
+def refused(plan: ComparisonPlan, out: Path) -> str:
+    """What is said to a run on a folder, which is left as it was."""
+
+    def found() -> dict[str, bytes]:
+        return {name: data for name, (data, _) in contents(out).items()} if out.is_dir() else {}
+
+    before = found()
+    with pytest.raises(OutputError) as error:
+        compare(plan, out, RunOptions(), quiet)
+    assert found() == before
+    return str(error.value)
+
+
+def test_a_source_that_changed_in_place(few: Settings, tmp_path: Path):
+    """Touched: known. A damaged cell: measured again. Other bytes: refused, and measured anew with ``overwrite``."""
+    source, out = Path(shutil.copytree(resolve(SOURCE).folder, tmp_path / "source")), tmp_path / "out"
+
+    def plan() -> ComparisonPlan:
+        return make_plan_of(resolve(source), few, [])
+
+    first = compare(plan(), out, RunOptions(), quiet)
+    for path in source.iterdir():
+        path.touch()
+    heard = Heard()
+    assert compare(plan(), out, RunOptions(), heard).original == first.original
+    assert heard == [(ORIGINAL, KNOWN), (FLOOR, KNOWN)]
+    for path in (out / "cells").iterdir():
+        path.write_text(path.read_text().replace(".", ".1", 1))
+    heard = Heard()
+    again = compare(plan(), out, RunOptions(), heard)
+    assert heard == [(ORIGINAL, BEGINS), (FLOOR, BEGINS)]
+    assert again.original["losses"] == first.original["losses"]
+    for name in ("tokenizer.json", "generation_config.json", "model.safetensors"):
+        data = (source / name).read_bytes()
+        (source / name).write_bytes(data + b"\n" if name.endswith(".json") else data[:-1] + b"?")
+        assert refused(plan(), out).endswith(f"another source; use --overwrite or another folder ({name}: other bytes)")
+        if name != "model.safetensors":
+            (source / name).write_bytes(data)
+    heard = Heard()
+    compare(plan(), out, RunOptions(overwrite=True), heard)
+    assert heard == [(ORIGINAL, BEGINS), (FLOOR, BEGINS)]
+    heard = Heard()
+    compare(plan(), out, RunOptions(overwrite=True), heard)
+    assert heard == [(ORIGINAL, BEGINS), (FLOOR, BEGINS)]
+
+
+def test_folders_that_are_refused(few: Settings, tmp_path: Path):
+    plan = planned(few)
+    (tmp_path / "file").write_text("mine")
+    assert "is a file" in refused(plan, tmp_path / "file")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thing").write_text("mine")
+    assert "holds something else" in refused(plan, tmp_path / "other")
+    assert "is the model's own folder" in refused(plan, plan.checkpoint.folder / "out")
+    claimed, release = SERVER.Event(), SERVER.Event()
+    process = SERVER.Process(target=hold_folder, args=(tmp_path / "held", claimed, release))
+    process.start()
+    claimed.wait()
+    (tmp_path / "held" / ".namex" / "run.json").write_text(json.dumps(plan.run))  # of the same run
+    try:
+        assert "is in use by another run" in refused(plan, tmp_path / "held")
+    finally:
+        release.set()
+        process.join()
+
+
+def test_a_cell_that_fails_is_told_of_and_the_others_go_on(few: Settings, tmp_path: Path):
+    """Its calibration text goes away after all was checked; another's process is killed."""
+    text = tmp_path / "calibration.txt"
+    text.write_text((Path(resolve(SOURCE).folder).parent / "calibration" / "prose.txt").read_text("utf-8")[:40000])
+    reads = {"calibration_data": [str(text)], "calibration_tokens": [2048], "fit": ["router"], "fit_steps": [10]}
+    (fails,) = cells(experts=[12], **reads)
+    killed, stands = cells(experts=[8, 4])
+    fails = replace(fails, name="fails")
+
+    def disturb(event: ProgressEvent) -> None:
+        if event.model == fails.label and event.stage == BEGINS:
+            text.unlink()
+        if event.model == killed.label and event.stage.startswith("perplexity"):
+            for process in multiprocessing.active_children():
+                process.kill()
+
+    out = tmp_path / "out"
+    found = compare(planned(few, fails, killed, stands), out, RunOptions(keep=True), disturb)
+    assert found.failed.keys() == {fails.label, killed.label}
+    assert found.failed[fails.label].startswith(f"calibration data {text}: no such file or folder")
+    assert found.failed[killed.label] == "its process was killed by signal 9 (out of memory?)"
+    assert [row.label for row in found.rows] == [ORIGINAL, FLOOR, stands.label]
+    assert sorted(path.name for path in (out / "models").iterdir()) == [stands.slug]
+
+
+@pytest.mark.parametrize(
+    ("values", "kind", "said"),
+    [
+        ({"experts": [17]}, RecipeError, "the default recipe with merge=grouped experts=17: recipe field 'experts' is"),
+        (
+            {"experts": [8], "calibration_data": ["no.txt"], "fit": ["router"]},
+            CalibrationError,
+            "no.txt fit=router: cal",
+        ),
+    ],
+)
+def test_recipes_that_do_not_fit_the_model(few: Settings, values: dict, kind: type, said: str):
+    with pytest.raises(kind) as error:
+        planned(few, *cells(**values))
+    assert said in str(error.value)
+
+
+def test_a_file_with_a_reference_s_label(few: Settings, tmp_path: Path):
+    (tmp_path / "original.yaml").write_text("")
+    with pytest.raises(RecipeError, match=r"original.yaml: label 'original' is that of another row; rename the file"):
+        planned(few, *grid(recipe_files([tmp_path / "original.yaml"]), {}))
+
+
+def test_two_cells_of_one_folder_name(few: Settings, tmp_path: Path):
+    (tmp_path / "a.yaml").write_text("momentum: complex")
+    of = grid(recipe_files([tmp_path / "a.yaml"]), {"beta": ["0.9,0.2", "0.9, 0.2"]})
+    with pytest.raises(RecipeError, match=r"with beta=0.9, 0.2: label 'a, beta 0.9, 0.2' is that of another row"):
+        planned(few, *of)
+
+
+def test_a_text_without_tokens(few: Settings):
+    with pytest.raises(CalibrationError, match="--texts prose has 0 tokens; accepted: texts of 2 or more"):
+        planned(replace(few, texts={"prose": ""}))
+
+
+def test_what_a_journal_does_not_take(tmp_path: Path):
+    journal = CellFiles(tmp_path, {"tokens": 1})
+    cell = {"recipe": 1}
+    assert journal.read(cell) is None
+    journal.write(cell, "x", {"a": 1})
+    assert journal.read(cell) == {"a": 1}
+    assert CellFiles(tmp_path, {"tokens": 2}).read(cell) is None
+    for text in (
+        "{",
+        "[]",
+        '{"key": "another", "result": {}}',
+        json.dumps({**json.loads(journal.path(cell).read_text()), "result": 1}),
+    ):
+        journal.path(cell).write_text(text)
+        assert journal.read(cell) is None
