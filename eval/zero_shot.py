@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,7 @@ def score(options: argparse.Namespace) -> int:
     from namex_hf.evaluation.checks import check_fits
     from namex_hf.evaluation.paper import Paper
     from namex_hf.evaluation.tasks import chosen
-    from namex_hf.evaluation.zero_shot import ZeroShotOptions, is_first, run
+    from namex_hf.evaluation.zero_shot import ZeroShotOptions, ZeroShotRun, is_first
     from namex_hf.evaluation.zero_shot_report import markdown
 
     console = Console(quiet=options.quiet or not is_first())
@@ -195,21 +195,10 @@ def score(options: argparse.Namespace) -> int:
             num_fewshot=options.num_fewshot,
             seed=options.seed,
         )
-    chosen_options = ZeroShotOptions(
-        options.output_path,
-        device,
-        options.dtype,
-        options.batch_size,
-        options.num_fewshot,
-        options.limit,
-        options.seed,
-        options.parallelize,
-        options.trust_remote_code,
-        options.overwrite,
-        options.stage,
-    )
+    same = [one.name for one in fields(ZeroShotOptions) if one.name not in ("out", "device")]
+    chosen_options = ZeroShotOptions(options.output_path, device, **{name: getattr(options, name) for name in same})
     paper = Paper(HERE / "paper_tables.json", options.stage)
-    report = run(rows, tasks, chosen_options, paper, lambda title: _progress(title, console))
+    report = ZeroShotRun(rows, tasks, chosen_options, paper, lambda title: _progress(title, console)).report()
     if is_first():
         report = replace(report, run={**report.run, "commit": _commit()})
         write_text(options.output_path / "report.json", report.to_json())

@@ -221,8 +221,7 @@ def draw(found: dict[tuple[str, int], dict[str, Any]], every: int, folder: Path)
             drifts.setdefault(name, []).append(drift_of(one))
     drawn = picture(drifts, every)
     if drawn is not None:
-        for form, content in (("png", drawn.png()), ("svg", drawn.svg(ground="white"))):
-            (folder / f"{drawn.name}.{form}").write_bytes(content)
+        drawn.write(folder)
         print(f"{folder / drawn.name}.png: {drawn.line}")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
-from ..errors import CheckpointError, UsageError
+from ..errors import UsageError
 from ..evaluation.grid import field_options, grid, recipe_files
 from ..printable import marked, printable
 from ..resources import recipe_path
@@ -90,10 +90,10 @@ def _compare(options: argparse.Namespace) -> int:
         from huggingface_hub.utils import disable_progress_bars
         from rich.console import Console
 
-        from ..checkpoint.resolve import resolve
-        from ..checkpoint.tokenizer_code import lack_of_tokenizer
+        from ..evaluation.candidates import resolve_model
         from ..evaluation.compare import RunOptions, compare, make_plan_of
         from ..evaluation.settings import settings
+        from ..families import family_of
         from ..patching.device import resolved
         from ..report.comparison import NUMBERS, PAGE, write
         from .compare_screen import Shown, print_tables
@@ -103,9 +103,7 @@ def _compare(options: argparse.Namespace) -> int:
         disable_progress_bars()
     device = resolved(options.device[0] if options.device else "auto")
     chosen = settings(options.texts, options.tokens, options.problems, device)
-    checkpoint = resolve(options.model, options.revision)
-    if lack := lack_of_tokenizer(checkpoint.folder):
-        raise CheckpointError(f"{checkpoint.name} has {lack}; without one no text can be scored")
+    checkpoint = resolve_model(options.model, options.revision, family_of)
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)
     with Shown(len(plan.requests), options.jobs, console) as shown:

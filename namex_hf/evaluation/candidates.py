@@ -1,4 +1,4 @@
-"""The models to score: found and checked before any is loaded."""
+"""The models to score: resolved and checked before any is loaded."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING
 
-from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
 from ..checkpoint.identity import differing
 from ..checkpoint.layout import outline_in, per_expert, tensors_of
-from ..checkpoint.resolve import resolve
+from ..checkpoint.resolve import Check, resolve
 from ..checkpoint.source import Checkpoint
+from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
 from ..families.others import check_loading
@@ -51,7 +51,7 @@ class Candidate:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What tells it from every other model, plain and without local paths."""
+        """Identity of the model, plain and without local paths."""
         return {
             "model": self.checkpoint.fingerprint(),
             "files": self.checkpoint.identity.record(),
@@ -59,17 +59,21 @@ class Candidate:
         }
 
 
-def resolve_model(name: str, revision: str | None = None) -> Checkpoint:
-    """The checkpoint that a folder, a packaged model's name or a Hub id names, of any family, patched or not.
+def resolve_model(name: str, revision: str | None = None, check: Check = lambda config: None) -> Checkpoint:
+    """The checkpoint that a folder, a packaged model's name or a Hub id names, patched or not.
+
+    Args:
+        check: of the configuration of a Hub id, before weights are fetched (default: any family is accepted).
 
     Raises:
         CheckpointError: no such model, no tokenizer, no network, or a damaged checkpoint.
+        FamilyError: as of `check`.
     """
-    checkpoint = resolve(name, revision, check=lambda config: None)
+    checkpoint = resolve(name, revision, check)
     if checkpoint.commit is None:  # not every file of a Hub id is fetched, and the client checks those that are
         check_whole(checkpoint.folder)
-    if not has_tokenizer(checkpoint.folder):
-        raise CheckpointError(f"{name} has no tokenizer (tokenizer.json); without one no text can be scored")
+    if lack := lack_of_tokenizer(checkpoint.folder):
+        raise CheckpointError(f"{name} has {lack}; without one no text can be scored")
     return checkpoint
 
 
@@ -228,8 +232,8 @@ def shape_of(config: Mapping[str, Any]) -> tuple[str, int, int] | None:
 def bytes_in(checkpoint: Checkpoint, dtype: str) -> int:
     """Bytes of the weights once loaded. Args: dtype, as lm-eval takes it; ``auto``: the configuration's."""
     name = (checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")) if dtype == "auto" else dtype
-    wanted = getattr(torch, str(name), None)
-    size = wanted.itemsize if isinstance(wanted, torch.dtype) else None
+    loaded = getattr(torch, str(name), None)
+    size = loaded.itemsize if isinstance(loaded, torch.dtype) else None
     return sum(
         span.size // span.dtype.itemsize * (size if size and span.dtype.is_floating_point else span.dtype.itemsize)
         for span in checkpoint.spans.values()

@@ -35,8 +35,8 @@ def check_answers(
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         longest = resolve_max_length(config, tokenizer)
     except Exception as error:  # whatever a configuration of others raises
-        said = f"{type(error).__name__}: {error}"
-        raise CheckpointError(f"{checkpoint.name}/config.json: transformers does not take it ({said})") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise CheckpointError(f"{checkpoint.name}/config.json: transformers does not take it ({reason})") from error
     for task in (one for chosen in tasks for one in chosen.tasks.items()):
         for what, count in _lengths(*task, limit, tokenizer, longest):
             if count > longest:
@@ -55,8 +55,8 @@ def _lengths(name: str, task: Any, limit: int | None, tokenizer: Any, longest: i
         return
     several = getattr(task, "multiple_input", 0)
     for number, document in enumerate(islice(task.eval_docs, limit)):
-        asked = task.construct_requests(document, [""] if several else "", metadata=(name, number, 1))
-        for request in asked if isinstance(asked, list) else [asked]:
+        requests = task.construct_requests(document, [""] if several else "", metadata=(name, number, 1))
+        for request in requests if isinstance(requests, list) else [requests]:
             if len(request.args[1].encode()) > longest:
                 count = len(tokenizer(request.args[1], add_special_tokens=False, verbose=False).input_ids)
                 yield f"document {number} has an answer", count

@@ -1,7 +1,7 @@
 """A comparison: checked as a whole, measured cell by cell, put together."""
 
 import shutil
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from .baseline import is_baseline
 from .grid import Cell, slug
 from .loading import tokenizer_of
 from .measure import SHARD, CellTask
-from .processes import Job, Outcome, outcomes
+from .processes import Outcome, outcomes
 from .rows import Row, row_of, with_means
 from .settings import Settings
 from .store import CELLS, CellFiles
@@ -65,7 +65,7 @@ class ComparisonPlan:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """RunOptions to run, which changes no score."""
+    """Execution options; they do not affect scores."""
 
     jobs: int = 1
     keep: bool = False
@@ -74,7 +74,7 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came of it."""
+    """A comparison with its results."""
 
     plan: ComparisonPlan
     results: dict[str, dict[str, Any]]
@@ -97,20 +97,20 @@ def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cel
             and values.
         FamilyError, CheckpointError: a model that cannot be patched, or has no tokenizer.
     """
-    _slugs_apart(cells)
+    _check_labels(cells)
     tokenizer = tokenizer_of(checkpoint.folder)
     _check_texts(settings, tokenizer)
     requests = {
         ORIGINAL: CellRequest(ORIGINAL, {"reference": ORIGINAL}),
         FLOOR: CellRequest(FLOOR, {"reference": FLOOR}, routed=False),
     }
-    heard: dict[tuple[Any, ...], dict[str, Any]] = {}
+    texts: dict[tuple[Any, ...], dict[str, Any]] = {}
     first: dict[str, str] = {}
     same = {}
     for cell in cells:
         try:
-            made = make_plan(checkpoint, cell.recipe, SHARD, reads_text=False)
-            identity = _identity(made.recipe, checkpoint, heard)
+            patch = make_plan(checkpoint, cell.recipe, SHARD, reads_text=False)
+            identity = _identity(patch.recipe, checkpoint, texts)
         except (RecipeError, CalibrationError) as error:
             raise type(error)(f"{cell.where}: {error}") from error
         same[cell.label] = first.setdefault(repr(identity), cell.label)
@@ -126,7 +126,7 @@ def _check_texts(settings: Settings, tokenizer: Any) -> None:
             raise CalibrationError(f"--texts {name} has {found} tokens; accepted: texts of 2 or more")
 
 
-def _slugs_apart(cells: Sequence[Cell]) -> None:
+def _check_labels(cells: Sequence[Cell]) -> None:
     places: dict[str, str] = {}
     for cell in cells:
         other = places.setdefault(cell.slug, cell.label)
@@ -134,28 +134,32 @@ def _slugs_apart(cells: Sequence[Cell]) -> None:
             raise RecipeError(f"{cell.where}: label '{cell.label}' is that of another row; rename the file")
 
 
-def _identity(recipe: Recipe, checkpoint: Checkpoint, heard: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
+def _identity(recipe: Recipe, checkpoint: Checkpoint, texts: dict[tuple[Any, ...], dict[str, Any]]) -> dict[str, Any]:
     """What determines a cell besides the run; texts that were read before are not read again."""
     if not recipe.needs_text:
         return {"recipe": recipe.to_dict()}
     source = recipe.calibration, recipe.seed, measures(recipe)
-    if source not in heard:
+    if source not in texts:
         text = text_of(recipe, checkpoint)
-        heard[source] = {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}
-    told = heard[source]
-    return {"recipe": recipe.with_text(told["name"]).to_dict(), "calibration": told}
+        texts[source] = {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}
+    return {"recipe": recipe.with_text(texts[source]["name"]).to_dict(), "calibration": texts[source]}
 
 
 def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: ProgressCallback) -> Comparison:
     """Measure what is not measured yet, the original first, each cell in a process of its own.
 
-    A cell that fails is told of and left out; the others go on. A cell that a kill interrupted begins anew, so that its
-    time is that of one run.
+    A cell that fails is reported and left out; the others go on. A cell that a kill interrupted begins anew, so that
+    its time is that of one run.
 
     Raises:
         OutputError: the folder holds another comparison or something else, or is in use.
         CheckpointError: the original cannot be scored; nothing of a folder without finished cells is left.
     """
+
+    def begin(task: CellTask) -> None:
+        _prepare(task)
+        progress(ProgressEvent(BEGINS, model=task.label))
+
     identity = plan.checkpoint.identity
     folder = OutputFolder(out, plan.run, identity)
     keep_apart(plan.checkpoint, out)
@@ -169,10 +173,10 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
             progress(ProgressEvent(KNOWN, model=label))
         failed: dict[str, str] = {}
         for labels in ([ORIGINAL], [label for label in plan.requests if label != ORIGINAL]):
-            jobs = [_job(plan.requests[label], plan, out, how) for label in labels if label not in results]
-            with closing(_measured(jobs, how, progress)) as ended:
+            tasks = [_task(plan.requests[label], plan, out, how) for label in labels if label not in results]
+            with closing(outcomes(tasks, how.jobs, begin, progress)) as ended:
                 for outcome in ended:
-                    label = outcome.job.task.label
+                    label = outcome.task.label
                     if outcome.result is None:
                         failed[label] = str(outcome.error)
                     else:
@@ -194,42 +198,38 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
 
 
 def _finished(plan: ComparisonPlan, label: str, store: CellFiles, out: Path, how: RunOptions) -> dict[str, Any] | None:
-    """What was measured; None also where a model is to be kept and is not there."""
+    """What was measured; None also where the model is to stay and is not there."""
     request = plan.requests[label]
     if how.keep and request.recipe is not None:
         place = out / MODELS / slug(label)
-        kept = read_run(place)  # of a file that had other fields then, perhaps
-        if kept is None or kept.get("recipe") != request.identity["recipe"] or fault(place):
+        stored = read_run(place)  # of a file that had other fields then, perhaps
+        if stored is None or stored.get("recipe") != request.identity["recipe"] or fault(place):
             return None
     return store.read(request.identity)
 
 
-def _job(request: CellRequest, plan: ComparisonPlan, out: Path, how: RunOptions) -> Job:
+def _task(request: CellRequest, plan: ComparisonPlan, out: Path, how: RunOptions) -> CellTask:
     name = slug(request.label)
     folder = None if request.recipe is None else out / (MODELS if how.keep else WORK) / name
     threads = max(1, torch.get_num_threads() // how.jobs)
-    task = CellTask(request.label, plan.checkpoint, plan.settings, request.recipe, request.routed, folder, threads)
-    return Job(task, out / WORK / f"{name}.log")
+    log = out / WORK / f"{name}.log"
+    return CellTask(request.label, log, plan.checkpoint, plan.settings, request.recipe, request.routed, folder, threads)
 
 
-def _measured(jobs: Sequence[Job], how: RunOptions, progress: ProgressCallback) -> Generator[Outcome]:
-    def begin(job: Job) -> None:
-        job.log.parent.mkdir(exist_ok=True)
-        if job.task.out is not None:  # left by a run that was killed
-            shutil.rmtree(job.task.out, ignore_errors=True)
-            job.task.out.parent.mkdir(exist_ok=True)
-        progress(ProgressEvent(BEGINS, model=job.task.label))
-
-    yield from outcomes(jobs, how.jobs, begin, progress)
+def _prepare(task: CellTask) -> None:
+    task.log.parent.mkdir(exist_ok=True)
+    if task.out is not None:  # left by a run that was killed
+        shutil.rmtree(task.out, ignore_errors=True)
+        task.out.parent.mkdir(exist_ok=True)
 
 
 def _clear(outcome: Outcome, how: RunOptions) -> None:
-    """Remove what nobody asked to keep."""
-    folder = outcome.job.task.out
+    """Remove the model, unless it is to stay, and the log, unless it has a traceback."""
+    folder = outcome.task.out
     if folder is not None and (outcome.error or not how.keep):
         shutil.rmtree(folder, ignore_errors=True)
     if not outcome.fault:
-        outcome.job.log.unlink(missing_ok=True)
+        outcome.task.log.unlink(missing_ok=True)
 
 
 def assemble(plan: ComparisonPlan, results: Mapping[str, dict[str, Any]], failed: Mapping[str, str]) -> Comparison:

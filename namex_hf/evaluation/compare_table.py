@@ -82,52 +82,52 @@ def _difference(row: Row) -> str:
     if row.difference is None:
         return ""
     low_high = row.difference_interval
-    told = f" ({100 * low_high[0]:+.1f} to {100 * low_high[1]:+.1f})" if low_high else ""
-    return f"{100 * row.difference:+.1f}{told}"
+    interval = f" ({100 * low_high[0]:+.1f} to {100 * low_high[1]:+.1f})" if low_high else ""
+    return f"{100 * row.difference:+.1f}{interval}"
 
 
 def notes(found: Comparison) -> list[str]:
     """What the columns mean, and what to beware of, a sentence or two each."""
     settings = found.plan.settings
-    said = [
+    lines = [
         f"Perplexity on the first {settings.tokens} tokens of each text, as a ratio to the original's, and the "
         f"geometric mean of the ratios with its 95 % interval ({RESAMPLES} bootstrap samples of windows, paired with "
         "the original's).",
     ]
     if found.original["right"] is not None:
-        said.append(
+        lines.append(
             f"Exact: of {settings.problems} held-out word problems answered by generation, and the difference to the "
             "original in points, paired problem by problem."
         )
     if any(row.unmerged for row in found.rows):
-        said.append(
+        lines.append(
             f"{UNMERGED[0].upper()}{UNMERGED[1:]}: the row of the same cosine or StableMoE router with `method: smoe`. "
             "Against it only the merge counts, against the original the change of router too."
         )
     if any(row.seeds for row in found.rows):
-        said.append("Mean of n seeds: the mean over seeds of calibration text, ± the standard deviation over seeds.")
-    said.append(
+        lines.append("Mean of n seeds: the mean over seeds of calibration text, ± the standard deviation over seeds.")
+    lines.append(
         "Active: parameters a token passes through, embeddings included: all but routed experts beyond its top-k "
         "(soft: one merged expert a layer). Tokens a second: prefill of 8 prompts and greedy decoding of the 8 "
         f"together, float32 on {settings.device}. Patching: its seconds, and the peak resident memory of its process, "
         "the libraries' own included."
     )
-    return [*said, *_warnings(found)]
+    return [*lines, *_warnings(found)]
 
 
 def _warnings(found: Comparison) -> list[str]:
-    said = []
+    lines = []
     if len({(one["threads"], one["at_once"]) for one in found.results.values()}) > 1:
-        said.append("Times are not comparable: rows were measured with different numbers of threads or --jobs.")
+        lines.append("Times are not comparable: rows were measured with different numbers of threads or --jobs.")
     elif any(one["at_once"] > 1 for one in found.results.values()):
         at_once = max(one["at_once"] for one in found.results.values())
-        said.append(f"Times are not comparable: {at_once} models were measured side by side.")
-    said += [
+        lines.append(f"Times are not comparable: {at_once} models were measured side by side.")
+    lines += [
         f"The same recipe as {first}, measured once: {label}."
         for label, first in found.plan.same.items()
         if label != first
     ]
-    return said + [f"Failed: {label}: {reason}." for label, reason in found.failed.items()]
+    return lines + [f"Failed: {label}: {reason}." for label, reason in found.failed.items()]
 
 
 def markdown(found: Comparison) -> str:

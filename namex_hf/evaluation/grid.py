@@ -120,8 +120,8 @@ def grid(files: Mapping[str, Path], options: Mapping[str, Sequence[Any]]) -> lis
     for label, (place, stated) in given.items():
         for values in itertools.product(*options.values()):
             chosen = dict(zip(options, values, strict=True))
-            told = " ".join(f"{field}={value}" for field, value in chosen.items())
-            where = f"{place} with {told}" if told else place
+            stated_here = " ".join(f"{field}={value}" for field, value in chosen.items())
+            where = f"{place} with {stated_here}" if stated_here else place
             try:
                 recipe = Recipe.from_dict({**stated, **chosen})
             except RecipeError as error:

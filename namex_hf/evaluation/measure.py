@@ -27,9 +27,11 @@ BATCH = 32  # problems answered together
 
 @dataclass(frozen=True)
 class CellTask:
-    """What a process is to do."""
+    """What a process does."""
 
     label: str
+    log: Path
+    """Takes what the process prints."""
     checkpoint: Checkpoint
     settings: Settings
     recipe: Recipe | None = None

@@ -10,7 +10,6 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 from ..errors import NamexError
@@ -23,45 +22,37 @@ memory are their own, and imports are paid for once."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A task and the file that takes whatever its process says."""
+class Outcome:
+    """The end of a task: a result, or the reason why there is none."""
 
     task: CellTask
-    log: Path
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a job: a result, or the reason why there is none."""
-
-    job: Job
     result: dict[str, Any] | None = None
     error: str | None = None
     fault: bool = False
-    """Whether the reason is none that a user can mend: the job's log has the traceback."""
+    """Whether the reason is none that a user can mend: the task's log has the traceback."""
 
 
 def outcomes(
-    jobs: Sequence[Job], at_once: int, begin: Callable[[Job], None], progress: ProgressCallback
+    tasks: Sequence[CellTask], at_once: int, begin: Callable[[CellTask], None], progress: ProgressCallback
 ) -> Generator[Outcome]:
-    """Run jobs, so many at once, and give each outcome as it comes. Processes still running are killed at the end.
+    """Run tasks, so many at once, and give each outcome as it comes. Processes still running are killed at the end.
 
     Args:
-        begin: called before a job's process starts.
-        progress: called in this process; events name the job's model.
+        begin: called before a task's process starts.
+        progress: called in this process; events name the task's model.
     """
     CONTEXT.set_forkserver_preload([measure.__module__])
-    waiting, running = deque(jobs), dict[Connection, tuple[Job, BaseProcess]]()
+    waiting, running = deque(tasks), dict[Connection, tuple[CellTask, BaseProcess]]()
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
-                job = waiting.popleft()
-                begin(job)
-                pipe, process = _start(job)
-                running[pipe] = (job, process)
+                task = waiting.popleft()
+                begin(task)
+                pipe, process = _start(task)
+                running[pipe] = (task, process)
             for pipe in [pipe for pipe in wait(list(running)) if isinstance(pipe, Connection)]:
-                job, process = running[pipe]
-                outcome = _listen(job, process, pipe, progress)
+                task, process = running[pipe]
+                outcome = _listen(task, process, pipe, progress)
                 if outcome is not None:
                     del running[pipe]
                     yield outcome
@@ -71,47 +62,47 @@ def outcomes(
             process.join()
 
 
-def _start(job: Job) -> tuple[Connection, BaseProcess]:
+def _start(task: CellTask) -> tuple[Connection, BaseProcess]:
     ours, theirs = CONTEXT.Pipe(duplex=False)
-    process = CONTEXT.Process(target=_child, args=(job, theirs))
+    process = CONTEXT.Process(target=_child, args=(task, theirs))
     process.start()
     theirs.close()  # so that the end of the child is the end of the pipe
     return ours, process
 
 
-def _listen(job: Job, process: BaseProcess, pipe: Connection, progress: ProgressCallback) -> Outcome | None:
+def _listen(task: CellTask, process: BaseProcess, pipe: Connection, progress: ProgressCallback) -> Outcome | None:
     """Take one message; an outcome where it was the last."""
     try:
-        kind, said = pipe.recv()
+        kind, content = pipe.recv()
     except EOFError:
         process.join()
         code = process.exitcode or 0
         how = f"was killed by signal {-code} (out of memory?)" if code < 0 else f"ended with status {code}"
-        return Outcome(job, error=f"its process {how}")
+        return Outcome(task, error=f"its process {how}")
     if kind == "progress":
-        progress(replace(said, model=job.task.label))
+        progress(replace(content, model=task.label))
         return None
     process.join()
     pipe.close()
     if kind == "result":
-        return Outcome(job, result=said)
-    return Outcome(job, error=said, fault=kind == "fault")
+        return Outcome(task, result=content)
+    return Outcome(task, error=content, fault=kind == "fault")
 
 
-def _child(job: Job, pipe: Connection) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears it too, and ends its children
+def _child(task: CellTask, pipe: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent receives it too, and ends its children
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    with job.log.open("w", encoding="utf-8") as log:
+    with task.log.open("w", encoding="utf-8") as log:
         for stream in (1, 2):  # what libraries print would tear the parent's progress
             os.dup2(log.fileno(), stream)
         try:
-            pipe.send(("result", measure(job.task, lambda event: pipe.send(("progress", event)))))
+            pipe.send(("result", measure(task, lambda event: pipe.send(("progress", event)))))
         except (NamexError, OSError) as error:
             pipe.send(("error", str(error)))
         except Exception as error:  # a fault of this package or of a library: the other cells go on
             traceback.print_exc(file=log)
-            told = " ".join(f"{type(error).__name__}: {error}".split())
-            pipe.send(("fault", f"{told} (traceback in {job.log})"))
+            message = " ".join(f"{type(error).__name__}: {error}".split())
+            pipe.send(("fault", f"{message} (traceback in {task.log})"))
 
 
 def _end_with_parent() -> None:

@@ -50,10 +50,10 @@ def prompt_log_probabilities(
 
 def _answer(logits: torch.Tensor, rest: list[int]) -> tuple[float, bool]:
     """Args: logits, ``[at least as many as the continuation has tokens, vocabulary]``, from its first token on."""
-    wanted = torch.tensor(rest, device=logits.device)
+    targets = torch.tensor(rest, device=logits.device)
     logits = logits[: len(rest)]
-    each = logits.log_softmax(-1).gather(1, wanted[:, None])
-    return float(each.sum()), bool((logits.argmax(-1) == wanted).all())
+    each = logits.log_softmax(-1).gather(1, targets[:, None])
+    return float(each.sum()), bool((logits.argmax(-1) == targets).all())
 
 
 def _padded(rows: Sequence[Sequence[int]], left: bool, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

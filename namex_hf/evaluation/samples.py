@@ -23,6 +23,18 @@ def members(results: Mapping[str, Any], name: str) -> list[str]:
     return [task for child in children for task in members(results, child)] or [name]
 
 
+def metrics(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Metric and filter of every number of a task's results."""
+    pairs = [key.split(",", 1) for key, value in values.items() if "," in key and isinstance(value, float)]
+    return [(metric, keep) for metric, keep in pairs if not metric.endswith("_stderr")]
+
+
+def shots_of(results: Mapping[str, Any], name: str) -> int | None:
+    """Worked examples of a task; None of a group whose tasks have different numbers."""
+    numbers = {results["n-shot"].get(task) or 0 for task in members(results, name)}
+    return numbers.pop() if len(numbers) == 1 else None
+
+
 def items(folder: Path, results: Mapping[str, Any], name: str, metric: str, keep: str) -> ScoreItems | None:
     """The items whose mean the score is, read from the samples' files; None for a score that is no mean of items.
 

@@ -83,16 +83,16 @@ def chosen(
     """
     if data is not None and not data.is_dir():
         raise TaskError(f"--data {data} is no folder; needed: one that holds data sets, such as {data}/openai/gsm8k")
-    asked = dict.fromkeys(_with_shots(name, num_fewshot) for name in names)
+    requests = dict.fromkeys(_with_shots(name, num_fewshot) for name in names)
     own = _manager(include, official=False)
     manager = own
-    if any(one.name not in own.all_tasks for one in asked):
+    if any(one.name not in own.all_tasks for one in requests):
         manager = _manager(include, official=True)
-    for one in asked:
+    for one in requests:
         if one.name not in manager.all_tasks:
             near = difflib.get_close_matches(one.name, manager.all_tasks, 3)
             raise TaskError(f"task {one.name} is not known{'; near it: ' + ', '.join(near) if near else ''}")
-    found = [(one, _loaded(manager, one.name, data, packaged=one.name in own.all_tasks)) for one in asked]
+    found = [(one, _loaded(manager, one.name, data, packaged=one.name in own.all_tasks)) for one in requests]
     for path in texts:
         spec = text_task(path)
         found.append((TaskRequest(spec["task"], num_fewshot), manager.load([spec])))
@@ -128,17 +128,17 @@ def _manager(include: Path | None, official: bool) -> TaskManager:
     return TaskManager(include_path=str(include) if include else None, include_defaults=official)
 
 
-def _prepared(asked: TaskRequest, loaded: Mapping[str, Any], seed: int) -> LoadedTask:
+def _prepared(request: TaskRequest, loaded: Mapping[str, Any], seed: int) -> LoadedTask:
     digest = hashlib.sha256()
-    taking = [name for name, task in sorted(loaded["tasks"].items()) if _give_examples(name, task, asked.shots)]
-    if asked.stated and asked.shots and not taking:
-        raise TaskError(f"task {asked.name}:{asked.shots} takes no examples; accepted: {asked.name}")
+    taking = [name for name, task in sorted(loaded["tasks"].items()) if _give_examples(name, task, request.shots)]
+    if request.stated and request.shots and not taking:
+        raise TaskError(f"task {request.name}:{request.shots} takes no examples; accepted: {request.name}")
     for task_name, task in sorted(loaded["tasks"].items()):
         task.set_fewshot_seed(seed=seed)
         digest.update(json.dumps([task_name, _plain(task.dump_config())], sort_keys=True).encode())
         for document in task.eval_docs:
             digest.update(json.dumps(document, default=handle_non_serializable, sort_keys=True).encode())
-    return LoadedTask(asked.name, dict(loaded), digest.hexdigest(), asked.shots if taking else 0, asked.stated)
+    return LoadedTask(request.name, dict(loaded), digest.hexdigest(), request.shots if taking else 0, request.stated)
 
 
 def _give_examples(name: str, task: Any, shots: int) -> bool:

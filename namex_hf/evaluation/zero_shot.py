@@ -2,16 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import datasets
-import lm_eval
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
@@ -25,7 +22,7 @@ from .candidates import Candidate
 from .checks import check_answers
 from .language_model import NamexLM
 from .paper import Paper
-from .samples import RESULTS, ScoreItems, items, members
+from .samples import RESULTS, items, members, metrics, shots_of
 from .statistics import error_of, paired
 from .task_run import ANSWERS, finished, score
 from .tasks import LoadedTask
@@ -56,194 +53,137 @@ ProgressBar = Callable[[str], AbstractContextManager[ProgressCallback]]
 """Opens a bar under a title."""
 
 
-def all_versions() -> dict[str, str]:
-    """Of what the numbers depend on."""
-    return {
-        **versions(),
-        "lm_eval": lm_eval.__version__,
-        "datasets": datasets.__version__,
-        "accelerate": accelerate.__version__,
-    }
-
-
-def identity(row: Candidate, task: LoadedTask, options: ZeroShotOptions) -> dict[str, Any]:
-    """What makes a model's score on a task this one and no other, plain."""
-    return {
-        **row.identity,
-        "num_fewshot": task.shots,
-        "task": task.digest,
-        "dtype": options.dtype,
-        "batch_size": options.batch_size,
-        "limit": options.limit,
-        "seed": options.seed,
-        "device": torch.device(options.device).type,
-        "versions": all_versions(),
-    }
-
-
 def is_first() -> bool:
-    """Whether this process is the one that writes and talks."""
+    """Whether this process is the one that writes and prints."""
     return os.environ.get("RANK", "0") == "0"
 
 
-def run(
-    rows: list[Candidate], tasks: list[LoadedTask], options: ZeroShotOptions, paper: Paper, bar: ProgressBar
-) -> ZeroShotReport:
-    """Score every model on every task; what an earlier run of the same has finished is taken from its files.
+@dataclass(frozen=True)
+class ZeroShotRun:
+    """Models x tasks."""
 
-    One model is in memory at a time.
+    rows: list[Candidate]
+    tasks: list[LoadedTask]
+    options: ZeroShotOptions
+    paper: Paper
+    bar: ProgressBar
+    versions: dict[str, str] = field(default_factory=lambda: versions("lm_eval", "datasets", "accelerate"))
+    """Of what the numbers depend on."""
 
-    Raises:
-        OutputError: the output folder has another run's results, or a name that no folder can have.
-        CheckpointError, TaskError: as of `check_answers`.
-    """
-    check_name(options.out, OutputError)
-    known = {}
-    for row in rows:
+    def report(self) -> ZeroShotReport:
+        """Score every model on every task; what an earlier run of the same has finished is taken from its files.
+
+        One model is in memory at a time.
+
+        Raises:
+            OutputError: the output folder has another run's results, or a name that no folder can have.
+            CheckpointError, TaskError: as of `check_answers`.
+        """
+        check_name(self.options.out, OutputError)
+        results = {(row.label, task.label): self._finished(row, task) for row in self.rows for task in self.tasks}
+        missing = [
+            (row, tasks)
+            for row in self.rows
+            if (tasks := [task for task in self.tasks if results[row.label, task.label] is None])
+        ]
+        for row, tasks in missing:
+            check_answers(row.checkpoint, tasks, self.options.limit, self.options.trust_remote_code)
+        _wait_for_all()
+        for row, tasks in missing:
+            results |= self._score(row, tasks)
+        return self._assemble(results)
+
+    def _folder(self, label: str, task: LoadedTask) -> Path:
+        return self.options.out / label / task.label
+
+    def _identity(self, row: Candidate, task: LoadedTask) -> dict[str, Any]:
+        """Identity of a model's score on a task, plain."""
+        options = self.options
+        return {
+            **row.identity,
+            "num_fewshot": task.shots,
+            "task": task.digest,
+            **{name: getattr(options, name) for name in ("dtype", "batch_size", "limit", "seed")},
+            "device": torch.device(options.device).type,
+            "versions": self.versions,
+        }
+
+    def _finished(self, row: Candidate, task: LoadedTask) -> dict[str, Any] | None:
+        """Stored results; under ``overwrite`` they are removed.
+
+        Raises:
+            OutputError: the folder is another run's, or under ``overwrite`` none of ours.
+        """
+        folder = self._folder(row.label, task)
+        if not self.options.overwrite:
+            return finished(folder, self._identity(row, task), row.checkpoint.identity)
+        if is_first() and folder.exists():
+            if not (folder / RESULTS).is_file() and not (folder / ANSWERS).is_dir():
+                raise OutputError(f"{folder} holds something else; --overwrite replaces results of this script alone")
+            shutil.rmtree(folder)
+        return None
+
+    def _score(self, row: Candidate, tasks: list[LoadedTask]) -> dict[tuple[str, str], Any]:
+        names = ("device", "dtype", "batch_size", "parallelize", "trust_remote_code")
+        settings = {name: getattr(self.options, name) for name in names}
+        model = NamexLM(str(self._model(row).resolve()), **settings)
+        row.checkpoint.identity.settle()  # what was read just now is read again from memory
+        results = {}
         for task in tasks:
-            folder = options.out / row.label / task.label
-            if options.overwrite and is_first():
-                _forget(folder)
-            known[row.label, task.label] = None if options.overwrite else _finished(folder, row, task, options)
-    wanted = {row.label: [task for task in tasks if known[row.label, task.label] is None] for row in rows}
-    for row in rows:
-        if wanted[row.label]:
-            check_answers(row.checkpoint, wanted[row.label], options.limit, options.trust_remote_code)
-    _everyone()
-    for row in rows:
-        if wanted[row.label]:
-            known.update(_scored(row, wanted[row.label], options, bar))
-    return assemble(rows, tasks, known, options, paper)
+            with self.bar(f"{row.label}, {task.label}") as model.progress:
+                folder, identity = self._folder(row.label, task), self._identity(row, task)
+                results[row.label, task.label] = score(
+                    model, task, folder, identity, self.options.limit, self.options.seed
+                )
+        return results
+
+    def _model(self, row: Candidate) -> Path:
+        """The model's folder; a recipe is applied first, by one process, and a killed run goes on."""
+        if row.plan is None:
+            return row.checkpoint.folder
+        out = self.options.out / MODELS / row.label
+        if is_first():
+            with self.bar(f"{row.label}, patching") as progress:
+                run_plan(row.plan, out, overwrite=self.options.overwrite, progress=progress)
+        _wait_for_all()
+        return out
+
+    def _assemble(self, results: dict[tuple[str, str], Any]) -> ZeroShotReport:
+        scores = [one for task in self.tasks for row in self.rows for one in self._scores(row, task, results)]
+        models = [ScoredModel.of(row, self.options.dtype) for row in self.rows]
+        options = {name: value for name, value in asdict(self.options).items() if name not in ("out", "overwrite")}
+        return ZeroShotReport({**options, "versions": self.versions}, models, scores)
+
+    def _scores(self, row: Candidate, task: LoadedTask, known: dict[tuple[str, str], Any]) -> Iterator[Score]:
+        """Every metric of a model on a task, or on each task of a tag."""
+        results = known[row.label, task.label]
+        for name in [task.name] if task.name in results["results"] else sorted(task.tasks):
+            values = results["results"][name]
+            for metric, keep in metrics(values):
+                own = items(self._folder(row.label, task), results, name, metric, keep)
+                other = None
+                if row.baseline is not None:
+                    stored = known[row.baseline, task.label]
+                    other = items(self._folder(row.baseline, task), stored, name, metric, keep)
+                comparable = own and other and own.hashes == other.hashes and len(own.values) > 1
+                stderr = values.get(f"{metric}_stderr,{keep}")
+                if not isinstance(stderr, float):  # lm-eval gives none
+                    stderr = own and error_of([own.values])
+                yield Score(
+                    *(row.label, name, metric, keep, values[f"{metric},{keep}"], stderr),
+                    items=sum(results["n-samples"][one]["effective"] for one in members(results, name)),
+                    num_fewshot=shots_of(results, name),
+                    higher_is_better=results["higher_is_better"].get(name, {}).get(metric, True) is not False,
+                    data=task.data,
+                    file=f"{row.label}/{task.label}/{RESULTS}",
+                    baseline=row.baseline,
+                    difference=paired(own.values, other.values) if comparable and own and other else None,
+                    paper=self.paper.score(row.checkpoint.config, row.recipe, name),
+                )
 
 
-def _finished(folder: Path, row: Candidate, task: LoadedTask, options: ZeroShotOptions) -> dict[str, Any] | None:
-    return finished(folder, identity(row, task, options), row.checkpoint.identity)
-
-
-def _scored(
-    row: Candidate, tasks: list[LoadedTask], options: ZeroShotOptions, bar: ProgressBar
-) -> dict[tuple[str, str], Any]:
-    model = NamexLM(
-        str(_folder(row, options, bar).resolve()),
-        device=options.device,
-        dtype=options.dtype,
-        batch_size=options.batch_size,
-        parallelize=options.parallelize,
-        trust_remote_code=options.trust_remote_code,
-    )
-    row.checkpoint.identity.settle()  # what was read just now is read again from memory
-    found = {}
-    for task in tasks:
-        with bar(f"{row.label}, {task.label}") as model.progress:
-            folder = options.out / row.label / task.label
-            known = identity(row, task, options)
-            found[row.label, task.label] = score(model, task, folder, known, options.limit, options.seed)
-    return found
-
-
-def _folder(row: Candidate, options: ZeroShotOptions, bar: ProgressBar) -> Path:
-    """Where the model lies; a recipe is applied first, by one process, and a run that was killed goes on."""
-    if row.plan is None:
-        return row.checkpoint.folder
-    out = options.out / MODELS / row.label
-    if is_first():
-        with bar(f"{row.label}, patching") as progress:
-            run_plan(row.plan, out, overwrite=options.overwrite, progress=progress)
-    _everyone()
-    return out
-
-
-def _everyone() -> None:
+def _wait_for_all() -> None:
     """Wait for the other processes of ``accelerate launch``."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         # The time that one process patches for must not count as a hang.
         Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(weeks=1))]).wait_for_everyone()
-
-
-def _forget(folder: Path) -> None:
-    """Remove a task's results and answers.
-
-    Raises:
-        OutputError: the folder is not ours.
-    """
-    if not folder.exists():
-        return
-    if not (folder / RESULTS).is_file() and not (folder / ANSWERS).is_dir():
-        raise OutputError(f"{folder} holds something else; --overwrite replaces results of this script alone")
-    shutil.rmtree(folder)
-
-
-def assemble(
-    rows: list[Candidate],
-    tasks: list[LoadedTask],
-    known: dict[tuple[str, str], Any],
-    options: ZeroShotOptions,
-    paper: Paper,
-) -> ZeroShotReport:
-    """The report, from the files of all runs."""
-    scores = [one for task in tasks for row in rows for one in _scores(row, task, known, options, paper)]
-    models = [
-        ScoredModel(
-            row.label,
-            row.checkpoint.name,
-            row.checkpoint.commit,
-            row.checkpoint.fingerprint(),
-            row.recipe,
-            row.original,
-            options.dtype,
-        )
-        for row in rows
-    ]
-    told = asdict(options)
-    for name in ("out", "overwrite"):
-        told.pop(name)
-    return ZeroShotReport({**told, "versions": all_versions()}, models, scores)
-
-
-def _scores(
-    row: Candidate, task: LoadedTask, known: dict[tuple[str, str], Any], options: ZeroShotOptions, paper: Paper
-) -> Iterable[Score]:
-    results = known[row.label, task.label]
-    for name in [task.name] if task.name in results["results"] else sorted(task.tasks):
-        for metric, keep in metrics(results["results"][name]):
-            own = items(options.out / row.label / task.label, results, name, metric, keep)
-            before = None
-            if row.baseline is not None:
-                folder = options.out / row.baseline / task.label
-                before = items(folder, known[row.baseline, task.label], name, metric, keep)
-            comparable = own is not None and before is not None and own.hashes == before.hashes and len(own.values) > 1
-            yield Score(
-                row.label,
-                name,
-                metric,
-                keep,
-                results["results"][name][f"{metric},{keep}"],
-                _stderr(results["results"][name].get(f"{metric}_stderr,{keep}"), own),
-                sum(results["n-samples"][one]["effective"] for one in members(results, name)),
-                _shots(results, name),
-                results["higher_is_better"].get(name, {}).get(metric, True) is not False,
-                task.data,
-                f"{row.label}/{task.label}/{RESULTS}",
-                row.baseline,
-                paired(own.values, before.values) if comparable and own and before else None,
-                paper.score(row.checkpoint.config, row.recipe, name),
-            )
-
-
-def _shots(results: dict[str, Any], name: str) -> int | None:
-    """Worked examples of a task; of a group None where its tasks have different numbers."""
-    numbers = {results["n-shot"].get(task) or 0 for task in members(results, name)}
-    return numbers.pop() if len(numbers) == 1 else None
-
-
-def metrics(found: dict[str, Any]) -> list[tuple[str, str]]:
-    """Metric and filter of every number of a task."""
-    pairs = [tuple(key.split(",", 1)) for key, value in found.items() if "," in key and isinstance(value, float)]
-    return [(metric, keep) for metric, keep in pairs if not metric.endswith("_stderr")]
-
-
-def _stderr(given: Any, own: ScoreItems | None) -> float | None:
-    """lm-eval's own, or the items' where it gives none."""
-    if isinstance(given, float):
-        return given
-    return None if own is None else error_of([own.values])

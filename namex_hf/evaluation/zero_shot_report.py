@@ -7,6 +7,7 @@ from typing import Any
 
 from huggingface_hub import EvalResult
 
+from .candidates import Candidate
 from .paper import PaperScore
 from .statistics import Difference
 from .table import Table
@@ -34,6 +35,12 @@ class ScoredModel:
     original: str | None
     """Label of the model it was made of."""
     dtype: str
+
+    @classmethod
+    def of(cls, row: Candidate, dtype: str) -> "ScoredModel":
+        """Args: dtype, of the weights, as lm-eval takes it."""
+        source = row.checkpoint
+        return cls(row.label, source.name, source.commit, source.fingerprint(), row.recipe, row.original, dtype)
 
     @property
     def choices(self) -> tuple[str, str, str, str]:
@@ -201,11 +208,11 @@ def sentence(score: Score) -> str | None:
         return f"{what}; the two score alike on each of {score.items} items."
     better, worse = (found.higher, found.lower) if score.higher_is_better else (found.lower, found.higher)
     sign = "p " if found.p < 0.001 else "p = "
-    told = f"on {score.items} items ({better} better, {worse} worse; {sign}{p_value(found.p)})"
+    basis = f"on {score.items} items ({better} better, {worse} worse; {sign}{p_value(found.p)})"
     if found.is_noise:
-        return f"{what} is within the noise: no difference is shown {told}."
+        return f"{what} is within the noise: no difference is shown {basis}."
     verdict = "better" if (found.mean > 0) == score.higher_is_better else "worse"
-    return f"{what} is more than noise: {verdict} {told}."
+    return f"{what} is more than noise: {verdict} {basis}."
 
 
 def markdown(report: ZeroShotReport) -> str:
@@ -228,8 +235,8 @@ def markdown(report: ZeroShotReport) -> str:
     ]
     for task in dict.fromkeys(score.task for score in report.scores):
         lines += ["", f"## {task}", "", *table(report, task).markdown()]
-        told = [text for score in report.scores if score.task == task and (text := sentence(score))]
-        lines += ["", *(f"* {text}" for text in told)] if told else []
+        sentences = [text for score in report.scores if score.task == task and (text := sentence(score))]
+        lines += ["", *(f"* {text}" for text in sentences)] if sentences else []
         lines += ["", *_notes(report, task)]
     models = [[m.label, m.name, m.commit or "none (local)", _fields(m.recipe)] for m in report.models]
     lines += ["", "## Models", "", *Table(["model", "from", "commit", "recipe"], models).markdown()]

@@ -1,16 +1,20 @@
 """What a comparison leaves behind: tables, everything in numbers, a page and its picture."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from ..evaluation.compare import Comparison
-from ..evaluation.compare_table import markdown, notes
+from ..evaluation.compare_table import costs, markdown, notes, quality
 from ..evaluation.rows import perplexities
 from ..evaluation.store import CellFiles
 from ..files import write_text
-from .comparison_page import page
+from ..render import rendered
+from .page import POLICY
 
 if TYPE_CHECKING:
     from .pictures import Picture
@@ -37,14 +41,33 @@ def as_json(found: Comparison, out: Path) -> str:
     return json.dumps(values, indent=1) + "\n"
 
 
+def page(found: Comparison, pictures: Sequence["Picture"]) -> str:
+    """The page as text. Everything that comes from a checkpoint or a file is escaped.
+
+    Args:
+        pictures: none where they cannot be drawn; the page is whole without.
+    """
+    recipes = {label: one.identity["recipe"] for label, one in found.plan.requests.items() if one.recipe is not None}
+    return rendered(
+        "comparison.html",
+        title=f"Recipes on {found.plan.checkpoint.name}, side by side",
+        pictures=pictures,
+        quality=quality(found),
+        costs=costs(found),
+        notes=notes(found),
+        recipes={label: yaml.safe_dump(recipe, sort_keys=False) for label, recipe in recipes.items()},
+        versions=found.plan.run["versions"],
+        policy=POLICY,
+    )
+
+
 def write(found: Comparison, out: Path) -> bool:
     """Write all files; returns whether there is a picture, which needs the extra ``report``."""
     write_text(out / TABLE, markdown(found))
     write_text(out / NUMBERS, as_json(found, out))
     pictures = _pictures(found)
     for one in pictures or []:
-        for form, content in (("png", one.png()), ("svg", one.svg(ground="white"))):
-            (out / f"{one.name}.{form}").write_bytes(content)
+        one.write(out)
     write_text(out / PAGE, page(found, pictures or []))
     return pictures is not None
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import PICTURE_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, MissingExtraError, UsageError
-from ..files import PAGE, PICTURES, REPORT, write_bytes, write_text
+from ..files import PAGE, PICTURES, REPORT, write_text
 from .answers import Answers, answers
 from .folder import PatchedFolder, open_patched
 from .page import page
@@ -61,8 +61,7 @@ def write_pictures(
         target = path / PICTURES if out is None else out
         target.mkdir(parents=True, exist_ok=True)
         for picture in pictures:
-            for form, content in (("png", picture.png()), ("svg", picture.svg(ground="white"))):
-                write_bytes(target / f"{picture.name}.{form}", content)
+            picture.write(target)
         write_text(target / PAGE, text)
     return target / PAGE
 

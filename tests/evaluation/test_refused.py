@@ -93,7 +93,7 @@ def test_a_model_without_a_tokenizer(zero_shot: Command, tmp_path: Path) -> None
     folder = copied(tmp_path)
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    assert "has no tokenizer (tokenizer.json)" in refused(zero_shot, tmp_path / "out", "--models", folder)
+    assert "has no tokenizer; without one no text" in refused(zero_shot, tmp_path / "out", "--models", folder)
 
 
 @pytest.mark.parametrize(

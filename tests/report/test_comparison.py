@@ -13,8 +13,7 @@ from namex_hf.evaluation.compare_table import costs, markdown, notes, quality
 from namex_hf.evaluation.grid import grid, recipe_files
 from namex_hf.evaluation.rows import row_of
 from namex_hf.evaluation.settings import Settings
-from namex_hf.report.comparison import write
-from namex_hf.report.comparison_page import page
+from namex_hf.report.comparison import page, write
 from tests.helpers.measurements import WINDOWS, result
 
 SETTINGS = Settings(dict.fromkeys(WINDOWS, "a text"), 1024, 80)

@@ -1,10 +1,12 @@
 """What a picture is, and how all of them look."""
 
+import base64
 import io
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
+from ...files import write_bytes
 from ..answers import Answers
 from ..folder import PatchedFolder
 
@@ -95,6 +98,16 @@ class Picture:
     def png(self) -> bytes:
         """As dots, on white."""
         return self._written(FigureCanvasAgg(self.figure).print_png, "white", DOTS)
+
+    def data_of(self, ground: str) -> str:
+        """As an address that holds the picture, in ink for a ``light`` or a ``dark`` ground."""
+        content = self.svg(PALE if ground == "dark" else INK)
+        return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
+
+    def write(self, folder: Path) -> None:
+        """As ``.png``, and as ``.svg`` on white."""
+        write_bytes(folder / f"{self.name}.png", self.png())
+        write_bytes(folder / f"{self.name}.svg", self.svg(ground="white"))
 
     def _written(self, write: Callable[..., None], ground: str, dots: int, **more: Any) -> bytes:
         """`Figure.savefig` draws twice, the first time for a layout, which is there already."""
