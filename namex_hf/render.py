@@ -1,5 +1,6 @@
-"""Text out of the templates in ``namex_hf/templates``: cards, reports and pages."""
+"""Text out of the templates in ``namex_hf/templates``: cards and pages."""
 
+import re
 from functools import cache
 from typing import Any
 
@@ -8,7 +9,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    made = Environment(
         loader=PackageLoader("namex_hf"),
         autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
         undefined=StrictUndefined,
@@ -16,10 +17,17 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
+    made.filters["joined"] = _joined
+    return made
+
+
+def _joined(text: str) -> str:
+    """One line a paragraph, or a line for each item that ``*`` begins."""
+    return re.sub(r"\s*\n(?!\* )\s*", " ", text.strip()) + "\n"
 
 
 def rendered(template: str, **values: Any) -> str:
-    """A template with its values. In HTML everything is escaped but what is `Markup`.
+    """A template with its values. In HTML everything is escaped unless it is marked as safe.
 
     Args:
         template: name of the file, without ``.jinja``.

@@ -13,8 +13,8 @@ from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from ..checkpoint.companions import TEMPLATES
 from ..errors import PublishError
 from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT, read_bytes
+from ..report.card import PLACE, linked
 from ..report.card_metadata import put_block, read_block, usable
-from ..report.card_story import PLACE, linked
 from ..report.card_text import put_section
 from ..scrub import scrubbed
 from .client import client

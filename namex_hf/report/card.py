@@ -1,18 +1,24 @@
 """The model card of a patched folder: what it is, how it was made, what was measured, how to load it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
+from ..checkpoint.companions import has_tokenizer
+from ..checkpoint.tokenizer_code import tokenizer_code
 from ..evaluation.table import Table
-from ..files import REPORT
+from ..files import PICTURES, REPORT, locate
+from ..recipe import Grouped, Recipe
 from ..record import Report
-from .card_measured import perplexity_lines, training_lines
+from ..render import rendered
+from .card_measured import perplexity_with_errors, scores_of
 from .card_metadata import as_yaml, metadata
-from .card_story import limit_lines, loading_lines, picture_lines, story_lines
 from .card_text import fenced, plain, section
 from .layers import layer_table
 
-PAPER = "Nguyen et al., *Expert Merging in Sparse Mixture of Experts with Nash Bargaining*"
+PLACE = "PATH_OR_ID"
+"""Stands for the folder or Hub id in the snippet until it is known."""
 
 
 def _title(report: Report, folder: Path | None) -> str:
@@ -30,40 +36,52 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         folder: the finished folder, looked at for pictures, tokenizer, licence and the scores item by item.
         source: the folder that it was made of, looked at for licence, languages and tags.
     """
-    recipe, made = report.run["recipe"], "Report rebuilt" if report.run.get("rebuilt") else "Made"
-    data = metadata(report, source, folder).to_dict()
+    recipe = report.run["recipe"]
+    merge = Recipe.from_stored(recipe).merge if recipe["merge"] == "grouped" else None
     layers = layer_table(report, "seconds")
-    lines = [
-        "---",
-        as_yaml(data),
-        "---",
-        "",
-        f"# {plain(_title(report, folder))}, patched by namex_hf",
-        "",
-        *story_lines(report),
-        "",
-        "## Load it",
-        "",
-        *loading_lines(config, folder),
-        *perplexity_lines(report),
-        *training_lines(report, folder),
-        "",
-        section("scores", []),
-        section("pictures", picture_lines(folder)),
-        "",
-        "## Recipe",
-        "",
-        *fenced(as_yaml(recipe), "yaml"),
-        "",
-        "## Layers",
-        "",
-        *Table(layers.titles, [list(map(plain, row)) for row in layers.rows]).markdown(),
-        "",
-        "## Limits",
-        "",
-        *limit_lines(report, data, config),
-        "",
-        f"{made} with `namex_hf` {plain(report.versions['namex_hf'])}; method: {PAPER}. Details in `{REPORT}`.",
-        "",
-    ]
-    return "\n".join(lines)
+    foreign = [] if folder is None else tokenizer_code(folder)
+    return rendered(
+        "card.md",
+        report=report,
+        config=config,
+        metadata=metadata(report, source, folder).to_dict(),
+        title=_title(report, folder),
+        source=_source(report),
+        grouped=merge if isinstance(merge, Grouped) and recipe["method"] != "smoe" else None,
+        place=PLACE,
+        opens_tokenizer=folder is None or (has_tokenizer(folder) and not foreign),
+        foreign_code=[f"`{path.name}`" for path in foreign],
+        perplexity=perplexity_with_errors(report),
+        scores=scores_of(report, folder),
+        pictures=picture_lines(folder),
+        plain=plain,
+        as_yaml=as_yaml,
+        section=section,
+        fenced=fenced,
+        layers=Table(layers.titles, [list(map(plain, row)) for row in layers.rows]),
+        report_file=REPORT,
+    )
+
+
+def _source(report: Report) -> str:
+    name, commit = report.source["name"], report.source["commit"]
+    if name is None:
+        return "a model that is not known"
+    if commit is None:
+        return f"**{plain(name) or 'a model'}** (a local copy; its hash is in `{REPORT}`)"
+    address = f"https://huggingface.co/{quote(name)}/tree/{quote(commit, safe='')}"
+    return f"[{plain(name)}]({address}) at commit {plain(commit[:12])}"
+
+
+def picture_lines(folder: Path | None) -> list[str]:
+    """The pictures of the folder's report, linked; nothing where there are none."""
+    files = sorted(locate(folder, PICTURES).glob("*.png")) if folder is not None else []
+    return linked([path.relative_to(folder).as_posix() for path in files]) if folder is not None else []
+
+
+def linked(names: Sequence[str]) -> list[str]:
+    """Args: names, of pictures: paths below the card's folder, with slashes."""
+    if not names:
+        return []
+    shown = [f"![{plain(Path(name).stem.replace('_', ' '))}]({quote(name)})" for name in names]
+    return ["## Pictures", "", *"\n\n".join(shown).split("\n")]

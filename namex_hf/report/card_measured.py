@@ -1,6 +1,5 @@
-"""What was measured, as a card shows it: perplexity before and after, and what fine-tuning did."""
+"""The tables of scores on a card."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,8 @@ MEASURES = {
 }
 
 
-def perplexity_lines(report: Report) -> list[str]:
-    """A table of the domains; nothing where none was measured."""
-    if not report.perplexity:
-        return []
+def perplexity_with_errors(report: Report) -> Table:
+    """Perplexity of each domain before and after, with standard errors where there are any."""
     rows = [
         [
             plain(domain),
@@ -28,77 +25,22 @@ def perplexity_lines(report: Report) -> list[str]:
             _with_error(value["after"], value.get("after_stderr")),
             _with_error(ratio(value), value.get("ratio_stderr"), 3),
         ]
-        for domain, value in report.perplexity.items()
+        for domain, value in (report.perplexity or {}).items()
     ]
-    return [
-        "",
-        "## Perplexity on held-out text",
-        "",
-        "On the beginnings of the texts that come with `namex_hf`; the mean is geometric."
-        + _of_the_router(report.run.get("recipe", {}))
-        + (" ± one standard error, of the ratio's paired by windows." if _has_errors(report.perplexity) else ""),
-        "",
-        *Table(["domain", "before", "after", "ratio"], rows).markdown(),
-    ]
-
-
-def _of_the_router(recipe: Mapping[str, Any]) -> str:
-    routing = recipe.get("routing", "linear")
-    if routing == "linear" or recipe.get("method") == "smoe":
-        return ""
-    return (
-        f" Before is the model with its own linear router, so the ratio is of the change to {plain(routing)} routing "
-        "and of the merge together."
-    )
-
-
-def _has_errors(perplexity: dict[str, dict[str, float]]) -> bool:
-    return any("ratio_stderr" in value for value in perplexity.values())
+    return Table(["domain", "before", "after", "ratio"], rows)
 
 
 def _with_error(value: float, error: float | None, digits: int = 2) -> str:
     return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
-def training_lines(report: Report, folder: Path | None) -> list[str]:
-    """What was trained on what, and scores before and after; nothing of a folder that was not trained.
+def scores_of(report: Report, folder: Path | None) -> Table:
+    """Scores before and after training; no rows of a folder without any.
 
     Args:
         folder: where `SCORES` may lie, which the standard errors come from.
     """
-    done = report.training
-    if done is None:
-        return []
-    data, setting = report.run.get("data", {}), report.run.get("training", {})
-    kinds = ", ".join(f"{plain(kind)} ({count:,} parameters)" for kind, count in done["trainable"].items())
-    by = "Low-rank adapters, merged into the weights, were trained on" if setting.get("adapter") else "Trained were"
-    bargain = done.get("bargain_seconds")
-    how = (
-        f" Every {setting.get('bargain_every')} steps the experts bargained again over the base expert."
-        if bargain is not None
-        else ""
-    )
-    if best := done.get("best_of"):
-        how += (
-            f" The weights, the scores and all other figures are those of the best checkpoint of {best['steps']:,} "
-            f"steps, by {plain(best['metric'])} ({best['value']:.4g})."
-        )
-    lines = [
-        "",
-        "## Fine-tuning",
-        "",
-        f"{done['steps']:,} steps over {done['tokens']:,} tokens of {data.get('chats', 0):,} chats "
-        f"({plain(data.get('name', 'unknown'))}) in {done['seconds']:.0f} s. Only tokens in the loss are counted. "
-        f"{by}: {kinds}.{how}",
-    ]
-    if losses := [entry["loss"] for entry in done.get("loss", []) if "loss" in entry]:
-        lines += ["", f"Training loss: {losses[0]:.3f} at the first record, {losses[-1]:.3f} at the last."]
-    if scores := done.get("scores"):
-        lines += ["", *_score_lines(scores, _items(folder))]
-    return lines
-
-
-def _score_lines(scores: dict[str, dict[str, float]], items: dict[str, Any]) -> list[str]:
+    scores, items = (report.training or {}).get("scores") or {"after": {}}, _items(folder)
     before, after = (items.get(when, {}) for when in ("before", "after"))
     paired = before.keys() & after.keys() & scores["after"].keys()
     rows = [
@@ -110,9 +52,7 @@ def _score_lines(scores: dict[str, dict[str, float]], items: dict[str, Any]) -> 
         ]
         for measure in scores["after"]
     ]
-    titles = ["score", "before training", "after", *(["change, item by item"] if paired else [])]
-    note = ["", "± one standard error over the items of the score."]
-    return [*Table(titles, rows).markdown(), *(note if paired else [])]
+    return Table(["score", "before training", "after", *(["change, item by item"] if paired else [])], rows)
 
 
 def _items(folder: Path | None) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from ..record import Report
 from ..render import rendered
-from .card_story import MERGES
 from .layers import layer_table, perplexity_table
 
 if TYPE_CHECKING:
@@ -21,16 +20,15 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
         recipe_text: the recipe as YAML.
         pictures: with at least one element, or none: the page then says so.
     """
-    recipe, name = report.run["recipe"], report.source["name"] or "a model of unknown source"
-    what = "the sparse original" if recipe.get("method") == "smoe" else MERGES.get(recipe.get("merge"), "")
+    name = report.source["name"] or "a model of unknown source"
     return rendered(
         "patched.html",
         title=f"{name}, patched by namex_hf",
-        words=f"{recipe.get('method')}, {recipe.get('merge')}, {recipe.get('routing')} routing: {what}.",
+        recipe=report.run["recipe"],
         perplexity=perplexity_table(report),
         pictures=pictures,
         layers=layer_table(report),
-        recipe=recipe_text,
+        recipe_text=recipe_text,
         versions=report.versions,
         policy=POLICY,
     )
