@@ -3,10 +3,12 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from huggingface_hub import EvalResult
 
+from ..render import rendered
 from .candidates import Candidate
 from .paper import PaperScore
 from .statistics import Difference
@@ -217,44 +219,18 @@ def sentence(score: Score) -> str | None:
 
 def markdown(report: ZeroShotReport) -> str:
     """``report.md``."""
-    run = report.run
-    limit = "" if run["limit"] is None else f", the first {run['limit']} items of every task only"
-    lines = [
-        "# Scores",
-        "",
-        f"lm-eval {run['versions']['lm_eval']}, namex_hf {run['versions']['namex_hf']}, seed {run['seed']}, weights in "
-        f"{run['dtype']} on {run['device']}{limit}. Shares in per cent, ± one standard error.",
-        "",
-        'Shots are worked examples in the prompt, before each question. "Zero-shot" has two readings: no examples, or '
-        'no tuning. The paper sets its column of that name beside "fine-tuned", and gives no number of examples.',
-        "",
-        "A difference is to the model that a row was made of or, where a row routes by angle or by token id and this "
-        "was scored, to the same router without merging. It is paired, item by item: ± its standard error, 95 % "
-        "bootstrap interval, p by McNemar's exact test (right or wrong) or the paired t-test (other scores). Of "
-        "comparisons without any difference, one in twenty has p < 0.05.",
-    ]
-    for task in dict.fromkeys(score.task for score in report.scores):
-        lines += ["", f"## {task}", "", *table(report, task).markdown()]
-        sentences = [text for score in report.scores if score.task == task and (text := sentence(score))]
-        lines += ["", *(f"* {text}" for text in sentences)] if sentences else []
-        lines += ["", *_notes(report, task)]
+    tasks: dict[str, list[Score]] = {}
+    for score in report.scores:
+        tasks.setdefault(score.task, []).append(score)
     models = [[m.label, m.name, m.commit or "none (local)", _fields(m.recipe)] for m in report.models]
-    lines += ["", "## Models", "", *Table(["model", "from", "commit", "recipe"], models).markdown()]
-    return "\n".join(lines) + "\n"
-
-
-def _notes(report: ZeroShotReport, task: str) -> list[str]:
-    scores = [score for score in report.scores if score.task == task]
-    files = ", ".join(f"`{file}`" for file in dict.fromkeys(score.file for score in scores))
-    notes = [f"Every number, with its samples beside it: {files}."]
-    is_arc = task.startswith("arc")
-    if tables := sorted({score.paper.table for score in scores if score.paper}):
-        notes += [
-            "",
-            f"Paper: Table {' and '.join(tables)} ({report.run['stage']}), printed without standard errors; it states "
-            f"neither the harness, nor the metric, nor the number of examples{', nor which half of ARC' * is_arc}.",
-        ]
-    return notes
+    return rendered(
+        "zero_shot.md",
+        run=report.run,
+        tasks=tasks,
+        table=partial(table, report),
+        sentence=sentence,
+        models=Table(["model", "from", "commit", "recipe"], models),
+    )
 
 
 def _fields(recipe: Mapping[str, Any] | None) -> str:
