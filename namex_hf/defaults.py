@@ -8,3 +8,5 @@ WORD_PROBLEMS = 200
 """Held-out word problems that a comparison asks."""
 PICTURE_TOKENS = 4096
 """Of packaged text that goes through the experts of a small folder whose recipe read none, for its pictures."""
+SHARD_SIZE = "5GB"
+"""Of shards that are written anew."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from sys import stderr
 from typing import TYPE_CHECKING
 
+from ..defaults import SHARD_SIZE
 from ..files import REPORT, locate, read_json
 from ..printable import marked
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
@@ -47,7 +48,9 @@ def parser_of(prog: str) -> Parser:
     parser.add_argument("--json", action="store_true", help="print the dry run or the report as JSON, no tables")
     parser.add_argument("--overwrite", action="store_true", help="make the folder anew, whichever run of ours it is of")
     parser.add_argument("--verify", action="store_true", help="read a complete folder, and make a damaged one anew")
-    parser.add_argument("--shard-size", default="5GB", help="of shards that are written anew (default: 5GB)")
+    parser.add_argument(
+        "--shard-size", default=SHARD_SIZE, help="of shards that are written anew (default: %(default)s)"
+    )
     parser.add_argument("--export-as", metavar="FAMILY", help="qwen2_moe: a grouped DeepSeek-MoE as stock Qwen2-MoE")
     parser.add_argument(
         "--scores",

@@ -14,6 +14,7 @@ from ..checkpoint.layout import outline_in, per_expert, tensors_of
 from ..checkpoint.resolve import Check, resolve
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
+from ..defaults import SHARD_SIZE
 from ..errors import CheckpointError, FamilyError
 from ..families import original_family
 from ..families.others import check_loading
@@ -22,8 +23,6 @@ from ..files import REPORT, locate, read_json
 from ..patching.plan import Plan, make_plan
 from ..recipe import Recipe, read_yaml
 from .baseline import is_baseline
-
-SHARD = "5GB"
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ def candidates(
         label = _label(checkpoint.name, {row.label for row in rows})
         rows.append(Candidate(label, checkpoint))
         rows += [
-            Candidate(f"{label}+{labels[path]}", checkpoint, make_plan(checkpoint, recipe, SHARD), label)
+            Candidate(f"{label}+{labels[path]}", checkpoint, make_plan(checkpoint, recipe, SHARD_SIZE), label)
             for path, recipe in given.items()
         ]
     models = [row for row in rows if row.plan is None]

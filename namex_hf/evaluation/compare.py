@@ -11,6 +11,7 @@ import torch
 
 from ..checkpoint.folder import OutputFolder, fault, read_run
 from ..checkpoint.source import Checkpoint
+from ..defaults import SHARD_SIZE
 from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..patching.patch import _keep_apart as keep_apart
 from ..patching.plan import make_plan
@@ -21,7 +22,7 @@ from ..record import versions
 from .baseline import is_baseline
 from .grid import Cell, slug
 from .loading import tokenizer_of
-from .measure import SHARD, CellTask
+from .measure import CellTask
 from .processes import Outcome, outcomes
 from .rows import Row, row_of, with_means
 from .settings import Settings
@@ -109,7 +110,7 @@ def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cel
     same = {}
     for cell in cells:
         try:
-            patch = make_plan(checkpoint, cell.recipe, SHARD, reads_text=False)
+            patch = make_plan(checkpoint, cell.recipe, SHARD_SIZE, reads_text=False)
             identity = _identity(patch.recipe, checkpoint, texts)
         except (RecipeError, CalibrationError) as error:
             raise type(error)(f"{cell.where}: {error}") from error

@@ -9,6 +9,7 @@ import torch
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.tokenizer import open_tokenizer
+from ..defaults import SHARD_SIZE
 from ..errors import CheckpointError
 from ..patching.patch import run_plan
 from ..patching.plan import make_plan
@@ -21,7 +22,6 @@ from .settings import WINDOW, Settings
 from .size import size_of
 from .speed import NEW, PROMPT, speed
 
-SHARD = "5GB"
 BATCH = 32  # problems answered together
 
 
@@ -59,7 +59,7 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     found = task.checkpoint
     if task.recipe is not None:
         assert task.out is not None
-        plan = make_plan(task.checkpoint, task.recipe, SHARD)
+        plan = make_plan(task.checkpoint, task.recipe, SHARD_SIZE)
         totals = run_plan(plan, task.out, progress=progress).totals
         seconds, peak, found = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
     model = load(found.folder).to(task.settings.device)

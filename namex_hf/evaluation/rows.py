@@ -69,14 +69,12 @@ def row_of(
     original: Result,
     cell: Cell | None = None,
     recipe: dict[str, Any] | None = None,
-    title: str | None = None,
 ) -> Row:
     """The row of one model.
 
     Args:
         cell: of the grid; none of a reference.
         recipe: in full, as it was run.
-        title: of the row (default: the cell's, or the label).
     """
     names = list(result["losses"])
     losses, before = ([one["losses"][name] for name in names] for one in (result, original))
@@ -86,7 +84,7 @@ def row_of(
     exact, difference, difference_interval = _exact(result, original)
     return Row(
         label=label,
-        title=title or (cell.title if cell else label),
+        title=cell.title if cell else label,
         line=cell.line if cell else None,
         experts=result["experts"],
         ratios={name: math.exp(fmean(each)) for name, each in zip(names, differences, strict=True)},

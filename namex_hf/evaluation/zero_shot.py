@@ -26,10 +26,7 @@ from .samples import RESULTS, items, members, metrics, shots_of
 from .statistics import error_of, paired
 from .task_run import ANSWERS, finished, score
 from .tasks import LoadedTask
-from .zero_shot_report import Score, ScoredModel, ZeroShotReport
-
-MODELS = "models"
-"""Folder of the models that were patched on the way."""
+from .zero_shot_report import MODELS, Score, ScoredModel, ZeroShotReport
 
 
 @dataclass(frozen=True)

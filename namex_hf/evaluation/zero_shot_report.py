@@ -19,6 +19,8 @@ SHARES = ("acc", "acc_norm", "exact_match")
 LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
 FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml")
 """What a task's file names in place of a data set where it reads plain files."""
+MODELS = "models"
+"""Folder beside the report with the models that the evaluation patched."""
 TO_ORIGINAL = "to the original"
 CHOICES = ("merge", "routing", "method", "disagreement")
 """Columns that tell what was done to a model."""

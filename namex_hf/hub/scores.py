@@ -8,15 +8,13 @@ from typing import Any
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError
 from ..evaluation.table import Table
-from ..evaluation.zero_shot_report import Score, ScoredModel, ZeroShotReport, eval_results, shots, shown
+from ..evaluation.zero_shot_report import MODELS, Score, ScoredModel, ZeroShotReport, eval_results, shots, shown
 from ..files import REPORT, locate, parse_json, read_json, read_text
 from ..record import Report
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section
 
 SECTION = "scores"
-MODELS = "models"
-"""Folder beside the report with the models that the evaluation patched."""
 
 
 def read_evaluation(path: Path) -> ZeroShotReport:

@@ -22,6 +22,7 @@ from ..checkpoint.resolve import resolve
 from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import carry_code, code_line, tokenizer_code
+from ..defaults import SHARD_SIZE
 from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, locate, write_text
 from ..models import remote_code
@@ -56,7 +57,7 @@ def patch_checkpoint(
     revision: str | None = None,
     export_as: str | None = None,
     scores: str | Path | None = None,
-    shard_size: str | int = "5GB",
+    shard_size: str | int = SHARD_SIZE,
     overwrite: bool = False,
     verify: bool = False,
     progress: ProgressCallback = no_progress,

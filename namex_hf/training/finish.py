@@ -13,6 +13,7 @@ from ..checkpoint.folder import OutputFolder, list_files
 from ..checkpoint.header import read_header
 from ..checkpoint.rope import both_forms
 from ..checkpoint.shard import write_index, write_tensors
+from ..defaults import SHARD_SIZE
 from ..files import CARD, CONFIG, RECIPE, REPORT, SINGLE, STATISTICS, write_text
 from ..models import remote_code
 from ..recipe import Recipe
@@ -42,7 +43,7 @@ def save_trained(
     report: Report,
     bargains: list[LayerBargain],
     state_dict: dict[str, Any] | None = None,
-    shard_size: str = "5GB",
+    shard_size: str = SHARD_SIZE,
 ) -> None:
     """Write model, tokenizer, report and card; the folder becomes a model only when it is complete.
 
