@@ -176,7 +176,7 @@ def score(options: argparse.Namespace) -> int:
     from namex_hf.evaluation.candidates import candidates
     from namex_hf.evaluation.checks import check_fits
     from namex_hf.evaluation.paper import Paper
-    from namex_hf.evaluation.tasks import chosen
+    from namex_hf.evaluation.tasks import load_tasks
     from namex_hf.evaluation.zero_shot import ZeroShotOptions, ZeroShotRun, is_first
     from namex_hf.evaluation.zero_shot_report import markdown
 
@@ -187,7 +187,7 @@ def score(options: argparse.Namespace) -> int:
     rows = candidates(options.models or ["tiny"], recipes, options.revision, options.trust_remote_code)
     check_fits(rows, device, options.dtype, options.parallelize)
     with console.status("tasks and their data"):
-        tasks = chosen(
+        tasks = load_tasks(
             names,
             options.text,
             include=HERE / "tasks",

@@ -10,7 +10,9 @@ SHARE = 0.5
 """Of the free memory that a batch's logits may take: the other half is for everything else, and for the neighbours."""
 
 
-def cut(items: Sequence[Item], size: int, order: Callable, same: Callable[[Item], Hashable]) -> Iterator[list[Item]]:
+def batches_of(
+    items: Sequence[Item], size: int, order: Callable, same: Callable[[Item], Hashable]
+) -> Iterator[list[Item]]:
     """Batches of `size` different sequences, in a fixed order: a function of the items alone.
 
     Args:
@@ -29,7 +31,7 @@ def cut(items: Sequence[Item], size: int, order: Callable, same: Callable[[Item]
         yield batch
 
 
-def fitting(length: int, vocabulary: int, itemsize: int, free: int) -> int:
+def fitting_batch(length: int, vocabulary: int, itemsize: int, free: int) -> int:
     """Sequences of `length` tokens whose logits fit into memory, by arithmetic: on a CPU a trial ends in a kill.
 
     The logits are there in the model's dtype and, as log-softmax and as its input, twice more in at most float32.

@@ -134,7 +134,7 @@ def candidates(
         CheckpointError, FamilyError, RecipeError: as of `found`, `check_code`, `make_plan`.
     """
     given = {path: Recipe.from_dict(read_yaml(path)) for path in recipes}
-    labels = _told_apart(recipes)
+    labels = _recipe_labels(recipes)
     rows: list[Candidate] = []
     for name in dict.fromkeys(names):
         checkpoint = resolve_model(name, revision)
@@ -147,8 +147,8 @@ def candidates(
             for path, recipe in given.items()
         ]
     models = [row for row in rows if row.plan is None]
-    rows = [row if row.original else replace(row, original=_made_of(row, models)) for row in rows]
-    return [replace(row, baseline=_unmerged(row, rows) or row.original) for row in rows]
+    rows = [row if row.original else replace(row, original=_original_of(row, models)) for row in rows]
+    return [replace(row, baseline=_unmerged_of(row, rows) or row.original) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -184,29 +184,29 @@ def _origin(row: Candidate) -> Origin | None:
     return Origin(source.get("fingerprint"), run.get("files"), (run.get("data"), run.get("training")))
 
 
-def _made_of(row: Candidate, models: list[Candidate]) -> str | None:
+def _original_of(row: Candidate, models: list[Candidate]) -> str | None:
     """Label of the model that a folder was made of, as its report says."""
     origin = _origin(row)
     found = (other for other in models if other is not row and origin is not None and origin.is_of(other.checkpoint))
     return next((other.label for other in found), None)
 
 
-def _unmerged(row: Candidate, rows: list[Candidate]) -> str | None:
+def _unmerged_of(row: Candidate, rows: list[Candidate]) -> str | None:
     """Label of the model that routes as `row` does, merges nothing, and was made of the same model."""
     for other in rows:
-        if is_baseline(other.recipe, row.recipe) and _made_alike(row, other):
+        if is_baseline(other.recipe, row.recipe) and _has_same_source(row, other):
             return other.label
     return None
 
 
-def _made_alike(row: Candidate, other: Candidate) -> bool:
+def _has_same_source(row: Candidate, other: Candidate) -> bool:
     if row.plan is not None or other.plan is not None:  # recipes are applied to stock models alone, each row beside it
         return row.plan is not None and row.original == other.original
     origin, others = _origin(row), _origin(other)
     return origin is not None and others is not None and origin.is_same(others)
 
 
-def _told_apart(paths: list[Path]) -> dict[Path, str]:
+def _recipe_labels(paths: list[Path]) -> dict[Path, str]:
     """File names, with the folder's where two are equal."""
     stems = [path.stem for path in paths]
     return {path: path.stem if stems.count(path.stem) == 1 else f"{path.parent.name}-{path.stem}" for path in paths}

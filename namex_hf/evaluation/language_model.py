@@ -2,7 +2,7 @@
 
 Registered with lm-eval under the name ``namex``. Against ``hf`` it
 
-* keeps every answer in a `AnswerLog`, so that a killed run goes on, and asks each different request once;
+* stores every response in an `AnswerLog`, so that a killed run goes on, and sends each different request once;
 * finds the batch size once for a kind of request: by trial on an accelerator, by arithmetic on a CPU;
 * shares the requests out between the processes of ``accelerate launch`` on CPUs as well;
 * has the context alone route what is scored where the recipe says ``routing_span: prompt``.
@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from ..checkpoint.tokenizer import check_ids
 from ..models.configuration_namex import soft_choice
 from ..progress import ProgressCallback, ProgressEvent, no_progress
-from .batches import cut, fitting
+from .batches import batches_of, fitting_batch
 from .loading import without_balance_loss
 from .prompt_routing import prompt_log_probabilities
 from .store import AnswerLog, key_of
@@ -59,8 +59,8 @@ class NamexLM(HFLM):
         kind = "windows" if requests and requests[0][0] is None else "choices"
         check_ids(self.model, max((max((*context, *rest), default=0) for _, context, rest in requests), default=0))
         longest = max((len(context) + len(rest) - 1 for _, context, rest in requests), default=0)
-        size = override_bs or self._found(kind, longest)
-        batches = list(cut(requests, size, _by_length, lambda request: tuple(request[1] + request[2][:-1])))
+        size = override_bs or self._batch_size_of(kind, longest)
+        batches = list(batches_of(requests, size, _by_length, lambda request: tuple(request[1] + request[2][:-1])))
 
         def ask(batch: list[Request]) -> list[Any]:
             if self.routes_by_prompt and kind == "choices":
@@ -70,13 +70,13 @@ class NamexLM(HFLM):
         # What a context and a continuation are together does not tell where one ends, which prompt routing depends on.
         total = len(requests) if kind == "choices" else None  # windows come a batch at a time
         keys = [key_of(kind, context, rest) for _, context, rest in requests]
-        answers = self._answered(kind, batches, lambda request: key_of(kind, request[1], request[2]), ask, total)
+        answers = self._responses(kind, batches, lambda request: key_of(kind, request[1], request[2]), ask, total)
         return [(answers[key][0], bool(answers[key][1])) for key in keys]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """As of `HFLM`. A text has no prompt: ``routing_span: prompt`` then routes as ``all`` does."""
         longest = max(len(self.tok_encode(request.args[0])) for request in requests)
-        self.batch_size_per_gpu = self._found("windows", min(longest, self.max_length))
+        self.batch_size_per_gpu = self._batch_size_of("windows", min(longest, self.max_length))
         return super().loglikelihood_rolling(requests, disable_tqdm=True)
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
@@ -85,7 +85,7 @@ class NamexLM(HFLM):
         lengths = {text: len(found) for text, found in ids.items()}
         check_ids(self.model, max(self.tokenizer.pad_token_id or 0, *(max(found, default=0) for found in ids.values())))
         new = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
-        size = self._found("generated", min(max(lengths.values()) + new, self.max_length))
+        size = self._batch_size_of("generated", min(max(lengths.values()) + new, self.max_length))
 
         def ask(batch: list[Instance]) -> list[Any]:
             self.batch_size_per_gpu = size
@@ -99,11 +99,11 @@ class NamexLM(HFLM):
         ways: dict[str, list[Instance]] = {}
         for request in requests:
             ways.setdefault(repr(request.args[1]), []).append(request)
-        batches = [batch for way in ways.values() for batch in cut(way, size, order, _asked)]
-        answers = self._answered("generated", batches, _asked, ask, len(requests))
+        batches = [batch for way in ways.values() for batch in batches_of(way, size, order, _asked)]
+        answers = self._responses("generated", batches, _asked, ask, len(requests))
         return [answers[_asked(request)] for request in requests]
 
-    def _answered(
+    def _responses(
         self,
         kind: str,
         batches: Sequence[list[Any]],
@@ -125,22 +125,22 @@ class NamexLM(HFLM):
             self.progress(ProgressEvent(kind, amount=len(batch), total=total))
         return known
 
-    def _found(self, kind: str, longest: int) -> int:
+    def _batch_size_of(self, kind: str, longest: int) -> int:
         """The batch size for sequences of up to so many tokens; all processes come to the same."""
         if not self.automatic:
             return int(self.batch_size_per_gpu)
         known = None if self.log is None else self.log.batch(kind)
         if known is None:
-            known = self._sized(min(longest, self.max_length))
+            known = self._fitting_size(min(longest, self.max_length))
             if self.log is not None:
                 self.log.keep_batch(kind, known)
         return known
 
-    def _sized(self, length: int) -> int:
+    def _fitting_size(self, length: int) -> int:
         if self.device.type != "cpu":
             return self._detect_batch_size([(None, [0] * length, [0])], 0)
         free = psutil.virtual_memory().available // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        size = fitting(length, self.model.config.vocab_size, self.model.dtype.itemsize, free)
+        size = fitting_batch(length, self.model.config.vocab_size, self.model.dtype.itemsize, free)
         return int(self.all_gather(torch.tensor([size])).min())
 
 

@@ -59,7 +59,7 @@ class LoadedTask:
         }
 
 
-def chosen(
+def load_tasks(
     names: Sequence[str],
     texts: Sequence[Path] = (),
     *,
@@ -84,19 +84,19 @@ def chosen(
     if data is not None and not data.is_dir():
         raise TaskError(f"--data {data} is no folder; needed: one that holds data sets, such as {data}/openai/gsm8k")
     requests = dict.fromkeys(_with_shots(name, num_fewshot) for name in names)
-    own = _manager(include, official=False)
+    own = _known_tasks(include, official=False)
     manager = own
     if any(one.name not in own.all_tasks for one in requests):
-        manager = _manager(include, official=True)
+        manager = _known_tasks(include, official=True)
     for one in requests:
         if one.name not in manager.all_tasks:
             near = difflib.get_close_matches(one.name, manager.all_tasks, 3)
             raise TaskError(f"task {one.name} is not known{'; near it: ' + ', '.join(near) if near else ''}")
-    found = [(one, _loaded(manager, one.name, data, packaged=one.name in own.all_tasks)) for one in requests]
+    found = [(one, _load(manager, one.name, data, packaged=one.name in own.all_tasks)) for one in requests]
     for path in texts:
         spec = text_task(path)
         found.append((TaskRequest(spec["task"], num_fewshot), manager.load([spec])))
-    return [_prepared(one, loaded, seed) for one, loaded in found]
+    return [_with_digest(one, loaded, seed) for one, loaded in found]
 
 
 @dataclass(frozen=True)
@@ -123,14 +123,14 @@ def _with_shots(text: str, default: int) -> TaskRequest:
 
 
 @functools.cache
-def _manager(include: Path | None, official: bool) -> TaskManager:
+def _known_tasks(include: Path | None, official: bool) -> TaskManager:
     """The names that are known; lm-eval's own take seconds to look through."""
     return TaskManager(include_path=str(include) if include else None, include_defaults=official)
 
 
-def _prepared(request: TaskRequest, loaded: Mapping[str, Any], seed: int) -> LoadedTask:
+def _with_digest(request: TaskRequest, loaded: Mapping[str, Any], seed: int) -> LoadedTask:
     digest = hashlib.sha256()
-    taking = [name for name, task in sorted(loaded["tasks"].items()) if _give_examples(name, task, request.shots)]
+    taking = [name for name, task in sorted(loaded["tasks"].items()) if _set_examples(name, task, request.shots)]
     if request.stated and request.shots and not taking:
         raise TaskError(f"task {request.name}:{request.shots} takes no examples; accepted: {request.name}")
     for task_name, task in sorted(loaded["tasks"].items()):
@@ -141,7 +141,7 @@ def _prepared(request: TaskRequest, loaded: Mapping[str, Any], seed: int) -> Loa
     return LoadedTask(request.name, dict(loaded), digest.hexdigest(), request.shots if taking else 0, request.stated)
 
 
-def _give_examples(name: str, task: Any, shots: int) -> bool:
+def _set_examples(name: str, task: Any, shots: int) -> bool:
     """Have a task put worked examples before each question; whether it takes any.
 
     Raises:
@@ -166,12 +166,12 @@ def _plain(config: Any) -> Any:
     return json.loads(json.dumps(config, default=lambda value: getattr(value, "__name__", type(value).__name__)))
 
 
-def _loaded(manager: TaskManager, name: str, data: Path | None, packaged: bool) -> dict[str, Any]:
+def _load(manager: TaskManager, name: str, data: Path | None, packaged: bool) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if data is not None:
             # The official files name their data sets as on the Hub; a folder of that name, from here, comes first.
             stack.enter_context(contextlib.chdir(data))
-            stack.enter_context(_read_anew())
+            stack.enter_context(_without_cache())
         if not packaged and not _hub_reachable():
             stack.enter_context(_offline())
         try:
@@ -200,7 +200,7 @@ def _hub_reachable() -> bool:
 
 
 @contextlib.contextmanager
-def _read_anew() -> Iterator[None]:
+def _without_cache() -> Iterator[None]:
     """Read data sets into memory: the library's cache would answer for any local folder of the same relative path."""
     before = datasets.config.HF_DATASETS_CACHE, datasets.config.IN_MEMORY_MAX_SIZE
     with tempfile.TemporaryDirectory() as cache:

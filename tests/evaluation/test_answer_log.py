@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from namex_hf.errors import OutputError
-from namex_hf.evaluation.batches import cut, fitting
+from namex_hf.evaluation.batches import batches_of, fitting_batch
 from namex_hf.evaluation.store import AnswerLog, key_of
 
 RUN = {"model": "a", "limit": 3}
@@ -75,13 +75,13 @@ def test_requests_are_told_apart() -> None:
 
 def test_batches_do_not_split_what_shares_a_pass() -> None:
     items = [(length, choice) for length in (3, 1, 2) for choice in range(4)]
-    batches = list(cut(items, 2, lambda item: -item[0], lambda item: item[0]))
+    batches = list(batches_of(items, 2, lambda item: -item[0], lambda item: item[0]))
     assert [{length for length, _ in batch} for batch in batches] == [{3, 2}, {1}]
     assert sorted(item for batch in batches for item in batch) == sorted(items)
 
 
 def test_a_batch_takes_half_of_the_memory_at_most() -> None:
     for free in (10**9, 4 * 10**10):
-        size = fitting(1024, 151_936, 2, free)
+        size = fitting_batch(1024, 151_936, 2, free)
         assert size == 1 or size * 1024 * 151_936 * 10 <= free / 2
-    assert fitting(64, 4096, 2, 10**12) == 32
+    assert fitting_batch(64, 4096, 2, 10**12) == 32

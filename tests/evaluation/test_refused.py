@@ -15,7 +15,7 @@ from namex_hf.checkpoint.resolve import PACKAGED
 from namex_hf.errors import CheckpointError, MissingExtraError, TaskError
 from namex_hf.evaluation.candidates import bytes_in, candidates, resolve_model
 from namex_hf.evaluation.checks import check_answers, check_fits, free_bytes
-from namex_hf.evaluation.tasks import chosen
+from namex_hf.evaluation.tasks import load_tasks
 from tests.helpers.checkpoints import forget_files
 from tests.helpers.commands import Command
 from tests.helpers.zero_shot import ROOT, TASKS, module_of, recipe
@@ -120,7 +120,7 @@ def test_answers_longer_than_the_context(zero_shot: Command, tmp_path: Path) -> 
     assert "tokens; model attends to 3, and at least one is the question's" in said
     said = refused(zero_shot, tmp_path / "out", "--tasks", "namex_definitions", "--limit", "2", "--models", folder)
     assert "task namex_definitions: document 0 has an answer of " in said
-    tasks = chosen(["namex_definitions", "namex_word_problems"], include=TASKS)
+    tasks = load_tasks(["namex_definitions", "namex_word_problems"], include=TASKS)
     check_answers(resolve_model("tiny"), tasks, None, False)
 
 
@@ -130,9 +130,9 @@ def test_tasks_that_run_code(tmp_path: Path) -> None:
     for unsafe in ("", "unsafe_code: true\n"):
         text = (TASKS / "namex_sums.yaml").read_text().replace("task: namex_sums", f"task: code{len(unsafe)}")
         (tmp_path / f"code{len(unsafe)}.yaml").write_text(text + unsafe)
-    assert chosen(["code0"], include=tmp_path)
+    assert load_tasks(["code0"], include=tmp_path)
     with pytest.raises(TaskError, match=r"task code18 runs code that the model writes \(unsafe_code\)"):
-        chosen(["code18"], include=tmp_path)
+        load_tasks(["code18"], include=tmp_path)
 
 
 @pytest.mark.parametrize("task", ["namex_sums", "namex_word_problems", "namex_text"])

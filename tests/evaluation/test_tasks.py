@@ -7,7 +7,7 @@ import pytest
 
 from namex_hf.calibration.sources import PACKAGED as CALIBRATION
 from namex_hf.errors import TaskError
-from namex_hf.evaluation.tasks import chosen
+from namex_hf.evaluation.tasks import load_tasks
 from namex_hf.evaluation.text_task import pieces
 from tests.helpers.zero_shot import TASKS
 
@@ -50,17 +50,17 @@ def test_other_documents_are_another_task(tmp_path: Path) -> None:
     digests = set()
     for content in ("One text.", "Another text.", "One text."):
         path.write_text(content)
-        (task,) = chosen([], [path])
+        (task,) = load_tasks([], [path])
         digests.add(task.digest)
     assert len(digests) == 2
-    (zero,), (two,) = (chosen(["namex_word_problems"], include=TASKS, num_fewshot=n) for n in (0, 2))
+    (zero,), (two,) = (load_tasks(["namex_word_problems"], include=TASKS, num_fewshot=n) for n in (0, 2))
     assert zero.digest != two.digest
 
 
 def test_shots_by_task() -> None:
     """Each task has its own number; the default's tasks the common one; the same task may come twice."""
     names = ["namex_word_problems:2", "namex_sums", "namex_word_problems:0", "namex_sums:1", "namex_text"]
-    found = chosen(names, include=TASKS, num_fewshot=1)
+    found = load_tasks(names, include=TASKS, num_fewshot=1)
     assert [(one.name, one.label, one.shots) for one in found] == [
         ("namex_word_problems", "namex_word_problems-2shot", 2),
         ("namex_sums", "namex_sums", 1),
@@ -83,4 +83,4 @@ def test_shots_by_task() -> None:
 )
 def test_shots_that_a_task_cannot_have(name: str, message: str) -> None:
     with pytest.raises(TaskError, match=message):
-        chosen([name], include=TASKS)
+        load_tasks([name], include=TASKS)
