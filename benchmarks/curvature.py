@@ -22,6 +22,7 @@ from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder, packaged_models
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.table import Table
 from namex_hf.merging.curvature import second_moment
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.routing import TokenRouting, neurons
@@ -146,7 +147,7 @@ def main() -> None:
         curved = Recipe(**common, **read, curvature="calibrated")
         given = listen(original, text_for(curved, original.config.to_dict(), tokenizer).ids)
         before = perplexities(original, tokenizer, texts, arguments.tokens)
-        print(f"\n{name}\n\n| | cost | {' | '.join(before)} |\n|---|{'---:|' * (len(before) + 1)}")
+        table = Table(["", "cost", *before], [])
         for row, (fields, change, cost) in ROWS.items():
             recipe = Recipe(
                 **common, **(read if set(fields) - {"align"} or fields["align"] != "none" else {}), **fields
@@ -155,8 +156,8 @@ def main() -> None:
             if change is not None:
                 form(model, given, change, curved.to_dict()["ridge"])
             after = perplexities(model, tokenizer, texts, arguments.tokens)
-            ratios = (f"{after[domain] / before[domain]:.2f}" for domain in before)
-            print(f"| {row} | {cost:,} | {' | '.join(ratios)} |", flush=True)
+            table.rows.append([row, f"{cost:,}", *(f"{after[domain] / before[domain]:.2f}" for domain in before)])
+        print("", name, "", *table.markdown(numbers=True), sep="\n", flush=True)
 
 
 if __name__ == "__main__":

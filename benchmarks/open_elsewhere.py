@@ -77,6 +77,8 @@ def cell(answer: Any, here: dict[str, Any]) -> str:
 def main(out: Path, pythons: list[str]) -> None:
     import torch
 
+    from namex_hf.evaluation.table import Table
+
     folders, by_python = write(out), []
     for number, python in enumerate([sys.executable, *pythons]):
         work = out / f"python-{number}"
@@ -84,10 +86,11 @@ def main(out: Path, pythons: list[str]) -> None:
         environment = {**os.environ, "HF_HOME": str(work / "hf"), "HF_HUB_OFFLINE": "1"}
         subprocess.run([python, "-I", __file__, "--child", work, *folders], env=environment, check=True)
         by_python.append(torch.load(work / "answers.pt"))
-    print("| |", " | ".join(answers["version"] for answers in by_python), "|")
+    table = Table(["", *(answers["version"] for answers in by_python)], [])
     for folder in folders:
         cells = [cell(answers[folder], by_python[0][folder]) for answers in by_python]
-        print("|", "/".join(Path(folder).parts[-2:]), "|", " | ".join(cells), "|")
+        table.rows.append(["/".join(Path(folder).parts[-2:]), *cells])
+    print(*table.markdown(), sep="\n")
 
 
 if __name__ == "__main__":
