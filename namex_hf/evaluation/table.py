@@ -37,7 +37,7 @@ class Table(NamedTuple):
         return f'<div class="wide"><table>\n<tr>{head}</tr>\n{body}\n</table></div>'
 
     def screen(self, title: str | None = None, words: Collection[str] = (), compact: bool = False) -> "ScreenTable":
-        """For a terminal. Titles are wrapped between words, numbers never.
+        """For a terminal. Where it is narrow, titles are wrapped between words; numbers never are.
 
         Args:
             words: titles of columns of words, which are aligned to the left and may be wrapped, as the first is.
@@ -54,7 +54,8 @@ class Table(NamedTuple):
             shown.add_column(
                 marked(name),
                 justify="left" if is_text else "right",
-                width=None if is_text and not compact else width,
+                width=width if compact else None,
+                min_width=None if is_text else width,
                 overflow="fold",
             )
         for row in self.rows:
