@@ -271,7 +271,7 @@ def _print(report: Any, console: Console) -> None:
         whole = table(report, task)
         # The rest is in report.md; here the model's label tells its recipe.
         shown = whole.only(at for at, title in enumerate(whole.titles) if title not in (*CHOICES, "95 %"))
-        console.print(shown.screen(task, ("metric", "to")))
+        console.print(*shown.screens(console.width, task, ("metric", "to")))
         for one in report.scores:
             if one.task == task and (text := sentence(one)):
                 console.print(f"  {printable(text)}", soft_wrap=True, markup=False, highlight=False)

@@ -232,7 +232,7 @@ def print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
     what = ", ".join((recipe["method"], recipe["merge"], f"{recipe['routing']} routing"))
     if report.layers:
-        console.print(layer_table(report).screen(f"{report.source['name']}: {what}", ["status"]))
+        console.print(*layer_table(report).screens(console.width, f"{report.source['name']}: {what}", ["status"]))
     if text := report.run.get("calibration"):
         seconds = sum(layer["seconds"] for layer in report.layers) / len(report.layers)
         console.print(

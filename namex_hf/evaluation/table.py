@@ -62,6 +62,12 @@ class Table(NamedTuple):
             shown.add_row(*map(marked, row))
         return shown
 
+    def screens(self, width: int, title: str, words: Collection[str] = ()) -> "list[ScreenTable]":
+        """One table with borders where a terminal of so many characters has room for it, else `parts` without."""
+        if sum(self.widths()) + 3 * len(self.titles) < width:
+            return [self.screen(title, words)]
+        return [part.screen(title, words, compact=True) for part in self.parts(width)]
+
     def widths(self) -> list[int]:
         """Characters that each column needs: of a title the longest word, of a cell all, of a label at most `LABEL`."""
         columns = zip(self.titles, *self.rows, strict=True)
