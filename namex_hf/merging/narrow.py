@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import Narrow
-from .experts import Expert, ExpertWeights, NotFiniteError
+from .experts import Expert, NotFiniteError
 from .moe_layer import MoELayer, Text
 from .neurons import neurons_that_stay, refitted, ridged_moment
 from .routing import neurons
@@ -17,6 +17,7 @@ from .settings import DEFAULTS, FitSettings
 from .whole_fit import WholeFit
 
 TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where experts are zero
+ROWS = ("gate_proj", "up_proj", "gate_proj.bias", "up_proj.bias")  # one row a neuron
 
 
 @dataclass
@@ -72,8 +73,10 @@ class Narrowing:
             expert = self.source.experts.expert(number)
             chosen, down = self.cut(number, expert)
             stay.append(chosen.cpu())
-            gate = None if expert.gate is None else expert.gate[stay[-1]]
-            each.append(ExpertWeights(gate, expert.up[stay[-1]], down.to(expert.down)))
+            kept = expert.of(
+                lambda name, of=expert, rows=stay[-1]: of[name][rows] if name in ROWS else of[name], expert
+            )
+            each.append(replace(kept, down=down.to(expert.down)))
             self.progress(ProgressEvent("narrowed", done=number + 1, total=self.source.experts.count))
         self.stay = torch.stack(stay)
         return each[0].of(lambda name: torch.stack([one[name] for one in each]), each[0])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from ..files import SCORES, locate, read_json
+from ..scoring.baseline import is_unmerged
 from .card_text import plain, table
 from .report import Report, ratio
 
@@ -45,7 +46,7 @@ def perplexity_lines(report: Report) -> list[str]:
 
 def _of_the_router(recipe: Mapping[str, Any]) -> str:
     routing = recipe.get("routing", "linear")
-    if routing == "linear" or recipe.get("method") == "smoe":
+    if routing == "linear" or is_unmerged(recipe):
         return ""
     return (
         f" Before is the model with its own linear router, so the ratio is of the change to {plain(routing)} routing "

@@ -9,6 +9,7 @@ from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.tokenizer_code import tokenizer_code
 from ..files import PICTURES, REPORT, locate
 from ..recipe import Grouped, Recipe
+from ..scoring.baseline import is_unmerged
 from .card_text import plain
 from .report import Report
 
@@ -16,6 +17,7 @@ MERGES = {
     "residual": "top-k experts as they were, and a base expert for the mass that top-k leaves over",
     "soft": "the router merges experts into one, which takes their place",
     "grouped": "fewer experts: each is made of a group of the original's",
+    "narrow": "every expert and the router, with fewer neurons in each expert: those that mattered least went",
 }
 METHODS = {
     "namex-full": "the experts of every layer bargain (Nash) over the step by which it walks on",
@@ -30,6 +32,10 @@ FITS = {
     "router": ", and the router fitted to the original on calibration text",
     "layer": ", and router, experts and shared expert fitted to the original on calibration text, layer by layer",
 }
+NEURONS = {
+    "second_order": "chosen by second order on calibration text, and the others' `down_proj` makes up for them",
+    "energy": "chosen by what they put out on calibration text, and the others' `down_proj` makes up for them",
+}
 ROUTINGS = {
     "cosine": "tokens find experts by the angle between hidden state and expert embedding",
     "stable": "a token's id decides which experts it gets; the linear router does for ids not in the calibration text",
@@ -41,7 +47,7 @@ PLACE = "PATH_OR_ID"
 def story_lines(report: Report) -> list[str]:
     """Two sentences: what this was made of, and what became of the experts."""
     recipe = report.run["recipe"]
-    what = "the sparse original" if recipe["method"] == "smoe" else MERGES[recipe["merge"]]
+    what = "the sparse original" if is_unmerged(recipe) else MERGES[recipe["merge"]]
     lines = [
         f"Made of {_source(report)}, a Mixture-of-Experts model (`{report.family}`). "
         f"`{recipe['method']}`, `{recipe['merge']}`: {what}{_how(recipe)}."
@@ -52,8 +58,10 @@ def story_lines(report: Report) -> list[str]:
 
 
 def _how(recipe: dict[str, Any]) -> str:
-    if recipe["method"] == "smoe":
+    if is_unmerged(recipe):
         return ""
+    if recipe["merge"] == "narrow":
+        return f"; {NEURONS[recipe['neurons']]}{FITS[recipe['fit']]}"
     if recipe["merge"] == "grouped":
         made = Recipe.from_stored(recipe).merge
         assert isinstance(made, Grouped)
@@ -142,7 +150,7 @@ def limit_lines(report: Report, licence: dict[str, Any], config: dict[str, Any])
         )
     if recipe["merge"] == "grouped":
         limits.append("Experts that went took what they alone knew along; arithmetic suffers first.")
-    if recipe["method"] != "smoe":
+    if not is_unmerged(recipe):
         limits.append("Only `transformers` was tried; other loaders may not know this form.")
     if report.run.get("export_as"):
         limits.append("llama.cpp does not take this form of a DeepSeek-MoE, but the one without `--export-as`.")

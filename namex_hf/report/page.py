@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from ..scoring.baseline import is_unmerged
 from .report import Report, layer_table, ratio
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ WORDS = {
     "residual": "the top-k experts stay as they are, and a base expert takes what top-k leaves over",
     "soft": "the router merges experts into one, which takes their place",
     "grouped": "each expert is made of a group of the original's",
+    "narrow": "every expert and the router stay, with fewer neurons in each expert",
 }
 
 
@@ -46,7 +48,7 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
     """
     recipe, name = report.run["recipe"], str(report.source["name"] or "a model of unknown source")
     title = f"{name}, patched by namex_hf"
-    what = "the sparse original" if recipe.get("method") == "smoe" else WORDS.get(recipe.get("merge"), "")
+    what = "the sparse original" if is_unmerged(recipe) else WORDS.get(recipe.get("merge"), "")
     words = f"{recipe.get('method')}, {recipe.get('merge')}, {recipe.get('routing')} routing: {what}."
     parts = [f"<p>{escape(words)}</p>", *_perplexity(report), *map(figure, pictures)]
     if not pictures:
