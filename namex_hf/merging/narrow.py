@@ -53,7 +53,7 @@ class Narrowing:
         self.record |= {"games": [], "errors": [], "fits": []}
         self.target = self.source.output(text.inputs, text.routing)
         # The source gets no local name here, so that its experts can be freed before a fit.
-        layer = replace(self.source, experts=self.narrowed())
+        layer = replace(self.source, experts=self.narrowed(), router=self.source.router.clone())
         self.source = self.source.without_experts()
         output = layer.output(text.inputs, text.routing)
         self.record_error("narrowed", output)
@@ -73,10 +73,7 @@ class Narrowing:
             expert = self.source.experts.expert(number)
             chosen, down = self.cut(number, expert)
             stay.append(chosen.cpu())
-            kept = expert.of(
-                lambda name, of=expert, rows=stay[-1]: of[name][rows] if name in ROWS else of[name], expert
-            )
-            each.append(replace(kept, down=down.to(expert.down)))
+            each.append(with_neurons(expert, stay[-1], down))
             self.progress(ProgressEvent("narrowed", done=number + 1, total=self.source.experts.count))
         self.stay = torch.stack(stay)
         return each[0].of(lambda name: torch.stack([one[name] for one in each]), each[0])
@@ -105,3 +102,9 @@ class Narrowing:
         error, energy = ((output - self.target).square().sum(), self.target.square().sum())
         self.record["errors"].append({"stage": stage, "error": float(error / energy.clamp(min=TINY))})
         self.progress(ProgressEvent(stage))
+
+
+def with_neurons(expert: Expert, stay: Tensor, down: Tensor) -> Expert:
+    """An expert with some of its neurons, bit for bit, and another down matrix, rounded to the old one's dtype."""
+    kept = expert.of(lambda name: expert[name][stay] if name in ROWS else expert[name], expert)
+    return replace(kept, down=down.to(expert.down))
