@@ -32,7 +32,7 @@ from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
 from ..printable import marked
 from ..progress import FINISHED, ProgressEvent
-from ..report.report import Report, layer_table, ratio
+from ..report.report import Report, choices, layer_table, ratio
 from ..report.write import write_pictures
 from ..scoring.compare import compare
 from .common import of_memory
@@ -40,6 +40,7 @@ from .common import of_memory
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
+ROW_BYTES = 16  # of a matrix's rows: torch.nn.functional.grouped_mm takes multiples of this
 LINE_SECONDS = 10  # between two lines of layers, at least: short runs print none
 
 
@@ -205,12 +206,26 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def width_line(plan: Plan) -> str | None:
+    """What to do with a width that the grouped products of torch do not take, in the dtype of the experts."""
+    dtype = plan.expert_spans(plan.shape.layers[0])[0].dtype
+    multiple = ROW_BYTES // dtype.itemsize
+    if plan.width == plan.shape.width or plan.width % multiple == 0:
+        return None
+    return (
+        f"width {plan.width} is no multiple of {multiple}, which grouped products of {str(dtype)[6:]} need: load the "
+        "result with experts_implementation='eager'"
+    )
+
+
 def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     recipe = plan.recipe
     table = Table(title="dry run: nothing was read but headers, nothing was written", show_header=False, min_width=60)
-    table.add_row("recipe", f"{recipe.merge.kind}, {recipe.merge.method}, {recipe.routing.kind} routing")
+    table.add_row("recipe", choices(recipe.to_dict()))
     table.add_row("MoE layers", str(what["layers"]))
     table.add_row("routed experts a layer", f"{what['experts']} -> {what['kept']}")
+    if what["width"] != plan.shape.width:
+        table.add_row("neurons a routed expert", f"{plan.shape.width} -> {what['width']}")
     table.add_row("device of the arithmetic", what["device"])
     table.add_row("bytes in", size_text(what["bytes_in"]))
     table.add_row("bytes out", size_text(what["bytes_out"]))
@@ -229,8 +244,7 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
 
 def print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
-    what = ", ".join((recipe["method"], recipe["merge"], f"{recipe['routing']} routing"))
-    table = Table(title=f"{marked(report.source['name'])}: {what}")
+    table = Table(title=f"{marked(report.source['name'])}: {choices(recipe)}")
     titles, rows = layer_table(report)
     for title, *cells in zip(titles, *rows, strict=True):
         one_word = not any(" " in text for text in (title, *cells))  # where the screen is narrow, others are wrapped

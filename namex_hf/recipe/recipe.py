@@ -236,8 +236,20 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 ORDER = (
-    *("merge", "method", "weighting", "operator", "experts", "budget", "fit", "fit_steps", "grouping", "curvature"),
-    *("rank", "ridge", "align", "down", "target", "metric", "power", "calibration_data", "calibration_tokens"),
+    *("merge", "method", "weighting", "operator", "experts", "width", "neurons", "budget", "fit", "fit_steps"),
+    *(
+        "grouping",
+        "curvature",
+        "rank",
+        "ridge",
+        "align",
+        "down",
+        "target",
+        "metric",
+        "power",
+        "calibration_data",
+        "calibration_tokens",
+    ),
     *("calibrate", "routing", "temperature", "disagreement", "base", "first_layer", "granularity", "scale", "gamma"),
     *("momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise", "segment", "top_k", "routing_span"),
     *("every", "seed", "device"),

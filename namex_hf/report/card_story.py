@@ -48,9 +48,9 @@ def story_lines(report: Report) -> list[str]:
     """Two sentences: what this was made of, and what became of the experts."""
     recipe = report.run["recipe"]
     what = "the sparse original" if is_unmerged(recipe) else MERGES[recipe["merge"]]
+    named = "`narrow`" if recipe["merge"] == "narrow" else f"`{recipe['method']}`, `{recipe['merge']}`"
     lines = [
-        f"Made of {_source(report)}, a Mixture-of-Experts model (`{report.family}`). "
-        f"`{recipe['method']}`, `{recipe['merge']}`: {what}{_how(recipe)}."
+        f"Made of {_source(report)}, a Mixture-of-Experts model (`{report.family}`). {named}: {what}{_how(recipe)}."
     ]
     if recipe["routing"] != "linear":
         lines += ["", f"Routing `{recipe['routing']}`: {ROUTINGS[recipe['routing']]}."]

@@ -6,7 +6,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from ..scoring.baseline import is_unmerged
-from .report import Report, layer_table, ratio
+from .report import Report, choices, layer_table, ratio
 
 if TYPE_CHECKING:
     from .pictures import Picture
@@ -49,8 +49,7 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
     recipe, name = report.run["recipe"], str(report.source["name"] or "a model of unknown source")
     title = f"{name}, patched by namex_hf"
     what = "the sparse original" if is_unmerged(recipe) else WORDS.get(recipe.get("merge"), "")
-    words = f"{recipe.get('method')}, {recipe.get('merge')}, {recipe.get('routing')} routing: {what}."
-    parts = [f"<p>{escape(words)}</p>", *_perplexity(report), *map(figure, pictures)]
+    parts = [f"<p>{escape(f'{choices(recipe)}: {what}.')}</p>", *_perplexity(report), *map(figure, pictures)]
     if not pictures:
         parts.append("<p>This folder has no data to draw: no expert was weighed and no text was read.</p>")
     titles, rows = layer_table(report)

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,13 @@ def layer_summary(layer: dict[str, Any]) -> dict[str, Any]:
         "load_entropy": routing.get("load_entropy"),
         "seconds": layer["seconds"],
     }
+
+
+def choices(recipe: Mapping[str, Any]) -> str:
+    """Method, merge and routing of a stored recipe; no method where none merges experts."""
+    merge = recipe.get("merge")
+    named = [merge] if merge == "narrow" else [recipe.get("method"), merge]
+    return ", ".join(map(str, (*named, f"{recipe.get('routing')} routing")))
 
 
 COLUMNS = {
