@@ -237,22 +237,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 ORDER = (
     *("merge", "method", "weighting", "operator", "experts", "width", "neurons", "budget", "fit", "fit_steps"),
-    *(
-        "grouping",
-        "curvature",
-        "rank",
-        "ridge",
-        "align",
-        "down",
-        "target",
-        "metric",
-        "power",
-        "calibration_data",
-        "calibration_tokens",
-    ),
-    *("calibrate", "routing", "temperature", "disagreement", "base", "first_layer", "granularity", "scale", "gamma"),
-    *("momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise", "segment", "top_k", "routing_span"),
-    *("every", "seed", "device"),
+    *("grouping", "curvature", "rank", "ridge", "align", "down", "target", "metric", "power", "calibration_data"),
+    *("calibration_tokens", "calibrate", "routing", "temperature", "disagreement", "base", "first_layer"),
+    *("granularity", "scale", "gamma", "momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise"),
+    *("segment", "top_k", "routing_span", "every", "seed", "device"),
 )
 """Of the fields where they are written: that of release 0.1.0, with newer ones between. The newest follow it."""
 _MERGE = Spec(
