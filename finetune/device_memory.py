@@ -237,7 +237,7 @@ def outline(config: Mapping[str, Any], recipe: Recipe | None = None) -> Outline:
     else:
         outline, recipe = outline_of(raw), recipe or Recipe()
         check_fit(recipe, outline)
-        raw = patched_config(raw, outline.family, outline.shape, recipe)
+        raw = patched_config(raw, outline, recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
     parts = tuple(Part(name, kind_of(name), tuple(p.shape), _layer(name)) for name, p in model.named_parameters())

@@ -4,6 +4,7 @@ import importlib.metadata
 import json
 import math
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,13 @@ class Report:
 
     def with_perplexity(self, perplexity: dict[str, dict[str, float]]) -> "Report":
         return replace(self, perplexity=perplexity)
+
+
+def choices(recipe: Mapping[str, Any]) -> str:
+    """Method, merge and routing of a stored recipe; no method where none merges experts."""
+    merge = recipe.get("merge")
+    named = [merge] if merge == "narrow" else [recipe.get("method"), merge]
+    return ", ".join(map(str, (*named, f"{recipe.get('routing')} routing")))
 
 
 def ratio(one: dict[str, float]) -> float:

@@ -82,7 +82,7 @@ def _patch(options: argparse.Namespace) -> int:
         from ..patching.patch import describe, run_plan
         from ..patching.plan import make_plan
         from ..patching.scores import check_reads_scores
-        from .patch_screen import print_dry_run
+        from .patch_screen import print_dry_run, width_line
 
     console = Console(stderr=True, quiet=options.quiet)
     if options.quiet:
@@ -90,7 +90,7 @@ def _patch(options: argparse.Namespace) -> int:
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
-    for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder))):
+    for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.scores is not None:

@@ -33,7 +33,7 @@ from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
 from ..printable import marked
 from ..progress import FINISHED, ProgressEvent
-from ..record import Report
+from ..record import Report, choices
 from ..report.layers import layer_table, perplexity_table
 from ..report.write import write_pictures
 from .common import of_memory
@@ -41,6 +41,7 @@ from .common import of_memory
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
+ROW_BYTES = 16  # of a matrix's rows: torch.nn.functional.grouped_mm takes multiples of this
 LINE_SECONDS = 10  # between two lines of layers, at least: short runs print none
 
 
@@ -206,17 +207,32 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def width_line(plan: Plan) -> str | None:
+    """What to do with a width that the grouped products of torch do not take, in the dtype of the experts."""
+    dtype = plan.expert_spans(plan.shape.layers[0])[0].dtype
+    multiple = ROW_BYTES // dtype.itemsize
+    if plan.width == plan.shape.width or plan.width % multiple == 0:
+        return None
+    return (
+        f"width {plan.width} is no multiple of {multiple}, which grouped products of {str(dtype)[6:]} need: load the "
+        "result with experts_implementation='eager'"
+    )
+
+
 def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     recipe = plan.recipe
     table = {
-        "recipe": f"{recipe.merge.kind}, {recipe.merge.method}, {recipe.routing.kind} routing",
+        "recipe": choices(recipe.to_dict()),
         "MoE layers": what["layers"],
         "routed experts a layer": f"{what['experts']} -> {what['kept']}",
+        "neurons a routed expert": f"{plan.shape.width} -> {what['width']}",
         "device of the arithmetic": what["device"],
         "bytes in": size_text(what["bytes_in"]),
         "bytes out": size_text(what["bytes_out"]),
         "peak memory (estimate)": size_text(what["peak_bytes"]),
     }
+    if what["width"] == plan.shape.width:
+        del table["neurons a routed expert"]
     if what["calibration_tokens"]:
         table["calibration text"] = f"{what['calibration_tokens']} tokens of {recipe.calibration.data}, not read yet"
     if what["fit"]:
@@ -230,9 +246,10 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
 
 def print_report(report: Report, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
-    what = ", ".join((recipe["method"], recipe["merge"], f"{recipe['routing']} routing"))
     if report.layers:
-        console.print(*layer_table(report).screens(console.width, f"{report.source['name']}: {what}", ["status"]))
+        console.print(
+            *layer_table(report).screens(console.width, f"{report.source['name']}: {choices(recipe)}", ["status"])
+        )
     if text := report.run.get("calibration"):
         seconds = sum(layer["seconds"] for layer in report.layers) / len(report.layers)
         console.print(

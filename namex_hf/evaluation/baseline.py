@@ -29,5 +29,10 @@ def is_baseline(other: Stored | None, recipe: Stored | None) -> bool:
     """
     if other is None or recipe is None or router_of(recipe)["routing"] == "linear":
         return False
-    merges = [{**DEFAULTS, **stored}["method"] != "smoe" for stored in (other, recipe)]
-    return merges == [False, True] and router_of(other) == router_of(recipe)
+    return is_unmerged(other) and not is_unmerged(recipe) and router_of(other) == router_of(recipe)
+
+
+def is_unmerged(recipe: Stored) -> bool:
+    """Whether all routed experts are the original's."""
+    whole = {**DEFAULTS, **recipe}
+    return whole["method"] == "smoe" and whole["merge"] != "narrow"

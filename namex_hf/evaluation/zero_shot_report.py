@@ -9,6 +9,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 
 from ..render import rendered
+from .baseline import is_unmerged
 from .candidates import Candidate
 from .paper import PaperScore
 from .statistics import Difference
@@ -51,8 +52,7 @@ class ScoredModel:
         """Merge, routing, method and disagreement point, as in the paper's tables; dashes of an unpatched model."""
         if self.recipe is None:
             return ("-", "linear", "-", "-")
-        plain = self.recipe["method"] == "smoe"
-        merge = "-" if plain else self.recipe["merge"]
+        merge = "-" if is_unmerged(self.recipe) else self.recipe["merge"]
         bargains = self.recipe["method"].startswith("namex")
         disagreement = self.recipe.get("disagreement", "zero") if bargains else "-"
         return merge, self.recipe.get("routing", "linear"), self.recipe["method"], disagreement

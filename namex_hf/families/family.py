@@ -110,6 +110,10 @@ class Family:
     norm_offset: float = 0.0  # the norm multiplies by this plus its weight
     linear: bool = True
     """Whether the decoder layer's output is the routed experts' output plus what does not depend on it."""
+    shared_count: str | None = None
+    """Field of the number of shared experts, where their width is that number times the routed experts' width."""
+    narrows: bool = True
+    """Whether the width of routed experts can change alone."""
     least: int = 1
     """Number of experts that a router needs."""
     needs: tuple[str, ...] = ()
@@ -184,6 +188,19 @@ class Family:
                 if name in config:
                     result[name] = [value] * len(config[name]) if isinstance(config[name], list) else value
         return result
+
+    def with_width(self, config: Config, width: int, shared_width: int) -> dict[str, Any]:
+        """The fields of a configuration that say that routed experts are narrower.
+
+        Args:
+            shared_width: of the shared expert, a multiple of ``width`` where the family counts it so.
+        """
+        values = {self.width_field: width}
+        if self.shared_count is not None:
+            values[self.shared_count] = shared_width // width
+        return {
+            name: value for field_name, value in values.items() for name in self.names(field_name) if name in config
+        }
 
     def is_to_untie(self, config: Config) -> bool:
         """Whether this model ties its head to the embedding, and its result must store them apart."""

@@ -118,6 +118,11 @@ class Outline:
             parts["gate"] = f"{block}.{family.shared_gate_name}.weight"
         return parts
 
+    def padded_width(self, width: int) -> int:
+        """Width of the shared expert beside routed experts of another width: the next that the family can state."""
+        shared = self.shape.shared_width
+        return -(-shared // width) * width if self.family.shared_count is not None else shared
+
     def added(self, layer: int, kind: str, part: str) -> str:
         """Name of a tensor that only the patched model has: of the ``base`` expert, or of another `kind` of part."""
         return f"{self.blocks[layer]}." + (f"base_expert.{part}.weight" if kind == "base" else f"{kind}.{part}")

@@ -1,7 +1,7 @@
 """A layer with fewer experts, merged on its activations on calibration text."""
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -13,15 +13,15 @@ from ..recipe.choices import FitKind
 from .controls import random_experts, shared_experts
 from .experts import Expert, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
-from .layer_fit import Problem, fit_layer
 from .members import gather, merge_members
 from .moe_layer import MoELayer, Text
 from .record import cosines
 from .refit import refit_downs
 from .router_fit import RouterProblem, fit_router, output_products
-from .routing import TokenRouting, expert_output, shared_expert_output
+from .routing import TokenRouting, expert_output
 from .settings import DEFAULTS, FitSettings
 from .weightings import ExpertStatistics
+from .whole_fit import WholeFit
 
 TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where experts are zero
 
@@ -260,35 +260,11 @@ class Shrinking:
 
     def fit_all(self) -> None:
         """Fit rows, experts and shared expert together to the target; the source's experts are dropped first."""
-        text, merge, result = self.text, self.merge, self.result
         self.source = self.source.without_experts()
-        self.refitted = {part: tensor.clone() for part, tensor in self.shared().items()}
-        delta = -self.shared_output()
-        problem = Problem(
-            text.inputs,
-            self.target - delta,
-            self.weight,
-            text.held_out_tokens,
-            result.gate,
-            result.activation,
-            self.settings,
-            result.bias,
-        )
-        fitted = fit_layer(
-            problem, result.experts, result.router, self.refitted, merge.fit.steps, self.seed, self.progress
-        )
-        del problem
-        self.shared_output_delta = delta.add_(self.shared_output())
-        self.record["fits"].append({"of": "layer", **asdict(fitted)})
-
-    def shared_output(self) -> torch.Tensor:
-        """The output of the shared expert as it now is, float32 ``[tokens, hidden]``."""
-        output, batch = torch.zeros_like(self.text.inputs), self.settings.batch
-        shared = {part: tensor.to(output) for part, tensor in self.refitted.items()}
-        if shared:
-            for inputs, rows in zip(self.text.inputs.split(batch), output.split(batch), strict=True):
-                rows.copy_(shared_expert_output(inputs, shared, self.result.activation))
-        return output
+        parts = (self.weight, self.shared, self.settings, self.progress)
+        fit = WholeFit(self.result, self.text, self.target, *parts)
+        self.record["fits"].append(fit.run(self.merge.fit.steps, self.seed))
+        self.refitted, self.shared_output_delta = fit.shared, fit.shared_output_delta
 
     def refit(self, output: torch.Tensor) -> None:
         """Refit every down matrix under the present router. Args: output, changed in place to what it becomes."""

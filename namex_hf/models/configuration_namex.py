@@ -104,9 +104,9 @@ def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: in
             f"namex.method is 'smear', which has no base expert and merges all experts by the input, and namex.merge "
             f"{merge!r}; accepted with it is namex.merge: 'soft'"
         )
-    if merge != "residual" and method == "smoe":
+    if merge not in ("residual", "narrow") and method == "smoe":
         raise ValueError(
-            f"namex.method is 'smoe', which merges nothing, and namex.merge {merge!r}; accepted: 'residual'"
+            f"namex.method is 'smoe', which merges nothing, and namex.merge {merge!r}; accepted: 'residual', 'narrow'"
         )
     if routing_of(recipe) not in ROUTINGS:
         raise ValueError(f"namex.routing is {routing_of(recipe)!r}; accepted: {', '.join(ROUTINGS)}")
@@ -120,8 +120,8 @@ def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: in
     choice = soft_choice(recipe)
     if choice is not None:
         _check_soft(choice, experts)
-    elif merge not in ("residual", "grouped"):
-        raise ValueError(f"namex.merge is {merge!r}; accepted: 'residual', 'soft', 'grouped'")
+    elif merge not in ("residual", "grouped", "narrow"):
+        raise ValueError(f"namex.merge is {merge!r}; accepted: 'residual', 'soft', 'grouped', 'narrow'")
 
 
 def check_layer_experts(counts: list[int] | None, layers: int, experts: int) -> None:

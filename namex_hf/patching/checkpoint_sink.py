@@ -13,7 +13,6 @@ from ..checkpoint.header import read_header
 from ..checkpoint.shard import Item, shard_names
 from ..merging.experts import Expert
 from ..progress import FINISHED, ProgressCallback, ProgressEvent, no_progress
-from ..recipe import Grouped
 from .carry import added_items, carried_beside, carry_over, packs_of_added, write_added
 from .checkpoint_source import check_finite, checkpoint_source
 from .finite import require_finite_result
@@ -44,7 +43,7 @@ def write_checkpoint(
     with Reader(plan.checkpoint.identity.digests) as reader:
         source = checkpoint_source(plan, reader)
         pipeline = Pipeline(source, plan.recipe, plan.config(), plan.text, scores, plan.counts, progress)
-        write = _write_smaller if isinstance(plan.recipe.merge, Grouped) else _write_carried
+        write = _write_smaller if plan.recipe.merge.rewrites else _write_carried
         names = write(plan, folder, pipeline, reader, state, progress)
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 

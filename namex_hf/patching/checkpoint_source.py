@@ -10,7 +10,6 @@ from ..checkpoint.header import TensorSpan
 from ..errors import CheckpointError
 from ..merging.experts import PROJECTIONS, Expert, ExpertWeights, NotFiniteError
 from ..progress import ProgressCallback, ProgressEvent
-from ..recipe import Grouped
 from .finite import is_finite
 from .plan import Plan
 from .sources import LayerSource
@@ -79,7 +78,7 @@ def check_finite(plan: Plan, progress: ProgressCallback) -> None:
     """
     experts = plan.outline.places
     merge = plan.recipe.merge
-    merged = merge.has_base or plan.recipe.needs_text or isinstance(merge, Grouped)
+    merged = merge.has_base or plan.recipe.needs_text or merge.rewrites
     with Reader(plan.checkpoint.identity.digests) as reader:
         for name, span in plan.spans.items():
             if name in experts and merged:

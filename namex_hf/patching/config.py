@@ -3,32 +3,44 @@
 from typing import Any
 
 from ..checkpoint.rope import both_forms
-from ..families import LAYER_EXPERTS, Config, Family, MoeShape, without_prediction
-from ..recipe import Grouped, Recipe
+from ..families import LAYER_EXPERTS, Config, without_prediction
+from ..families.outline import Outline
+from ..recipe import Grouped, Merge, Narrow, Recipe
 
 
 def patched_config(
-    config: Config, family: Family, shape: MoeShape, recipe: Recipe, counts: tuple[int, ...] | None = None
+    config: Config, outline: Outline, recipe: Recipe, counts: tuple[int, ...] | None = None
 ) -> dict[str, Any]:
     """``config.json`` of the result, before code is added to it or it is written in another family's form.
 
     Args:
         counts: of experts that each MoE layer keeps; None: all keep the recipe's number.
     """
+    family = outline.family
     result = {**both_forms(config), **without_prediction(config), "namex": recipe.to_stored()}
     if family.is_to_untie(config):
         result["tie_word_embeddings"] = False
-    merge = recipe.merge
-    experts = merge.experts if isinstance(merge, Grouped) else None
-    if counts is not None:
-        experts = max(counts)
-    if experts is not None and experts < shape.experts:
-        result |= family.with_experts(config, experts)
-    if counts is not None:
-        result[LAYER_EXPERTS] = by_decoder_layer(counts, shape.layers, config["num_hidden_layers"])
+    result |= smaller_fields(config, outline, recipe.merge, counts)
     if recipe.own_class:
         result["model_type"] = family.patched_type
     return result
+
+
+def smaller_fields(
+    config: Config, outline: Outline, merge: Merge, counts: tuple[int, ...] | None = None
+) -> dict[str, Any]:
+    """The fields that say that experts are fewer, or narrower. Args: as `patched_config`."""
+    family, shape = outline.family, outline.shape
+    experts = merge.experts if isinstance(merge, Grouped) else shape.experts
+    fields: dict[str, Any] = {}
+    if counts is not None:
+        experts = max(counts)
+        fields[LAYER_EXPERTS] = by_decoder_layer(counts, shape.layers, len(outline.decoder_layers))
+    if experts < shape.experts:
+        fields |= family.with_experts(config, experts)
+    if isinstance(merge, Narrow):
+        fields |= family.with_width(config, merge.width, outline.padded_width(merge.width))
+    return fields
 
 
 def by_decoder_layer(counts: tuple[int, ...], layers: tuple[int, ...], depth: int) -> list[int]:

@@ -27,12 +27,12 @@ class Effort:
 def effort_of(plan: Plan) -> Effort | None:
     """None where no layer is fitted whole."""
     shape = plan.shape
-    if plan.fits != "layer" or plan.experts == shape.experts:
+    if plan.fits != "layer" or (plan.experts, plan.width) == (shape.experts, shape.width):
         return None
-    steps = plan.grouped.fit.steps
+    steps = plan.fit.steps
     checked = min(FitSettings.checked_tokens, plan.recipe.calibration.tokens // 8) / FitSettings.check_every
     products = steps * ((FORWARD + BACKWARD) * FitSettings.batch + FORWARD * checked)
-    neurons = shape.width * min(shape.top_k, plan.experts) + shape.shared_width  # of a token
+    neurons = plan.width * min(shape.top_k, plan.experts) + shape.shared_width  # of a token
     return Effort(steps, 2.0 * shape.hidden * neurons * products)
 
 

@@ -2,7 +2,6 @@
 
 from ..calibration.decoder import layer_memory
 from ..merging.experts import PROJECTIONS
-from ..recipe import Grouped
 from .budget import measuring_memory
 from .plan import Plan
 from .steps import steps_of
@@ -36,7 +35,6 @@ def space_needed(plan: Plan) -> int:
     if plan.recipe.needs_text:  # the stream twice while one replaces the other, and so that of the original
         streams = 4 if aims_at_model(plan.recipe) else 2
         state += 4 * streams * plan.recipe.calibration.tokens * plan.shape.hidden
-        if isinstance(plan.recipe.merge, Grouped):  # all new layers
-            routed = sum(plan.layer_bytes(layer) for layer in plan.shape.layers)
-            state += routed * plan.experts // plan.shape.experts + plan.shared_bytes
+        if plan.recipe.merge.rewrites:  # all new layers
+            state += plan.routed_bytes_out + plan.shared_bytes
     return plan.bytes_out + state + MARGIN

@@ -58,7 +58,7 @@ def patch_model(model: Any, recipe: Recipe | None = None, calibration: Any = Non
     source = model_source(model, outline, copies="align" in recipe.steps)
     if text is not None and isinstance(recipe.merge, Grouped) and recipe.merge.budget == "damage":
         counts = [layer["experts"] for layer in spend(source, recipe, text, no_progress)]
-    patched = patched_config(model.config.to_dict(), family, outline.shape, recipe)
+    patched = patched_config(model.config.to_dict(), outline, recipe)
     with shared_out() if text is None else nullcontext():
         write_model(model, outline, recipe, Pipeline(source, recipe, patched, text, counts=counts).run())
     model.config.namex = recipe.to_stored()

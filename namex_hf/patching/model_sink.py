@@ -10,9 +10,9 @@ from ..families.outline import Outline, build
 from ..merging.alignment import reorder
 from ..merging.experts import Expert, ExpertWeights
 from ..models.convert import patch_classes
-from ..recipe import Grouped, Recipe
+from ..recipe import Grouped, Merge, Recipe
 from .blocks import block_name
-from .config import by_decoder_layer
+from .config import smaller_fields
 from .finite import require_finite_result
 from .result import LayerResult, Tensors
 
@@ -35,9 +35,9 @@ def write_model(model: Any, outline: Outline, recipe: Recipe, results: Iterable[
             counts.append(len(result.router))
             _replace(model, outline, result, _experts(result, counts[-1], recipe))
         for part, tensor in result.shared.items():
-            model.get_parameter(outline.shared(layer)[part]).copy_(tensor)
+            _set(model, outline.shared(layer)[part], tensor)
         del result  # before the next layer is read
-    if isinstance(recipe.merge, Grouped):
+    if recipe.merge.rewrites:
         _count(model, outline, recipe.merge, counts)
     if recipe.own_class:
         patch_classes(model, recipe.to_stored())
@@ -75,28 +75,28 @@ def _replace(model: Any, outline: Outline, result: LayerResult, experts: Expert)
 
 
 def _set(model: Any, name: str, value: torch.Tensor) -> None:
-    """Give a parameter or a buffer another value, of another shape, where the old one is."""
+    """Give a parameter or a buffer another value, where the old one is; in place where that has its shape."""
     path, _, leaf = name.rpartition(".")
     module = model.get_submodule(path)
     old = getattr(module, leaf)
+    if old.shape == value.shape:
+        old.copy_(value)
+        return
     value = value.to(old.device)
     setattr(module, leaf, nn.Parameter(value) if isinstance(old, nn.Parameter) else value)
 
 
-def _count(model: Any, outline: Outline, merge: Grouped, counts: list[int]) -> None:
-    """Note how many experts are left, in the configuration and in the modules; where layers differ, of each layer."""
-    layers, depth = outline.shape.layers, len(outline.decoder_layers)
-    if merge.budget == "damage":
-        model.config.layer_experts = by_decoder_layer(tuple(counts), layers, depth)
-    if max(counts) < outline.shape.experts:
-        for name, value in outline.family.with_experts(model.config.to_dict(), max(counts)).items():
-            setattr(model.config, name, value)
+def _count(model: Any, outline: Outline, merge: Merge, counts: list[int]) -> None:
+    """Note what is left, in the configuration and in the modules; where layers differ, of each layer."""
+    unequal = tuple(counts) if isinstance(merge, Grouped) and merge.budget == "damage" else None
+    for name, value in smaller_fields(model.config.to_dict(), outline, merge, unequal).items():
+        setattr(model.config, name, value)
     smaller = build(model.config.to_dict())
     for name, module in model.named_modules():
         for key, value in vars(smaller.get_submodule(name)).items():
             if isinstance(value, int | str) and key != "training":
                 setattr(module, key, value)
-    for layer, count in zip(layers, counts, strict=True):
+    for layer, count in zip(outline.shape.layers, counts, strict=True):
         for module in model.get_submodule(outline.blocks[layer]).modules():
             for key in vars(module).keys() & {"num_experts", "top_k"}:
                 setattr(module, key, min(getattr(module, key), count))

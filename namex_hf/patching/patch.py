@@ -27,7 +27,7 @@ from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, locate, write_text
 from ..models import remote_code
 from ..progress import ProgressCallback, ProgressEvent, no_progress
-from ..recipe import AroundBase, Grouped, Propagation, Recipe
+from ..recipe import AroundBase, Propagation, Recipe
 from ..record import Report
 from ..report.card import card
 from .budget import spend
@@ -177,7 +177,7 @@ def _keep_apart(checkpoint: Checkpoint, out: Path) -> None:
 def _counting(plan: Plan, progress: ProgressCallback) -> ProgressCallback:
     """A callback, for several threads, that adds how many bytes of the whole run are done."""
     # Looked at or merged once; where shards are carried over as they are, copied as well.
-    total = plan.checkpoint.size * (1 if isinstance(plan.recipe.merge, Grouped) else 2)
+    total = plan.checkpoint.size * (1 if plan.recipe.merge.rewrites else 2)
     done, lock = 0, threading.Lock()
 
     def count(event: ProgressEvent) -> None:
@@ -255,6 +255,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "layers": len(plan.shape.layers),
         "experts": plan.shape.experts,
         "kept": plan.experts,
+        "width": plan.width,
         "bytes_in": plan.checkpoint.size,
         "bytes_out": plan.bytes_out,
         "space_needed": space_needed(plan),

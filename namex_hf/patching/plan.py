@@ -22,7 +22,7 @@ from ..merging.members import GAMES
 from ..merging.weightings import WEIGHTINGS
 from ..models import remote_code
 from ..models.soft_kronecker import kronecker_parameters
-from ..recipe import AroundBase, Grouped, Recipe, Residual, Soft
+from ..recipe import AroundBase, Fit, Grouped, Narrow, Recipe, Residual, Soft
 from ..recipe.choices import FitKind
 from .config import patched_config
 from .device import on_device
@@ -109,7 +109,18 @@ class Plan:
     @property
     def fits(self) -> FitKind:
         """What is fitted."""
-        return self.grouped.fit.kind if isinstance(self.recipe.merge, Grouped) else "none"
+        return self.fit.kind if self.recipe.merge.rewrites else "none"
+
+    @property
+    def fit(self) -> Fit:
+        """How layers are fitted, of a recipe that may."""
+        assert isinstance(self.recipe.merge, Grouped | Narrow)
+        return self.recipe.merge.fit
+
+    @property
+    def width(self) -> int:
+        """Of a routed expert of the result."""
+        return self.recipe.merge.width if isinstance(self.recipe.merge, Narrow) else self.shape.width
 
     @property
     def reorders(self) -> bool:
@@ -149,7 +160,21 @@ class Plan:
         """Bytes of all layers' shared experts, where they are fitted along; else 0."""
         if self.fits != "layer":
             return 0
-        return sum(self.span(name).size for layer in self.shape.layers for name in self.outline.shared(layer).values())
+        names = [name for layer in self.shape.layers for name in self.outline.shared(layer).values()]
+        return sum(self.span(name).size for name in names) + self.padding_bytes
+
+    @property
+    def padding_bytes(self) -> int:
+        """Bytes of the neurons of zeros by which shared experts become wider."""
+        more = self.outline.padded_width(self.width) - self.shape.shared_width
+        names = [self.outline.shared(layer)["up_proj"] for layer in self.shape.layers] if more else []
+        return sum(3 * more * self.shape.hidden * self.span(name).dtype.itemsize for name in names)
+
+    @property
+    def routed_bytes_out(self) -> int:
+        """Bytes of all routed experts of the result."""
+        routed = sum(map(self.layer_bytes, self.shape.layers))
+        return routed * self.experts * self.width // (self.shape.experts * self.shape.width)
 
     def added(self, layer: int) -> Shapes:
         """Shapes and dtypes of what a layer has more than before, by kind and part: ``base.gate_proj`` ..."""
@@ -197,18 +222,20 @@ class Plan:
 
     @property
     def bytes_out(self) -> int:
-        routers = sum(self.span(self.outline.router(layer)).size for layer in self.shape.layers)
-        routed = routers + sum(self.layer_bytes(layer) for layer in self.shape.layers)
-        added = self.all_added_bytes + self.untied_bytes
+        names = [name for layer in self.shape.layers for name in (self.outline.router(layer), self.outline.bias(layer))]
+        routers = sum(self.span(name).size for name in names if name)
+        routed = sum(map(self.layer_bytes, self.shape.layers))
+        added = self.all_added_bytes + self.untied_bytes + self.padding_bytes
         if self.export_as:
             added += sum(item.size for item in constant_items(self))
-        return self.size - routed + routed * self.experts // self.shape.experts + added
+        gone = routed - self.routed_bytes_out + routers - routers * self.experts // self.shape.experts
+        return self.size - gone + added
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
         foreign = ("auto_map", "_name_or_path")  # code of others, and a path on the machine where it was saved
         config = {name: value for name, value in self.checkpoint.config.items() if name not in foreign}
-        config = patched_config(config, self.family, self.shape, self.recipe, self.counts)
+        config = patched_config(config, self.outline, self.recipe, self.counts)
         if self.form:
             config = self.form.config(config)
         code = remote_code(config["model_type"])
@@ -290,6 +317,8 @@ def check_fit(recipe: Recipe, outline: Outline) -> Recipe:
         raise RecipeError(_without_class(recipe, outline))
     if isinstance(recipe.merge, Grouped):
         _check_grouped(recipe.merge, outline)
+    if isinstance(recipe.merge, Narrow):
+        _check_narrow(recipe.merge, outline)
     if isinstance(recipe.merge, Soft):
         _check_soft(recipe.merge, shape)
     if isinstance(recipe.merge, AroundBase):
@@ -325,6 +354,21 @@ def _check_grouped(merge: Grouped, outline: Outline) -> None:
         raise RecipeError(
             f"recipe field 'operator' is 'shared'; the shared expert's width {shape.shared_width} is no multiple of "
             f"the routed width {shape.width}: the other control is random"
+        )
+
+
+def _check_narrow(merge: Narrow, outline: Outline) -> None:
+    shape = outline.shape
+    if not outline.family.narrows:
+        half = max(outline.family.least, shape.experts // 2)
+        raise RecipeError(
+            f"merge 'narrow' changes '{outline.family.width_field}', which sizes more than the routed experts of "
+            f"{outline.family.model_type}; what works: --merge grouped --experts {half}"
+        )
+    if merge.width >= shape.width:
+        raise RecipeError(
+            f"recipe field 'width' is {merge.width}; this model's routed experts have {shape.width} neurons; accepted: "
+            f"from 1 to {shape.width - 1}"
         )
 
 

@@ -12,7 +12,7 @@ from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..errors import CalibrationError
 from ..families import Config
-from ..recipe import Grouped, Recipe
+from ..recipe import Recipe
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
 ACCEPTED = (
@@ -23,7 +23,7 @@ ACCEPTED = (
 
 def measures(recipe: Recipe) -> bool:
     """Whether some of the text is held out, to choose or to measure on."""
-    return isinstance(recipe.merge, Grouped) or recipe.routing.kind == "stable"
+    return recipe.merge.rewrites or recipe.routing.kind == "stable"
 
 
 def check_text(recipe: Recipe, checkpoint: Checkpoint) -> None:

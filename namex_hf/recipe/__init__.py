@@ -1,7 +1,7 @@
 """The recipe: every choice that makes a patched model."""
 
 from .choices import WEIGHTINGS
-from .merges import AroundBase, Grouped, Merge, Nothing, Residual, Soft
+from .merges import AroundBase, Grouped, Merge, Narrow, Nothing, Residual, Soft
 from .parts import BaseExpert, Calibration, Curvature, Fit, Game, GroupGame, Propagation, Routing
 from .recipe import FIELDS, Recipe, read_yaml, refusals
 
@@ -17,6 +17,7 @@ __all__ = [
     "GroupGame",
     "Grouped",
     "Merge",
+    "Narrow",
     "Nothing",
     "Propagation",
     "Recipe",

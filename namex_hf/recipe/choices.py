@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Literal
 
-MergeKind = Literal["residual", "soft", "grouped"]
+MergeKind = Literal["residual", "soft", "grouped", "narrow"]
 Method = Literal["namex-full", "namex", "ep-camex", "camex", "smear", "smoe"]
 Disagreement = Literal["zero", "mean"]
 Granularity = Literal["matrix", "expert"]
@@ -22,6 +22,7 @@ Budget = Literal["equal", "damage"]
 Grouping = Literal["damage", "outputs", "router", "weights", "none"]
 Down = Literal["merge", "refit"]
 Target = Literal["layer", "model"]
+Neurons = Literal["second_order", "energy"]
 FitKind = Literal["none", "router", "layer"]
 RoutingKind = Literal["linear", "cosine", "stable"]
 Temperature = Literal["norms", "entropy"]

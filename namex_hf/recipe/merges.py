@@ -13,6 +13,7 @@ from .choices import (
     Grouping,
     MergeKind,
     Method,
+    Neurons,
     Operator,
     RoutingSpan,
     Target,
@@ -60,6 +61,11 @@ class Merge(Part):
     def propagates(self) -> bool:
         """Whether the base expert goes on from layer to layer."""
         return False
+
+    @property
+    def rewrites(self) -> bool:
+        """Whether the result has other routed experts, fewer or smaller."""
+        return isinstance(self, Grouped | Narrow)
 
     def steps(self, on_text: bool) -> Iterator[str]:
         """What is done to every layer, by the names of `patching.steps`; the router's form aside."""
@@ -417,3 +423,44 @@ class Grouped(Merge):
         return (
             super().needs_text or weighted or self.down == "refit" or self.grouping in ("damage", "outputs", "router")
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Narrow(Merge):
+    """Every expert and the router stay; of each expert the neurons that matter least go: a smaller checkpoint."""
+
+    kind: ClassVar[MergeKind] = "narrow"
+    method: Method = leaf("smoe", "no merging")
+    fit: Fit = Fit()
+    neurons: Neurons = leaf(
+        "second_order",
+        "narrow: how the neurons that stay are chosen on calibration text. second_order: one goes after another, each "
+        "time the one whose loss the others' down_proj makes up for best; energy: those of the largest outputs stay. "
+        "down_proj is refitted in closed form either way",
+    )
+    width: int = leaf(None, "narrow: how many neurons stay in every routed expert", within=count_to(1 << 20))
+
+    rules: ClassVar[tuple[Rule, ...]] = (
+        Rule(
+            lambda merge: merge.width is None,
+            "merge 'narrow' needs 'width', the number of neurons that stay",
+            ("width",),
+        ),
+        Rule(
+            lambda merge: merge.method != "smoe",
+            "merge 'narrow' keeps every expert: 'method' says how experts are merged",
+            ("merge", "method"),
+        ),
+        Rule(
+            lambda merge: merge.fit.kind == "router",
+            "merge 'narrow' keeps the router until the whole layer is fitted: 'fit' is none or layer",
+            ("merge", "fit"),
+        ),
+    )
+
+    def steps(self, on_text: bool) -> Iterator[str]:
+        yield "narrow"
+
+    @property
+    def needs_text(self) -> bool:
+        return True

@@ -15,13 +15,15 @@ from ..files import LARGEST_RECIPE, read_text
 from ..plain_yaml import parse_yaml
 from ..printable import did_you_mean
 from .choices import MergeKind
-from .merges import SEGMENT, Grouped, Merge, Nothing, Residual, Soft
+from .merges import SEGMENT, Grouped, Merge, Narrow, Nothing, Residual, Soft
 from .part import Leaf, Part, Range, Rule, Spec, all_leaves, build, leaf, leaves_of, parts_of
 from .parts import CCP_ITERATIONS, Calibration, Routing
 
 VERSION = 2
 """Of recipes that runs store; those of release 0.1.0 have none."""
-MERGES: dict[str, type[Residual] | type[Soft] | type[Grouped]] = {kind.kind: kind for kind in (Residual, Soft, Grouped)}
+MERGES: dict[str, type[Residual] | type[Soft] | type[Grouped] | type[Narrow]] = {
+    kind.kind: kind for kind in (Residual, Soft, Grouped, Narrow)
+}
 
 
 @dataclass(frozen=True, init=False)
@@ -35,7 +37,7 @@ class Recipe(Part):
         RecipeError: naming the field, the value found and what is accepted.
     """
 
-    merge: Residual | Soft | Grouped | Nothing
+    merge: Residual | Soft | Grouped | Narrow | Nothing
     routing: Routing
     calibration: Calibration
     seed: int = leaf(
@@ -121,7 +123,7 @@ class Recipe(Part):
             steps.append("reroute")
         if not self.needs_text and "propagate" in steps:  # files hold a layer's base expert after its other parts
             steps.append(steps.pop(steps.index("propagate")))
-        if self.needs_text and not (linear and isinstance(self.merge, Grouped)):
+        if self.needs_text and not (linear and self.merge.rewrites):
             steps.append("answer")
         return steps
 
@@ -140,7 +142,7 @@ class Recipe(Part):
         """Whether the result is of its family's patched class; otherwise it is a stock model."""
         if isinstance(self.merge, Grouped):
             return self.routing.kind != "linear" or self.merge.budget != "equal"
-        return self.routing.kind != "linear" or not isinstance(self.merge, Nothing)
+        return self.routing.kind != "linear" or not isinstance(self.merge, Narrow | Nothing)
 
     def imply(self) -> None:
         if self.routing.kind == "cosine" and self.routing.temperature is None:
@@ -150,7 +152,7 @@ class Recipe(Part):
         if not self.needs_text:
             yield from (one.name for one in leaves_of(Calibration))
             trained = isinstance(self.merge, Soft) and self.merge.curvature.kind == "kronecker"
-            if not trained and not isinstance(self.merge, Grouped):
+            if not trained and not self.merge.rewrites:
                 yield "seed"
 
     def _found(self) -> dict[str, Any]:
@@ -234,20 +236,21 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 ORDER = (
-    *("merge", "method", "weighting", "operator", "experts", "budget", "fit", "fit_steps", "grouping", "curvature"),
-    *("rank", "ridge", "align", "down", "target", "metric", "power", "calibration_data", "calibration_tokens"),
-    *("calibrate", "routing", "temperature", "disagreement", "base", "first_layer", "granularity", "scale", "gamma"),
-    *("momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise", "segment", "top_k", "routing_span"),
-    *("every", "seed", "device"),
+    *("merge", "method", "weighting", "operator", "experts", "width", "neurons", "budget", "fit", "fit_steps"),
+    *("grouping", "curvature", "rank", "ridge", "align", "down", "target", "metric", "power", "calibration_data"),
+    *("calibration_tokens", "calibrate", "routing", "temperature", "disagreement", "base", "first_layer"),
+    *("granularity", "scale", "gamma", "momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise"),
+    *("segment", "top_k", "routing_span", "every", "seed", "device"),
 )
 """Of the fields where they are written: that of release 0.1.0, with newer ones between. The newest follow it."""
 _MERGE = Spec(
     "where the merged expert acts. residual: top-k experts stay and the base expert takes the mass that top-k "
     "leaves over; soft: every token goes through its own merged expert (paper eq. 9); grouped: experts are "
-    "clustered and each group becomes one, a smaller stock checkpoint",
+    "clustered and each group becomes one, a smaller stock checkpoint; narrow: every expert and the router stay, of "
+    "each expert the neurons go that matter least, a smaller stock checkpoint too",
     *(None, None, None, "", ()),
 )
-_LEAVES = {one.name: one for kind in (Nothing, Grouped, Soft, Residual, Recipe) for one in all_leaves(kind)}
+_LEAVES = {one.name: one for kind in (Nothing, Narrow, Grouped, Soft, Residual, Recipe) for one in all_leaves(kind)}
 _LEAVES["merge"] = Leaf("merge", "merge", Recipe, "residual", str, get_args(MergeKind), _MERGE)
 _LEAVES["method"] = leaves_of(Residual)[0]
 FIELDS: dict[str, Leaf] = {name: _LEAVES[name] for name in (*ORDER, *_LEAVES)}

@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.tokenizer_code import tokenizer_code
+from ..evaluation.baseline import is_unmerged
 from ..evaluation.table import Table
 from ..files import PICTURES, REPORT, locate
 from ..recipe import Grouped, Recipe
@@ -47,6 +48,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         metadata=metadata(report, source, folder).to_dict(),
         title=_title(report, folder),
         source=_source(report),
+        unmerged=is_unmerged(recipe),
         grouped=merge if isinstance(merge, Grouped) and recipe["method"] != "smoe" else None,
         place=PLACE,
         opens_tokenizer=folder is None or (has_tokenizer(folder) and not foreign),

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..record import Report
+from ..record import Report, choices
 from ..render import rendered
 from .layers import layer_table, perplexity_table
 
@@ -25,6 +25,7 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
         "patched.html",
         title=f"{name}, patched by namex_hf",
         recipe=report.run["recipe"],
+        choices=choices(report.run["recipe"]),
         perplexity=perplexity_table(report),
         pictures=pictures,
         layers=layer_table(report),

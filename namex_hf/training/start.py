@@ -75,7 +75,7 @@ class Start:
         """
         config, family = self.checkpoint.config, original_family(self.checkpoint.config)
         if not self.patched:
-            config = patched_config(config, family, outline_of(config).shape, self.recipe)
+            config = patched_config(config, outline_of(config), self.recipe)
         elif family.is_to_untie(config):
             config = {**config, "tie_word_embeddings": False}
         try:

@@ -25,7 +25,7 @@ from tests.helpers.checkpoints import (
 )
 from tests.helpers.toy_models import FAMILIES, VOCAB
 
-MERGES = ("residual", "soft", "grouped")
+MERGES = ("residual", "soft", "grouped", "narrow")
 METHODS = ("namex-full", "namex", "ep-camex", "camex", "smear", "smoe")
 MOMENTA = ("none", "complex", "quaternion")
 POINTS = ("zero", "mean")
@@ -34,20 +34,20 @@ ROUTINGS = ("linear", "cosine", "stable")
 # any routing.
 WALKING = {(merge, method) for merge in ("residual", "soft") for method in ("namex-full", "namex", "ep-camex")}
 STANDING = {("residual", "camex"), ("soft", "camex"), ("soft", "smear"), ("residual", "smoe")}
-GROUPING = {("grouped", "namex-full"), ("grouped", "ep-camex")}
+SMALLER = {("grouped", "namex-full"), ("grouped", "ep-camex"), ("narrow", "smoe")}
 
 Row = tuple[str, str, str, str, str]
 
 
 def means_something(merge: str, method: str, momentum: str, point: str, routing: str) -> bool:
-    if (merge, method) not in WALKING | STANDING | GROUPING:
+    if (merge, method) not in WALKING | STANDING | SMALLER:
         return False
     walks, bargains = (merge, method) in WALKING, method in ("namex-full", "namex")
     return (walks or momentum == "none") and (bargains or point == "zero")
 
 
 def fields(merge: str, method: str, momentum: str, point: str, routing: str) -> dict[str, Any]:
-    own = {"experts": 4} if merge == "grouped" else {"segment": 4} if merge == "soft" else {}
+    own = {"grouped": {"experts": 4}, "soft": {"segment": 4}, "narrow": {"width": 4}}.get(merge, {})
     chosen = {"merge": merge, "method": method, "momentum": momentum, "disagreement": point, "routing": routing}
     return {**chosen, **own}
 
@@ -61,8 +61,8 @@ WITHOUT = [row for row in VALID if row[2] == "none"]
 def test_the_matrix_is_that_of_the_recipe() -> None:
     names = ("merge", "method", "momentum", "disagreement", "routing")
     assert [FIELDS[name].choices for name in names] == [MERGES, METHODS, MOMENTA, POINTS, ROUTINGS]
-    assert len(VALID) == 3 * (2 * (2 * 6 + 3) + 4 + 3)
-    assert len(WITHOUT) == 3 * 17
+    assert len(VALID) == 3 * (2 * (2 * 6 + 3) + 4 + 3 + 1)
+    assert len(WITHOUT) == 3 * 18
 
 
 @pytest.mark.parametrize("row", [row for row in ALL if row not in VALID], ids="-".join)
@@ -111,6 +111,9 @@ def shapes_of(source: Path, row: Row) -> dict[str, tuple[int, ...]]:
             for expert, name in product(range(4, count), PROJECTIONS):
                 del shapes[f"{block}.experts.{expert}.{name}.weight"]
             shapes[f"{block}.gate.weight"] = (4, hidden)
+        elif merge == "narrow":
+            inside = {name: shape for name, shape in shapes.items() if name.startswith(f"{block}.experts.")}
+            shapes |= {name: tuple(4 if n == width else n for n in shape) for name, shape in inside.items()}
         elif method not in ("smear", "smoe"):
             shapes |= {f"{block}.base_expert.{name}.weight": size for name, size in sizes.items()}
         kept = 4 if merge == "grouped" else count
@@ -129,7 +132,7 @@ def shapes_of(source: Path, row: Row) -> dict[str, tuple[int, ...]]:
 def test_every_other_combination_works(odd, words: Path, tmp_path: Path, family: str, row: Row) -> None:
     """What is written, and what it weighs; both paths give one model, bit for bit; it speaks, in one way at a time and
     all at once, and differs from the original unless that is the method."""
-    text = {"calibration_data": str(words), "calibration_tokens": 256} if row[4] == "stable" else {}
+    text = {"calibration_data": str(words), "calibration_tokens": 256} if "stable" in row or "narrow" in row else {}
     source, recipe, out = odd(family, torch.float32, tokenizer=True), Recipe(**fields(*row), **text), tmp_path / "out"
     original, tokenizer = aligned(AutoModelForCausalLM.from_pretrained(source)), AutoTokenizer.from_pretrained(source)
     before = original(input_ids=PROBE).logits
@@ -154,7 +157,7 @@ def test_every_other_combination_works(odd, words: Path, tmp_path: Path, family:
     logits = stored(input_ids=PROBE).logits
     assert torch.equal(logits, live(input_ids=PROBE).logits)
     assert logits.isfinite().all()
-    assert torch.equal(logits, before) == (recipe.merge.method == "smoe" and recipe.routing.kind == "linear")
+    assert torch.equal(logits, before) == (row == ("residual", "smoe", "none", "zero", "linear"))
 
     is_causal(stored, logits)
     one_way_at_a_time(stored)

@@ -21,7 +21,7 @@ from tests.helpers.checkpoints import (
     same_bits,
     settled_files,
 )
-from tests.helpers.recipes import CURVES, PLAIN, ROUTED, SHRUNK, SOFT, Fields, recipe_of, shrunk
+from tests.helpers.recipes import CURVES, NARROW, PLAIN, ROUTED, SHRUNK, SOFT, WIDE, Fields, recipe_of, shrunk
 from tests.helpers.runs import PROBE, live, load, logits
 
 Form = tuple[torch.dtype, Fields]
@@ -44,22 +44,30 @@ RECIPES: dict[str, Fields] = {
     **{f"shrunk-{name}": shrunk(fields) for name, fields in SHRUNK.items()},
     **{f"curved-{name}": {**SOFT, **fields} for name, fields in CURVES.items()},
     **{f"routed-{name}": fields for name, fields in ROUTED.items()},
+    "narrow": NARROW,
+    "narrow-layer": {**NARROW, "fit": "layer"},
 }
 HALF = {"plain-namex", "plain-smear"}
 """In float16."""
 TWICE = {f"shrunk-{name}" for name in ("fit", "before", "diagonal", "hc-smoe", "gates", "refit", "one")}
+TWICE |= {"narrow", "narrow-layer"}
 """In both forms; of the others every second one is in the first."""
 EVERY_KIND = (
     *("plain-namex-full", "plain-camex", "plain-smoe", "plain-soft", "plain-smear", "plain-grouped"),
     *("shrunk-fit", "shrunk-layer", "shrunk-reap", "curved-namex-full", "routed-cosine-grouped"),
-    *("routed-entropy-residual", "routed-stable-smoe", "routed-kronecker"),
+    *("routed-entropy-residual", "routed-stable-smoe", "routed-kronecker", "narrow", "narrow-layer"),
 )
 """A recipe of every kind of result."""
 
 
 def renormalises(fields: Fields) -> bool:
     """Whether gate values may sum to 1 under this recipe."""
-    return fields.get("merge") in ("grouped", "soft") and fields.get("routing", "linear") == "linear"
+    return fields.get("merge") in ("grouped", "soft", "narrow") and fields.get("routing", "linear") == "linear"
+
+
+def sizes(name: str) -> Fields:
+    """Changes of the toy that a recipe needs."""
+    return WIDE if name.startswith("narrow") else {}
 
 
 def cells() -> Iterator[tuple[str, str, torch.dtype, Fields]]:
@@ -69,7 +77,7 @@ def cells() -> Iterator[tuple[str, str, torch.dtype, Fields]]:
             second = renormalised if renormalises(fields) else other
             forms = (first, second) if name in TWICE else ((first, second)[number % 2],)
             for dtype, changes in forms:
-                yield family, name, torch.float16 if name in HALF else dtype, changes
+                yield family, name, torch.float16 if name in HALF else dtype, {**changes, **sizes(name)}
 
 
 CELLS = {
@@ -94,6 +102,10 @@ def test_disk_equals_memory(odd, words: Path, tmp_path: Path, cell: str) -> None
     assert logits(stored).isfinite().all()
     told = recipe if not recipe.needs_text else replace(recipe, calibration_data=words.name)
     assert stored.config.namex == patched.config.namex == told.to_stored()
+    for field in ("moe_intermediate_size", *(["n_shared_experts"] if family == "deepseek" else [])):
+        changed = {"moe_intermediate_size": 16, "n_shared_experts": 5} if recipe.merge.kind == "narrow" else {}
+        assert getattr(stored.config, field) == changed.get(field, read_config(source)[field])
+        assert getattr(stored.config, field) == getattr(patched.config, field)
     for field in (experts_field(read_config(source)), "num_experts_per_tok"):
         assert getattr(stored.config, field) == getattr(patched.config, field)
         if recipe.merge.kind == "grouped":
@@ -133,7 +145,8 @@ class Patched:
 def patched(request: pytest.FixtureRequest, odd, words: Path, tmp_path_factory: pytest.TempPathFactory) -> Patched:
     family, name = request.param
     folder = tmp_path_factory.mktemp("cell") / "out"
-    return Patched(odd(family, torch.float32, tokenizer=True), recipe_of(words, RECIPES[name], tokens=512), folder)
+    source = odd(family, torch.float32, tokenizer=True, **sizes(name))
+    return Patched(source, recipe_of(words, RECIPES[name], tokens=512), folder)
 
 
 every_kind = pytest.mark.parametrize(

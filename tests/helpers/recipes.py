@@ -16,6 +16,10 @@ SOFT: Fields = {"merge": "soft", "segment": 4}
 GROUPED: Fields = {"merge": "grouped", "experts": 4}
 FITTED: Fields = {**GROUPED, "fit": "router", "fit_steps": 20}
 KRONECKER: Fields = {**SOFT, "curvature": "kronecker"}
+NARROW: Fields = {"merge": "narrow", "width": 16}
+WIDE: Fields = {"moe_intermediate_size": 24}
+"""Of a toy for `NARROW`: grouped products take rows of both widths in any dtype, and the shared expert of DeepSeek, 72
+neurons, grows to 80, a multiple of 16."""
 
 PLAIN: dict[str, Fields] = {
     "namex-full": {},

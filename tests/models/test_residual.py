@@ -255,7 +255,8 @@ def test_renormalised_top_k_is_refused(patched_folder, family):
 
 
 def test_another_merge_is_refused(family):
-    with pytest.raises(ValueError, match=r"namex\.merge is 'sparse'; accepted: 'residual', 'soft', 'grouped'"):
+    accepted = "'residual', 'soft', 'grouped', 'narrow'"
+    with pytest.raises(ValueError, match=rf"namex\.merge is 'sparse'; accepted: {accepted}"):
         PATCHED[family](namex={"merge": "sparse"})
 
 

@@ -17,6 +17,7 @@ from namex_hf.recipe import Recipe, read_yaml, refusals
 
 GROUPED = {"merge": "grouped", "experts": 4}
 SOFT = {"merge": "soft"}
+NARROW = {"merge": "narrow", "width": 8}
 FITTED = {**GROUPED, "fit": "router"}
 KEPT = {**GROUPED, "operator": "keep"}
 REFITTED = {**GROUPED, "down": "refit"}
@@ -29,6 +30,8 @@ CHOICES = [(name, choice) for name, spec in SPECS.items() for choice in spec.cho
 # What a value needs around it to mean something.
 AROUND: dict[str, dict[str, Any]] = {
     "grouped": {"experts": 4},
+    "narrow": {"width": 8},
+    "energy": NARROW,
     "uniform": GROUPED,
     "nash": GROUPED,
     "previous": SOFT,
@@ -56,6 +59,8 @@ OF_GROUPED = ("fit", "grouping", "curvature", "align", "down", "weighting", "pow
 VALUES = [
     ("experts", 1, {"merge": "grouped"}),
     ("experts", 60, {"merge": "grouped"}),
+    ("width", 1, {"merge": "narrow"}),
+    ("width", 1 << 20, {"merge": "narrow"}),
     ("base", "shared", {}),
     ("base", "first", {}),
     ("base", "mean", {}),
@@ -68,6 +73,8 @@ VALUES = [
     ("seed", 0, {}),
     ("seed", 17, GROUPED),
     ("seed", 17, CURVED),
+    ("seed", 17, NARROW),
+    ("fit", "layer", NARROW),
     ("seed", 17, {**SOFT, "align": "weights"}),
     ("seed", 17, KRONECKER),
     ("seed", 17, STABLE),
@@ -100,6 +107,7 @@ VALUES = [
     ("ccp_iterations", 60, {"solver": "ccp"}),
     ("ccp_iterations", 2, {"solver": "ccp", "method": "namex"}),
     ("fit_steps", 50, FITTED),
+    ("fit_steps", 50, {**NARROW, "fit": "layer"}),
     ("ridge", 0.1, {**GROUPED, "curvature": "diagonal"}),
     ("ridge", 0.1, {**GROUPED, "down": "refit"}),
     ("ridge", 0.1, CURVED),
@@ -113,6 +121,9 @@ VALUES = [
     ("calibration_tokens", 4096, {**STABLE, "method": "smoe"}),
     ("calibration_data", "some/where", {**STABLE, **GROUPED}),
     ("calibrate", "before", STABLE),
+    ("calibration_tokens", 4096, NARROW),
+    ("calibrate", "before", NARROW),
+    ("routing", "cosine", NARROW),
     ("calibrate", "before", {**COSINE, "temperature": "entropy", "method": "smoe"}),
     ("device", "cuda", {}),
 ]
@@ -212,6 +223,9 @@ def test_unknown_choices_are_answered_with_the_accepted_ones(name: str, value: A
         ("experts", 4.0, "int"),
         ("experts", "4", "int"),
         ("experts", True, "int"),
+        ("width", 0, "a whole number from 1"),
+        ("width", (1 << 20) + 1, "a whole number from 1"),
+        ("width", 4.0, "int"),
         ("every", 0, "a whole number from 1"),
         ("every", None, "int"),
         ("gamma", 0.0, "a number above 0"),
@@ -256,6 +270,7 @@ def test_bad_values_are_answered_with_field_and_what_is_accepted(name: str, valu
     neighbours: dict[str, dict[str, Any]] = {
         "seed": GROUPED,
         "experts": {"merge": "grouped"},
+        "width": {"merge": "narrow"},
         "beta": {"momentum": "complex"},
     }
     neighbours |= {"eta": SOFT, "segment": SOFT, "top_k": SOFT, "rank": CURVED}
@@ -284,6 +299,11 @@ WALK_OR_BARGAIN: dict[str, Any] = {
 # A recipe for each line of the validity table that breaks that line.
 BROKEN: dict[str, dict[str, Any]] = {
     "merge 'grouped' needs 'experts'": {"merge": "grouped"},
+    "merge 'narrow' needs 'width'": {"merge": "narrow"},
+    "merge 'narrow' keeps every expert": {"method": "namex-full", **NARROW},
+    "merge 'narrow' keeps the router": {"fit": "router", **NARROW},
+    "'width' belongs": {"width": 8},
+    "'neurons' belongs": {"neurons": "energy", **GROUPED},
     "method 'smoe' merges nothing": {"method": "smoe", "merge": "grouped"},
     "method 'namex' reuses weights": {"method": "namex", **GROUPED},
     "method 'camex' weights experts by the input": {"method": "camex", **GROUPED},
@@ -776,6 +796,7 @@ SENSIBLE = st.fixed_dictionaries(
         if spec.choices
         else {
             "experts": st.integers(0, 70),
+            "width": st.integers(0, 70),
             "base": st.sampled_from(("shared", "first", "mean", "index:7")),
             "gamma": st.floats(0, 4),
             "every": st.integers(0, 30),

@@ -87,6 +87,7 @@ FAMILY = Family(
     gate=gate,
     experts_field="n_routed_experts",
     shared_name="shared_experts",
+    shared_count="n_shared_experts",
     needs=("n_shared_experts", "num_attention_heads"),
     optional={"first_k_dense_replace": 0, "moe_layer_freq": 1},
     refuse=refuse,

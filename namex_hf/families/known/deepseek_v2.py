@@ -29,6 +29,7 @@ FAMILY = Family(
     gate=gate,
     experts_field="n_routed_experts",
     shared_name="shared_experts",
+    shared_count="n_shared_experts",
     refuse=refuse,
     fewer=fewer,
 )

@@ -9,6 +9,7 @@ FAMILY = Family(
     experts_field="n_routed_experts",
     bias="gate.e_score_correction_bias",
     shared_name="shared_experts",
+    shared_count="n_shared_experts",
     least=2,  # the router takes the two best experts of a group
     fewer=ungrouped,
 )

@@ -10,4 +10,5 @@ FAMILY = Family(
     top_k_field="moe_k",
     bias="gate.moe_statics.e_score_correction_bias",
     shared_name="shared_experts",
+    shared_count="moe_num_shared_experts",
 )

@@ -18,4 +18,5 @@ FAMILY = Family(
     width_field="intermediate_size",
     router="gate.wg.weight",
     shared_name="shared_mlp",
+    narrows=False,  # the shared expert has the same width
 )

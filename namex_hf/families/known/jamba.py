@@ -9,5 +9,6 @@ FAMILY = Family(
     width_field="intermediate_size",
     router="router.weight",
     norm="pre_ff_layernorm.weight",
+    narrows=False,  # dense layers have the same width
     least=2,
 )

@@ -11,14 +11,14 @@ from ...merging.moe_layer import MoELayer, Text
 from ...merging.propagation import PropagationState
 from ...merging.weightings import ExpertStatistics
 from ...progress import ProgressCallback
-from ...recipe import Grouped, Recipe, Residual, Soft
+from ...recipe import Grouped, Narrow, Recipe, Residual, Soft
 from ...recipe.choices import Calibrate
 from ...recipe.merges import Nothing
 from ..finite import require_finite_result
 from ..result import LayerResult, MadeExperts, PipelineState, Tensors
 from ..sources import LayerSource
 
-AnyMerge = Residual | Soft | Grouped | Nothing
+AnyMerge = Residual | Soft | Grouped | Narrow | Nothing
 
 
 @dataclass

@@ -1,0 +1,57 @@
+"""``merge: narrow``: every expert and the router stay, and of each expert the neurons that matter most."""
+
+from functools import partial
+
+import torch
+
+from ...merging.layer_fit import fit_memory
+from ...merging.narrow import Narrowing
+from ...recipe import Narrow
+from ..finite import require_finite_result
+from .step import LayerWork, Sizes, Step, Tensors
+
+
+class NarrowExperts(Step):
+    """Takes the source's experts: they are freed before a fit."""
+
+    def __call__(self, work: LayerWork) -> None:
+        assert isinstance(work.merge, Narrow)
+        source, layer = work.source, work.layer
+        shared = partial(source.shared, layer)
+        narrowing = Narrowing(
+            work.mixture, work.required_text, work.merge, work.recipe.seed, shared=shared, progress=work.progress
+        )
+        work.mixture = work.mixture.without_experts()
+        with source.named(layer):
+            narrow, work.output = narrowing.run()
+        for name, matrices in narrow.experts.items():
+            numbered = {f"expert {number} {name}": matrix for number, matrix in enumerate(matrices)}
+            require_finite_result(layer, numbered, work.recipe)
+        work.router, work.bias, work.experts = narrow.router, narrow.bias, narrow.experts
+        padded = source.outline.padded_width(work.merge.width) - source.shape.shared_width
+        parts = narrowing.refitted or (dict(shared()) if padded else {})
+        work.shared = widened(parts, padded)
+        require_finite_result(layer, {"router": work.router, **work.shared}, work.recipe)
+        work.target, work.shared_delta = narrowing.target, narrowing.shared_output_delta
+        work.statistics = {"usage": torch.tensor(narrowing.record["usage"]), "neurons": narrowing.stay.to(torch.int32)}
+        work.record |= narrowing.record
+
+    def memory(self, sizes: Sizes) -> int:
+        """The narrower layer, one expert and its neurons on its tokens, its moments, or what a fit holds."""
+        assert isinstance(self.recipe.merge, Narrow)
+        shape, width = sizes.shape, self.recipe.merge.width
+        tokens = 4 * sizes.tokens * shape.top_k // shape.experts  # of an expert that receives four times its share
+        held = 4 * tokens * (3 * shape.width + shape.hidden) + 4 * 8 * shape.width**2 + 12 * shape.hidden * shape.width
+        if self.recipe.merge.fit.kind == "layer":
+            sizes_of_fit = (shape.hidden, width, shape.shared_width, shape.experts, shape.top_k, sizes.tokens)
+            held = max(held, fit_memory(*sizes_of_fit))
+        return sizes.layer * width // shape.width + held
+
+
+def widened(parts: Tensors, more: int) -> Tensors:
+    """A shared expert with neurons of zeros besides: the same function. Args: more, how many."""
+    widths = {"gate_proj": (0, 0, 0, more), "up_proj": (0, 0, 0, more), "down_proj": (0, more)}
+    return {name: torch.nn.functional.pad(t, widths[name]) if name in widths else t for name, t in parts.items()}
+
+
+STEP = NarrowExperts

@@ -1,0 +1,138 @@
+"""namex-patch and namex-report with ``merge: narrow``, on a packaged model and on toys."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from namex_hf.scoring.compare import load
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from namex_hf.commands import patch, patch_screen, report
+from tests.helpers.checkpoints import read_config
+from tests.helpers.toy_models import VOCAB
+
+NARROW = ("--merge", "narrow", "--calibration-tokens", "4096")
+Said = pytest.CaptureFixture[str]
+
+
+def ran(*arguments: object) -> int:
+    return patch.main([str(argument) for argument in arguments])
+
+
+def rows_of(text: str) -> dict[str, str]:
+    lines = [line.split("│") for line in text.splitlines() if line.startswith("│")]
+    return {line[1].strip(): line[2].strip() for line in lines}
+
+
+def test_from_beginning_to_end(tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of every expert of a packaged model: a stock folder, what it says of itself, and its pictures."""
+    monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 1024)
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "out"
+    assert ran("tiny", "--out", out, *NARROW, "--width", "40") == 0
+    said, record = capsys.readouterr(), json.loads((out / "namex/report.json").read_text())
+    assert "tiny: narrow, linear routing" in said.out
+    assert "grouped products" not in said.err
+    for layer in record["layers"]:
+        assert 0 < layer["errors"][0]["error"] < 0.5
+        assert f" {layer['errors'][0]['error']:.4f} " in said.out
+    mean = record["perplexity"]["mean"]
+    assert mean["before"] < mean["after"] < 1.6 * mean["before"]
+    config = read_config(out)
+    assert (config["model_type"], config["moe_intermediate_size"]) == ("qwen2_moe", 40)
+    model = load(out)
+    assert model.model.layers[0].mlp.experts.down_proj.shape == (16, 128, 40)
+    card = (out / "README.md").read_text()
+    assert "`narrow`: every expert and the router, with fewer neurons in each expert" in card
+    assert "the sparse original" not in card
+    assert report.main([str(out), "--tokens", "1024"]) == 0
+    page = (out / "namex/pictures/report.html").read_text()
+    assert "narrow, linear routing: every expert and the router stay" in page
+    assert (out / "namex/pictures/6-damage.png").is_file()
+
+
+def test_the_dry_run_tells_the_width(tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    said = []
+    for flags in ((*NARROW, "--width", "40"), ("--merge", "grouped", "--experts", "8")):
+        assert ran("tiny", "--out", tmp_path / "out", *flags, "--dry-run") == 0
+        said.append(rows_of(capsys.readouterr().out))
+    narrow, grouped = said
+    assert narrow["neurons a routed expert"] == "80 -> 40"
+    assert narrow["routed experts a layer"] == "16 -> 16"
+    assert "neurons a routed expert" not in grouped
+    gone = 5 * 16 * 3 * 128 * 40 * 2 / 1e6
+    sizes = [float(narrow[f"bytes {way}"].removesuffix(" MB")) for way in ("in", "out")]
+    assert sizes[0] - sizes[1] == pytest.approx(gone, abs=0.011)
+    assert ran("tiny", "--out", tmp_path / "out", *NARROW, "--width", "40", "--dry-run", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["width"] == 40
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("width", "warned"), [(40, False), (44, True)])
+def test_widths_that_need_another_implementation(tmp_path: Path, capsys: Said, width: int, warned: bool) -> None:
+    """What the warning says holds: in the file's bfloat16 the default refuses, and the loop that is named works."""
+    out = tmp_path / "out"
+    assert ran("tiny", "--out", out, *NARROW, "--width", width, "--dry-run") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    line = f"width {width} is no multiple of 8, which grouped products of bfloat16 need: load the result with"
+    assert (f"{line} experts_implementation='eager'" in said) == warned
+    assert ran("tiny", "--out", out, *NARROW, "--width", width, "--quiet") == 0
+    ids = torch.arange(3, 20)[None]
+    assert AutoModelForCausalLM.from_pretrained(out, experts_implementation="eager")(ids).logits.isfinite().all()
+    if warned:
+        with pytest.raises(RuntimeError, match="16 bytes"):
+            AutoModelForCausalLM.from_pretrained(out)(ids)
+    else:
+        assert AutoModelForCausalLM.from_pretrained(out)(ids).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        ("", "merge 'narrow' needs 'width', the number of neurons that stay; found width="),
+        ("--width 8", "recipe field 'width' is 8; this model's routed experts have 8 neurons; accepted: from 1 to 7"),
+        ("--width 0", "accepted: a whole number from 1"),
+        ("--width 4 --fit router", "'fit' is none or layer; found merge=narrow, fit=router"),
+        ("--width 4 --method namex-full", "keeps every expert: 'method' says how experts are merged"),
+        ("--width 4 --experts 4", "'experts' belongs to merge 'grouped'"),
+        ("--width 4", "has no tokenizer, and this recipe reads calibration text"),
+    ],
+)
+@pytest.mark.parametrize("when", ["", "--dry-run"])
+def test_what_is_refused(refused, toy: Path, flags: str, says: str, when: str) -> None:
+    assert says in refused(toy, "--merge", "narrow", *flags.split(), *when.split())
+
+
+def test_other_merges_have_no_width(refused, toy: Path) -> None:
+    assert "'width' belongs to merge 'narrow'" in refused(toy, "--merge", "grouped", "--experts", "4", "--width", "4")
+
+
+def test_no_other_form_of_a_deepseek(refused, toys: dict[str, Path]) -> None:
+    said = refused(toys["deepseek"], *NARROW, "--width", "4", "--export-as", "qwen2_moe")
+    assert "it needs merge 'grouped'" in said
+    assert "found merge=narrow" in said
+
+
+JAMBA = {
+    **{"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 4, "num_experts": 6},
+    **{"num_attention_heads": 2, "num_key_value_heads": 2, "num_experts_per_tok": 2, "mamba_d_state": 4},
+    **{"mamba_dt_rank": 2, "expert_layer_period": 2, "attn_layer_period": 2, "attn_layer_offset": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def jamba(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("jamba")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("jamba", **JAMBA)).save_pretrained(folder)
+    return folder
+
+
+def test_a_family_whose_width_sizes_more(refused, jamba: Path, tmp_path: Path) -> None:
+    """Jamba's dense layers have it too. The line ends in flags that work."""
+    says = "merge 'narrow' changes 'intermediate_size', which sizes more than the routed experts of jamba; what works: "
+    said = refused(jamba, "--merge", "narrow", "--width", "8")
+    assert f"{says}--merge grouped --experts 3\n" in said
+    works = said.rpartition("what works: ")[2].split()
+    assert ran(jamba, "--out", tmp_path / "out", *works, "--quiet") == 0
