@@ -40,12 +40,26 @@ def test_they_are_plain_folders_of_the_hub(name: str, capsys: pytest.CaptureFixt
     assert f"of which {layers} are MoE" in said
 
 
+FLAGS = {"tiny-qwen3": ("--merge", "narrow", "--width", "56", "--calibration-tokens", "4096")}
+"""Of a model whose family has not the class of the default recipe."""
+
+
+def test_the_default_of_a_family_without_its_class_is_answered_with_what_works(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert patch.main(["tiny-qwen3", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err.strip()
+    assert said.endswith("--merge grouped --experts 8")
+    assert patch.main(["tiny-qwen3", "--out", str(tmp_path / "out"), *said.split()[-4:], "--dry-run"]) == 0
+
+
 @pytest.mark.parametrize("name", MODELS)
-def test_the_default_patch_from_beginning_to_end(
+def test_a_patch_from_beginning_to_end(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
+    """The default one, where the family has it."""
     monkeypatch.setattr(patch_screen, "SCORED_TOKENS", 2048)  # four windows
-    assert patch.main([name, "--out", str(tmp_path / "out")]) == 0
+    assert patch.main([name, "--out", str(tmp_path / "out"), *FLAGS.get(name, ())]) == 0
     said = capsys.readouterr().out
     assert all(domain in said for domain in DOMAINS)
     report = json.loads((tmp_path / "out" / "namex/report.json").read_text())
