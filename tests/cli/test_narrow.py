@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from namex_hf.scoring.compare import load
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from namex_hf.commands import patch, patch_screen, report
+from namex_hf.evaluation.loading import load
 from tests.helpers.checkpoints import read_config
 from tests.helpers.toy_models import VOCAB
 
