@@ -48,7 +48,7 @@ def test_from_beginning_to_end(tmp_path: Path, capsys: Said, monkeypatch: pytest
     assert "the sparse original" not in card
     assert report.main([str(out), "--tokens", "1024"]) == 0
     page = (out / "namex/pictures/report.html").read_text()
-    assert "narrow, linear routing: every expert and the router stay" in page
+    assert "narrow, linear routing: every expert and the router, with fewer neurons in each expert" in page
     assert (out / "namex/pictures/6-damage.png").is_file()
 
 
