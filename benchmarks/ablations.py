@@ -36,7 +36,7 @@ from transformers import AutoTokenizer
 
 from namex_hf import Recipe
 from namex_hf.bargaining import NashSolution, ccp_bargaining, domain_gram, nash_bargaining, spectral_radius
-from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.errors import MissingExtraError
 from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
 from namex_hf.evaluation.loading import load
@@ -246,7 +246,7 @@ def _table(title: str, heads: Iterable[str]) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = packaged_models()
+    names = ["tiny", "tiny-deepseek"]
     parser.add_argument(
         "--models", nargs="+", default=names, choices=names, metavar="MODEL", help=f"of {', '.join(names)}; all"
     )

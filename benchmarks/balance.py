@@ -29,7 +29,7 @@ from transformers.activations import ACT2FN
 
 from namex_hf import Recipe, patch_model
 from namex_hf.bargaining import cosine
-from namex_hf.checkpoint.resolve import PACKAGED, packaged_models, resolve
+from namex_hf.checkpoint.resolve import PACKAGED, resolve
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.merging.experts import grams
@@ -193,7 +193,9 @@ def of_training(options: argparse.Namespace) -> Table:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="*", default=packaged_models(), help="of the first table (default: all)")
+    parser.add_argument(
+        "--models", nargs="*", default=["tiny", "tiny-deepseek"], help="of the first table (default: all)"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of each held-out text (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=150, help="of 2,048 tokens, from nothing (default: %(default)s)")
     parser.add_argument("--tune-steps", type=int, default=60, help="likewise, of tiny (default: %(default)s)")

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from namex_hf import Recipe, patch_model
-from namex_hf.checkpoint.resolve import packaged_models, resolve
+from namex_hf.checkpoint.resolve import resolve
 from namex_hf.evaluation.loading import load, tokenizer_of
 
 
@@ -53,7 +53,9 @@ def merged_by_token(block: Any, flat: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=packaged_models(), metavar="MODEL", help="a name or a folder")
+    parser.add_argument(
+        "models", nargs="*", default=["tiny", "tiny-deepseek"], metavar="MODEL", help="a name or a folder"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of each text (default: %(default)s)")
     options = parser.parse_args()
     table = Table(box=box.MARKDOWN)

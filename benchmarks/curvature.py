@@ -19,7 +19,7 @@ import torch
 from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
-from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.evaluation.table import Table
@@ -133,7 +133,7 @@ def solid(moment: torch.Tensor, usage: torch.Tensor, ridge: float) -> torch.Tens
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=packaged_models(), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=["tiny", "tiny-deepseek"], metavar="MODEL")
     parser.add_argument("--calibration-tokens", type=int, default=16384)
     parser.add_argument("--tokens", type=int, default=4096, help="of each held-out text")
     arguments = parser.parse_args()

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, Trainer
 
 from namex_hf import Recipe, patch_model
 from namex_hf.calibration.text import calibration_text
-from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.training.fold import fold_curvature
@@ -34,7 +34,7 @@ ROWS: tuple[tuple[str, dict[str, Any], bool | None, float], ...] = (
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", choices=packaged_models())
+    parser.add_argument("--model", default="tiny", choices=["tiny", "tiny-deepseek"])
     parser.add_argument("--steps", type=int, default=400, help="of the optimiser")
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens a step")
     parser.add_argument("--tokens", type=int, default=262144, help="of calibration text that is trained on")

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from namex_hf import Recipe, patch_model
-from namex_hf.checkpoint.resolve import packaged_models, resolve
+from namex_hf.checkpoint.resolve import resolve
 from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.evaluation.perplexity import held_out_texts
 from namex_hf.models.sparse import left_over_mass
@@ -112,7 +112,9 @@ def of_bases(original: Any, tokenizer: Any, inputs: dict[int, torch.Tensor], con
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("models", nargs="*", default=packaged_models(), metavar="MODEL", help="a name or a folder")
+    parser.add_argument(
+        "models", nargs="*", default=["tiny", "tiny-deepseek"], metavar="MODEL", help="a name or a folder"
+    )
     parser.add_argument("--tokens", type=int, default=4096, help="of each text (default: %(default)s)")
     options = parser.parse_args()
     console = Console(width=150)

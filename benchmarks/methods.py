@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
-from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
 from namex_hf.evaluation.loading import load, without_routed_experts
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
@@ -119,7 +119,7 @@ MORE: dict[str, Change] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="fewer tokens, problems and rows: some three minutes")
-    parser.add_argument("--models", nargs="+", default=packaged_models(), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=["tiny", "tiny-deepseek"], metavar="MODEL")
     parser.add_argument("--only", nargs="+", metavar="TEXT", help="of these rows those whose name has one of the texts")
     arguments = parser.parse_args()
     tokens, count = (2048, 32) if arguments.quick else (8192, None)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
 from namex_hf.calibration.text import calibration_text
-from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
 from namex_hf.merging.gate import Gate
@@ -145,7 +145,7 @@ def rank_table(name: str, model: Any, ids: torch.Tensor, heard: list[torch.Tenso
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", default=packaged_models(), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=["tiny", "tiny-deepseek"], metavar="MODEL")
     parser.add_argument("--budgets", nargs="+", type=int, default=[4096, 16384, 65536, 262144], metavar="TOKENS")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     arguments = parser.parse_args()
