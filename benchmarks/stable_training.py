@@ -21,7 +21,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from namex_hf.calibration.text import calibration_text
-from namex_hf.checkpoint.resolve import local_folder, packaged_models
+from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
@@ -107,7 +107,7 @@ def show(console: Console, title: str, found: list[dict[str, Any]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny", choices=packaged_models())
+    parser.add_argument("--model", default="tiny", choices=["tiny", "tiny-deepseek"])
     parser.add_argument("--steps", type=int, default=200, help="of the optimiser, in either stage")
     parser.add_argument("--batch", type=int, default=8, help=f"sequences of {LENGTH} tokens a step")
     parser.add_argument("--tokens", type=int, default=262144, help="of calibration text that is trained on")

@@ -25,7 +25,6 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from namex_hf.checkpoint.resolve import packaged_models
 from namex_hf.evaluation.statistics import difference, value
 from namex_hf.training.scores import Items
 from namex_hf.training.tune import scores_of
@@ -130,7 +129,7 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("out/tuned_forms"), help="of the scores (default: %(default)s)"
     )
-    parser.add_argument("--models", nargs="+", default=packaged_models(), metavar="MODEL")
+    parser.add_argument("--models", nargs="+", default=["tiny", "tiny-deepseek"], metavar="MODEL")
     parser.add_argument("--forms", nargs="+", choices=FORMS, default=list(FORMS))
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     parser.add_argument("--table", action="store_true", help="print what is finished, and run nothing")
