@@ -32,22 +32,22 @@ def check_block(config: Config, outline: Outline) -> None:
     block: Any = copy.deepcopy(build(config).get_submodule(outline.blocks[outline.shape.layers[0]])).float()
     draw = torch.Generator().manual_seed(0)
     experts = _two_experts(block.experts, draw)
-    block.experts = kept = _Kept()
+    block.experts = recorder = _Recorder()
     for name, tensor in block.state_dict().items():
         size = 1.0 if name == outline.family.router else 0.05
         _set(block, name, size * torch.randn(tensor.shape, generator=draw))
     inputs = torch.randn(1, VECTORS, outline.shape.hidden, generator=draw) / outline.shape.hidden**0.5
     block(inputs)
-    _check_gate(outline, block, kept, inputs[0])
+    _check_gate(outline, block, recorder, inputs[0])
     _check_experts(outline, experts, inputs[0], draw)
 
 
-def _check_gate(outline: Outline, block: nn.Module, kept: "_Kept", inputs: torch.Tensor) -> None:
+def _check_gate(outline: Outline, block: nn.Module, recorder: "_Recorder", inputs: torch.Tensor) -> None:
     family, tensors = outline.family, block.state_dict()
-    found = route(inputs, tensors[family.router], outline.shape.gate, tensors.get(family.bias or ""))
+    ours = route(inputs, tensors[family.router], outline.shape.gate, tensors.get(family.bias or ""))
     dense, expected = (
         torch.zeros(VECTORS, len(tensors[family.router])).scatter_(1, index, value.float())
-        for index, value in ((found.index, found.value), (kept.index, kept.value))
+        for index, value in ((ours.index, ours.value), (recorder.index, recorder.value))
     )
     _expect_equal(outline, "gate values", dense, expected)
 
@@ -75,7 +75,7 @@ def _expect_equal(outline: Outline, what: str, ours: torch.Tensor, theirs: torch
         )
 
 
-class _Kept(nn.Module):
+class _Recorder(nn.Module):
     """In the place of the experts: keeps what it is given."""
 
     def forward(self, inputs: torch.Tensor, index: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -207,8 +207,8 @@ def _outline(text: str) -> Outline:
     return Outline(family, shape, tensors, tied, *names, first.act_fn, embedding, head, renamings)
 
 
-def _name(model: nn.Module, wanted: nn.Module) -> str:
-    return next(f"{name}.weight" for name, module in model.named_modules() if module is wanted)
+def _name(model: nn.Module, embedding: nn.Module) -> str:
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is embedding)
 
 
 def _blocks(model: nn.Module) -> tuple[tuple[str, ...], dict[int, str]]:

@@ -1,15 +1,7 @@
 """GLM-4.5 to 4.7."""
 
-from ..family import Family
-from ..gate import sigmoid_groups, ungrouped
+from dataclasses import replace
 
-FAMILY = Family(
-    model_type="glm4_moe",
-    gate=sigmoid_groups,
-    experts_field="n_routed_experts",
-    bias="gate.e_score_correction_bias",
-    shared_name="shared_experts",
-    shared_count="n_shared_experts",
-    least=2,  # the router takes the two best experts of a group
-    fewer=ungrouped,
-)
+from .deepseek_v3 import FAMILY as DEEPSEEK_V3
+
+FAMILY = replace(DEEPSEEK_V3, model_type="glm4_moe")
