@@ -25,8 +25,8 @@ from namex_hf.families.outline import outline_of
 from namex_hf.merging.momentum import parts as momentum_parts
 from namex_hf.models import DeepseekConfig
 from namex_hf.models.configuration_namex import SoftChoice, is_residual, soft_choice
+from namex_hf.patching.check import check_fit
 from namex_hf.patching.config import patched_config
-from namex_hf.patching.plan import check_fit
 from namex_hf.recipe import Recipe
 from namex_hf.training.choice import WHOLE, check_kinds
 from namex_hf.training.live import check_first_base

@@ -73,15 +73,18 @@ def parser_of(prog: str) -> Parser:
         metavar="N",
         help="models side by side; times are then not comparable (default: 1)",
     )
-    parser.add_argument("--keep", action="store_true", help="keep the patched models, in DIR/models")
+    parser.add_argument("--keep-models", action="store_true", help="keep the patched models, in DIR/models")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, also in a folder of another run of ours")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
     parser.add_argument("--json", action="store_true", help="print comparison.json, no tables")
     add_recipe_options(parser, several=True)
+    parser.options["--keep"].nargs = "*"
     return parser
 
 
 def _compare(options: argparse.Namespace) -> int:
+    if options.keep == []:
+        raise UsageError("--keep takes shares of the routed parameters, such as 0.5; --keep-models keeps the models")
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: accepted: numbers from 1")
     files = recipe_files([recipe_path(text, "--recipes") for text in options.recipes])
@@ -107,7 +110,9 @@ def _compare(options: argparse.Namespace) -> int:
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)
     with Shown(len(plan.requests), options.jobs, console) as shown:
-        comparison = compare(plan, options.out, RunOptions(options.jobs, options.keep, options.overwrite), shown.show)
+        comparison = compare(
+            plan, options.out, RunOptions(options.jobs, options.keep_models, options.overwrite), shown.show
+        )
     drawn = write(comparison, options.out)
     if options.json:
         print((options.out / NUMBERS).read_text("utf-8"), end="")

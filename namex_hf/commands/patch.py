@@ -5,11 +5,13 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
 from sys import stderr
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..defaults import SHARD_SIZE
+from ..errors import UsageError
 from ..files import REPORT, locate, read_json
 from ..printable import marked
+from ..recipe import Recipe
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
 from .recipe_options import add_recipe_options, recipe_of
 
@@ -35,6 +37,7 @@ def parser_of(prog: str) -> Parser:
         "One or two layers are in memory at a time. A run that was killed is continued by the same command.",
         (
             "tiny --out out/tiny",
+            "tiny --out out/half --keep 0.5",
             "Qwen/Qwen1.5-MoE-A2.7B --out out/qwen --recipe qwen1.5-moe-a2.7b/namex-full",
             "tiny-deepseek --out out/half --merge grouped --experts 8 --fit router --dry-run",
         ),
@@ -65,11 +68,32 @@ def parser_of(prog: str) -> Parser:
         "--recipe", metavar="FILE|NAME", help="a YAML file, or a name of 'namex recipes'; fields below go before it"
     )
     add_recipe_options(parser)
+    parser.options["--keep"].nargs = "+"
     return parser
 
 
 def _patch(options: argparse.Namespace) -> int:
-    recipe = recipe_of(options)
+    """One result, or one in ``DIR/keep-SHARE`` for each of several shares."""
+    shares = options.keep or [None]
+    if len(set(shares)) < len(shares):
+        raise UsageError(f"--keep {' '.join(shares)}: a share is stated twice")
+    each = [argparse.Namespace(**{**vars(options), "keep": share}) for share in shares]
+    recipes = [recipe_of(one) for one in each]  # which refuses a bad share before anything is done
+    if len(shares) == 1:
+        found = _patch_one(each[0], recipes[0])
+    elif options.push_to_hub is not None:
+        raise UsageError("--push-to-hub pushes one result: with several shares call namex-push for each folder")
+    else:
+        for one in each:
+            one.out = options.out / f"keep-{one.keep}"
+        found = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
+    if options.json:
+        print_json(found)
+    return 0
+
+
+def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
+    """Carry one recipe out, or say what it would do; returns that, or the report, as JSON values."""
     with loading():
         from huggingface_hub.utils import disable_progress_bars
         from rich.console import Console
@@ -82,7 +106,8 @@ def _patch(options: argparse.Namespace) -> int:
         from ..patching.patch import describe, run_plan
         from ..patching.plan import make_plan
         from ..patching.scores import check_reads_scores
-        from .patch_screen import print_dry_run, width_line
+        from .patch_screen import print_dry_run
+        from .patch_warnings import text_lines, width_line
 
     console = Console(stderr=True, quiet=options.quiet)
     if options.quiet:
@@ -90,7 +115,8 @@ def _patch(options: argparse.Namespace) -> int:
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
-    for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
+    lines = (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan), *text_lines(plan))
+    for line in filter(None, lines):
         console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.scores is not None:
@@ -98,8 +124,10 @@ def _patch(options: argparse.Namespace) -> int:
     if options.dry_run:
         # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.needs_text)
-        (print_json if options.json else lambda what: print_dry_run(what, plan))(describe(plan, options.out))
-        return 0
+        what = describe(plan, options.out)
+        if not options.json:
+            print_dry_run(what, plan)
+        return what
     if not options.overwrite and folder.complete:
         run_plan(plan, options.out)
         line = f"{marked(options.out)} is complete: this model was patched with this recipe before"
@@ -109,12 +137,10 @@ def _patch(options: argparse.Namespace) -> int:
             line = f"{marked(options.out)} is not complete: {marked(folder.fault)}; it is made anew"
             console.print(line, soft_wrap=True)
         _carry_out(plan, checkpoint, options, console)
-    if options.json:
-        print_json(read_json(locate(options.out, REPORT)))
     if target is not None:
         with redirect_stdout(stderr) if options.json else nullcontext():
             publish(options.out, target, options.quiet)
-    return 0
+    return read_json(locate(options.out, REPORT))
 
 
 def _carry_out(plan: "Plan", checkpoint: "Checkpoint", options: argparse.Namespace, console: "Console") -> None:

@@ -37,11 +37,11 @@ from ..record import Report, choices
 from ..report.layers import layer_table, perplexity_table
 from ..report.write import write_pictures
 from .common import of_memory
+from .patch_warnings import tokens_line
 
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
 FORECAST_SECONDS = 60  # of work to come, from which on it is announced
-ROW_BYTES = 16  # of a matrix's rows: torch.nn.functional.grouped_mm takes multiples of this
 LINE_SECONDS = 10  # between two lines of layers, at least: short runs print none
 
 
@@ -207,18 +207,6 @@ def _time(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
-def width_line(plan: Plan) -> str | None:
-    """What to do with a width that the grouped products of torch do not take, in the dtype of the experts."""
-    dtype = plan.expert_spans(plan.shape.layers[0])[0].dtype
-    multiple = ROW_BYTES // dtype.itemsize
-    if plan.width == plan.shape.width or plan.width % multiple == 0:
-        return None
-    return (
-        f"width {plan.width} is no multiple of {multiple}, which grouped products of {str(dtype)[6:]} need: load the "
-        "result with experts_implementation='eager'"
-    )
-
-
 def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     recipe = plan.recipe
     table = {
@@ -226,6 +214,7 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
         "MoE layers": what["layers"],
         "routed experts a layer": f"{what['experts']} -> {what['kept']}",
         "neurons a routed expert": f"{plan.shape.width} -> {what['width']}",
+        "routed parameters that stay": f"{what['share']:.1%}",
         "device of the arithmetic": what["device"],
         "bytes in": size_text(what["bytes_in"]),
         "bytes out": size_text(what["bytes_out"]),
@@ -233,8 +222,11 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     }
     if what["width"] == plan.shape.width:
         del table["neurons a routed expert"]
+    if not recipe.merge.rewrites:
+        del table["routed parameters that stay"]
     if what["calibration_tokens"]:
         table["calibration text"] = f"{what['calibration_tokens']} tokens of {recipe.calibration.data}, not read yet"
+        table["text for a routed expert"] = tokens_line(plan)
     if what["fit"]:
         table["fit"] = _said(what["fit"], plan)
     if what["curvature_parameters"]:

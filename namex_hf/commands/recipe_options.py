@@ -7,7 +7,7 @@ from ..recipe import FIELDS, Recipe, read_yaml
 from ..resources import recipe_path
 from .common import Parser
 
-COMMON = ("merge", "method", "experts", "fit", "calibration_data", "routing", "disagreement", "device")
+COMMON = ("keep", "merge", "method", "experts", "fit", "calibration_data", "routing", "disagreement", "device")
 """Fields that ``--help`` shows, each by the first sentence of its help; ``--help-all`` shows every one."""
 
 

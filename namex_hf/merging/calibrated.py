@@ -9,8 +9,9 @@ import torch
 
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import Grouped
-from ..recipe.choices import FitKind
+from ..recipe.choices import ErrorWeights, FitKind
 from .controls import random_experts, shared_experts
+from .error_weights import TINY, error_weights
 from .experts import Expert, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from .members import gather, merge_members
@@ -22,8 +23,6 @@ from .routing import TokenRouting, expert_output
 from .settings import DEFAULTS, FitSettings
 from .weightings import ExpertStatistics
 from .whole_fit import WholeFit
-
-TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where experts are zero
 
 
 @dataclass
@@ -39,6 +38,7 @@ class Shrinking:
     text: Text
     merge: Grouped
     seed: int = 0
+    error_weights: ErrorWeights = "none"
     fits: bool = True  # False: merged and refitted alone, whatever the recipe's fit
     settings: FitSettings = DEFAULTS
     shared: Callable[[], Mapping[str, torch.Tensor]] = dict  # parts of the shared expert, as `shared_expert_output`
@@ -129,17 +129,8 @@ class Shrinking:
 
     @cached_property
     def weight(self) -> torch.Tensor:
-        """Weights ``[tokens]`` of errors under which all sequences count alike, their mean square 1.
-
-        The routed output is several times larger on some texts than on others. Unweighted, a fit would serve those
-        texts alone. Weights by token, from the output or from the residual stream, measured worse.
-        """
-        if not self.text.sequences:
-            return self.text.inputs.new_empty(0)
-        energy = self.target.square().sum(1).view(self.text.sequences, -1).mean(1)
-        weight = energy.clamp(min=1e-12 * float(energy.mean()) + TINY).rsqrt()
-        weight = weight / weight.square().mean().sqrt()
-        return weight.repeat_interleave(len(self.target) // self.text.sequences)
+        """Of errors, ``[tokens]``."""
+        return error_weights(self.error_weights, self.target, self.text.sources)
 
     @cached_property
     def statistics(self) -> ExpertStatistics:

@@ -49,7 +49,7 @@ class Text:
 
     inputs: torch.Tensor  # float32 [tokens, hidden]
     routing: TokenRouting  # by the layer's own router
-    sequences: int  # of equal length, one after the other
+    sources: torch.Tensor  # int64 [sequences], the file or data set of each; of equal length, one after the other
     held_out: torch.Tensor  # bool [sequences]: not for the fits by steps, but for choosing among them
     target: torch.Tensor | None = None  # float32 [tokens, hidden]; None: the layer's own routed output
 
@@ -57,9 +57,10 @@ class Text:
     def nothing(cls, layer: MoELayer, device: str) -> "Text":
         """No token at all."""
         inputs = torch.empty(0, layer.router.shape[1], device=device)
-        return cls(inputs, layer.route(inputs), 0, torch.empty(0, dtype=torch.bool, device=device))
+        none = torch.empty(0, dtype=torch.bool, device=device)
+        return cls(inputs, layer.route(inputs), none.long(), none)
 
     @property
     def held_out_tokens(self) -> torch.Tensor:
         """Bool ``[tokens]``."""
-        return self.held_out.repeat_interleave(len(self.inputs) // self.sequences)
+        return self.held_out.repeat_interleave(len(self.inputs) // len(self.sources))

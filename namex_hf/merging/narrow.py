@@ -9,6 +9,8 @@ from torch import Tensor
 
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import Narrow
+from ..recipe.choices import ErrorWeights
+from .error_weights import TINY, error_weights
 from .experts import Expert, NotFiniteError
 from .moe_layer import MoELayer, Text
 from .neurons import neurons_that_stay, refitted, ridged_moment
@@ -16,7 +18,6 @@ from .routing import neurons
 from .settings import DEFAULTS, FitSettings
 from .whole_fit import WholeFit
 
-TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where experts are zero
 ROWS = ("gate_proj", "up_proj", "gate_proj.bias", "up_proj.bias")  # one row a neuron
 
 
@@ -33,12 +34,14 @@ class Narrowing:
     text: Text
     merge: Narrow
     seed: int = 0
+    error_weights: ErrorWeights = "none"
     settings: FitSettings = DEFAULTS
     shared: Callable[[], Mapping[str, Tensor]] = dict  # parts of the shared expert, as `shared_expert_output`
     progress: ProgressCallback = no_progress
     record: dict[str, Any] = field(default_factory=dict)
     stay: Tensor = field(init=False)  # int64 [N, width], neurons that stay, ascending
     target: Tensor = field(init=False)  # float32 [tokens, hidden], the source's routed output
+    weight: Tensor = field(init=False)  # [tokens], of errors
     refitted: dict[str, Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
     shared_output_delta: Tensor | None = None  # float32 [tokens, hidden], change through that fit
 
@@ -52,14 +55,14 @@ class Narrowing:
         self.record |= {"usage": text.routing.count(count).tolist(), "mass": text.routing.mass(count).tolist()}
         self.record |= {"games": [], "errors": [], "fits": []}
         self.target = self.source.output(text.inputs, text.routing)
+        self.weight = error_weights(self.error_weights, self.target, text.sources)
         # The source gets no local name here, so that its experts can be freed before a fit.
         layer = replace(self.source, experts=self.narrowed(), router=self.source.router.clone())
         self.source = self.source.without_experts()
         output = layer.output(text.inputs, text.routing)
         self.record_error("narrowed", output)
         if self.merge.fit.kind == "layer":
-            weight = torch.ones(len(text.inputs), device=text.inputs.device)
-            fit = WholeFit(layer, text, self.target, weight, self.shared, self.settings, self.progress)
+            fit = WholeFit(layer, text, self.target, self.weight, self.shared, self.settings, self.progress)
             self.record["fits"].append(fit.run(self.merge.fit.steps, self.seed))
             self.refitted, self.shared_output_delta = fit.shared, fit.shared_output_delta
             output = layer.output(text.inputs, layer.route(text.inputs)).add_(fit.shared_output_delta)
@@ -93,13 +96,15 @@ class Narrowing:
             sizes = own.down.norm(dim=0) * own.up.norm(dim=1) * (1 if own.gate is None else own.gate.norm(dim=1))
             stay = sizes.topk(self.merge.width).indices.sort().values
             return stay, own.down[:, stay]
+        gate = gate * self.weight[token]
         moment = ridged_moment(gate[:, None] * neurons(self.text.inputs[token], own, self.source.activation))
         stay = neurons_that_stay(moment, own.down, self.merge.width, self.merge.neurons)
         return stay, refitted(moment, own.down, stay)
 
     def record_error(self, stage: str, output: Tensor) -> None:
         """Record the output's error relative to the target."""
-        error, energy = ((output - self.target).square().sum(), self.target.square().sum())
+        weight = self.weight[:, None]
+        error, energy = ((weight * part).square().sum() for part in (output - self.target, self.target))
         self.record["errors"].append({"stage": stage, "error": float(error / energy.clamp(min=TINY))})
         self.progress(ProgressEvent(stage))
 

@@ -42,7 +42,8 @@ def spend(
     assert isinstance(merge, Grouped)
     if merge.experts == shape.experts:
         return [{"layer": layer, "experts": shape.experts} for layer in shape.layers]
-    ids, held_out = shorter(text)
+    chosen = shorter(text)
+    ids, held_out, sources = text.ids[chosen], text.held_out[chosen], text.sources[chosen]
     decoder = Decoder(source.config, source.outline, source.read, device)
     hidden = decoder.embed(ids).cpu()
     damaged: dict[int, torch.Tensor] = {}
@@ -60,9 +61,9 @@ def spend(
         routing = TokenRouting(tapped.index.to(device), tapped.value.to(device))
         inputs = tapped.inputs.to(device)
         target = mixture.output(inputs, routing)
-        shown = Text(inputs, routing, len(held_out), held_out.to(device), target)
+        shown = Text(inputs, routing, sources, held_out.to(device), target)
         with source.named(layer):
-            errors[layer], output = _errors_by_count(mixture, shown, merge, recipe.seed)
+            errors[layer], output = _errors_by_count(mixture, shown, merge, recipe)
         damaged[layer] = (hidden + output.cpu().view_as(hidden))[held_out]
         decoder.pass_on(layer, hidden, target)
         progress(ProgressEvent("measured", layer))
@@ -93,23 +94,26 @@ def dealt_out(
     return [{**one, "experts": count} for one, count in zip(record, counts, strict=True)]
 
 
-def shorter(text: CalibrationText) -> tuple[torch.Tensor, torch.Tensor]:
-    """Some of a text's sequences, spread over it, and which of them are held out."""
+def shorter(text: CalibrationText) -> torch.Tensor:
+    """Numbers of some of a text's sequences, spread over it, held out and not."""
     length, held_out = text.ids.shape[1], text.held_out
     rows = []
     for part, tokens in ((~held_out, MERGE_TOKENS), (held_out, LOSS_TOKENS)):
         sequences = part.nonzero().flatten()
         number = min(len(sequences), max(1, tokens // length))
         rows.append(sequences[torch.linspace(0, len(sequences) - 1, number).round().long()])
-    chosen = torch.cat(rows)
-    return text.ids[chosen], held_out[chosen]
+    return torch.cat(rows)
 
 
-def _errors_by_count(mixture: MoELayer, text: Text, merge: Grouped, seed: int) -> tuple[dict[int, float], torch.Tensor]:
+def _errors_by_count(
+    mixture: MoELayer, text: Text, merge: Grouped, recipe: Recipe
+) -> tuple[dict[int, float], torch.Tensor]:
     """The error of a layer's output by number of experts, and the output with the recipe's own number."""
     errors, result = {}, text.inputs
     for count in candidate_counts(len(mixture.router), merge.experts):
-        shrinking = Shrinking(mixture, text, replace(merge, experts=count), seed, fits=False)
+        shrinking = Shrinking(
+            mixture, text, replace(merge, experts=count), recipe.seed, recipe.calibration.error_weights, fits=False
+        )
         _, output = shrinking.run()
         errors[count] = shrinking.record["errors"][-1]["error"]
         if count == merge.experts:

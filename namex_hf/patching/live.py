@@ -14,10 +14,10 @@ from ..families.outline import outline_of
 from ..progress import no_progress
 from ..recipe import Grouped, Recipe
 from .budget import spend
+from .check import check_fit
 from .config import patched_config
 from .model_sink import write_model
 from .pipeline import Pipeline
-from .plan import check_fit
 from .sources import model_source
 from .text import text_for
 from .threads import shared_out

@@ -256,6 +256,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "experts": plan.shape.experts,
         "kept": plan.experts,
         "width": plan.width,
+        "share": plan.experts * plan.width / (plan.shape.experts * plan.shape.width),
         "bytes_in": plan.checkpoint.size,
         "bytes_out": plan.bytes_out,
         "space_needed": space_needed(plan),

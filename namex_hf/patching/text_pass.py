@@ -63,7 +63,7 @@ class TextPass:
         held_out = torch.zeros(len(self.text.ids), dtype=torch.bool)
         if measures(self._recipe):
             held_out = self.text.held_out
-        return Text(tapped.inputs.to(device), routing, len(held_out), held_out.to(device), target)
+        return Text(tapped.inputs.to(device), routing, self.text.sources, held_out.to(device), target)
 
     def pass_on(self, output: torch.Tensor) -> None:
         """Add the layer's routed output ``[tokens, hidden]``: that is what the next layer receives."""

@@ -1,7 +1,7 @@
 """The recipe: every choice that makes a patched model."""
 
 from .choices import WEIGHTINGS
-from .merges import AroundBase, Grouped, Merge, Narrow, Nothing, Residual, Soft
+from .merges import AroundBase, Grouped, Merge, Narrow, Nothing, Residual, Smaller, Soft
 from .parts import BaseExpert, Calibration, Curvature, Fit, Game, GroupGame, Propagation, Routing
 from .recipe import FIELDS, Recipe, read_yaml, refusals
 
@@ -23,6 +23,7 @@ __all__ = [
     "Recipe",
     "Residual",
     "Routing",
+    "Smaller",
     "Soft",
     "read_yaml",
     "refusals",

@@ -27,6 +27,7 @@ FitKind = Literal["none", "router", "layer"]
 RoutingKind = Literal["linear", "cosine", "stable"]
 Temperature = Literal["norms", "entropy"]
 Calibrate = Literal["after", "before"]
+ErrorWeights = Literal["none", "source", "sequence"]
 
 IMPLIED_WEIGHTINGS: dict[str, str] = {"namex-full": "nash", "namex": "nash", "ep-camex": "uniform", "keep": "usage"}
 """By method and operator; those that are not here settle no weights."""

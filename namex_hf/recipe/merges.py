@@ -18,7 +18,7 @@ from .choices import (
     RoutingSpan,
     Target,
 )
-from .part import FACTOR, Part, Rule, all_leaves, count_to, leaf
+from .part import FACTOR, Part, Range, Rule, all_leaves, count_to, leaf
 from .parts import CCP_ITERATIONS, BaseExpert, Curvature, Fit, Game, GroupGame, Propagation
 
 CCP_BUDGET = 20
@@ -65,7 +65,7 @@ class Merge(Part):
     @property
     def rewrites(self) -> bool:
         """Whether the result has other routed experts, fewer or smaller."""
-        return isinstance(self, Grouped | Narrow)
+        return isinstance(self, Smaller)
 
     def steps(self, on_text: bool) -> Iterator[str]:
         """What is done to every layer, by the names of `patching.steps`; the router's form aside."""
@@ -255,13 +255,25 @@ class Soft(AroundBase):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Grouped(Merge):
+class Smaller(Merge):
+    """Routed experts become fewer or smaller."""
+
+    fit: Fit = Fit()
+    keep: float | None = leaf(
+        None,
+        "grouped, narrow: the share of the routed parameters that stays, in place of 'experts' or 'width'; without "
+        "'merge' it means narrow. A number of experts is rounded down, a width to a multiple of 128, or of 64 to 4",
+        within=Range(lambda share: 0 < share < 1, "a number above 0 and below 1"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grouped(Smaller):
     """Experts are clustered and each group becomes one: a smaller checkpoint."""
 
     kind: ClassVar[MergeKind] = "grouped"
     game: GroupGame = GroupGame()
     curvature: Curvature = Curvature()
-    fit: Fit = Fit()
     weighting: str | None = leaf(
         None,
         "grouped: weights inside a group (default: what the method implies; where experts are kept, usage). usage: "
@@ -302,9 +314,9 @@ class Grouped(Merge):
     rules: ClassVar[tuple[Rule, ...]] = (
         MERGES_NOTHING,
         Rule(
-            lambda merge: merge.experts is None,
-            "merge 'grouped' needs 'experts', the number that stays",
-            ("experts",),
+            lambda merge: (merge.experts is None) == (merge.keep is None),
+            "merge 'grouped' needs 'experts', the number that stays, or 'keep', the share",
+            ("experts", "keep"),
         ),
         Rule(
             lambda merge: merge.method == "namex",
@@ -426,12 +438,11 @@ class Grouped(Merge):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Narrow(Merge):
+class Narrow(Smaller):
     """Every expert and the router stay; of each expert the neurons that matter least go: a smaller checkpoint."""
 
     kind: ClassVar[MergeKind] = "narrow"
     method: Method = leaf("smoe", "no merging")
-    fit: Fit = Fit()
     neurons: Neurons = leaf(
         "second_order",
         "narrow: how the neurons that stay are chosen on calibration text. second_order: one goes after another, each "
@@ -442,9 +453,9 @@ class Narrow(Merge):
 
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
-            lambda merge: merge.width is None,
-            "merge 'narrow' needs 'width', the number of neurons that stay",
-            ("width",),
+            lambda merge: (merge.width is None) == (merge.keep is None),
+            "merge 'narrow' needs 'width', the number of neurons that stay, or 'keep', the share",
+            ("width", "keep"),
         ),
         Rule(
             lambda merge: merge.method != "smoe",

@@ -11,6 +11,7 @@ from .choices import (
     Calibrate,
     CurvatureKind,
     Disagreement,
+    ErrorWeights,
     FitKind,
     Granularity,
     Metric,
@@ -26,6 +27,8 @@ from .part import FACTOR, Part, Range, Rule, count_to, leaf
 
 CCP_ITERATIONS = 2
 """Convex problems a game under solver ``ccp``."""
+TOKENS = 65536
+"""Of calibration text, where nothing asks for more."""
 BASES = re.compile(r"shared|first|mean|index:[0-9]{1,9}")
 
 
@@ -281,7 +284,20 @@ class Calibration(Part):
         "token ids, or a Hub data set; stored as a name",
         name="calibration_data",
     )
-    tokens: int = leaf(65536, "tokens of calibration text", name="calibration_tokens", within=count_to(1 << 40))
+    tokens: int = leaf(
+        None,
+        "tokens of calibration text (default: 65536; narrow: 32 for every neuron of an expert, 48 with a fit, and no "
+        "fewer than that)",
+        name="calibration_tokens",
+        within=count_to(1 << 40),
+    )
     when: Calibrate = leaf(
         "after", "statistics of a layer taken after or before the layers below it are patched", name="calibrate"
+    )
+    error_weights: ErrorWeights = leaf(
+        "none",
+        "grouped, narrow: how errors on calibration text count. none: as they are; source: every file or data set as "
+        "much as the others; sequence: every sequence as much as the others, which costs exact answers",
+        belongs="belongs to merge 'grouped' or 'narrow' on calibration text",
+        shown=("merge", "fit"),
     )

@@ -17,10 +17,10 @@ from ..printable import did_you_mean
 from .choices import MergeKind
 from .merges import SEGMENT, Grouped, Merge, Narrow, Nothing, Residual, Soft
 from .part import Leaf, Part, Range, Rule, Spec, all_leaves, build, leaf, leaves_of, parts_of
-from .parts import CCP_ITERATIONS, Calibration, Routing
+from .parts import CCP_ITERATIONS, TOKENS, Calibration, Routing
 
-VERSION = 2
-"""Of recipes that runs store; those of release 0.1.0 have none."""
+VERSION = 3
+"""Of recipes that runs store; those of release 0.1.0 have none, those before `error_weights` have 2."""
 MERGES: dict[str, type[Residual] | type[Soft] | type[Grouped] | type[Narrow]] = {
     kind.kind: kind for kind in (Residual, Soft, Grouped, Narrow)
 }
@@ -94,7 +94,11 @@ class Recipe(Part):
         version = values.pop("recipe_version", 1)
         if version not in range(1, VERSION + 1):
             raise RecipeError(f"recipe field 'recipe_version' is {version!r}; accepted: whole numbers to {VERSION}")
-        return cls._from(values if version > 1 else from_version_1(values), registered=False)
+        recipe = cls._from(values if version > 1 else from_version_1(values), registered=False)
+        weighed = version < 3 and isinstance(recipe.merge, Grouped) and recipe.needs_text
+        if weighed:  # as every fit did before there was a choice
+            return replace(recipe, calibration=replace(recipe.calibration, error_weights="sequence"))
+        return recipe
 
     @classmethod
     def from_yaml(cls, path: str | Path, **overrides: Any) -> "Recipe":
@@ -105,6 +109,8 @@ class Recipe(Part):
         """All fields but the device as plain values by flat names, always in the same order."""
         values = {**{name: one.default for name, one in FIELDS.items()}, **self.flat()}
         values["ccp_iterations"] = values["ccp_iterations"] or CCP_ITERATIONS
+        if not isinstance(self.merge, Narrow):
+            values["calibration_tokens"] = values["calibration_tokens"] or TOKENS
         return {name: values[name] for name in FIELDS if name != "device"}
 
     def to_stored(self) -> dict[str, Any]:
@@ -147,6 +153,8 @@ class Recipe(Part):
     def imply(self) -> None:
         if self.routing.kind == "cosine" and self.routing.temperature is None:
             self._set("routing", replace(self.routing, temperature="entropy" if self.needs_text else "norms"))
+        if self.calibration.tokens is None and self.needs_text and not isinstance(self.merge, Narrow):
+            self._set("calibration", replace(self.calibration, tokens=TOKENS))
 
     def unused(self) -> Iterator[str]:
         if not self.needs_text:
@@ -154,6 +162,8 @@ class Recipe(Part):
             trained = isinstance(self.merge, Soft) and self.merge.curvature.kind == "kronecker"
             if not trained and not self.merge.rewrites:
                 yield "seed"
+        elif not self.merge.rewrites:
+            yield "error_weights"
 
     def _found(self) -> dict[str, Any]:
         return self.to_dict()
@@ -166,9 +176,12 @@ class Recipe(Part):
 
     def _build(self, values: Mapping[str, Any], registered: bool = True) -> None:
         stated = stated_fields(values, registered)
-        kind: type[Merge] = MERGES[stated.pop("merge", None) or "residual"]
+        implied = "residual" if stated.get("keep") is None else "narrow"
+        kind: type[Merge] = MERGES[stated.pop("merge", None) or implied]
         if kind is Residual and stated.get("method") == "smoe":
             kind = Nothing
+        if kind is not Narrow and stated.get("calibration_tokens") == TOKENS:  # stored whether text is read or not
+            del stated["calibration_tokens"]
         self._set("merge", build(kind, stated))
         for attribute, part in parts_of(Recipe).items():
             self._set(attribute, build(part, stated))
@@ -236,9 +249,18 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 ORDER = (
-    *("merge", "method", "weighting", "operator", "experts", "width", "neurons", "budget", "fit", "fit_steps"),
+    *("merge", "method", "weighting", "operator", "experts", "width", "keep", "neurons", "budget", "fit", "fit_steps"),
     *("grouping", "curvature", "rank", "ridge", "align", "down", "target", "metric", "power", "calibration_data"),
-    *("calibration_tokens", "calibrate", "routing", "temperature", "disagreement", "base", "first_layer"),
+    *(
+        "calibration_tokens",
+        "calibrate",
+        "error_weights",
+        "routing",
+        "temperature",
+        "disagreement",
+        "base",
+        "first_layer",
+    ),
     *("granularity", "scale", "gamma", "momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise"),
     *("segment", "top_k", "routing_span", "every", "seed", "device"),
 )

@@ -19,9 +19,9 @@ from ..errors import TrainingError, UsageError
 from ..families import original_family
 from ..families.outline import outline_of
 from ..models import load_patched
+from ..patching.check import check_fit
 from ..patching.config import patched_config
 from ..patching.live import fit_for_others, patch_model
-from ..patching.plan import check_fit
 from ..recipe import Recipe
 
 

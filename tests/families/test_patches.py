@@ -9,8 +9,9 @@ import torch
 from namex_hf.checkpoint.header import TensorSpan
 from namex_hf.checkpoint.source import Checkpoint
 from namex_hf.families.outline import outline_of
+from namex_hf.patching.check import check_fit
 from namex_hf.patching.estimate import peak_bytes, space_needed
-from namex_hf.patching.plan import Plan, check_fit, make_plan
+from namex_hf.patching.plan import Plan, make_plan
 from namex_hf.recipe import Recipe, read_yaml
 
 TOP_K = "num_experts_per_tok"

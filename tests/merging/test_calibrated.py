@@ -41,7 +41,7 @@ def text(of: MoELayer, loud: float, length: int) -> Text:
     """Of four sequences the last is held out, and the first is louder."""
     inputs = random_tokens(SEQUENCES * length, 0)
     inputs[:length] *= loud
-    return Text(inputs, of.route(inputs), SEQUENCES, torch.tensor([False, False, False, True]))
+    return Text(inputs, of.route(inputs), torch.arange(SEQUENCES), torch.tensor([False, False, False, True]))
 
 
 def shrinking(count: int, of: MoELayer | None = None, loud: float = 1.0, length: int = LENGTH, **choices) -> Shrinking:
@@ -56,7 +56,7 @@ def shrinking(count: int, of: MoELayer | None = None, loud: float = 1.0, length:
     if operator in ("random", "shared") and not fits:
         fields["fit"] = "router"
     merge = Recipe(merge="grouped", experts=count, **fields).merge
-    return Shrinking(of, text(of, loud, length), merge, seed, fits)
+    return Shrinking(of, text(of, loud, length), merge, seed, "sequence", fits)
 
 
 def shared() -> dict[str, torch.Tensor]:

@@ -33,7 +33,7 @@ def narrowing(
 ) -> Narrowing:
     """On four sequences of tokens, the last of them held out."""
     inputs = random_tokens(SEQUENCES * length, 0)
-    text = Text(inputs, routing or of.route(inputs), SEQUENCES, torch.tensor([False, False, False, True]))
+    text = Text(inputs, routing or of.route(inputs), torch.arange(SEQUENCES), torch.tensor([False, False, False, True]))
     return Narrowing(of, text, Recipe(merge="narrow", width=width, **fields).merge)
 
 

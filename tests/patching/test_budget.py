@@ -103,7 +103,8 @@ def test_the_loss_that_is_measured_is_that_of_a_model_with_one_layer_merged(monk
     with pytest.raises(InterruptedError):
         patch_model(copy.deepcopy(original), recipe, calibration=tokenizer)
     (_, _, text, _), record = kept[0]
-    ids, held_out = shorter(text)
+    chosen = shorter(text)
+    ids, held_out = text.ids[chosen], text.held_out[chosen]
     loss = float(original(ids[held_out], labels=ids[held_out]).loss.detach())
     # The same merges, of single layers of whole models: all layers at once, on text that is not patched below.
     monkeypatch.undo()

@@ -14,6 +14,7 @@ from namex_hf.errors import NamexError, RecipeError
 from namex_hf.models.configuration_namex import soft_choice
 from namex_hf.recipe import FIELDS as SPECS
 from namex_hf.recipe import Recipe, read_yaml, refusals
+from namex_hf.recipe.recipe import VERSION
 
 GROUPED = {"merge": "grouped", "experts": 4}
 SOFT = {"merge": "soft"}
@@ -39,6 +40,8 @@ AROUND: dict[str, dict[str, Any]] = {
     "smear": SOFT,
     "loss": {**FITTED, "metric": "calibrated"},
     "before": FITTED,
+    "source": FITTED,
+    "sequence": NARROW,
     "keep": GROUPED,
     "random": FITTED,
     "kronecker": SOFT,
@@ -61,6 +64,9 @@ VALUES = [
     ("experts", 60, {"merge": "grouped"}),
     ("width", 1, {"merge": "narrow"}),
     ("width", 1 << 20, {"merge": "narrow"}),
+    ("keep", 0.5, {"merge": "narrow"}),
+    ("keep", 0.5, {"merge": "grouped", "fit": "router"}),
+    ("keep", 0.01, {}),
     ("base", "shared", {}),
     ("base", "first", {}),
     ("base", "mean", {}),
@@ -303,6 +309,8 @@ BROKEN: dict[str, dict[str, Any]] = {
     "merge 'narrow' keeps every expert": {"method": "namex-full", **NARROW},
     "merge 'narrow' keeps the router": {"fit": "router", **NARROW},
     "'width' belongs": {"width": 8},
+    "'keep' belongs": {"keep": 0.5, "merge": "residual"},
+    "'error_weights' belongs": {"error_weights": "source", **SOFT, "align": "activations"},
     "'neurons' belongs": {"neurons": "energy", **GROUPED},
     "method 'smoe' merges nothing": {"method": "smoe", "merge": "grouped"},
     "method 'namex' reuses weights": {"method": "namex", **GROUPED},
@@ -797,6 +805,7 @@ SENSIBLE = st.fixed_dictionaries(
         else {
             "experts": st.integers(0, 70),
             "width": st.integers(0, 70),
+            "keep": st.floats(0, 1),
             "base": st.sampled_from(("shared", "first", "mean", "index:7")),
             "gamma": st.floats(0, 4),
             "every": st.integers(0, 30),
@@ -932,12 +941,23 @@ def test_factors_have_bounds(name: str, others: dict):
 
 def test_a_stored_recipe_has_a_version_and_is_read_as_the_run_meant_it():
     recipe = Recipe(merge="grouped", experts=4)
-    assert recipe.to_stored() == {"recipe_version": 2, **recipe.to_dict()}
+    assert recipe.to_stored() == {"recipe_version": VERSION, **recipe.to_dict()}
     assert Recipe.from_dict(recipe.to_stored()) == Recipe.from_stored(recipe.to_stored()) == recipe
     assert yaml.safe_load(recipe.to_yaml(stored=True)) == recipe.to_stored()
-    for version in (0, 3, "2", None):
-        with pytest.raises(RecipeError, match=r"^recipe field 'recipe_version' is .*; accepted: whole numbers to 2$"):
+    accepted = f"^recipe field 'recipe_version' is .*; accepted: whole numbers to {VERSION}$"
+    for version in (0, VERSION + 1, "2", None):
+        with pytest.raises(RecipeError, match=accepted):
             Recipe.from_dict({"recipe_version": version})
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_stored_recipes_without_error_weights_let_all_sequences_count_alike(version: int):
+    """A user's file has today's default; a merge that reads no text has no errors."""
+    stored = {"recipe_version": version, **GROUPED, "fit": "layer"}
+    assert field_of(Recipe.from_dict(stored), "error_weights") == "sequence"
+    assert field_of(Recipe.from_dict({**GROUPED, "fit": "layer"}), "error_weights") == "none"
+    for fields in (GROUPED, SOFT, {}):
+        assert field_of(Recipe.from_dict({"recipe_version": version, **fields}), "error_weights") == "none"
 
 
 @pytest.mark.parametrize("fields", [GROUPED, {"method": "smoe"}, {}], ids=str)

@@ -19,7 +19,13 @@ class NarrowExperts(Step):
         source, layer = work.source, work.layer
         shared = partial(source.shared, layer)
         narrowing = Narrowing(
-            work.mixture, work.required_text, work.merge, work.recipe.seed, shared=shared, progress=work.progress
+            work.mixture,
+            work.required_text,
+            work.merge,
+            work.recipe.seed,
+            work.recipe.calibration.error_weights,
+            shared=shared,
+            progress=work.progress,
         )
         work.mixture = work.mixture.without_experts()
         with source.named(layer):

@@ -23,6 +23,7 @@ class Shrink(Step):
             work.required_text,
             work.merge,
             work.recipe.seed,
+            work.recipe.calibration.error_weights,
             shared=partial(work.source.shared, work.layer),
             progress=work.progress,
             scores=work.scores,

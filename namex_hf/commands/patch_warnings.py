@@ -1,0 +1,50 @@
+"""Lines of ``namex-patch`` on what a recipe means for a model: widths that programs do not take, too little text."""
+
+from collections.abc import Iterator
+
+from ..patching.plan import Plan
+from ..patching.sized import ENOUGH_EQUATIONS, TOKENS_A_NEURON, fitted_equations
+from ..recipe import Narrow
+from ..resources import packaged_models
+
+ROW_BYTES = 16  # of a matrix's rows: torch.nn.functional.grouped_mm takes multiples of this
+
+
+def width_line(plan: Plan) -> str | None:
+    """What to do with a width that the grouped products of torch do not take, in the dtype of the experts."""
+    dtype = plan.expert_spans(plan.shape.layers[0])[0].dtype
+    multiple = ROW_BYTES // dtype.itemsize
+    if plan.width == plan.shape.width or plan.width % multiple == 0:
+        return None
+    return (
+        f"width {plan.width} is no multiple of {multiple}, which grouped products of {str(dtype)[6:]} need: load the "
+        "result with experts_implementation='eager'"
+    )
+
+
+def tokens_line(plan: Plan) -> str:
+    """How much of the text a routed expert receives on average."""
+    tokens = plan.tokens * plan.shape.top_k / plan.shape.experts
+    return f"{tokens:,.0f} tokens on average, {tokens / plan.shape.width:.1f} for each of its neurons"
+
+
+def text_lines(plan: Plan) -> Iterator[str]:
+    """What is wrong with the calibration text of a recipe that rewrites experts."""
+    recipe, shape = plan.recipe, plan.shape
+    if not (recipe.merge.rewrites and recipe.needs_text):
+        return
+    if recipe.calibration.data == "packaged" and plan.checkpoint.name not in packaged_models():
+        yield (
+            "warning: the packaged text is what the packaged models were trained on; for this model give text of the "
+            "kind that it is used for (--calibration-data FILE, FOLDER or a Hub data set)"
+        )
+    if plan.fits == "layer":
+        equations = fitted_equations(plan.tokens, shape, plan.experts, plan.width)
+        if equations < ENOUGH_EQUATIONS:
+            enough = plan.tokens * ENOUGH_EQUATIONS / equations
+            yield (
+                f"warning: {plan.tokens:,} tokens are {equations:.1f} equations for each number that is fitted; below "
+                f"{ENOUGH_EQUATIONS} a fit costs exact answers: about {enough:,.0f} tokens are needed"
+            )
+    elif isinstance(recipe.merge, Narrow) and plan.tokens * shape.top_k < TOKENS_A_NEURON * shape.experts * shape.width:
+        yield f"warning: little text, {tokens_line(plan)}; {TOKENS_A_NEURON} for each are enough"
