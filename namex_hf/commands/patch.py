@@ -107,7 +107,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         from ..patching.plan import make_plan
         from ..patching.scores import check_reads_scores
         from .patch_screen import print_dry_run
-        from .patch_warnings import text_lines, width_line
+        from .patch_warnings import text_lines, tokens_lines, width_line
 
     console = Console(stderr=True, quiet=options.quiet)
     if options.quiet:
@@ -115,8 +115,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
-    lines = (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan), *text_lines(plan))
-    for line in filter(None, lines):
+    for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.scores is not None:
@@ -127,6 +126,8 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         what = describe(plan, options.out)
         if not options.json:
             print_dry_run(what, plan)
+        for line in (*tokens_lines(plan), *text_lines(plan)):
+            console.print(line, soft_wrap=True, markup=False)
         return what
     if not options.overwrite and folder.complete:
         run_plan(plan, options.out)
@@ -152,7 +153,7 @@ def _carry_out(plan: "Plan", checkpoint: "Checkpoint", options: argparse.Namespa
         return
     report = score(checkpoint, options.out, report, console)
     if not options.json:
-        print_report(report, options.out)
+        print_report(report, checkpoint, options.out)
     recipe = plan.recipe
     if recipe.merge.kind == "grouped" and not recipe.needs_text and plan.experts < plan.shape.experts:
         hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"

@@ -4,6 +4,7 @@ import argparse
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from ..checkpoint.source import Checkpoint
+from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import SCORED_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, NamexError
 from ..evaluation.perplexity import before_and_after
 from ..evaluation.routing import routing_on_held_out
 from ..evaluation.table import facts
+from ..evaluation.verdict import answers_before_and_after, verdict
 from ..files import size_text
 from ..patching.effort import Effort, effort_of, measured_speed
 from ..patching.estimate import peak_bytes
@@ -37,7 +39,7 @@ from ..record import Report, choices
 from ..report.layers import layer_table, perplexity_table
 from ..report.write import write_pictures
 from .common import of_memory
-from .patch_warnings import tokens_line
+from .patch_warnings import text_lines
 
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
@@ -53,7 +55,7 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("patching", total=None, end=None)
-        pace = Pace(len(plan.shape.layers), plan.text.tokens if plan.text else 0)
+        pace, warnings = Pace(len(plan.shape.layers), plan.text.tokens if plan.text else 0), list(text_lines(plan))
 
         def show(event: ProgressEvent) -> None:
             pace.follow(event)
@@ -61,9 +63,11 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
             bar.update(task, description=str(event), completed=event.done, total=event.total, end=end)
             if line := pace.line(event, each=hidden):
                 console.print(line, soft_wrap=True)
+            while pace.announced and warnings:
+                console.print(warnings.pop(0), soft_wrap=True, markup=False)
 
         with _memory_named(plan):
-            return run_plan(
+            report = run_plan(
                 plan,
                 options.out,
                 scores=options.scores,
@@ -71,6 +75,9 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
                 verify=options.verify,
                 progress=show,
             )
+    for line in warnings:
+        console.print(line, soft_wrap=True, markup=False)
+    return report
 
 
 class ToGo(ProgressColumn):
@@ -158,13 +165,20 @@ def score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -
         console.print(f"{lack} in the checkpoint: perplexity is skipped", soft_wrap=True)
         return report
     if checkpoint.size > SCORED_BYTES:
-        console.print(f"{checkpoint.size / 1e9:.1f} GB is too large to score here: perplexity is skipped")
+        line = (
+            f"not scored, as {size_text(checkpoint.size)} would take long; this does: namex-compare "
+            f"{marked(checkpoint.name)} --out DIR, with the same recipe"
+        )
+        console.print(line, soft_wrap=True)
         return report
     try:
         with console.status("perplexity before and after"):
             report = report.with_perplexity(before_and_after(checkpoint.folder, out, SCORED_TOKENS))
-            if report.run["recipe"]["routing"] != "linear" and not all("routing" in one for one in report.layers):
-                report = report.with_routing(routing_on_held_out(out, SCORED_TOKENS))
+        if report.run["recipe"]["merge"] in ("grouped", "narrow"):
+            with console.status("word problems before and after"):
+                report = replace(report, answers=answers_before_and_after(checkpoint.folder, out))
+        if report.run["recipe"]["routing"] != "linear" and not all("routing" in one for one in report.layers):
+            report = report.with_routing(routing_on_held_out(out, SCORED_TOKENS))
     except Exception as error:  # whatever a foreign tokenizer raises: the patched folder itself is whole
         console.print(f"perplexity cannot be measured and is skipped: {marked(f'{type(error).__name__}: {error}')}")
         return report
@@ -226,7 +240,6 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
         del table["routed parameters that stay"]
     if what["calibration_tokens"]:
         table["calibration text"] = f"{what['calibration_tokens']} tokens of {recipe.calibration.data}, not read yet"
-        table["text for a routed expert"] = tokens_line(plan)
     if what["fit"]:
         table["fit"] = _said(what["fit"], plan)
     if what["curvature_parameters"]:
@@ -236,7 +249,7 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     Console().print(facts(table, "dry run: nothing was read but headers, nothing was written"))
 
 
-def print_report(report: Report, out: Path) -> None:
+def print_report(report: Report, original: Checkpoint, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
     if report.layers:
         console.print(
@@ -252,6 +265,8 @@ def print_report(report: Report, out: Path) -> None:
     if report.perplexity:
         title = f"perplexity, the first {SCORED_TOKENS} tokens of each held-out text"
         console.print(perplexity_table(report).screen(title))
+    for sentence in verdict(report, original, open_checkpoint(out)):
+        console.print(marked(sentence), soft_wrap=True)
     totals = report.totals
     if "curvature_parameters" in totals:
         console.print(f"trainable curvature, the identity so far: {_counts(totals['curvature_parameters'])}")

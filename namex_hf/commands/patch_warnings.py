@@ -22,8 +22,13 @@ def width_line(plan: Plan) -> str | None:
     )
 
 
-def tokens_line(plan: Plan) -> str:
-    """How much of the text a routed expert receives on average."""
+def tokens_lines(plan: Plan) -> Iterator[str]:
+    """How much of the text a routed expert receives, where that matters."""
+    if plan.recipe.merge.rewrites and plan.recipe.needs_text:
+        yield f"text: a routed expert receives {_tokens(plan)}"
+
+
+def _tokens(plan: Plan) -> str:
     tokens = plan.tokens * plan.shape.top_k / plan.shape.experts
     return f"{tokens:,.0f} tokens on average, {tokens / plan.shape.width:.1f} for each of its neurons"
 
@@ -47,4 +52,4 @@ def text_lines(plan: Plan) -> Iterator[str]:
                 f"{ENOUGH_EQUATIONS} a fit costs exact answers: about {enough:,.0f} tokens are needed"
             )
     elif isinstance(recipe.merge, Narrow) and plan.tokens * shape.top_k < TOKENS_A_NEURON * shape.experts * shape.width:
-        yield f"warning: little text, {tokens_line(plan)}; {TOKENS_A_NEURON} for each are enough"
+        yield f"warning: little text, {_tokens(plan)}; {TOKENS_A_NEURON} for each are enough"

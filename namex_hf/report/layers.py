@@ -59,11 +59,15 @@ def layer_table(report: Report, *left_out: str) -> Table:
     untold = {name for name in told_by_text if all(row[name] is None for row in rows)}
     if len({row["groups"] for row in rows}) == 1:
         untold.add("groups")
+    titles = {name: title for name, (title, _) in COLUMNS.items()}
+    if report.run["recipe"]["merge"] == "narrow":
+        untold |= {"games", "status", "spread", "residual"}
+        titles["error_merged"] = "error narrowed"
     shown = {name: column for name, column in COLUMNS.items() if name not in untold.union(left_out)}
     texts = [
         ["" if row[name] is None else format(row[name], form) for name, (_, form) in shown.items()] for row in rows
     ]
-    return Table([title for title, _ in shown.values()], texts)
+    return Table([titles[name] for name in shown], texts)
 
 
 def perplexity_table(report: Report) -> Table:

@@ -1,15 +1,17 @@
 """namex-patch and namex-report with ``merge: narrow``, on a packaged model and on toys."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.commands import patch, patch_screen, report
 from namex_hf.evaluation.loading import load
-from tests.helpers.checkpoints import read_config
+from tests.helpers.checkpoints import read_config, settled_files
 from tests.helpers.toy_models import VOCAB
 
 NARROW = ("--merge", "narrow", "--calibration-tokens", "4096")
@@ -37,6 +39,13 @@ def test_from_beginning_to_end(tmp_path: Path, capsys: Said, monkeypatch: pytest
     for layer in record["layers"]:
         assert 0 < layer["errors"][0]["error"] < 0.5
         assert f" {layer['errors'][0]['error']:.4f} " in said.out
+    assert ("error narrowed" in said.out, "no game" in said.out) == (True, False)
+    answers = record["answers"]
+    assert 0 < answers["after"] < answers["before"] < answers["problems"] == 200
+    line = f"It answers {answers['after']} of 200 word problems exactly, the original {answers['before']}: "
+    assert line in said.out
+    assert answers["low"] < answers["value"] == pytest.approx((answers["after"] - answers["before"]) / 2)
+    assert "less, in more time and with enough text: --fit layer." in said.out
     mean = record["perplexity"]["mean"]
     assert mean["before"] < mean["after"] < 1.6 * mean["before"]
     config = read_config(out)
@@ -70,6 +79,58 @@ def test_the_dry_run_tells_the_width(tmp_path: Path, capsys: Said, monkeypatch: 
     assert not (tmp_path / "out").exists()
 
 
+def test_several_shares_are_a_folder_each(tmp_path: Path, capsys: Said) -> None:
+    """Each as the run of its width alone; what cannot be is refused before anything is written."""
+    out, flags = tmp_path / "out", ("--quiet", "--calibration-tokens", "4096")
+    assert ran("tiny", "--out", out, "--keep", "0.75", "0.5", *flags, "--json") == 0
+    reports = json.loads(capsys.readouterr().out)
+    assert ran("tiny", "--out", tmp_path / "alone", "--merge", "narrow", "--width", "60", *flags) == 0
+    for share, width in (("0.75", 60), ("0.5", 40)):
+        folder = out / f"keep-{share}"
+        assert read_config(folder)["moe_intermediate_size"] == reports[share]["run"]["recipe"]["width"] == width
+    assert settled_files(out / "keep-0.75") == settled_files(tmp_path / "alone")
+    for wrong, answer in (
+        (("0.5", "1.5"), "recipe field 'keep' is 1.5; accepted: a number above 0 and below 1"),
+        (("0.5", "0.5"), "--keep 0.5 0.5: a share is stated twice"),
+        (("0.5", "0.25", "--push-to-hub", "me/it"), "--push-to-hub pushes one result"),
+    ):
+        assert ran("tiny", "--out", tmp_path / "new", "--keep", *wrong) == 2
+        assert answer in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "lines"),
+    [
+        (("--keep", "0.5"), []),
+        (
+            ("--keep", "0.5", "--calibration-tokens", "8192"),
+            ["warning: little text, 2,048 tokens on average, 25.6 for"],
+        ),
+        (("--keep", "0.5", "--fit", "layer"), []),
+        (
+            ("--keep", "0.5", "--fit", "layer", "--calibration-tokens", "4096"),
+            ["warning: 4,096 tokens are 8.5 equations for each number that is fitted", "about 7,680 tokens are needed"],
+        ),
+        (
+            ("--merge", "grouped", "--experts", "8", "--fit", "layer", "--calibration-tokens", "4096"),
+            ["warning: 4,096 tokens are 8.5 equations for each number that is fitted", "about 7,680 tokens are needed"],
+        ),
+    ],
+)
+def test_too_little_text_is_said(tmp_path: Path, capsys: Said, flags: tuple[str, ...], lines: list[str]) -> None:
+    assert ran("tiny", "--out", tmp_path / "out", *flags, "--dry-run") == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert all(line in said for line in lines)
+    assert ("warning" in said) == bool(lines)
+
+
+def test_the_packaged_text_is_for_the_packaged_models(tmp_path: Path, capsys: Said) -> None:
+    shutil.copytree(local_folder("tiny"), tmp_path / "other")
+    assert ran(tmp_path / "other", "--out", tmp_path / "out", "--keep", "0.5", "--dry-run") == 0
+    assert "warning: the packaged text is what the packaged models were trained on" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("width", "warned"), [(40, False), (44, True)])
 def test_widths_that_need_another_implementation(tmp_path: Path, capsys: Said, width: int, warned: bool) -> None:
     """What the warning says holds: in the file's bfloat16 the default refuses, and the loop that is named works."""
@@ -91,7 +152,10 @@ def test_widths_that_need_another_implementation(tmp_path: Path, capsys: Said, w
 @pytest.mark.parametrize(
     ("flags", "says"),
     [
-        ("", "merge 'narrow' needs 'width', the number of neurons that stay; found width="),
+        (
+            "",
+            "merge 'narrow' needs 'width', the number of neurons that stay, or 'keep', the share; found width=",
+        ),
         ("--width 8", "recipe field 'width' is 8; this model's routed experts have 8 neurons; accepted: from 1 to 7"),
         ("--width 0", "accepted: a whole number from 1"),
         ("--width 4 --fit router", "'fit' is none or layer; found merge=narrow, fit=router"),
