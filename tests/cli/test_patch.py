@@ -130,8 +130,9 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
     walking += " --curvature calibrated --rank 2 --calibration-tokens 4096 --routing cosine --temperature norms"
     aiming = "--merge grouped --experts 4 --budget damage --down refit --target layer --calibration-tokens 4096 --quiet"
-    narrow = "--merge narrow --width 4 --neurons energy --calibration-tokens 4096 --quiet"
-    given = {flag for flag in f"{flags} {walking} {aiming} {narrow}".split() if flag.startswith("--")}
+    narrow = "--neurons energy --error-weights source --calibration-tokens 4096 --quiet"
+    by_width, by_share = f"--merge narrow --width 4 {narrow}", f"--keep 0.5 {narrow}"
+    given = {flag for flag in f"{flags} {walking} {aiming} {by_width} {by_share}".split() if flag.startswith("--")}
     assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in FIELDS.values()}
     speaking = save_toy(tmp_path / "speaking", tokenizer=True)
     assert ran(speaking, "--out", tmp_path / "walking", *walking.split()) == 0
@@ -145,11 +146,12 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     wanted = Recipe(merge="grouped", experts=4, budget="damage", down="refit", target="layer", calibration_tokens=4096)
     assert config["namex"] == wanted.to_stored()
     assert sum(config["layer_experts"]) == 4 * 3
-    assert ran(speaking, "--out", tmp_path / "narrow", *narrow.split()) == 0
-    config = json.loads((tmp_path / "narrow" / "config.json").read_text())
-    wanted = Recipe(merge="narrow", width=4, neurons="energy", calibration_tokens=4096)
-    assert config["namex"] == wanted.to_stored()
-    assert config["moe_intermediate_size"] == 4
+    wanted = Recipe(merge="narrow", width=4, neurons="energy", error_weights="source", calibration_tokens=4096)
+    for name, way in (("width", by_width), ("share", by_share)):
+        assert ran(speaking, "--out", tmp_path / name, *way.split()) == 0
+        config = json.loads((tmp_path / name / "config.json").read_text())
+        assert config["namex"] == wanted.to_stored()
+        assert config["moe_intermediate_size"] == 4
     assert ran(toy, "--out", tmp_path / "out", *flags.split(), "--quiet") == 0
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     wanted = Recipe(merge="grouped", experts=4, weighting="nash", disagreement="mean", granularity="expert", seed=3)
