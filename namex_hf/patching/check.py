@@ -33,8 +33,15 @@ def check_fit(recipe: Recipe, outline: Outline) -> Recipe:
     if isinstance(recipe.merge, Soft):
         _check_soft(recipe.merge, shape)
     if isinstance(recipe.merge, AroundBase):
-        _check_base(recipe.merge, shape)
+        _check_base(recipe.merge, outline)
     return recipe
+
+
+def what_works(outline: Outline) -> str:
+    """Options of ``namex patch`` that every model of the family takes: half of its routed parameters."""
+    if outline.family.narrows:
+        return "--keep 0.5"
+    return f"--merge grouped --experts {max(outline.family.least, outline.shape.experts // 2)}"
 
 
 def _without_class(recipe: Recipe, outline: Outline) -> str:
@@ -42,10 +49,9 @@ def _without_class(recipe: Recipe, outline: Outline) -> str:
     able = ", ".join(sorted(name for name, family in FAMILIES.items() if family.patched_type))
     values = {"merge": recipe.merge.kind, **recipe.to_dict()}
     asked = next(n for n in ("merge", "routing", "budget") if values[n] not in ("grouped", "none", "linear", "equal"))
-    half = max(outline.family.least, outline.shape.experts // 2)
     return (
         f"recipe field '{asked}' is {values[asked]!r}, which needs a class of its own, and there is one for {able} "
-        f"alone; what works for {outline.family.model_type}: --merge grouped --experts {half}"
+        f"alone; what works for {outline.family.model_type}: {what_works(outline)}"
     )
 
 
@@ -71,10 +77,9 @@ def _check_grouped(merge: Grouped, outline: Outline) -> None:
 def _check_narrow(merge: Narrow, outline: Outline) -> None:
     shape = outline.shape
     if not outline.family.narrows:
-        half = max(outline.family.least, shape.experts // 2)
         raise RecipeError(
             f"merge 'narrow' changes '{outline.family.width_field}', which sizes more than the routed experts of "
-            f"{outline.family.model_type}; what works: --merge grouped --experts {half}"
+            f"{outline.family.model_type}; what works: {what_works(outline)}"
         )
     if merge.width >= shape.width:
         raise RecipeError(
@@ -91,8 +96,8 @@ def _check_soft(merge: Soft, shape: MoeShape) -> None:
         raise RecipeError(f"recipe field 'rank' is {rank}; accepted here: from 1 below {least}")
 
 
-def _check_base(merge: AroundBase, shape: MoeShape) -> None:
-    base = merge.base
+def _check_base(merge: AroundBase, outline: Outline) -> None:
+    base, shape = merge.base, outline.shape
     if base.index is not None and base.index >= shape.experts:
         raise RecipeError(f"recipe field 'base' is {base.base!r}; accepted here: index:0 to index:{shape.experts - 1}")
     if merge.has_base and base.base == "shared" and shape.shared_width % shape.width:
@@ -108,7 +113,7 @@ def _check_base(merge: AroundBase, shape: MoeShape) -> None:
     if isinstance(merge, Residual) and shape.renormalises:
         raise RecipeError(
             "merge 'residual' gives the base expert the mass that top-k leaves over; this model has norm_topk_prob = "
-            "true and leaves none"
+            f"true and leaves none; what works: {what_works(outline)}"
         )
 
 

@@ -1,6 +1,7 @@
 """What holds for every family. A family joins by a row of `tests/helpers/family_models.py`."""
 
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.calibration.decoder import Decoder
+from namex_hf.commands import patch
 from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.families import FAMILIES
 from namex_hf.families.check import check_block
@@ -455,9 +457,10 @@ def test_what_needs_a_class_of_its_own_is_answered_by_what_works(family: Family,
         line = str(error.value)
         assert "\n" not in line
         assert not (tmp_path / what).exists()
-        match = re.search(r"what works for \w+: --merge grouped --experts (\d+)$", line)
+        match = re.search(r"what works for \w+: (--keep 0.5|--merge grouped --experts \d+)$", line)
         assert match, line
-        commands.add(int(match[1]))
-    (experts,) = commands
-    patch_checkpoint(family.source, tmp_path / "out", Recipe(merge="grouped", experts=experts))
+        commands.add(match[1])
+    (command,) = commands
+    source = with_tokenizer(shutil.copytree(family.source, tmp_path / "source"))
+    assert patch.main([str(source), "--out", str(tmp_path / "out"), "--quiet", *command.split()]) == 0
     opened(tmp_path / "out", stock_model(family.name))
