@@ -5,6 +5,8 @@ For the tokens of an expert let z be the gate value times what its down matrix D
 S it is nearest to that under ``D H[:, S] H[S, S]^-1``.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,26 +30,25 @@ def neurons_that_stay(moment: Tensor, down: Tensor, width: int, neurons: Neurons
         moment: H with its ridge, float64 ``[all, all]``.
         down: D, ``[hidden, all]``.
 
-    Memory: three times ``moment`` under ``second_order``.
+    Memory: three times ``moment``, and twice in float32, under ``second_order``.
     """
-    products = down.double().T @ down.double()
     if neurons == "energy":
-        return (moment.diagonal() * products.diagonal()).topk(width).indices.sort().values
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment))
-    count = len(moment)
-    left, at_once = torch.arange(count, device=moment.device), max(1, count // ROUNDS)
-    while len(left) > width:
-        losses = products.diagonal() / inverse.diagonal()
-        gone = losses.topk(min(at_once, len(left) - width), largest=False).indices
-        stays = torch.ones(len(left), dtype=torch.bool, device=left.device)
-        stays[gone] = False
-        moved = torch.linalg.solve(inverse[gone][:, gone], inverse[gone][:, stays])  # of the downs that stay
-        inverse = inverse[stays][:, stays] - inverse[stays][:, gone] @ moved
-        cross = products[gone][:, stays]
-        mixed = cross.T @ moved
-        products = products[stays][:, stays] - mixed - mixed.T + moved.T @ products[gone][:, gone] @ moved
-        left = left[stays]
-    return left
+        return (moment.diagonal() * down.double().square().sum(0)).topk(width).indices.sort().values
+    # In place and at full size: rows of neurons that are gone become zeros. float32 chooses as float64 does.
+    products = down.float().T @ down.float()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment)).float()
+    is_gone = torch.zeros(len(moment), dtype=torch.bool, device=moment.device)
+    at_once, left = max(1, len(moment) // ROUNDS), len(moment)
+    while left > width:
+        losses = (products.diagonal() / inverse.diagonal()).masked_fill(is_gone, math.inf)
+        gone = losses.topk(min(at_once, left - width), largest=False).indices
+        rows, cross = inverse[gone], products[gone]
+        moved = torch.linalg.solve(rows[:, gone], rows)  # of the downs of all others
+        cross -= cross[:, gone] @ moved / 2
+        inverse.addmm_(rows.T, moved, alpha=-1)
+        products.addmm_(cross.T, moved, alpha=-1).addmm_(moved.T, cross, alpha=-1)
+        is_gone[gone], left = True, left - len(gone)
+    return (~is_gone).nonzero().flatten()
 
 
 def refitted(moment: Tensor, down: Tensor, stay: Tensor) -> Tensor:
