@@ -40,6 +40,7 @@ from ..report.layers import layer_table, perplexity_table
 from ..report.write import write_pictures
 from .common import of_memory
 from .patch_warnings import text_lines
+from .width_table import width_table
 
 SCORED_BYTES = SMALL_BYTES  # a checkpoint up to this size has its perplexity measured
 DRAWN_BYTES = SCORED_BYTES  # a checkpoint up to this size has its pictures drawn at the end of the run
@@ -247,6 +248,10 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     table["disk needed / free"] = f"{size_text(what['space_needed'])} / {size_text(what['free'])}"
     table["files carried over"] = ", ".join(what["carried"]) or "none"
     Console().print(facts(table, "dry run: nothing was read but headers, nothing was written"))
+    if recipe.merge.kind == "narrow":
+        Console().print(
+            width_table(plan).screen("widths near this one, and what takes them", ["GGUF types of down_proj"])
+        )
 
 
 def print_report(report: Report, original: Checkpoint, out: Path) -> None:
