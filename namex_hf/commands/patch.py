@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from ..checkpoint.source import Checkpoint
     from ..patching.plan import Plan
 
-COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe")
+COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe", "size")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 
 
@@ -69,12 +69,17 @@ def parser_of(prog: str) -> Parser:
     )
     add_recipe_options(parser)
     parser.options["--keep"].nargs = "+"
+    parser.add_argument("--size", help="in place of --keep: the largest result of at most this size, such as 16GB")
     return parser
 
 
 def _patch(options: argparse.Namespace) -> int:
     """One result, or one in ``DIR/keep-SHARE`` for each of several shares."""
     shares = options.keep or [None]
+    if options.size is not None:
+        if any(value is not None for value in (options.keep, options.width, options.experts)):
+            raise UsageError("--size stands in the place of --keep, --width and --experts")
+        shares = ["0.5"]  # until the model's numbers are known
     if len(set(shares)) < len(shares):
         raise UsageError(f"--keep {' '.join(shares)}: a share is stated twice")
     each = [argparse.Namespace(**{**vars(options), "keep": share}) for share in shares]
@@ -103,17 +108,18 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         from ..checkpoint.resolve import peek, resolve
         from ..checkpoint.tokenizer_code import code_line
         from ..hub.publish import checked_target, publish
-        from ..patching.patch import describe, run_plan
-        from ..patching.plan import make_plan
+        from ..patching.patch import run_plan
+        from ..patching.plan import make_plan, of_size
         from ..patching.scores import check_reads_scores
-        from .patch_screen import print_dry_run
-        from .patch_warnings import text_lines, tokens_lines, width_line
+        from .patch_warnings import width_line
 
     console = Console(stderr=True, quiet=options.quiet)
     if options.quiet:
         disable_progress_bars()  # of downloads
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
+    if options.size is not None:
+        recipe = of_size(checkpoint, recipe, options.size)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
@@ -123,12 +129,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     if options.dry_run:
         # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
         folder.check(options.overwrite or checkpoint.commit is not None or recipe.needs_text)
-        what = describe(plan, options.out)
-        if not options.json:
-            print_dry_run(what, plan)
-        for line in (*tokens_lines(plan), *text_lines(plan)):
-            console.print(line, soft_wrap=True, markup=False)
-        return what
+        return _dry_run(plan, options, console)
     if not options.overwrite and folder.complete:
         run_plan(plan, options.out)
         line = f"{marked(options.out)} is complete: this model was patched with this recipe before"
@@ -142,6 +143,19 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         with redirect_stdout(stderr) if options.json else nullcontext():
             publish(options.out, target, options.quiet)
     return read_json(locate(options.out, REPORT))
+
+
+def _dry_run(plan: "Plan", options: argparse.Namespace, console: "Console") -> dict[str, Any]:
+    from ..patching.patch import describe
+    from .patch_screen import print_dry_run
+    from .patch_warnings import text_lines, tokens_lines
+
+    what = describe(plan, options.out)
+    if not options.json:
+        print_dry_run(what, plan)
+    for line in (*tokens_lines(plan), *text_lines(plan)):
+        console.print(line, soft_wrap=True, markup=False)
+    return what
 
 
 def _carry_out(plan: "Plan", checkpoint: "Checkpoint", options: argparse.Namespace, console: "Console") -> None:

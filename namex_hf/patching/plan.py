@@ -18,12 +18,14 @@ from ..errors import FamilyError, RecipeError, UsageError
 from ..families import FAMILIES, Family, MoeShape, Reexpression, family_of
 from ..families.check import check_block
 from ..families.outline import Outline
+from ..files import size_text
 from ..models import remote_code
 from ..models.soft_kronecker import kronecker_parameters
 from ..recipe import Fit, Grouped, Narrow, Recipe, Soft
 from ..recipe.choices import FitKind
 from .check import check_fit
 from .config import patched_config
+from .sized import width_of_size
 from .steps import steps_of
 from .steps.step import LayerForm, Shapes
 from .text import check_text, text_of
@@ -303,12 +305,32 @@ def _check_form(form: str, recipe: Recipe, family: Family, checkpoint: Checkpoin
         raise FamilyError(f"--export-as {form}: config.json: {reason}")
 
 
-def _bytes(size: str | int) -> int:
+def of_size(checkpoint: Checkpoint, recipe: Recipe, size: str) -> Recipe:
+    """A recipe of narrower experts with the width under which the result has at most ``size``, such as ``5GB``.
+
+    Raises:
+        UsageError: no such width, or another merge; and what `make_plan` raises.
+    """
+    merge, most = recipe.merge, _bytes(size, "--size")
+    if not isinstance(merge, Narrow):
+        raise UsageError(f"--size chooses the width of merge 'narrow'; found merge={merge.kind}")
+    plan = make_plan(checkpoint, recipe, most, reads_text=False)
+    if plan.size <= most:
+        raise UsageError(f"--size {size}: the model has {size_text(plan.size)} as it is")
+
+    def with_width(width: int) -> Recipe:
+        return replace(plan.recipe, merge=replace(merge, keep=None, width=width))
+
+    width = width_of_size(lambda one: replace(plan, recipe=with_width(one)).bytes_out, plan.shape.width, most)
+    return replace(recipe, merge=replace(merge, keep=None, width=width))
+
+
+def _bytes(size: str | int, option: str = "--shard-size") -> int:
     if isinstance(size, int):
         return size
     match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)\s*([KMGT]B|)", size.strip(), re.IGNORECASE)
     if match is None or float(match[1]) == 0:
-        raise UsageError(f"--shard-size is {size!r}; accepted: a size such as 5GB or 500MB")
+        raise UsageError(f"{option} is {size!r}; accepted: a size such as 5GB or 500MB")
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 

@@ -1,8 +1,12 @@
 """The numbers of a recipe that depend on the model: how many experts or neurons stay, and how much text is read."""
 
+from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import replace
 
+from ..errors import UsageError
 from ..families import MoeShape
+from ..files import size_text
 from ..recipe import Grouped, Narrow, Recipe
 from ..recipe.parts import TOKENS
 
@@ -60,3 +64,21 @@ def fitted_equations(tokens: int, shape: MoeShape, experts: int, width: int) -> 
         experts, width: of the result.
     """
     return tokens * min(shape.top_k, experts) / (FITTED_MATRICES * experts * width)
+
+
+def width_of_size(bytes_out: Callable[[int], int], width: int, size: int) -> int:
+    """The largest width, by the rule of `kept_width`, under which a result has at most so many bytes.
+
+    Args:
+        bytes_out: bytes of the result by width, which grow with it.
+        width: of the experts as they are.
+
+    Raises:
+        UsageError: no width is small enough.
+    """
+    widest = bisect_right(range(1, width), size, key=bytes_out)
+    if not widest:
+        raise UsageError(
+            f"--size {size_text(size)}: with one neuron an expert the result still has {size_text(bytes_out(1))}"
+        )
+    return kept_width(widest / width, width)

@@ -99,6 +99,24 @@ def test_several_shares_are_a_folder_each(tmp_path: Path, capsys: Said) -> None:
     assert not (tmp_path / "new").exists()
 
 
+def test_a_size_is_the_largest_width_below_it(tmp_path: Path, capsys: Said) -> None:
+    for size, width in (("7MB", 58), ("6 MB", 42), ("5860 KB", 40), ("5850KB", 39)):
+        assert ran("tiny", "--out", tmp_path / "out", "--size", size, "--dry-run", "--json") == 0
+        what = json.loads(capsys.readouterr().out)
+        assert what["width"] == width
+        assert what["bytes_out"] <= float(size[:-2]) * (1e6 if size.endswith("MB") else 1e3)
+    for wrong, answer in (
+        (("--size", "9MB"), "--size 9MB: the model has 8.31 MB as it is"),
+        (("--size", "3MB"), "--size 3.00 MB: with one neuron an expert the result still has 3.46 MB"),
+        (("--size", "much"), "--size is 'much'; accepted: a size such as 5GB or 500MB"),
+        (("--size", "6MB", "--keep", "0.5"), "--size stands in the place of --keep, --width and --experts"),
+        (("--size", "6MB", "--merge", "grouped"), "--size chooses the width of merge 'narrow'; found merge=grouped"),
+    ):
+        assert ran("tiny", "--out", tmp_path / "out", *wrong) == 2
+        assert answer in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("flags", "lines"),
     [
