@@ -150,13 +150,15 @@ def ended(
     Args:
         prog: its name, before what is printed.
         command: returns the status; None counts as 0.
-        goes_on: printed after Ctrl-C.
+        goes_on: printed after Ctrl-C or SIGTERM.
         more: other kinds of errors that have their reason in what was given.
     """
     if signal.getsignal(signal.SIGINT) is _leave:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if sys.excepthook is _unexpected:
         sys.excepthook = sys.__excepthook__
+    if _ours():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends before it kills
     try:
         return command() or 0
     except KeyboardInterrupt:

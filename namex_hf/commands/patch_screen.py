@@ -60,6 +60,8 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
 
         def show(event: ProgressEvent) -> None:
             pace.follow(event)
+            if line := pace.continuing(event):
+                console.print(line, soft_wrap=True)
             end = None if pace.left is None else time.perf_counter() + pace.left
             bar.update(task, description=str(event), completed=event.done, total=event.total, end=end)
             if line := pace.line(event, each=hidden):
@@ -105,7 +107,7 @@ class Pace:
         self.worked = self.seconds = 0.0  # seconds of all layers that this process finished, and of the last one
         self.begin = self.layer_begin = self.stage_begin = self.printed = clock()
         self.left: float | None = None
-        self.announced = False
+        self.announced = self.continued = False
 
     def follow(self, event: ProgressEvent) -> None:
         """Take an event in: `left` is what it says of the seconds to go."""
@@ -128,6 +130,14 @@ class Pace:
             self.left = (inside + rest) * self.to_come - inside
         elif self.finished:
             self.left = max(0.0, self.worked / self.finished * self.to_come - inside)
+
+    def continuing(self, event: ProgressEvent) -> str | None:
+        """Once, before this process works on a layer: how many layers earlier ones finished."""
+        done = self.layers - self.to_come - self.finished
+        if event.resumed or not done or self.continued:
+            return None
+        self.continued = True
+        return f"continuing: {done} of {self.layers} layers done"
 
     def line(self, event: ProgressEvent, each: bool) -> str | None:
         """After a layer: the forecast, once, if much is to come; else, where each layer has its line, this."""

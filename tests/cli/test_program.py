@@ -1,6 +1,7 @@
 """How programs begin and end: one line, whatever goes wrong, and nothing in it that a terminal obeys."""
 
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
+from namex_hf.checkpoint.folder import STATE
 from namex_hf.commands import inspect, patch
 from namex_hf.commands.common import INTERRUPTED, ended
 from namex_hf.errors import CheckpointError
@@ -153,6 +155,22 @@ def test_an_interrupt_while_torch_is_imported(name: str, tmp_path: Path) -> None
     run.send_signal(signal.SIGINT)
     out, err = run.communicate()
     assert (run.returncode, out, err) == (INTERRUPTED, "", f"{program.name}: stopped\n")
+
+
+def test_sigterm_stops_a_run_that_the_same_command_continues(tmp_path: Path) -> None:
+    command = [sys.executable, installed("namex-patch", tmp_path), "tiny", "--out", tmp_path / "out", "--keep", "0.5"]
+    command += ["--calibration-tokens", "16384"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    arrived = tmp_path / "out" / STATE / "arrived.safetensors"
+    while not arrived.exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGTERM)
+    _, err = run.communicate()
+    assert run.returncode == INTERRUPTED
+    assert err.endswith("namex-patch: stopped; the same command goes on from here\n")
+    again = subprocess.run(command, stderr=subprocess.PIPE, text=True, env=environment, check=True)
+    assert re.search(r"continuing: [1-4] of 5 layers done\n", again.stderr)
 
 
 def test_too_little_address_space_while_torch_is_imported(tmp_path: Path) -> None:
