@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.nn.functional import cross_entropy, gelu
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -20,6 +21,7 @@ from namex_hf.errors import FamilyError, RecipeError
 from namex_hf.families import FAMILIES
 from namex_hf.families.check import check_block
 from namex_hf.families.outline import Outline, outline_of
+from namex_hf.files import STATISTICS
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
 from namex_hf.record import Report
@@ -44,7 +46,7 @@ from tests.helpers.toy_models import add_tokenizer
 FEWER: Fields = {"merge": "grouped", "experts": 4}
 RECIPES: dict[str, Fields] = {
     "plain": {"merge": "grouped", "experts": TOP_K - 1},
-    "router": {**FEWER, "fit": "router"},
+    "router": {**FEWER, "fit": "router", "error_weights": "sequence"},
     "layer": {**FEWER, "fit": "layer"},
     "kept": {
         "merge": "grouped",
@@ -53,6 +55,8 @@ RECIPES: dict[str, Fields] = {
         "grouping": "none",
         "weighting": "saliency",
     },
+    "narrow": {"merge": "narrow", "width": 8},
+    "narrow, layer": {"merge": "narrow", "width": 8, "fit": "layer"},
 }
 IDS = torch.randint(3, 53, (3, 12), generator=torch.Generator().manual_seed(1))
 OWN_CLASS: dict[str, Fields] = {
@@ -291,6 +295,29 @@ def test_two_experts_fewer_are_the_masked_model(family: Family) -> None:
 
 
 @rows()
+@torch.no_grad()
+def test_narrower_experts_are_those_with_silent_neurons(family: Family) -> None:
+    """The original whose other neurons reach nothing; gates and ups are its own, bit for bit."""
+    if not family.outline.family.narrows:
+        with pytest.raises(RecipeError, match="what works: --merge grouped --experts"):
+            family.result("narrow")
+        return
+    original = stock_model(family.name)
+    narrow = opened(family.result("narrow"), original)
+    statistics = load_file(family.result("narrow") / STATISTICS)
+    for layer, block in family.outline.blocks.items():
+        own, fewer = (model.get_submodule(f"{block}.experts") for model in (original, narrow))
+        down = torch.zeros_like(own.down_proj)
+        for expert, stay in enumerate(statistics[f"layers.{layer}.neurons"]):
+            halves = own.gate_up_proj[expert].chunk(2)
+            assert torch.equal(torch.cat([half[stay] for half in halves]), fewer.gate_up_proj[expert])
+            down[expert][:, stay] = fewer.down_proj[expert]
+        own.down_proj.copy_(down)
+    assert close(logits(narrow), logits(original), 1e-4)
+    assert not close(logits(narrow), logits(stock_model(family.name)), 1e-4)
+
+
+@rows()
 @pytest.mark.parametrize("kind", ["plain", "kept"])
 def test_configuration_of_a_result(family: Family, kind: str) -> None:
     """Numbers of experts and groups, and nothing else."""
@@ -348,8 +375,10 @@ def test_error_on_the_text_is_that_of_the_stock_model(family: Family) -> None:
 
 
 @rows()
-@pytest.mark.parametrize("kind", ["plain", "router", "layer"])
+@pytest.mark.parametrize("kind", ["plain", "router", "layer", "narrow, layer"])
 def test_results_generate_and_train(family: Family, kind: str) -> None:
+    if kind.startswith("narrow") and not family.outline.family.narrows:
+        kind = "plain"
     model = opened(family.result(kind), stock_model(family.name))
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     cached, anew = (
@@ -368,8 +397,10 @@ def test_results_generate_and_train(family: Family, kind: str) -> None:
 
 
 @rows()
-@pytest.mark.parametrize("kind", ["plain", "router"])
+@pytest.mark.parametrize("kind", ["plain", "router", "narrow"])
 def test_disk_equals_memory(family: Family, kind: str) -> None:
+    if kind == "narrow" and not family.outline.family.narrows:
+        kind = "plain"
     stored, patched = opened(family.result(kind), stock_model(family.name)), live(family.source, family.recipe(kind))
     assert type(stored) is type(patched)
     held = [{**model.state_dict(), **dict(model.named_buffers())} for model in (stored, patched)]

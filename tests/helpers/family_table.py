@@ -20,6 +20,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 BEGIN, END = "<!-- written by python -m tests.helpers.family_table -->\n", "<!-- end -->\n"
 FEWER: Fields = {"merge": "grouped", "experts": 4}
 TRIED: dict[str, Fields] = {
+    "narrow": {"merge": "narrow", "width": 8},
+    "narrow, `fit: layer`": {"merge": "narrow", "width": 8, "fit": "layer"},
     "grouped": FEWER,
     "`fit: router`": {**FEWER, "fit": "router"},
     "`fit: layer`": {**FEWER, "fit": "layer"},
