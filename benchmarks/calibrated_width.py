@@ -74,9 +74,8 @@ def main() -> None:
             )
             if arguments.plain:
                 plain = plain_pass(source, arguments.tokens) / layers
-                print(
-                    f"a plain pass: {plain:.1f} s a layer; the patch takes {sum(each) / len(each) / plain:.1f} times that"
-                )
+                ratio = sum(each) / len(each) / plain
+                print(f"a plain pass: {plain:.1f} s a layer; the patch takes {ratio:.1f} times that", flush=True)
 
 
 if __name__ == "__main__":
