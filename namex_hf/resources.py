@@ -14,13 +14,15 @@ def packaged_models() -> list[str]:
     return sorted(path.parent.name for path in PACKAGED.glob("*/config.json"))
 
 
-def packaged_recipes() -> dict[str, Path]:
-    """Recipe files by name, which is the path below ``patches/`` without ``.yaml``.
+def beside(name: str) -> Path:
+    """A folder that a wheel has inside the package, and the repository (an editable install) beside it."""
+    inside = HERE / name
+    return inside if inside.is_dir() else HERE.parent / name
 
-    A wheel has ``patches/`` inside the package, the repository (an editable install) beside it.
-    """
-    inside = HERE / "patches"
-    folder = inside if inside.is_dir() else HERE.parent / "patches"
+
+def packaged_recipes() -> dict[str, Path]:
+    """Recipe files by name, which is the path below ``patches/`` without ``.yaml``."""
+    folder = beside("patches")
     found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
     return dict(sorted(found.items()))
 

@@ -39,7 +39,6 @@ def parser_of(prog: str) -> Parser:
             "tiny --out out/tiny",
             "tiny --out out/half --keep 0.5",
             "Qwen/Qwen1.5-MoE-A2.7B --out out/qwen --recipe qwen1.5-moe-a2.7b/namex-full",
-            "tiny-deepseek --out out/half --merge grouped --experts 8 --fit router --dry-run",
         ),
         usage="MODEL --out DIR [options]",
         brief=COMMON_OPTIONS,

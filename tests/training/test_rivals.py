@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from namex_hf.recipe import Recipe, read_yaml
+from namex_hf.training.arguments import COMPARED
 from namex_hf.training.rivals import left_out, rival
-from tests.helpers.zero_shot import module_of
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("patches", "benchmarks/recipes", "eval/recipes", "experiments")
 FILES = sorted(file for folder in FOLDERS for file in ROOT.glob(f"{folder}/**/*.yaml"))
-METHODS = tuple(module_of(ROOT / "finetune" / "sft_smoltalk.py").COMPARED.values())
+METHODS = tuple(COMPARED.values())
 ROUTER = ("routing", "temperature")
 TEXT = ("calibration_data", "calibration_tokens", "calibrate", "seed")
 BARGAIN = ("disagreement", "granularity", "scale", "solver", "ccp_iterations", "metric", "power", "every")
