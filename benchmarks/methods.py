@@ -63,6 +63,7 @@ def tokenizer_of(model: Any) -> Any:
     return AutoTokenizer.from_pretrained(model.config.name_or_path)
 
 
+CALIBRATED = {"merge": "grouped", "fit": "router", "calibration_tokens": 16384, "error_weights": "sequence"}
 ROWS: dict[str, Change] = {
     "original": lambda model: model,
     "routed experts removed": without_routed_experts,
@@ -75,7 +76,7 @@ ROWS: dict[str, Change] = {
     "NAMEx-Full, soft, by segment": patched(merge="soft", routing_span="all"),
     "NAMEx-Full, soft, by segment, calibrated": patched(merge="soft", curvature="calibrated", calibration_tokens=16384),
     "NAMEx-Full, 12 of 16": patched(merge="grouped", experts=12),
-    "NAMEx-Full, 12 of 16, calibrated": patched(merge="grouped", experts=12, fit="router", calibration_tokens=16384),
+    "NAMEx-Full, 12 of 16, calibrated": patched(**CALIBRATED, experts=12),
 }
 MORE: dict[str, Change] = {
     "NAMEx-Full, residual, mean disagreement": patched(disagreement="mean"),
@@ -111,7 +112,7 @@ MORE: dict[str, Change] = {
     "EP-CAMEx, 12 of 16": patched(merge="grouped", experts=12, method="ep-camex"),
     "EP-CAMEx, 8 of 16": patched(merge="grouped", experts=8, method="ep-camex"),
     "NAMEx-Full, 8 of 16": patched(merge="grouped", experts=8),
-    "NAMEx-Full, 8 of 16, calibrated": patched(merge="grouped", experts=8, fit="router", calibration_tokens=16384),
+    "NAMEx-Full, 8 of 16, calibrated": patched(**CALIBRATED, experts=8),
     "NAMEx-Full, one expert": patched(merge="grouped", experts=1),
 }
 
