@@ -2,18 +2,20 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
+from ..defaults import QUANTISERS, SCORED_TOKENS, WORD_PROBLEMS
 from ..errors import UsageError
 from ..evaluation.grid import field_options, grid, recipe_files
 from ..printable import marked, printable
+from ..recipe import Recipe
 from ..resources import recipe_path
 from .common import MODEL_HELP, Parser, command_parser, loading, run
 from .recipe_options import add_recipe_options
 
-COMMON_OPTIONS = ("model", "out", "recipes", "texts", "tokens", "problems", "json", "quiet")
+COMMON_OPTIONS = ("model", "out", "recipes", "equal_bytes", "texts", "tokens", "problems", "json", "quiet")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 FAILED = 1
 """Exit status where a cell failed and the others stand."""
@@ -34,6 +36,7 @@ def parser_of(prog: str) -> Parser:
         (
             "tiny --merge grouped --experts 12 8 4 --fit none router --out out/compared",
             "tiny --recipes recipes/ --experts 8 --seed 0 1 2 --out out/seeds",
+            "tiny --merge narrow --width 40 --equal-bytes --out out/bytes",
         ),
         usage="MODEL --out DIR [options]",
         brief=COMMON_OPTIONS,
@@ -73,6 +76,20 @@ def parser_of(prog: str) -> Parser:
         metavar="N",
         help="models side by side; times are then not comparable (default: 1)",
     )
+    parser.add_argument(
+        "--equal-bytes",
+        action="store_true",
+        help="half of the experts in 16 bit, or all in 4? Score the original in 8, 4, 3 and 2 bit as well, and each "
+        "result of a stock class in 8, 4 and 3: a further table, by falling bytes",
+    )
+    parser.add_argument(
+        "--quantiser",
+        nargs="+",
+        choices=QUANTISERS,
+        metavar="|".join(QUANTISERS),
+        help="of --equal-bytes. rtn: round to nearest; gptq: later inputs make up for the errors of earlier ones, on "
+        "the text of --calibration-data (default: both)",
+    )
     parser.add_argument("--keep", action="store_true", help="keep the patched models, in DIR/models")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, also in a folder of another run of ours")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
@@ -84,8 +101,12 @@ def parser_of(prog: str) -> Parser:
 def _compare(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: accepted: numbers from 1")
+    if options.quantiser and not options.equal_bytes:
+        raise UsageError("--quantiser belongs to --equal-bytes")
     files = recipe_files([recipe_path(text, "--recipes") for text in options.recipes])
-    cells = grid(files, field_options(vars(options)))
+    fields = field_options(vars(options))
+    cells = grid(files, fields)
+    quantisers = tuple(dict.fromkeys(options.quantiser or QUANTISERS)) if options.equal_bytes else ()
     with loading():
         from huggingface_hub.utils import disable_progress_bars
         from rich.console import Console
@@ -105,7 +126,7 @@ def _compare(options: argparse.Namespace) -> int:
     chosen = settings(options.texts, options.tokens, options.problems, device)
     checkpoint = resolve_model(options.model, options.revision, family_of)
     with console.status("checking recipes, reading calibration text"):
-        plan = make_plan_of(checkpoint, chosen, cells)
+        plan = make_plan_of(checkpoint, chosen, cells, quantisers, gptq_text(fields))
     with Shown(len(plan.requests), options.jobs, console) as shown:
         comparison = compare(plan, options.out, RunOptions(options.jobs, options.keep, options.overwrite), shown.show)
     drawn = write(comparison, options.out)
@@ -119,3 +140,9 @@ def _compare(options: argparse.Namespace) -> int:
     for label, reason in comparison.failed.items():
         print(printable(f"namex-compare: {label} failed: {reason}"), file=sys.stderr)
     return FAILED if comparison.failed else 0
+
+
+def gptq_text(fields: Mapping[str, Sequence[Any]]) -> Recipe:
+    """A recipe that reads the text for GPTQ: of each field of the text the first value. Only its text is used."""
+    text = ("calibration_data", "calibration_tokens", "seed")
+    return Recipe(merge="soft", curvature="calibrated", **{name: fields[name][0] for name in text if name in fields})
