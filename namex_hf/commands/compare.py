@@ -2,9 +2,8 @@
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from ..defaults import QUANTISERS, SCORED_TOKENS, WORD_PROBLEMS
 from ..errors import UsageError
@@ -87,8 +86,14 @@ def parser_of(prog: str) -> Parser:
         nargs="+",
         choices=QUANTISERS,
         metavar="|".join(QUANTISERS),
-        help="of --equal-bytes. rtn: round to nearest; gptq: later inputs make up for the errors of earlier ones, on "
-        "the text of --calibration-data (default: both)",
+        help="of --equal-bytes. rtn: round to nearest; gptq: later inputs make up for the errors of earlier ones on "
+        "calibration text (default: both)",
+    )
+    parser.add_argument(
+        "--gptq-data", metavar="TEXT", help="of --equal-bytes: text for gptq, as --calibration-data (default: packaged)"
+    )
+    parser.add_argument(
+        "--gptq-tokens", type=int, metavar="N", help="of --equal-bytes: tokens of that text (default: 65536)"
     )
     parser.add_argument("--keep", action="store_true", help="keep the patched models, in DIR/models")
     parser.add_argument("--overwrite", action="store_true", help="begin anew, also in a folder of another run of ours")
@@ -101,11 +106,11 @@ def parser_of(prog: str) -> Parser:
 def _compare(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: accepted: numbers from 1")
-    if options.quantiser and not options.equal_bytes:
-        raise UsageError("--quantiser belongs to --equal-bytes")
+    for name in () if options.equal_bytes else ("quantiser", "gptq_data", "gptq_tokens"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --equal-bytes")
     files = recipe_files([recipe_path(text, "--recipes") for text in options.recipes])
-    fields = field_options(vars(options))
-    cells = grid(files, fields)
+    cells = grid(files, field_options(vars(options)))
     quantisers = tuple(dict.fromkeys(options.quantiser or QUANTISERS)) if options.equal_bytes else ()
     with loading():
         from huggingface_hub.utils import disable_progress_bars
@@ -126,7 +131,7 @@ def _compare(options: argparse.Namespace) -> int:
     chosen = settings(options.texts, options.tokens, options.problems, device)
     checkpoint = resolve_model(options.model, options.revision, family_of)
     with console.status("checking recipes, reading calibration text"):
-        plan = make_plan_of(checkpoint, chosen, cells, quantisers, gptq_text(fields))
+        plan = make_plan_of(checkpoint, chosen, cells, quantisers, gptq_text(options.gptq_data, options.gptq_tokens))
     with Shown(len(plan.requests), options.jobs, console) as shown:
         comparison = compare(plan, options.out, RunOptions(options.jobs, options.keep, options.overwrite), shown.show)
     drawn = write(comparison, options.out)
@@ -142,7 +147,8 @@ def _compare(options: argparse.Namespace) -> int:
     return FAILED if comparison.failed else 0
 
 
-def gptq_text(fields: Mapping[str, Sequence[Any]]) -> Recipe:
-    """A recipe that reads the text for GPTQ: of each field of the text the first value. Only its text is used."""
-    text = ("calibration_data", "calibration_tokens", "seed")
-    return Recipe(merge="soft", curvature="calibrated", **{name: fields[name][0] for name in text if name in fields})
+def gptq_text(data: str | None, tokens: int | None) -> Recipe:
+    """A recipe that reads the text for GPTQ, of which nothing but the text is used. Args: as the options."""
+    given = {"calibration_data": data, "calibration_tokens": tokens}
+    stated = {name: value for name, value in given.items() if value is not None}
+    return Recipe(merge="soft", curvature="calibrated", **stated)

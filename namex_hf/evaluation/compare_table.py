@@ -139,7 +139,8 @@ def notes(found: Comparison) -> list[str]:
         "the libraries' own included."
     )
     if found.sized:
-        lines.append(EQUAL_BYTES)
+        own = [label for label, one in found.plan.requests.items() if one.recipe and one.recipe.own_class]
+        lines += [EQUAL_BYTES, *([f"Not quantised, of this package's own class: {', '.join(own)}."] if own else [])]
     return [*lines, *_warnings(found)]
 
 
