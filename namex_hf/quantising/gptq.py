@@ -29,7 +29,7 @@ def gptq(matrix: Tensor, moment: Tensor, bits: int) -> Tensor:
         matrix: finite.
         moment: H, ``[columns, columns]`` float32 or float64, positive semidefinite; zeros where no token came.
 
-    Memory: H and its inverse in float64, the matrix four times in float32.
+    Memory: H, its inverse and three times the matrix in float64.
     """
     ridged = with_ridge(moment.double(), RIDGE)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(ridged))
