@@ -10,3 +10,5 @@ PICTURE_TOKENS = 4096
 """Of packaged text that goes through the experts of a small folder whose recipe read none, for its pictures."""
 SHARD_SIZE = "5GB"
 """Of shards that are written anew."""
+QUANTISERS = ("rtn", "gptq")
+"""Of a comparison at equal bytes: round to nearest, and with compensation on calibration text."""

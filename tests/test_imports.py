@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 ROOMS = (
     *("bottom", "recipe", "bargaining", "merging", "models", "families", "checkpoint", "calibration"),
-    *("patching", "evaluation", "report", "training", "hub", "commands", "namex_hf"),
+    *("patching", "quantising", "evaluation", "report", "training", "hub", "commands", "namex_hf"),
 )
 """A room imports those before it; ``bottom`` is every module that lies in no folder, ``namex_hf`` the public names."""
 UPWARD = {("patching", "report")}

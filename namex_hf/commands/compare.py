@@ -5,15 +5,16 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..defaults import SCORED_TOKENS, WORD_PROBLEMS
+from ..defaults import QUANTISERS, SCORED_TOKENS, WORD_PROBLEMS
 from ..errors import UsageError
 from ..evaluation.grid import field_options, grid, recipe_files
 from ..printable import marked, printable
+from ..recipe import Recipe
 from ..resources import recipe_path
 from .common import MODEL_HELP, Parser, command_parser, loading, run
 from .recipe_options import add_recipe_options
 
-COMMON_OPTIONS = ("model", "out", "recipes", "texts", "tokens", "problems", "json", "quiet")
+COMMON_OPTIONS = ("model", "out", "recipes", "equal_bytes", "texts", "tokens", "problems", "json", "quiet")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 FAILED = 1
 """Exit status where a cell failed and the others stand."""
@@ -34,6 +35,7 @@ def parser_of(prog: str) -> Parser:
         (
             "tiny --merge grouped --experts 12 8 4 --fit none router --out out/compared",
             "tiny --recipes recipes/ --experts 8 --seed 0 1 2 --out out/seeds",
+            "tiny --merge narrow --width 40 --equal-bytes --out out/bytes",
         ),
         usage="MODEL --out DIR [options]",
         brief=COMMON_OPTIONS,
@@ -74,6 +76,26 @@ def parser_of(prog: str) -> Parser:
         help="models side by side; times are then not comparable (default: 1)",
     )
     parser.add_argument("--keep-models", action="store_true", help="keep the patched models, in DIR/models")
+    parser.add_argument(
+        "--equal-bytes",
+        action="store_true",
+        help="half of the experts in 16 bit, or all in 4? Score the original in 8, 4, 3 and 2 bit as well, and each "
+        "result of a stock class in 8, 4 and 3: a further table, by falling bytes",
+    )
+    parser.add_argument(
+        "--quantiser",
+        nargs="+",
+        choices=QUANTISERS,
+        metavar="|".join(QUANTISERS),
+        help="of --equal-bytes. rtn: round to nearest; gptq: later inputs make up for the errors of earlier ones on "
+        "calibration text (default: both)",
+    )
+    parser.add_argument(
+        "--gptq-data", metavar="TEXT", help="of --equal-bytes: text for gptq, as --calibration-data (default: packaged)"
+    )
+    parser.add_argument(
+        "--gptq-tokens", type=int, metavar="N", help="of --equal-bytes: tokens of that text (default: 65536)"
+    )
     parser.add_argument("--overwrite", action="store_true", help="begin anew, also in a folder of another run of ours")
     parser.add_argument("--quiet", action="store_true", help="no progress, no table")
     parser.add_argument("--json", action="store_true", help="print comparison.json, no tables")
@@ -87,8 +109,12 @@ def _compare(options: argparse.Namespace) -> int:
         raise UsageError("--keep takes shares of the routed parameters, such as 0.5; --keep-models keeps the models")
     if options.jobs < 1:
         raise UsageError(f"--jobs {options.jobs}: accepted: numbers from 1")
+    for name in () if options.equal_bytes else ("quantiser", "gptq_data", "gptq_tokens"):
+        if getattr(options, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} belongs to --equal-bytes")
     files = recipe_files([recipe_path(text, "--recipes") for text in options.recipes])
     cells = grid(files, field_options(vars(options)))
+    quantisers = tuple(dict.fromkeys(options.quantiser or QUANTISERS)) if options.equal_bytes else ()
     with loading():
         from huggingface_hub.utils import disable_progress_bars
         from rich.console import Console
@@ -108,7 +134,7 @@ def _compare(options: argparse.Namespace) -> int:
     chosen = settings(options.texts, options.tokens, options.problems, device)
     checkpoint = resolve_model(options.model, options.revision, family_of)
     with console.status("checking recipes, reading calibration text"):
-        plan = make_plan_of(checkpoint, chosen, cells)
+        plan = make_plan_of(checkpoint, chosen, cells, quantisers, gptq_text(options.gptq_data, options.gptq_tokens))
     with Shown(len(plan.requests), options.jobs, console) as shown:
         comparison = compare(
             plan, options.out, RunOptions(options.jobs, options.keep_models, options.overwrite), shown.show
@@ -124,3 +150,10 @@ def _compare(options: argparse.Namespace) -> int:
     for label, reason in comparison.failed.items():
         print(printable(f"namex-compare: {label} failed: {reason}"), file=sys.stderr)
     return FAILED if comparison.failed else 0
+
+
+def gptq_text(data: str | None, tokens: int | None) -> Recipe:
+    """A recipe that reads the text for GPTQ, of which nothing but the text is used. Args: as the options."""
+    given = {"calibration_data": data, "calibration_tokens": tokens}
+    stated = {name: value for name, value in given.items() if value is not None}
+    return Recipe(merge="soft", curvature="calibrated", **stated)

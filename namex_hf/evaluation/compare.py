@@ -1,7 +1,7 @@
 """A comparison: checked as a whole, measured cell by cell, put together."""
 
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.folder import OutputFolder, fault, read_run
-from ..checkpoint.source import Checkpoint
+from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..defaults import SHARD_SIZE
 from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..patching.patch import _keep_apart as keep_apart
@@ -20,6 +20,7 @@ from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Recipe
 from ..record import versions
 from .baseline import is_baseline
+from .equal_bytes import Forms, Quantising, SizedRow, quantisings, sized_rows
 from .grid import Cell, slug
 from .loading import tokenizer_of
 from .measure import CellTask
@@ -29,7 +30,8 @@ from .settings import Settings
 from .store import CELLS, CellFiles
 
 ORIGINAL, FLOOR = "original", "routed experts removed"
-MODELS, WORK = "models", "work"
+MODELS, WAITING, WORK = "models", "waiting", "work"
+"""Folders of models: those that are kept, those whose quantised forms are not measured yet, those under way."""
 BEGINNING = 1000  # characters that are looked at to see whether a text is one
 KNOWN, BEGINS, ENDED, FAILED = "known", "begins", "ended", "failed"
 """Stages of a model as a whole, beside those of its patching and its scores."""
@@ -43,6 +45,9 @@ class CellRequest:
     identity: dict[str, Any]
     recipe: Recipe | None = None
     routed: bool = True
+    quantising: Quantising | None = None
+    of: str | None = None
+    """Label of the model that is quantised."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,15 @@ class ComparisonPlan:
     """Every model, once, by the label of its first cell."""
     same: dict[str, str]
     """By a cell's label: that of the cell with the same recipe that is run; its own where it is the first."""
+
+    @property
+    def forms(self) -> dict[str, Forms]:
+        """The quantised forms of models, by the models' labels."""
+        found: dict[str, Forms] = {}
+        for label, request in self.requests.items():
+            if request.quantising is not None and request.of is not None:
+                found[request.of] = (*found.get(request.of, ()), (request.quantising, label))
+        return found
 
     @property
     def run(self) -> dict[str, Any]:
@@ -84,14 +98,26 @@ class Comparison:
     """Reasons by label."""
     rows: list[Row] = field(default_factory=list)
     """The original, the floor, then the grid's."""
+    sized: list[SizedRow] = field(default_factory=list)
+    """Of equal bytes, if that was asked for."""
 
     @property
     def original(self) -> dict[str, Any]:
         return self.results[ORIGINAL]
 
 
-def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cell]) -> ComparisonPlan:
+def make_plan_of(
+    checkpoint: Checkpoint,
+    settings: Settings,
+    cells: Sequence[Cell],
+    quantisers: Sequence[str] = (),
+    text: Recipe | None = None,
+) -> ComparisonPlan:
     """Check every cell against the model, read the texts, find duplicates.
+
+    Args:
+        quantisers: that make further rows of the original and of every result with a stock class.
+        text: a recipe that reads the text for GPTQ; None only without that.
 
     Raises:
         RecipeError, CalibrationError: a recipe that does not fit this model, or text that cannot be had, naming file
@@ -117,7 +143,25 @@ def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cel
         same[cell.label] = first.setdefault(repr(identity), cell.label)
         if same[cell.label] == cell.label:
             requests[cell.label] = CellRequest(cell.label, identity, cell.recipe)
+    for request in list(requests.values()):
+        if quantisers and request.routed and not (request.recipe and request.recipe.own_class):
+            how = quantisings(quantisers, text, request.recipe is None)
+            requests |= {one.label: one for one in _quantised(request, how, checkpoint, texts)}
     return ComparisonPlan(checkpoint, settings, tuple(cells), requests, same)
+
+
+def _quantised(
+    request: CellRequest,
+    how: Sequence[Quantising],
+    checkpoint: Checkpoint,
+    texts: dict[tuple[Any, ...], dict[str, Any]],
+) -> Iterator[CellRequest]:
+    """The cells of a model's quantised forms."""
+    for one in how:
+        text = None if one.text is None else _identity(one.text, checkpoint, texts)["calibration"]
+        identity = {**request.identity, "quantised": one.identity(text)}
+        label = f"{request.label}, {one.weights}"
+        yield CellRequest(label, identity, quantising=one, of=request.label)
 
 
 def _check_texts(settings: Settings, tokenizer: Any) -> None:
@@ -168,13 +212,16 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
     with folder.claimed(how.overwrite):
         shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was killed
         store = CellFiles(out, plan.run)
-        known = {label: _finished(plan, label, store, out, how) for label in plan.requests}
+        stays = _staying(plan, store, out, how)
+        known = {label: _finished(plan.requests[label], stays.get(label), store) for label in plan.requests}
         results = {label: found for label, found in known.items() if found is not None}
         for label in results:
             progress(ProgressEvent(KNOWN, model=label))
         failed: dict[str, str] = {}
-        for labels in ([ORIGINAL], [label for label in plan.requests if label != ORIGINAL]):
-            tasks = [_task(plan.requests[label], plan, out, how) for label in labels if label not in results]
+        for labels in _phases(plan):
+            failed |= _orphans(plan, labels, results, failed)
+            waiting = [plan.requests[label] for label in labels if label not in {*results, *failed}]
+            tasks = [_task(request, plan, out, how.jobs, stays) for request in waiting]
             with closing(outcomes(tasks, how.jobs, begin, progress)) as ended:
                 for outcome in ended:
                     label = outcome.task.label
@@ -187,34 +234,58 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
                             identity.save_digests(folder.state)
                         identity.check()
                         store.write(plan.requests[label].identity, label, results[label])
-                    _clear(outcome, how)
+                    _clear(outcome, label in stays)
                     progress(ProgressEvent(FAILED if outcome.error else ENDED, model=label))
             if ORIGINAL in failed:
                 if not (out / CELLS).is_dir() and not list((out / WORK).glob("*.log")):
                     folder.remove()
                 raise CheckpointError(f"{plan.checkpoint.name} cannot be scored as it is: {failed[ORIGINAL]}")
+        shutil.rmtree(out / WAITING, ignore_errors=True)
         if not failed:
             shutil.rmtree(out / WORK, ignore_errors=True)
     return assemble(plan, results, failed)
 
 
-def _finished(plan: ComparisonPlan, label: str, store: CellFiles, out: Path, how: RunOptions) -> dict[str, Any] | None:
-    """What was measured; None also where the model is to stay and is not there."""
-    request = plan.requests[label]
-    if how.keep and request.recipe is not None:
-        place = out / MODELS / slug(label)
+def _phases(plan: ComparisonPlan) -> list[list[str]]:
+    """Labels in the order in which they are measured: the original, other models, quantised forms of them."""
+    others = [label for label, request in plan.requests.items() if label != ORIGINAL and request.of is None]
+    return [[ORIGINAL], others, [label for label, request in plan.requests.items() if request.of is not None]]
+
+
+def _staying(plan: ComparisonPlan, store: CellFiles, out: Path, how: RunOptions) -> dict[str, Path]:
+    """Folders, by label, of the models that stay when they are measured, some until their quantised forms are, too."""
+    awaited = {one.of for one in plan.requests.values() if one.of and store.read(one.identity) is None}
+    labels = [label for label, one in plan.requests.items() if one.recipe and (how.keep or label in awaited)]
+    return {label: out / (MODELS if how.keep else WAITING) / slug(label) for label in labels}
+
+
+def _orphans(
+    plan: ComparisonPlan, labels: Sequence[str], results: Container[str], failed: Container[str]
+) -> dict[str, str]:
+    """Quantised forms of a model that failed, and why they fail."""
+    waiting = [plan.requests[label] for label in labels if label not in results]
+    return {one.label: f"{one.of} failed" for one in waiting if one.of is not None and one.of in failed}
+
+
+def _finished(request: CellRequest, place: Path | None, store: CellFiles) -> dict[str, Any] | None:
+    """What was measured; None also where the model is to stay and is not there. Args: place, of a model that stays."""
+    if place is not None:
         stored = read_run(place)  # of a file that had other fields then, perhaps
         if stored is None or stored.get("recipe") != request.identity["recipe"] or fault(place):
             return None
     return store.read(request.identity)
 
 
-def _task(request: CellRequest, plan: ComparisonPlan, out: Path, how: RunOptions) -> CellTask:
+def _task(request: CellRequest, plan: ComparisonPlan, out: Path, jobs: int, stays: Mapping[str, Path]) -> CellTask:
+    """Args: stays, folders of the models that stay."""
     name = slug(request.label)
-    folder = None if request.recipe is None else out / (MODELS if how.keep else WORK) / name
-    threads = max(1, torch.get_num_threads() // how.jobs)
-    log = out / WORK / f"{name}.log"
-    return CellTask(request.label, log, plan.checkpoint, plan.settings, request.recipe, request.routed, folder, threads)
+    source = stays.get(request.of or "")
+    checkpoint = plan.checkpoint if source is None else open_checkpoint(source)
+    is_written = request.recipe is not None or request.quantising is not None
+    folder = stays.get(request.label, out / WORK / name) if is_written else None
+    threads, log = max(1, torch.get_num_threads() // jobs), out / WORK / f"{name}.log"
+    model = (request.recipe, request.routed, folder, threads, request.quantising)
+    return CellTask(request.label, log, checkpoint, plan.settings, *model)
 
 
 def _prepare(task: CellTask) -> None:
@@ -224,10 +295,10 @@ def _prepare(task: CellTask) -> None:
         task.out.parent.mkdir(exist_ok=True)
 
 
-def _clear(outcome: Outcome, how: RunOptions) -> None:
+def _clear(outcome: Outcome, stays: bool) -> None:
     """Remove the model, unless it is to stay, and the log, unless it has a traceback."""
     folder = outcome.task.out
-    if folder is not None and (outcome.error or not how.keep):
+    if folder is not None and (outcome.error or not stays):
         shutil.rmtree(folder, ignore_errors=True)
     if not outcome.fault:
         outcome.task.log.unlink(missing_ok=True)
@@ -247,7 +318,8 @@ def assemble(plan: ComparisonPlan, results: Mapping[str, dict[str, Any]], failed
                 beside = row_of(cell.label, results[label], results[plan.same[unmerged.label]], cell)
                 row = replace(row, unmerged=beside, unmerged_title=unmerged.line)
             pairs.append((cell, row))
-    return Comparison(plan, dict(results), dict(failed), rows + with_means(pairs))
+    sized = sized_rows(plan.forms, results, ORIGINAL)
+    return Comparison(plan, dict(results), dict(failed), rows + with_means(pairs), sized)
 
 
 def _unmerged(recipe: Mapping[str, Any], plan: ComparisonPlan, results: Mapping[str, Any]) -> Cell | None:

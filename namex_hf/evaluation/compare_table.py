@@ -6,6 +6,13 @@ from .statistics import RESAMPLES
 from .table import Table
 
 UNMERGED = "same router, unmerged"
+EQUAL_BYTES = (
+    "Equal bytes: routed experts in so many bits, the other matrices of decoder layers in 8, and embedding, head, "
+    "norms, biases and routers in 16. Scored as dequantised numbers. rtn: round to nearest; gptq: GPTQ on calibration "
+    "text, layer after layer. Both: asymmetric grids over 32 inputs of a row (16, or all, where 32 does not divide). "
+    "Bits a parameter: of all routed experts, scales and zeros included, over the number of the original's. MB: the "
+    "whole model, by formula. Best of its bytes: no row of as many bytes or fewer is better."
+)
 
 
 def quality(found: Comparison) -> Table:
@@ -24,6 +31,25 @@ def quality(found: Comparison) -> Table:
     by_domain = [[f"{absolute[name]:.2f}" for name in names]]
     by_domain += [[_ratio(row, name) for name in names] for row in found.rows]
     return Table([*titles, *names], [[*cells, *more] for cells, more in zip(rows, by_domain, strict=True)])
+
+
+def equal_bytes(found: Comparison) -> Table:
+    """The original and the smaller models in several forms of their weights, by falling bytes."""
+    asked = found.original["right"] is not None
+    titles = ["model", "weights", "bits a parameter", "MB", "mean (95 %)", "worst"]
+    titles += ["exact, %", "to the original (95 %)"] if asked else []
+    rows = []
+    for one in found.sized:
+        row = one.row
+        cells = [row.title, one.weights, f"{one.bits:.2f}", f"{one.bytes / 1e6:.2f}", _mean_ratio(row), _worst(row)]
+        rows.append([*cells, *([_exact(row), _difference(row)] if asked else []), ", ".join(one.best)])
+    return Table([*titles, "best of its bytes in"], rows)
+
+
+def tables(found: Comparison) -> list[tuple[str, Table]]:
+    """All tables, each with what it says."""
+    shown = [("what each model is worth", quality(found)), ("what each model takes", costs(found))]
+    return shown + ([("equal bytes", equal_bytes(found))] if found.sized else [])
 
 
 def _to_unmerged(row: Row, asked: bool) -> list[str]:
@@ -112,6 +138,9 @@ def notes(found: Comparison) -> list[str]:
         f"together, float32 on {settings.device}. Patching: its seconds, and the peak resident memory of its process, "
         "the libraries' own included."
     )
+    if found.sized:
+        own = [label for label, one in found.plan.requests.items() if one.recipe and one.recipe.own_class]
+        lines += [EQUAL_BYTES, *([f"Not quantised, of this package's own class: {', '.join(own)}."] if own else [])]
     return [*lines, *_warnings(found)]
 
 
@@ -134,8 +163,8 @@ def markdown(found: Comparison) -> str:
     """``comparison.md``: the tables, what they mean, and with what they were made."""
     run = found.plan.run
     lines = [f"# Recipes on `{found.plan.checkpoint.name}`, side by side", ""]
-    for table in (quality(found), costs(found)):
-        lines += [*table.markdown(numbers=True), ""]
+    for title, table in tables(found):
+        lines += [f"## {title.capitalize()}", "", *table.markdown(numbers=True), ""]
     lines += [f"* {note}" for note in notes(found)]
     lines += ["", ", ".join(f"{library} {version}" for library, version in run["versions"].items()) + "."]
     return "\n".join(lines) + "\n"

@@ -13,9 +13,13 @@ from ..defaults import SHARD_SIZE
 from ..errors import CheckpointError
 from ..patching.patch import run_plan
 from ..patching.plan import make_plan
+from ..patching.text import text_of
 from ..progress import ProgressCallback, ProgressEvent
+from ..quantising.folder import write_quantised
+from ..quantising.matrices import Storage, matrices_of
 from ..recipe import Recipe
 from .arithmetic import exact_answers, held_out_problems
+from .equal_bytes import Quantising
 from .loading import load, without_routed_experts
 from .perplexity import text_losses
 from .settings import WINDOW, Settings
@@ -39,8 +43,10 @@ class CellTask:
     routed: bool = True
     """False: without its routed experts."""
     out: Path | None = None
-    """Where the recipe writes its model."""
+    """Where the recipe or the quantiser writes its model."""
     threads: int = 1
+    quantising: Quantising | None = None
+    """None: the model is scored with the weights that it has."""
 
 
 def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
@@ -48,8 +54,9 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
 
     ``losses`` by domain: nats a token of every window; ``right``: a problem each, None where none is asked;
     ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
-    zeros are computed all the same; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
-    patched; ``threads``.
+    zeros are computed all the same, and of a quantised model, whose weights are dequantised; ``seconds`` and
+    ``peak_resident_bytes`` of the patching, None where nothing is patched; ``threads``; of a quantised model
+    ``stored``, as `Storage`.
 
     Raises:
         NamexError: what the patching refuses, or a model whose losses are no numbers.
@@ -62,16 +69,31 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
         plan = make_plan(task.checkpoint, task.recipe, SHARD_SIZE)
         totals = run_plan(plan, task.out, progress=progress).totals
         seconds, peak, found = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
+    stored = {}
+    if task.quantising is not None:
+        assert task.out is not None
+        stored = {"stored": asdict(_quantise(task, task.quantising, task.out, progress))}
+        found = open_checkpoint(task.out)
     model = load(found.folder).to(task.settings.device)
     if not task.routed:
         model = without_routed_experts(model)
+    clocked = task.routed and task.quantising is None
     return {
-        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, progress, clocked=task.routed),
+        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, progress, clocked),
         **asdict(size_of(found, task.routed)),
         "seconds": seconds,
         "peak_resident_bytes": peak,
         "threads": task.threads,
+        **stored,
     }
+
+
+def _quantise(task: CellTask, how: Quantising, out: Path, progress: ProgressCallback) -> Storage:
+    """Write the model as its quantiser leaves it; returns what it takes in few bits."""
+    matrices = matrices_of(task.checkpoint)
+    ids = None if how.text is None else text_of(how.text, task.checkpoint).ids
+    write_quantised(matrices, out, how.bits, ids, task.settings.device, progress)
+    return matrices.storage(how.bits)
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ..evaluation.compare import Comparison
-from ..evaluation.compare_table import costs, markdown, notes, quality
+from ..evaluation.compare_table import markdown, notes, tables
 from ..evaluation.rows import perplexities
 from ..evaluation.store import CellFiles
 from ..files import write_text
@@ -35,6 +35,7 @@ def as_json(found: Comparison, out: Path) -> str:
         "run": plan.run,
         "original_perplexity": perplexities(found.original),
         "rows": rows,
+        **({"equal_bytes": [asdict(one) for one in found.sized]} if found.sized else {}),
         "failed": found.failed,
         "notes": notes(found),
     }
@@ -52,8 +53,7 @@ def page(found: Comparison, pictures: Sequence["Picture"]) -> str:
         "comparison.html",
         title=f"Recipes on {found.plan.checkpoint.name}, side by side",
         pictures=pictures,
-        quality=quality(found),
-        costs=costs(found),
+        tables=tables(found),
         notes=notes(found),
         recipes={label: yaml.safe_dump(recipe, sort_keys=False) for label, recipe in recipes.items()},
         versions=found.plan.run["versions"],
