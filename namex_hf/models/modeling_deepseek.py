@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import AutoModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -25,7 +26,6 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeTopKRouter,
 )
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
 
 from .arguments import Arguments
 from .configuration_deepseek import DeepseekConfig
@@ -75,14 +75,8 @@ class DeepseekDecoderLayer(Qwen2MoeDecoderLayer):
 
 
 class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
-    config: DeepseekConfig
     config_class = DeepseekConfig
     _no_split_modules: ClassVar[list[str]] = ["DeepseekDecoderLayer"]
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
-        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
-        "hidden_states": DeepseekDecoderLayer,
-        "attentions": Qwen2MoeAttention,
-    }
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -183,15 +177,5 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
     """A reward model, or another classifier, with transformers' own head."""
 
-    model_class = DeepseekModel
 
-    def __init__(self, config: DeepseekConfig):
-        # Skip the parent's, which uses `AutoModel`: that does not know a class of remote code.
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-
-__all__ = ["DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel", "DeepseekPreTrainedModel"]
+AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)  # the classifier builds its body by it

@@ -108,9 +108,6 @@ class ChosenRouting:
     """
 
     gate: Any
-    routing: str
-    cosine_router: CosineRouter
-    stable_router: StableRouter
 
     def add_router(self, config) -> None:
         """Add the router that the recipe names, with the top-k and the renormalisation of `gate`."""
@@ -134,6 +131,3 @@ class ChosenRouting:
         if token_ids is None:
             raise ValueError("routing 'stable' assigns experts by token id: found inputs_embeds; accepted: input_ids")
         return self.stable_router(logits, value, index, token_ids)
-
-
-__all__ = ["ChosenRouting", "CosineRouter", "StableRouter"]

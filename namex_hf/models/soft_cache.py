@@ -5,6 +5,7 @@ That is a few numbers a token (under ``method: smear`` one an expert), against t
 experts of unfinished segments are stored until these end; rows with the same expert share it.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
@@ -19,10 +20,9 @@ Merged = tuple[torch.Tensor, torch.Tensor]
 class LayerMemory:
     """The part of the cache that belongs to one MoE layer."""
 
-    def __init__(self) -> None:
-        self.index: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
-        self.merged: Merged | None = None
+    index: torch.Tensor | None = None
+    value: torch.Tensor | None = None
+    merged: Merged | None = None
 
     @property
     def columns(self) -> int:
@@ -40,9 +40,6 @@ class LayerMemory:
         if self.index is not None and self.value is not None:
             self.index, self.value = pick(self.index), pick(self.value)
 
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.index, self.value, *(self.merged or ())) if t is not None]
-
 
 class SoftCache(DynamicCache):
     """A `DynamicCache` that also holds the state of ``merge: soft``; both change together.
@@ -51,7 +48,7 @@ class SoftCache(DynamicCache):
     """
 
     history: History | None
-    memories: dict[int, LayerMemory]
+    memories: defaultdict[int, LayerMemory]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,18 +56,15 @@ class SoftCache(DynamicCache):
 
     def forget(self) -> None:
         """Return to the state before the first token."""
-        self.history, self.memories = None, {}
-
-    def memory(self, layer: int) -> LayerMemory:
-        return self.memories.setdefault(layer, LayerMemory())
+        self.history, self.memories = None, defaultdict(LayerMemory)
 
     @property
     def routing_bytes(self) -> int:
         """Bytes of the state, beyond keys and values."""
-        tensors = [t for memory in self.memories.values() for t in memory.tensors()]
+        tensors = [t for each in self.memories.values() for t in (each.index, each.value, *(each.merged or ()))]
         if self.history is not None:
             tensors += [self.history.position, self.history.slot, self.history.since]
-        return sum(t.nbytes for t in tensors)
+        return sum(t.nbytes for t in tensors if t is not None)
 
     def _rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
         if self.history is not None:
@@ -131,6 +125,3 @@ def soft_cache(cache: Cache) -> SoftCache:
             "other than by its own methods, or a pass broke off"
         )
     return cache
-
-
-__all__ = ["LayerMemory", "Merged", "SoftCache", "soft_cache"]

@@ -132,6 +132,3 @@ def correction(
         basis, inside = torch.linalg.qr(wide)
         solved = torch.linalg.solve(system, missing, left=False) @ inside.T
     return solved.to(plain.dtype) @ basis.T.to(plain.dtype)
-
-
-__all__ = ["CalibratedCurvature", "Directions", "correction", "reweighted"]

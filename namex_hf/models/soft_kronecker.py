@@ -67,32 +67,25 @@ def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
     return total.view(count, rows, columns).to(tau.dtype)  # autocast multiplies in another dtype
 
 
-def deltas(
+def bent(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     base: tuple[torch.Tensor, torch.Tensor] | None,
     curvature: Kronecker,
     used: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """``M_i (E_i - E_m)``, in the layout of the experts, gate and up fused; without a base expert ``M_i E_i``.
+    """``E_m + M_i (E_i - E_m)``, which replaces ``E_i`` in a linear merge; without a base expert ``M_i E_i``.
 
     Args:
         gate_up: ``[used experts, 2 * width, hidden]``; down: ``[used experts, hidden, width]``.
         used: indices of the used experts; None: all.
     """
     if base is not None:
-        gate_up, down = gate_up - base[0], down - base[1]
+        gate_up, down = bent(gate_up - base[0], down - base[1], None, curvature, used)
+        return gate_up + base[0], down + base[1]
     of_gate, of_up, of_down = (factors.of(used) for factors in curvature)
     gate, up = gate_up.chunk(2, dim=1)
     return torch.cat([curved(gate, of_gate), curved(up, of_up)], dim=1), curved(down, of_down)
-
-
-def bent(
-    gate_up: torch.Tensor, down: torch.Tensor, base: tuple[torch.Tensor, torch.Tensor] | None, curvature: Kronecker
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``E_m + M_i (E_i - E_m)``, which replaces ``E_i`` in a linear merge. Args: as of `deltas`."""
-    gate_up, down = deltas(gate_up, down, base, curvature)
-    return (gate_up, down) if base is None else (gate_up + base[0], down + base[1])
 
 
 class KroneckerProducts(nn.Module):
@@ -149,15 +142,3 @@ def identity(like: torch.Tensor, zeroed: bool, generator: torch.Generator | None
     if not like.is_meta:
         start[:, 0] = torch.eye(side, device=like.device)
     return start.to(like.dtype)
-
-
-__all__ = [
-    "Factors",
-    "Kronecker",
-    "KroneckerCurvature",
-    "KroneckerProducts",
-    "bent",
-    "curved",
-    "deltas",
-    "kronecker_parameters",
-]

@@ -149,6 +149,3 @@ def every_expert(inputs: torch.Tensor, matrices: torch.Tensor, shares: torch.Ten
         else:
             total += term(share, matrix, inputs)
     return total
-
-
-__all__ = ["TokenExperts"]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP, Qwen2MoeTopKRouter
 
-from .configuration_namex import check_merge, is_residual, stays_sparse
+from .configuration_namex import is_residual, stays_sparse
 from .routers import ChosenRouting
 
 
@@ -56,17 +56,16 @@ class PaddedRouter(Qwen2MoeTopKRouter):
 
 
 def set_expert_count(block: Any, config: Any, layer: int) -> None:
-    """Give a block the number of experts that ``config.layer_experts`` states for its layer, without values.
+    """Give a block the number of experts that ``config.layer_experts`` states for its layer.
 
-    A block that has this number of experts already keeps their values.
+    The first experts keep their values.
     """
     if config.layer_experts is None:
         return
     count, gate, experts = config.layer_experts[layer], block.gate, block.experts
     if len(gate.weight) != count:
-        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.new_empty(count, *experts.gate_up_proj.shape[1:]))
-        experts.down_proj = nn.Parameter(experts.down_proj.new_empty(count, *experts.down_proj.shape[1:]))
-        gate.weight = nn.Parameter(gate.weight.new_empty(count, gate.weight.shape[1]))
+        for module, name in ((experts, "gate_up_proj"), (experts, "down_proj"), (gate, "weight")):
+            setattr(module, name, nn.Parameter(getattr(module, name).detach()[:count].clone()))
     experts.num_experts = gate.num_experts = count
     gate.top_k = min(gate.top_k, count)
     gate.__class__, gate.width = PaddedRouter, config.num_experts
@@ -75,14 +74,11 @@ def set_expert_count(block: Any, config: Any, layer: int) -> None:
 class SparseRouting(ChosenRouting):
     """Mixin for a MoE block of `gate`, `experts` and perhaps `base_expert`, a SwiGLU MLP of the routed width."""
 
-    gate: Any
     experts: nn.Module
     base_expert: Any
 
     def add_parts(self, config, layer: int) -> None:
         """Add the parts that the stock block lacks. Args: layer, the index of the decoder layer."""
-        # A field may have been changed after the configuration checked it.
-        check_merge(config.namex, self.gate.norm_topk_prob)
         self.base_expert = None
         if is_residual(config.namex) and not stays_sparse(config, layer):
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
@@ -105,6 +101,3 @@ class SparseRouting(ChosenRouting):
             return output
         base_output = self.base_expert(flat) if base is None else swiglu_mlp(flat, base, self.base_expert.act_fn)
         return output + left_over_mass(scores) * base_output
-
-
-__all__ = ["PaddedRouter", "SparseRouting", "left_over_mass", "set_expert_count"]
