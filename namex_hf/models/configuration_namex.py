@@ -102,7 +102,7 @@ def check_merge(config: Any, recipe: dict[str, Any] | None) -> None:
     """
     recipe = recipe or {}
     merge, method = recipe.get("merge", "residual"), recipe.get("method", METHODS[0])
-    _one_of("merge", merge, MERGES)
+    _require("merge", merge, merge in MERGES, f"; accepted: {str(MERGES)[1:-1]}")
     _one_of("method", method, METHODS)
     no_base = f", which has no base expert and merges all experts by the input, and namex.merge {merge!r}"
     _require(

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from transformers import AutoModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -68,7 +69,15 @@ FORWARD = Arguments.of(Qwen2MoeForCausalLM.forward)
 
 
 class NamexQwen2MoeForCausalLM(PatchedCausalLM, NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM):
-    model_class = NamexQwen2MoeModel
+    def __init__(self, config: NamexQwen2MoeConfig):
+        super(Qwen2MoeForCausalLM, self).__init__(config)  # skip the parent's, which would build Qwen's model
+        self.model = NamexQwen2MoeModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.router_aux_loss_coef = config.router_aux_loss_coef
+        self.num_experts = config.num_experts
+        self.num_experts_per_tok = config.num_experts_per_tok
+        self.post_init()
 
     @wraps(Qwen2MoeForCausalLM.forward)
     def forward(self, *args, **kwargs):

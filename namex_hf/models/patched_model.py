@@ -1,7 +1,7 @@
 """Classes that the patched models of all families share.
 
-A patched model is a stock model whose modules have other classes and further parts: its constructor builds the stock
-model and converts it, as `convert.patch_classes` converts one in memory.
+A patched model is a stock model whose layers have other classes, and its MoE blocks further parts: the constructor
+builds the stock model and converts it, as `convert.patch_classes` converts one in memory.
 """
 
 from functools import wraps
@@ -16,7 +16,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoePreTrainedModel,
     Qwen2MoeTopKRouter,
 )
-from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, OutputRecorder, install_output_capuring_hook
+from transformers.utils.output_capturing import OutputRecorder
 
 from .arguments import Arguments, cache_in
 from .configuration_namex import SoftChoice, check_merge, routing_of, soft_choice, soft_choice_at
@@ -87,7 +87,6 @@ class PatchedModel:
     """Mixin for a pretrained model."""
 
     layer_class: type[PatchedLayer]
-    _no_split_modules: ClassVar[list[str]]
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         **Qwen2MoePreTrainedModel._can_record_outputs,
         "router_logits": [OutputRecorder(Qwen2MoeTopKRouter, index=0), OutputRecorder(CosineRouter, index=0)],
@@ -113,11 +112,6 @@ class PatchedModel:
                 module.resize(self.config.vocab_size)
         return embeddings
 
-    def take_class(self: Any) -> None:
-        """What transformers does once for the class that it constructs."""
-        _CAN_RECORD_REGISTRY[self] = self._can_record_outputs  # else router_logits and the auxiliary loss were missing
-        self._no_split_modules = set(type(self)._no_split_modules)
-
 
 class PatchedBody(PatchedModel):
     """Mixin for a model without its head: passes token ids on, and lays the pass out once for all layers."""
@@ -134,14 +128,10 @@ class PatchedBody(PatchedModel):
     def patch(self: Any) -> None:
         """Give the stock layers and MoE blocks their patched classes and new parts, without values."""
         check_merge(self.config, self.config.namex)  # a field may have been changed after the configuration checked it
-        self.take_class()
         for index, layer in enumerate(self.layers):
             layer.__class__ = self.layer_class
             if hasattr(layer.mlp, "experts"):
                 layer.patch(self.config, index)
-                if layer.mlp.routing == "cosine" and getattr(self, "_output_capturing_hooks_installed", False):
-                    # transformers installs its hooks once, when it first records outputs.
-                    install_output_capuring_hook(layer.mlp.cosine_router, "router_logits", 0)
 
     @wraps(Qwen2MoeModel.forward)
     def forward(self, *args, **kwargs):
@@ -199,23 +189,10 @@ class PatchedBody(PatchedModel):
         return segments
 
 
-class PatchedCausalLM(PatchedModel):
+class PatchedCausalLM:
     """Mixin for a causal language model: marks the passes of `generate` that read the prompt."""
 
     config: Any
-    model_class: type[PatchedBody]
-
-    def __init__(self: Any, *config):
-        super().__init__(*config)
-        self.patch()
-        self.post_init()
-
-    def patch(self: Any) -> None:
-        """Give a stock model its patched class, if its constructor has not."""
-        self.take_class()
-        if type(self.model) is not self.model_class:
-            self.model.__class__ = self.model_class
-            self.model.patch()
 
     @wraps(GenerationMixin.prepare_inputs_for_generation)
     def prepare_inputs_for_generation(self, *args, **kwargs):
