@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
@@ -45,12 +45,12 @@ class DeepseekMoeBlock(nn.Module):
         width = config.shared_expert_intermediate_size
         self.shared_experts = Qwen2MoeMLP(config, intermediate_size=width) if width else None
 
-    def routed(self, flat: torch.Tensor) -> torch.Tensor:
+    def routed(self, flat: Tensor) -> Tensor:
         """Output of the routed experts, ``[tokens, hidden] -> [tokens, hidden]``."""
         _, scores, chosen = self.gate(flat)
         return self.experts(flat, chosen, scores)
 
-    def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, *routing: Any, **base: Any) -> Tensor:
         """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: more arguments of `routed`."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.routed(flat, *routing, **base)
@@ -99,9 +99,7 @@ class DeepseekModel(DeepseekPreTrainedModel, Qwen2MoeModel):
         self.post_init()
 
 
-def expert_balance_loss(
-    router_logits: tuple[torch.Tensor, ...], batch: int, top_k: int, sequence_level: bool
-) -> torch.Tensor:
+def expert_balance_loss(router_logits: tuple[Tensor, ...], batch: int, top_k: int, sequence_level: bool) -> Tensor:
     """DeepSeekMoE's expert-level balance loss, summed over layers (DeepSeekMoE eq. 12-14, without its factor).
 
     A layer's term is ``sum_i f_i P_i``: ``f_i`` is the share of slots that expert i received times N (1 when balanced),
@@ -122,7 +120,7 @@ def expert_balance_loss(
     return total
 
 
-def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+def select_positions(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
     """The hidden states that get logits: `slice_logits_to_keep` of transformers, which 5.19 and older lack.
 
     Args:

@@ -6,9 +6,8 @@ The file imports siblings only by ``from .name import``, so that it also travels
 from functools import wraps
 from typing import Any, ClassVar
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GenericForSequenceClassification
@@ -35,7 +34,7 @@ register_checkpoint_conversion_mapping(
 class GatedSharedBlock(Qwen2MoeSparseMoeBlock):
     """The gated shared expert as in the original; a mixin defines the routed part."""
 
-    def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, *routing: Any, **base: Any) -> Tensor:
         """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: more arguments of `routed`."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         shared = F.sigmoid(self.shared_expert_gate(flat)) * self.shared_expert(flat)

@@ -8,7 +8,7 @@ from functools import wraps
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import GenerationMixin
 from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeDecoderLayer,
@@ -45,21 +45,19 @@ class PatchedLayer:
     input_layernorm: nn.Module
     post_attention_layernorm: nn.Module
 
-    def forward(
-        self, *args, segments: Segments | None = None, token_ids: torch.Tensor | None = None, **kwargs
-    ) -> torch.Tensor:
+    def forward(self, *args, segments: Segments | None = None, token_ids: Tensor | None = None, **kwargs) -> Tensor:
         """As the stock layer's; `segments` and `token_ids` go to the block, all other arguments to attention."""
         kwargs = LAYER_FORWARD.by_name(args, kwargs)
         hidden_states = self.attended(**kwargs)
         normed = self.post_attention_layernorm(hidden_states)
         return hidden_states + self.mlp(normed, *self.routing(segments, token_ids, cache_in(kwargs)))
 
-    def attended(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def attended(self, hidden_states: Tensor, **kwargs) -> Tensor:
         """The layer up to its second norm: the hidden states plus attention."""
         attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         return hidden_states + attention
 
-    def routing(self, segments: Segments | None, token_ids: torch.Tensor | None, cache: Any) -> tuple[Any, ...]:
+    def routing(self, segments: Segments | None, token_ids: Tensor | None, cache: Any) -> tuple[Any, ...]:
         """The arguments of the block after the hidden states; none in a dense layer."""
         if not isinstance(self.mlp, ChosenRouting):
             return ()
@@ -165,7 +163,7 @@ class PatchedBody(PatchedModel):
     def _lay_out(
         self,
         choice: SoftChoice,
-        given: torch.Tensor,
+        given: Tensor,
         attention_mask,
         position_ids,
         cache: SoftCache | None,
@@ -173,7 +171,7 @@ class PatchedBody(PatchedModel):
     ) -> Segments:
         batch, new = given.shape[:2]
         real = torch.ones(batch, new, dtype=torch.bool, device=given.device)
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
+        if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
             real = attention_mask[:, -new:].to(given.device) != 0
         if position_ids is not None:
             position_ids = position_ids.to(given.device).expand(batch, -1)

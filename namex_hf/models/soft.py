@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP
 
@@ -48,28 +48,26 @@ PLAIN = (TokenExperts, KroneckerProducts, nn.Linear)
 """Modules whose forward uses their parameters unchanged; a wrapper has another class."""
 
 
-def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
+def dense_weight(linear: Any, like: Tensor) -> Tensor:
     """The matrix that `linear` applies, also with an adapter, and also if its weight is offloaded."""
     if type(linear) is nn.Linear and not linear.weight.is_meta:
         return linear.weight
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
 
 
-def base_matrices(expert: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
+def base_matrices(expert: Any, like: Tensor) -> dict[str, Tensor]:
     """`dense_weight` of the three matrices of a base expert, by projection."""
     return {name: dense_weight(getattr(expert, name), like) for name in ("gate_proj", "up_proj", "down_proj")}
 
 
-def swiglu(tokens: torch.Tensor, merged: Merged, activation) -> torch.Tensor:
+def swiglu(tokens: Tensor, merged: Merged, activation) -> Tensor:
     """Output of every group's own expert, ``[groups, tokens, hidden] -> [groups, tokens, hidden]``."""
     gate_up, down = merged
     gate, up = tokens.bmm(gate_up.mT).chunk(2, dim=-1)
     return (activation(gate) * up).bmm(down.mT)
 
 
-def merge_experts(
-    shares: torch.Tensor, rest: torch.Tensor, experts: torch.Tensor, base: torch.Tensor | None
-) -> torch.Tensor:
+def merge_experts(shares: Tensor, rest: Tensor, experts: Tensor, base: Tensor | None) -> Tensor:
     """``rest base + sum_i shares_i experts_i`` of all groups: one product over the expert axis, one rank-one term.
 
     Args:
@@ -85,13 +83,13 @@ def merge_experts(
 
 
 def merge_curved(
-    shares: torch.Tensor,
-    rest: torch.Tensor,
-    experts: torch.Tensor,
-    base: torch.Tensor | None,
-    used: torch.Tensor | None,
+    shares: Tensor,
+    rest: Tensor,
+    experts: Tensor,
+    base: Tensor | None,
+    used: Tensor | None,
     directions: Directions | None,
-) -> torch.Tensor:
+) -> Tensor:
     """`merge_experts` with a calibrated curvature; without `directions` it is `merge_experts` alone.
 
     Args:
@@ -113,13 +111,13 @@ class SoftExperts(Qwen2MoeExperts):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        shares: torch.Tensor,
+        tokens: Tensor,
+        shares: Tensor,
         base: Merged | None,
         carried: Merged | None = None,
-        keep: torch.Tensor | None = None,
+        keep: Tensor | None = None,
         curvature: tuple[Directions, Directions] | Kronecker | None = None,
-    ) -> tuple[torch.Tensor, Merged]:
+    ) -> tuple[Tensor, Merged]:
         """Merge the experts of the fresh groups, and apply every group's own expert.
 
         Args:
@@ -179,7 +177,7 @@ class SoftExperts(Qwen2MoeExperts):
         return max(LARGEST // size, 1)
 
 
-def _at(merged: Merged, index: torch.Tensor | None) -> Merged:
+def _at(merged: Merged, index: Tensor | None) -> Merged:
     """The experts of some groups; None: all."""
     return (merged[0], merged[1]) if index is None else (merged[0][index], merged[1][index])
 
@@ -219,12 +217,12 @@ class SoftRouting(ChosenRouting):
 
     def routed(
         self,
-        flat: torch.Tensor,
-        token_ids: torch.Tensor | None,
+        flat: Tensor,
+        token_ids: Tensor | None,
         segments: Segments | None = None,
         memory: LayerMemory | None = None,
-        base: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        base: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; with segments, zeros at padding.
 
         Args:
@@ -238,10 +236,10 @@ class SoftRouting(ChosenRouting):
             return self.experts(flat, self.eta * value, index, matrices, curvature, experts)
         return self._by_segments(flat, value, index, segments, memory, base)
 
-    def _curvature(self, like: torch.Tensor) -> Any:
+    def _curvature(self, like: Tensor) -> Any:
         return None if self.curvature is None else self.curvature(like)
 
-    def _cached_bent(self, like: torch.Tensor) -> Merged | None:
+    def _cached_bent(self, like: Tensor) -> Merged | None:
         """`bent`, computed once in evaluation. None: the pass must compute it, or there is no curvature.
 
         It is recomputed after an in-place change of a parameter, and dropped by `train` and `eval`. It is not cached
@@ -270,8 +268,8 @@ class SoftRouting(ChosenRouting):
         return super().train(mode)
 
     def _by_segments(
-        self, flat: torch.Tensor, value: torch.Tensor, index: torch.Tensor, segments: Segments, memory: Any, base: Any
-    ) -> torch.Tensor:
+        self, flat: Tensor, value: Tensor, index: Tensor, segments: Segments, memory: LayerMemory | None, base: Any
+    ) -> Tensor:
         batch, new = len(segments.run), segments.run.shape[1] - segments.past
         index, value = index.view(batch, new, -1), value.view(batch, new, -1)
         if segments.past != (0 if memory is None else memory.columns):
@@ -298,7 +296,7 @@ class SoftRouting(ChosenRouting):
         output = output.flatten(0, 1)[segments.place]
         return output.new_zeros(flat.shape).index_copy(0, segments.tokens, output)
 
-    def base(self, like: torch.Tensor, given: Mapping[str, torch.Tensor] | None = None) -> Merged | None:
+    def base(self, like: Tensor, given: Mapping[str, Tensor] | None = None) -> Merged | None:
         """The base expert's matrices, in the layout of the experts; None: the model has no base expert.
 
         Args:

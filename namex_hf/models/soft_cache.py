@@ -9,26 +9,27 @@ from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from .soft_segments import History
 
-Merged = tuple[torch.Tensor, torch.Tensor]
+Merged = tuple[Tensor, Tensor]
 """Gate and up, fused ``[experts, 2 * width, hidden]``, and down ``[experts, hidden, width]``."""
 
 
 class LayerMemory:
     """The part of the cache that belongs to one MoE layer."""
 
-    index: torch.Tensor | None = None
-    value: torch.Tensor | None = None
+    index: Tensor | None = None
+    value: Tensor | None = None
     merged: Merged | None = None
 
     @property
     def columns(self) -> int:
         return 0 if self.index is None else self.index.shape[1]
 
-    def extend(self, index: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append the experts and values of this pass's tokens, ``[batch, tokens, top_k]``; returns those of all."""
         index = index.to(torch.int16)
         if self.index is not None and self.value is not None:
@@ -36,7 +37,7 @@ class LayerMemory:
         self.index, self.value = index, value
         return index, value
 
-    def rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> None:
         if self.index is not None and self.value is not None:
             self.index, self.value = pick(self.index), pick(self.value)
 
@@ -66,17 +67,17 @@ class SoftCache(DynamicCache):
             tensors += [self.history.position, self.history.slot, self.history.since]
         return sum(t.nbytes for t in tensors if t is not None)
 
-    def _rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _rows(self, pick: Callable[[Tensor], Tensor]) -> None:
         if self.history is not None:
             self.history = self.history.rows(pick)
         for memory in self.memories.values():
             memory.rows(pick)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._rows(lambda t: t[indices.to(t.device)])
 

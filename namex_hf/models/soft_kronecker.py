@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 
@@ -35,12 +35,12 @@ def kronecker_parameters(hidden: int, width: int, rank: int) -> int:
 class Factors(NamedTuple):
     """M_i of every expert for one projection: A1, A2, B1, B2, each ``[experts, rank, side, side]``."""
 
-    left_outer: torch.Tensor
-    left_inner: torch.Tensor
-    right_outer: torch.Tensor
-    right_inner: torch.Tensor
+    left_outer: Tensor
+    left_inner: Tensor
+    right_outer: Tensor
+    right_inner: Tensor
 
-    def of(self, used: torch.Tensor | None) -> "Factors":
+    def of(self, used: Tensor | None) -> "Factors":
         """The factors of some experts; None: all."""
         return self if used is None else Factors(*(factor[used] for factor in self))
 
@@ -49,7 +49,7 @@ Kronecker = tuple[Factors, Factors, Factors]
 """The factors of gate, up and down."""
 
 
-def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
+def curved(tau: Tensor, factors: Factors) -> Tensor:
     """``M_i(tau_i)`` of every expert, ``[experts, rows, columns]``.
 
     Memory: beyond the result, `tau` twice; with gradients four times for every rank.
@@ -68,12 +68,8 @@ def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
 
 
 def bent(
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    base: tuple[torch.Tensor, torch.Tensor] | None,
-    curvature: Kronecker,
-    used: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+    gate_up: Tensor, down: Tensor, base: tuple[Tensor, Tensor] | None, curvature: Kronecker, used: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """``E_m + M_i (E_i - E_m)``, which replaces ``E_i`` in a linear merge; without a base expert ``M_i E_i``.
 
     Args:
@@ -105,7 +101,7 @@ class KroneckerProducts(nn.Module):
         for name, factor in self.named_parameters():
             init.copy_(factor, identity(factor, name == "right_inner", generator))
 
-    def forward(self, like: torch.Tensor) -> Factors:
+    def forward(self, like: Tensor) -> Factors:
         """Args: like, a tensor of the pass, which wrappers read."""
         return Factors(*(getattr(self, name) for name in Factors._fields))
 
@@ -124,12 +120,12 @@ class KroneckerCurvature(nn.Module):
         for products in (self.gate_proj, self.up_proj, self.down_proj):
             products.reset_parameters(generator)
 
-    def forward(self, like: torch.Tensor) -> Kronecker:
+    def forward(self, like: Tensor) -> Kronecker:
         """The factors of gate, up and down. Args: like, a tensor of the pass, which wrappers read."""
         return self.gate_proj(like), self.up_proj(like), self.down_proj(like)
 
 
-def identity(like: torch.Tensor, zeroed: bool, generator: torch.Generator | None = None) -> torch.Tensor:
+def identity(like: Tensor, zeroed: bool, generator: torch.Generator | None = None) -> Tensor:
     """Initial value of a factor ``[experts, rank, side, side]``: I in the first product, in the others as above.
 
     Args:

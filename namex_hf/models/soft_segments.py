@@ -8,6 +8,7 @@ group is the set of a pass's tokens that share a merged expert.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 AFTER_PROMPT = 1 << 40  # the segment of all tokens after the prompt, where the prompt alone routes
 
@@ -15,11 +16,11 @@ AFTER_PROMPT = 1 << 40  # the segment of all tokens after the prompt, where the 
 class History(NamedTuple):
     """The layout of the tokens in a cache; rows of the batch first."""
 
-    position: torch.Tensor
+    position: Tensor
     """``[batch, columns]``, -1 at padding."""
-    slot: torch.Tensor
+    slot: Tensor
     """``[batch]``: the stored expert that the row's latest run uses, -1 without. Rows may share an expert."""
-    since: torch.Tensor
+    since: Tensor
     """``[batch]``: the column at which that run began."""
     slots: int
     """Number of merged experts that every layer stores."""
@@ -58,26 +59,26 @@ class Segments(NamedTuple):
 
     past: int
     """Columns in the cache before this pass."""
-    run: torch.Tensor
+    run: Tensor
     """``[batch, columns]``: row * runs + run of every token so far; batch * runs at padding."""
-    sources: torch.Tensor
+    sources: Tensor
     """Boolean ``[batch, runs, runs]``: the runs over whose tokens the routing of a run is averaged."""
-    total: torch.Tensor
+    total: Tensor
     """``[batch, runs]``: the number of those tokens."""
-    fresh: torch.Tensor
+    fresh: Tensor
     """``[fresh groups]``: the row * runs + run of each."""
-    carried: torch.Tensor | None
+    carried: Tensor | None
     """Slots of the stored experts in use; None: all."""
-    keep: torch.Tensor | None
+    keep: Tensor | None
     """Groups whose expert is stored for the next pass; None: all."""
-    table: torch.Tensor
+    table: Tensor
     """``[groups, longest group]``: tokens of this pass as row * length + column; short groups repeat their first."""
-    tokens: torch.Tensor
+    tokens: Tensor
     """``[unpadded tokens]``: the same numbers, group after group."""
-    place: torch.Tensor
+    place: Tensor
     """``[unpadded tokens]``: the place of each token in the flattened `table`."""
 
-    def shares(self, index: torch.Tensor, value: torch.Tensor, experts: int, unrouted: float = 0.0) -> torch.Tensor:
+    def shares(self, index: Tensor, value: Tensor, experts: int, unrouted: float = 0.0) -> Tensor:
         """s of every fresh group: the mean of its sources' top-k values, zeros elsewhere.
 
         Args:
@@ -100,7 +101,7 @@ class Segments(NamedTuple):
         return mean.view(batch * runs, experts)[self.fresh]
 
 
-def _find_runs(position: torch.Tensor, length: int, prompt: int | None) -> tuple[torch.Tensor, ...]:
+def _find_runs(position: Tensor, length: int, prompt: int | None) -> tuple[Tensor, ...]:
     """Document, segment and run of every token, ``[batch, columns]``; each row's latest token, and where its run began.
 
     Args:
@@ -123,13 +124,11 @@ def _find_runs(position: torch.Tensor, length: int, prompt: int | None) -> tuple
     return begins.cumsum(1) - 1, segment, starts.cumsum(1) - 1, latest[:, -1], since
 
 
-def _sources(
-    document: torch.Tensor, segment: torch.Tensor, ident: torch.Tensor, runs: int, previous: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _sources(document: Tensor, segment: Tensor, ident: Tensor, runs: int, previous: bool) -> tuple[Tensor, Tensor]:
     """`Segments.sources` and `Segments.total`."""
     batch = len(ident)
 
-    def of_run(values: torch.Tensor) -> torch.Tensor:
+    def of_run(values: Tensor) -> Tensor:
         spread = values.new_full((batch * runs + 1,), -2).scatter_(0, ident.flatten(), values.flatten())
         return spread[:-1].view(batch, runs)
 
@@ -141,7 +140,7 @@ def _sources(
     return sources, torch.where(sources, counts, 0).sum(-1)
 
 
-def _lay_out(group: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _lay_out(group: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens by group: `table` of indices into `group`, their order, and their places in the table."""
     order = group.argsort(stable=True)
     sorted_group = group[order]
@@ -156,8 +155,8 @@ def _lay_out(group: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tens
 
 def plan_segments(
     history: History,
-    real: torch.Tensor,
-    position_ids: torch.Tensor | None,
+    real: Tensor,
+    position_ids: Tensor | None,
     length: int,
     span: str,
     keep: bool,

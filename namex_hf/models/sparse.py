@@ -9,16 +9,15 @@ in the first MoE layer under ``first_layer: sparse``.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP, Qwen2MoeTopKRouter
 
 from .configuration_namex import is_residual, stays_sparse
 from .routers import ChosenRouting
 
 
-def left_over_mass(scores: torch.Tensor) -> torch.Tensor:
+def left_over_mass(scores: Tensor) -> Tensor:
     """``1 - sum_topk s_i`` of every token.
 
     The float32 sum is over the scores in the dtype that the experts receive, so that all weights together are 1 in any
@@ -33,7 +32,7 @@ def left_over_mass(scores: torch.Tensor) -> torch.Tensor:
     return (1.0 - scores.float().sum(-1, keepdim=True)).clamp(min=0.0).to(scores.dtype)
 
 
-def swiglu_mlp(tokens: torch.Tensor, base: Mapping[str, torch.Tensor], activation: Any) -> torch.Tensor:
+def swiglu_mlp(tokens: Tensor, base: Mapping[str, Tensor], activation: Any) -> Tensor:
     """`Qwen2MoeMLP` as a function of its matrices, ``[tokens, hidden] -> [tokens, hidden]``."""
     gate, up = F.linear(tokens, base["gate_proj"]), F.linear(tokens, base["up_proj"])
     return F.linear(activation(gate) * up, base["down_proj"])
@@ -49,7 +48,7 @@ class PaddedRouter(Qwen2MoeTopKRouter):
     width: int
     """Number of experts of the largest layer."""
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[tokens, hidden]`` to logits ``[tokens, width]``, values and experts ``[tokens, top_k]``."""
         logits, value, index = super().forward(hidden_states)
         return F.pad(logits, (0, self.width - self.num_experts), value=float("-inf")), value, index
@@ -84,12 +83,7 @@ class SparseRouting(ChosenRouting):
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
         self.add_router(config)
 
-    def routed(
-        self,
-        flat: torch.Tensor,
-        token_ids: torch.Tensor | None = None,
-        base: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def routed(self, flat: Tensor, token_ids: Tensor | None = None, base: Mapping[str, Tensor] | None = None) -> Tensor:
         """``F(x)`` without the shared expert, ``[tokens, hidden] -> [tokens, hidden]``.
 
         Args:
