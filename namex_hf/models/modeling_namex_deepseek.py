@@ -17,7 +17,7 @@ from .modeling_deepseek import (
     DeepseekMoeBlock,
     DeepseekPreTrainedModel,
 )
-from .patched_model import PatchedBody, PatchedCausalLM, PatchedLayer, PatchedModel
+from .patched_model import PatchedModel, SegmentedCausalLM, SegmentedLayer, SegmentedModel
 from .soft import SoftRouting
 from .sparse import SparseRouting
 
@@ -33,7 +33,7 @@ class SoftDeepseekMoeBlock(SoftRouting, DeepseekMoeBlock):
     """A merged expert for every token or segment, and the shared experts as in the original."""
 
 
-class NamexDeepseekDecoderLayer(PatchedLayer, DeepseekDecoderLayer):
+class NamexDeepseekDecoderLayer(SegmentedLayer, DeepseekDecoderLayer):
     sparse_block = NamexDeepseekMoeBlock
     soft_block = SoftDeepseekMoeBlock
 
@@ -44,11 +44,11 @@ class NamexDeepseekPreTrainedModel(PatchedModel, DeepseekPreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["NamexDeepseekDecoderLayer"]
 
 
-class NamexDeepseekModel(PatchedBody, NamexDeepseekPreTrainedModel, DeepseekModel):
+class NamexDeepseekModel(SegmentedModel, NamexDeepseekPreTrainedModel, DeepseekModel):
     pass
 
 
-class NamexDeepseekForCausalLM(PatchedCausalLM, NamexDeepseekPreTrainedModel, DeepseekForCausalLM):
+class NamexDeepseekForCausalLM(SegmentedCausalLM, NamexDeepseekPreTrainedModel, DeepseekForCausalLM):
     model_class = NamexDeepseekModel
 
 

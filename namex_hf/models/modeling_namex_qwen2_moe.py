@@ -21,7 +21,7 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
 
 from .arguments import Arguments
 from .configuration_namex import NamexQwen2MoeConfig
-from .patched_model import PatchedBody, PatchedCausalLM, PatchedLayer, PatchedModel
+from .patched_model import PatchedModel, SegmentedCausalLM, SegmentedLayer, SegmentedModel
 from .soft import SoftRouting
 from .sparse import SparseRouting
 
@@ -49,7 +49,7 @@ class SoftQwen2MoeSparseMoeBlock(SoftRouting, GatedSharedBlock):
     """A merged expert for every token or segment."""
 
 
-class NamexQwen2MoeDecoderLayer(PatchedLayer, Qwen2MoeDecoderLayer):
+class NamexQwen2MoeDecoderLayer(SegmentedLayer, Qwen2MoeDecoderLayer):
     sparse_block = NamexQwen2MoeSparseMoeBlock
     soft_block = SoftQwen2MoeSparseMoeBlock
 
@@ -60,14 +60,14 @@ class NamexQwen2MoePreTrainedModel(PatchedModel, Qwen2MoePreTrainedModel):
     _no_split_modules: ClassVar[list[str]] = ["NamexQwen2MoeDecoderLayer"]
 
 
-class NamexQwen2MoeModel(PatchedBody, NamexQwen2MoePreTrainedModel, Qwen2MoeModel):
+class NamexQwen2MoeModel(SegmentedModel, NamexQwen2MoePreTrainedModel, Qwen2MoeModel):
     pass
 
 
 FORWARD = Arguments.of(Qwen2MoeForCausalLM.forward)
 
 
-class NamexQwen2MoeForCausalLM(PatchedCausalLM, NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM):
+class NamexQwen2MoeForCausalLM(SegmentedCausalLM, NamexQwen2MoePreTrainedModel, Qwen2MoeForCausalLM):
     def __init__(self, config: NamexQwen2MoeConfig):
         super(Qwen2MoeForCausalLM, self).__init__(config)  # skip the parent's, which would build Qwen's model
         self.model = NamexQwen2MoeModel(config)

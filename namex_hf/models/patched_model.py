@@ -35,7 +35,7 @@ PREFILL = "reads_prompt"
 """Argument that is true in a pass of `generate` over the prompt, or a part of it."""
 
 
-class PatchedLayer:
+class SegmentedLayer:
     """Mixin for a decoder layer: passes token ids and the layout of segments to its MoE block."""
 
     sparse_block: type
@@ -84,7 +84,7 @@ class PatchedLayer:
 class PatchedModel:
     """Mixin for a pretrained model."""
 
-    layer_class: type[PatchedLayer]
+    layer_class: type[SegmentedLayer]
     _can_record_outputs: ClassVar[dict[str, Any]] = {
         **Qwen2MoePreTrainedModel._can_record_outputs,
         "router_logits": [OutputRecorder(Qwen2MoeTopKRouter, index=0), OutputRecorder(CosineRouter, index=0)],
@@ -111,7 +111,7 @@ class PatchedModel:
         return embeddings
 
 
-class PatchedBody(PatchedModel):
+class SegmentedModel(PatchedModel):
     """Mixin for a model without its head: passes token ids on, and lays the pass out once for all layers."""
 
     config: Any
@@ -187,7 +187,7 @@ class PatchedBody(PatchedModel):
         return segments
 
 
-class PatchedCausalLM:
+class SegmentedCausalLM:
     """Mixin for a causal language model: marks the passes of `generate` that read the prompt."""
 
     config: Any

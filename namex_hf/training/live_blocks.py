@@ -12,7 +12,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..models.arguments import cache_in
-from ..models.patched_model import PatchedLayer
+from ..models.patched_model import SegmentedLayer
 from ..models.soft import base_matrices
 from ..recipe import AroundBase
 from .gathered import attached_experts_of, curvature_of
@@ -122,5 +122,5 @@ class LiveLayer(nn.Module):
 @cache
 def live_form(kind: type) -> type:
     """The live form of a patched block or layer; its `stored` is `kind`."""
-    mixin = LiveLayer if issubclass(kind, PatchedLayer) else LiveBlock
+    mixin = LiveLayer if issubclass(kind, SegmentedLayer) else LiveBlock
     return type(f"Live{kind.__name__.removeprefix('Namex')}", (mixin, kind), {"stored": kind})
