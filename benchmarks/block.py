@@ -16,7 +16,7 @@ from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
 from namex_hf.models.configuration_namex import NamexQwen2MoeConfig
-from namex_hf.models.modeling_namex_qwen2_moe import SoftQwen2MoeSparseMoeBlock
+from namex_hf.models.modeling_namex_qwen2_moe import NamexQwen2MoeDecoderLayer
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {
@@ -36,16 +36,16 @@ SIZES: dict[str, dict[str, int]] = {
 
 def blocks(fields: dict[str, int], implementation: str, dtype: torch.dtype, device: str) -> tuple[Any, Any]:
     """The stock block and one by token, with the same weights and a base expert of random ones."""
-    made = []
-    for block, config in (
-        (Qwen2MoeSparseMoeBlock, Qwen2MoeConfig(**fields, num_experts_per_tok=4)),
-        (SoftQwen2MoeSparseMoeBlock, NamexQwen2MoeConfig(**fields, num_experts_per_tok=4, namex={"merge": "soft"})),
-    ):
-        config._experts_implementation = implementation
-        with torch.device(device):
-            made.append(block(config).to(dtype))
+    stock = Qwen2MoeConfig(**fields, num_experts_per_tok=4)
+    patched = NamexQwen2MoeConfig(**fields, num_experts_per_tok=4, namex={"merge": "soft"})
+    stock._experts_implementation = patched._experts_implementation = implementation
+    with torch.device(device):
+        layer = NamexQwen2MoeDecoderLayer(patched, 0)
+        layer.patch(patched, 0)
+        made = [Qwen2MoeSparseMoeBlock(stock).to(dtype), layer.mlp.to(dtype)]
+    for block in made:
         torch.manual_seed(0)
-        for _, parameter in sorted(made[-1].named_parameters(), key=lambda pair: ("base" in pair[0], pair[0])):
+        for _, parameter in sorted(block.named_parameters(), key=lambda pair: ("base" in pair[0], pair[0])):
             torch.nn.init.normal_(parameter, std=0.02)
     return made[0], made[1]
 

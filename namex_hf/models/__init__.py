@@ -71,14 +71,12 @@ def remote_code(model_type: str) -> RemoteCode:
 def _register() -> None:
     for model_type, (config, model, causal_lm) in CLASSES.items():
         AutoConfig.register(model_type, config, exist_ok=True)
-        AutoModel.register(config, model, exist_ok=True)
-        AutoModelForCausalLM.register(config, causal_lm, exist_ok=True)
-        AutoModelForSequenceClassification.register(config, CLASSIFIERS[model_type], exist_ok=True)
-        # save_pretrained then copies the defining files and writes auto_map.
-        config.register_for_auto_class()
-        model.register_for_auto_class("AutoModel")
-        causal_lm.register_for_auto_class("AutoModelForCausalLM")
-        CLASSIFIERS[model_type].register_for_auto_class("AutoModelForSequenceClassification")
+        config.register_for_auto_class()  # save_pretrained then copies the defining files and writes auto_map
+        classifier = CLASSIFIERS[model_type]
+        kinds = {AutoModel: model, AutoModelForCausalLM: causal_lm, AutoModelForSequenceClassification: classifier}
+        for auto, kind in kinds.items():
+            auto.register(config, kind, exist_ok=True)
+            kind.register_for_auto_class(auto.__name__)
 
 
 _register()

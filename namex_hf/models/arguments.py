@@ -38,6 +38,3 @@ class Arguments(NamedTuple):
 def cache_in(arguments: dict[str, Any]) -> Cache | None:
     """The cache among the arguments of a call, under any name."""
     return next((value for value in arguments.values() if isinstance(value, Cache)), None)
-
-
-__all__ = ["Arguments", "cache_in"]

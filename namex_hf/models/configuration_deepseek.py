@@ -11,6 +11,14 @@ except ImportError as error:  # transformers 4; every model of this package impo
     raise ImportError(f"found transformers {transformers.__version__}; this code accepts 5.16 and newer") from error
 
 
+def remote_classes(configuration: str, modeling: str, prefix: str) -> dict[str, str]:
+    """``auto_map``, by which a folder loads as remote code. Args: two files, and how the names of classes begin."""
+    kinds = {"AutoModel": "Model", "AutoModelForCausalLM": "ForCausalLM"}
+    kinds |= {"AutoModelForSequenceClassification": "ForSequenceClassification"}
+    classes = {auto: f"{modeling}.{prefix}{kind}" for auto, kind in kinds.items()}
+    return {"AutoConfig": f"{configuration}.{prefix}Config", **classes}
+
+
 @strict
 class DeepseekConfig(PreTrainedConfig):
     """Fields of ``deepseek-ai/deepseek-moe-16b-base``, and its values as defaults; of a field that says which layers
@@ -30,13 +38,7 @@ class DeepseekConfig(PreTrainedConfig):
         "router_aux_loss_coef": "aux_loss_alpha",
         "qkv_bias": "attention_bias",
     }
-    # `auto_map` in the config.json of a folder of this type, so that it loads as remote code.
-    remote_classes: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_deepseek.DeepseekConfig",
-        "AutoModel": "modeling_deepseek.DeepseekModel",
-        "AutoModelForCausalLM": "modeling_deepseek.DeepseekForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_deepseek.DeepseekForSequenceClassification",
-    }
+    remote_classes = remote_classes("configuration_deepseek", "modeling_deepseek", "Deepseek")
     sliding_window = 0  # read by the mask builder of the Qwen2-MoE model; no layer has a sliding window
     decoder_sparse_step = 1
 
@@ -105,6 +107,3 @@ class DeepseekConfig(PreTrainedConfig):
     def layer_types(self) -> list[str]:
         """Attention kind of every layer."""
         return ["full_attention"] * self.num_hidden_layers
-
-
-__all__ = ["DeepseekConfig"]

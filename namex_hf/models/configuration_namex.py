@@ -1,13 +1,15 @@
 """Configurations of the patched models: the family's own fields, and the recipe under ``namex``."""
 
 import math
+from collections.abc import Iterable
 from typing import Any, ClassVar, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers.models.qwen2_moe.configuration_qwen2_moe import Qwen2MoeConfig
 
-from .configuration_deepseek import DeepseekConfig
+from .configuration_deepseek import DeepseekConfig, remote_classes
 
+MERGES = ("residual", "soft", "grouped", "narrow")
 SPANS = ("token", "all", "previous", "prompt")
 CURVATURES = {"identity": None, "calibrated": 4, "kronecker": 1}
 """Curvatures of ``merge: soft``, with their default `rank`."""
@@ -87,51 +89,68 @@ def is_residual(recipe: dict[str, Any] | None) -> bool:
     return recipe.get("merge", "residual") == "residual" and recipe.get("method") not in ("smear", "smoe")
 
 
-def check_merge(recipe: dict[str, Any] | None, norm_topk_prob: bool, experts: int | None = None) -> None:
+def check_merge(config: Any, recipe: dict[str, Any] | None) -> None:
     """Refuse a recipe that the blocks cannot compute; None stands for ``merge: residual``.
+
+    Args:
+        config: of the family, patched or not.
 
     Raises:
         ValueError: an unknown merge, method or routing; ``smear`` with a merge that needs a base expert; ``smoe`` with
             a merge of experts; a router that renormalises its top-k under ``residual``; or a field of ``soft`` out of
-            range (`experts` is the upper bound of its ``top_k``).
+            range.
     """
     recipe = recipe or {}
     merge, method = recipe.get("merge", "residual"), recipe.get("method", METHODS[0])
-    if method not in METHODS:
-        raise ValueError(f"namex.method is {method!r}; this model class computes {', '.join(METHODS)}")
-    if merge != "soft" and method == "smear":
-        raise ValueError(
-            f"namex.method is 'smear', which has no base expert and merges all experts by the input, and namex.merge "
-            f"{merge!r}; accepted with it is namex.merge: 'soft'"
-        )
-    if merge not in ("residual", "narrow") and method == "smoe":
-        raise ValueError(
-            f"namex.method is 'smoe', which merges nothing, and namex.merge {merge!r}; accepted: 'residual', 'narrow'"
-        )
-    if routing_of(recipe) not in ROUTINGS:
-        raise ValueError(f"namex.routing is {routing_of(recipe)!r}; accepted: {', '.join(ROUTINGS)}")
-    if recipe.get("first_layer", FIRST_LAYERS[0]) not in FIRST_LAYERS:
-        raise ValueError(f"namex.first_layer is {recipe['first_layer']!r}; accepted: {', '.join(FIRST_LAYERS)}")
-    if is_residual(recipe) and norm_topk_prob:
+    _require("merge", merge, merge in MERGES, f"; accepted: {str(MERGES)[1:-1]}")
+    _one_of("method", method, METHODS)
+    no_base = f", which has no base expert and merges all experts by the input, and namex.merge {merge!r}"
+    _require(
+        "method", method, merge == "soft" or method != "smear", f"{no_base}; accepted with it is namex.merge: 'soft'"
+    )
+    plain = f", which merges nothing, and namex.merge {merge!r}; accepted: 'residual', 'narrow'"
+    _require("method", method, merge in ("residual", "narrow") or method != "smoe", plain)
+    _one_of("routing", routing_of(recipe), ROUTINGS)
+    _one_of("first_layer", recipe.get("first_layer", FIRST_LAYERS[0]), FIRST_LAYERS)
+    if is_residual(recipe) and getattr(config, "renormalises", config.norm_topk_prob):
         raise ValueError(
             "norm_topk_prob is true: the top-k weights then sum to 1 and leave no mass for the base expert of "
             "'merge: residual'; accepted is norm_topk_prob: false"
         )
-    choice = soft_choice(recipe)
-    if choice is not None:
-        _check_soft(choice, experts)
-    elif merge not in ("residual", "grouped", "narrow"):
-        raise ValueError(f"namex.merge is {merge!r}; accepted: 'residual', 'soft', 'grouped', 'narrow'")
+    if choice := soft_choice(recipe):
+        _check_soft(choice, config.num_experts)
 
 
-def check_layer_experts(counts: list[int] | None, layers: int, experts: int) -> None:
-    """Check the numbers of experts by layer; None means `experts` in every layer.
+def _require(field: str, value: Any, holds: bool, accepted: str) -> None:
+    if not holds:
+        raise ValueError(f"namex.{field} is {value!r}{accepted}")
 
-    Raises:
-        ValueError: `counts` does not have a whole number from 0 to `experts` for each of the layers.
-    """
-    if counts is not None and (len(counts) != layers or not all(0 <= count <= experts for count in counts)):
-        raise ValueError(f"layer_experts is {counts}; accepted: of each of {layers} layers 0 (no mixture) to {experts}")
+
+def _one_of(field: str, value: Any, values: Iterable[str]) -> None:
+    _require(field, value, value in values, f"; accepted: {', '.join(values)}")
+
+
+def _check_soft(choice: SoftChoice, experts: int) -> None:
+    eta, span, segment, rank, top_k = choice.eta, choice.span, choice.segment, choice.rank, choice.top_k
+    calibrated, from_one = choice.curvature == "calibrated", "; accepted: a whole number from 1"
+    _one_of("curvature", choice.curvature, CURVATURES)
+    is_number = isinstance(eta, (int, float)) and not isinstance(eta, bool)
+    _require("eta", eta, is_number and math.isfinite(eta), "; accepted: a finite number")
+    no_step = "; namex.method 'smear' has no base expert to step from: accepted: 1"
+    _require("eta", eta, eta == 1 or choice.has_base, no_step)
+    _require("rank", rank, rank is None or whole(rank), from_one)
+    positive = "; accepted with a calibrated curvature: above 0 up to 1, so that no expert's share is negative"
+    _require("eta", eta, 0 < eta <= 1 or not calibrated, positive)
+    _one_of("routing_span", span, SPANS)
+    _require("renormalise", choice.renormalises, choice.renormalises in (True, False), "; accepted: true, false")
+    not_linear = "; accepted with a calibrated curvature, which is no linear function of the router's values: "
+    _require("routing_span", span, span != "token" or not calibrated, not_linear + ", ".join(SPANS[1:]))
+    if span == "token":
+        _require("segment", segment, segment is None, "; accepted with namex.routing_span 'token': none")
+    else:
+        _require("segment", segment, whole(segment), from_one)
+    few_enough = top_k is None or (whole(top_k) and top_k <= experts)
+    _require("top_k", top_k, few_enough, f"{from_one} to {experts} experts")
 
 
 def whole(value: Any) -> bool:
@@ -139,97 +158,46 @@ def whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
-def _check_span(choice: SoftChoice) -> None:
-    if choice.span not in SPANS:
-        raise ValueError(f"namex.routing_span is {choice.span!r}; accepted: {', '.join(SPANS)}")
-    if choice.renormalises not in (True, False):
-        raise ValueError(f"namex.renormalise is {choice.renormalises!r}; accepted: true, false")
-    if choice.span == "token" and choice.curvature == "calibrated":
-        raise ValueError(
-            "namex.routing_span is 'token'; accepted with a calibrated curvature, which is no linear function of the "
-            f"router's values: {', '.join(SPANS[1:])}"
-        )
-    if choice.span == "token" and choice.segment is not None:
-        raise ValueError(f"namex.segment is {choice.segment!r}; accepted with namex.routing_span 'token': none")
-    if choice.span != "token" and not whole(choice.segment):
-        raise ValueError(f"namex.segment is {choice.segment!r}; accepted: a whole number from 1")
+class PatchedFields:
+    """Mixin for a patched model's configuration.
 
-
-def _check_soft(choice: SoftChoice, experts: int | None) -> None:
-    if choice.curvature not in CURVATURES:
-        raise ValueError(f"namex.curvature is {choice.curvature!r}; accepted: {', '.join(CURVATURES)}")
-    is_number = isinstance(choice.eta, (int, float)) and not isinstance(choice.eta, bool)
-    if not (is_number and math.isfinite(choice.eta)):
-        raise ValueError(f"namex.eta is {choice.eta!r}; accepted: a finite number")
-    if choice.eta != 1 and not choice.has_base:
-        raise ValueError(
-            f"namex.eta is {choice.eta!r}; namex.method 'smear' has no base expert to step from: accepted: 1"
-        )
-    if choice.rank is not None and not whole(choice.rank):
-        raise ValueError(f"namex.rank is {choice.rank!r}; accepted: a whole number from 1")
-    if choice.curvature == "calibrated" and not 0 < choice.eta <= 1:
-        raise ValueError(
-            f"namex.eta is {choice.eta!r}; accepted with a calibrated curvature: above 0 up to 1, so that no expert's "
-            "share is negative"
-        )
-    _check_span(choice)
-    if choice.top_k is not None and not (whole(choice.top_k) and choice.top_k <= (experts or choice.top_k)):
-        raise ValueError(
-            f"namex.top_k is {choice.top_k!r}; accepted: a whole number from 1 to {experts or 'all'} experts"
-        )
-
-
-@strict
-class NamexQwen2MoeConfig(Qwen2MoeConfig):
-    """A patched Qwen2-MoE; ``namex`` is its recipe.
-
-    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is then the largest.
+    ``namex`` is the recipe. ``layer_experts`` are the routed experts of each decoder layer, where MoE layers differ;
+    `num_experts` is then the largest.
     """
 
-    model_type = "namex_qwen2_moe"
-    remote_classes: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_namex.NamexQwen2MoeConfig",
-        "AutoModel": "modeling_namex_qwen2_moe.NamexQwen2MoeModel",
-        "AutoModelForCausalLM": "modeling_namex_qwen2_moe.NamexQwen2MoeForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_namex_qwen2_moe.NamexQwen2MoeForSequenceClassification",
-    }
+    remote_classes: ClassVar[dict[str, str]]
 
-    namex: dict | None = None
-    layer_experts: list[int] | None = None
-
-    def __post_init__(self, **kwargs):
-        check_merge(self.namex, self.norm_topk_prob, self.num_experts)
-        check_layer_experts(self.layer_experts, self.num_hidden_layers, self.num_experts)
+    def __post_init__(self: Any, **kwargs):
+        check_merge(self, self.namex)
+        counts, layers = self.layer_experts, self.num_hidden_layers
+        if counts is not None and (len(counts) != layers or not all(0 <= one <= self.num_experts for one in counts)):
+            accepted = f"of each of {layers} layers 0 (no mixture) to {self.num_experts}"
+            raise ValueError(f"layer_experts is {counts}; accepted: {accepted}")
         super().__post_init__(**kwargs)
 
-    def save_pretrained(self, save_directory, push_to_hub: bool = False, **kwargs):
+    def save_pretrained(self, *args, **kwargs):
         """Save, with the whole ``auto_map``: transformers alone would omit ``AutoModel``."""
         self.auto_map = dict(self.remote_classes)
-        super().save_pretrained(save_directory, push_to_hub, **kwargs)
+        super().save_pretrained(*args, **kwargs)
 
 
 @strict
-class NamexDeepseekConfig(DeepseekConfig):
-    """A patched DeepSeek-MoE v1; ``namex`` is its recipe.
+class NamexQwen2MoeConfig(PatchedFields, Qwen2MoeConfig):
+    """A patched Qwen2-MoE."""
 
-    ``layer_experts``: routed experts of each decoder layer, where MoE layers differ; `num_experts` is then the largest.
-    """
-
-    model_type = "namex_deepseek"
-    remote_classes: ClassVar[dict[str, str]] = {
-        "AutoConfig": "configuration_namex.NamexDeepseekConfig",
-        "AutoModel": "modeling_namex_deepseek.NamexDeepseekModel",
-        "AutoModelForCausalLM": "modeling_namex_deepseek.NamexDeepseekForCausalLM",
-        "AutoModelForSequenceClassification": "modeling_namex_deepseek.NamexDeepseekForSequenceClassification",
-    }
+    model_type = "namex_qwen2_moe"
+    remote_classes = remote_classes("configuration_namex", "modeling_namex_qwen2_moe", "NamexQwen2Moe")
 
     namex: dict | None = None
     layer_experts: list[int] | None = None
 
-    def __post_init__(self, **kwargs):
-        check_merge(self.namex, self.renormalises, self.num_experts)
-        check_layer_experts(self.layer_experts, self.num_hidden_layers, self.num_experts)
-        super().__post_init__(**kwargs)
 
+@strict
+class NamexDeepseekConfig(PatchedFields, DeepseekConfig):
+    """A patched DeepSeek-MoE v1."""
 
-__all__ = ["NamexDeepseekConfig", "NamexQwen2MoeConfig"]
+    model_type = "namex_deepseek"
+    remote_classes = remote_classes("configuration_namex", "modeling_namex_deepseek", "NamexDeepseek")
+
+    namex: dict | None = None
+    layer_experts: list[int] | None = None

@@ -2,50 +2,18 @@
 
 from typing import Any
 
-from transformers.models.qwen2_moe.modeling_qwen2_moe import (
-    Qwen2MoeForCausalLM,
-    Qwen2MoeSparseMoeBlock,
-)
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeForCausalLM
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY, install_output_capuring_hook
 
-from .configuration_namex import NamexDeepseekConfig, NamexQwen2MoeConfig, check_merge, soft_choice_at
-from .modeling_deepseek import DeepseekForCausalLM, DeepseekMoeBlock
-from .modeling_namex_deepseek import (
-    NamexDeepseekDecoderLayer,
-    NamexDeepseekForCausalLM,
-    NamexDeepseekModel,
-    NamexDeepseekMoeBlock,
-    SoftDeepseekMoeBlock,
-)
-from .modeling_namex_qwen2_moe import (
-    NamexQwen2MoeDecoderLayer,
-    NamexQwen2MoeForCausalLM,
-    NamexQwen2MoeModel,
-    NamexQwen2MoeSparseMoeBlock,
-    SoftQwen2MoeSparseMoeBlock,
-)
-from .soft import experts_class
-from .sparse import set_expert_count
+from .configuration_namex import check_merge, routing_of
+from .modeling_deepseek import DeepseekForCausalLM
+from .modeling_namex_deepseek import NamexDeepseekForCausalLM, NamexDeepseekModel
+from .modeling_namex_qwen2_moe import NamexQwen2MoeForCausalLM, NamexQwen2MoeModel
+from .routers import CosineRouter
 
-FORMS: dict[type, tuple[type, type, type, type, type, type, type]] = {
-    Qwen2MoeForCausalLM: (
-        NamexQwen2MoeConfig,
-        NamexQwen2MoeForCausalLM,
-        NamexQwen2MoeModel,
-        NamexQwen2MoeDecoderLayer,
-        Qwen2MoeSparseMoeBlock,
-        NamexQwen2MoeSparseMoeBlock,
-        SoftQwen2MoeSparseMoeBlock,
-    ),
-    DeepseekForCausalLM: (
-        NamexDeepseekConfig,
-        NamexDeepseekForCausalLM,
-        NamexDeepseekModel,
-        NamexDeepseekDecoderLayer,
-        DeepseekMoeBlock,
-        NamexDeepseekMoeBlock,
-        SoftDeepseekMoeBlock,
-    ),
+FORMS: dict[type, tuple[Any, Any]] = {
+    Qwen2MoeForCausalLM: (NamexQwen2MoeForCausalLM, NamexQwen2MoeModel),
+    DeepseekForCausalLM: (NamexDeepseekForCausalLM, NamexDeepseekModel),
 }
 
 
@@ -64,34 +32,19 @@ def patch_classes(model: Any, namex: dict[str, Any] | None = None) -> None:
     if type(model) not in FORMS:
         accepted = ", ".join(form.__name__ for form in FORMS)
         raise TypeError(f"found a {type(model).__name__}; accepted: {accepted}")
-    renormalises = getattr(model.config, "renormalises", model.config.norm_topk_prob)
-    check_merge(namex, renormalises, model.config.num_experts)
-    config, causal_lm, inner, layer_class, block, sparse_block, soft_block = FORMS[type(model)]
-    model.config.__class__ = config  # one object, shared by all modules
+    check_merge(model.config, namex)
+    causal_lm, body = FORMS[type(model)]
+    model.config.__class__ = causal_lm.config_class  # one object, shared by all modules
     model.config.namex = namex
-    model.__class__, model.model.__class__ = causal_lm, inner
+    model.__class__, model.model.__class__ = causal_lm, body
     for part in (model, model.model):
         # transformers registers the outputs to record only when it constructs a model. Without this entry
         # router_logits and the auxiliary loss would be missing.
         _CAN_RECORD_REGISTRY[part] = part._can_record_outputs
         part._no_split_modules = set(type(part)._no_split_modules)  # the constructor filled it with other class names
-    for layer in model.model.layers:
-        layer.__class__ = layer_class
-        mlp: Any = layer.mlp
-        if type(layer.mlp) is block:
-            index, weight, stock_parts = layer.self_attn.layer_idx, mlp.gate.weight, set(mlp.children())
-            if soft := soft_choice_at(model.config, index):
-                mlp.__class__, mlp.experts.__class__ = soft_block, experts_class(soft)
-                mlp.add_parts(model.config)
-            else:
-                mlp.__class__ = sparse_block
-                mlp.add_parts(model.config, index)
-            set_expert_count(mlp, model.config, index)
-            for part in set(mlp.children()) - stock_parts:
-                part.to(device=weight.device, dtype=weight.dtype).train(layer.training)
-            if mlp.routing == "cosine" and getattr(model.model, "_output_capturing_hooks_installed", False):
+    model.model.patch()
+    if routing_of(namex) == "cosine" and getattr(model.model, "_output_capturing_hooks_installed", False):
+        for module in model.modules():
+            if isinstance(module, CosineRouter):
                 # transformers installs its hooks once, when it first records outputs.
-                install_output_capuring_hook(mlp.cosine_router, "router_logits", 0)
-
-
-__all__ = ["patch_classes"]
+                install_output_capuring_hook(module, "router_logits", 0)

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 from .configuration_namex import routing_of
@@ -35,7 +35,7 @@ class CosineRouter(nn.Module):
         init.normal_(self.embeddings, std=0.02)
         init.constant_(self.scale, 10.0)
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[tokens, hidden]`` to logits ``[tokens, experts]``, values and experts ``[tokens, top_k]``.
 
         Cosines are computed in float32: in bfloat16 similar experts would tie.
@@ -61,7 +61,7 @@ class StableRouter(nn.Module):
     suffice, but data-parallel training sends buffers, and gloo does not support it.)
     """
 
-    assignment: torch.Tensor
+    assignment: Tensor
     """int32 ``[vocabulary, top_k]``; rows of -1 for ids without an assignment."""
 
     def __init__(self, vocabulary: int, top_k: int, norm_topk_prob: bool):
@@ -74,9 +74,7 @@ class StableRouter(nn.Module):
         """Assign no id: linear routing. Tensors loaded from a checkpoint are not changed."""
         init.constant_(self.assignment, -1)
 
-    def forward(
-        self, logits: torch.Tensor, value: torch.Tensor, index: torch.Tensor, token_ids: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, logits: Tensor, value: Tensor, index: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Values and experts ``[tokens, top_k]`` in place of the router's own.
 
         Args:
@@ -108,9 +106,6 @@ class ChosenRouting:
     """
 
     gate: Any
-    routing: str
-    cosine_router: CosineRouter
-    stable_router: StableRouter
 
     def add_router(self, config) -> None:
         """Add the router that the recipe names, with the top-k and the renormalisation of `gate`."""
@@ -124,7 +119,7 @@ class ChosenRouting:
         elif self.routing == "stable":
             self.stable_router = StableRouter(config.vocab_size, *selection)
 
-    def route(self, flat: torch.Tensor, token_ids: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def route(self, flat: Tensor, token_ids: Tensor | None) -> tuple[Tensor, Tensor]:
         """Top-k values and experts, both ``[tokens, top_k]``, of hidden states ``[tokens, hidden]``."""
         if self.routing == "cosine":
             return self.cosine_router(flat)[1:]
@@ -134,6 +129,3 @@ class ChosenRouting:
         if token_ids is None:
             raise ValueError("routing 'stable' assigns experts by token id: found inputs_embeds; accepted: input_ids")
         return self.stable_router(logits, value, index, token_ids)
-
-
-__all__ = ["ChosenRouting", "CosineRouter", "StableRouter"]

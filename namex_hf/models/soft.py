@@ -25,61 +25,49 @@ so by default ``smear`` then uses the model's own number of experts.
 """
 
 from collections.abc import Mapping
-from functools import wraps
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationMixin
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
-from transformers.models.qwen2_moe.modeling_qwen2_moe import (
-    Qwen2MoeDecoderLayer,
-    Qwen2MoeExperts,
-    Qwen2MoeMLP,
-    Qwen2MoeModel,
-)
+from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts, Qwen2MoeMLP
 
-from .arguments import Arguments, cache_in
-from .configuration_namex import SoftChoice, check_merge, routing_of, soft_choice
+from .configuration_namex import routing_of, soft_choice
 from .routers import ChosenRouting
-from .soft_cache import LayerMemory, Merged, SoftCache, soft_cache
+from .soft_cache import LayerMemory, Merged
 from .soft_curvature import CalibratedCurvature, Directions, correction, reweighted
-from .soft_kronecker import Kronecker, KroneckerCurvature, KroneckerProducts, bent, deltas
-from .soft_segments import History, Segments, plan_segments
+from .soft_kronecker import Kronecker, KroneckerCurvature, KroneckerProducts, bent
+from .soft_segments import Segments
 from .soft_token import TokenExperts
 
 LARGEST = 1 << 30
 """Bytes of merged experts that may exist at once; more groups are processed in turn."""
 FEW = 3
 """The experts in use are copied first if they are at most 1 in `FEW` of all: the measured break-even is 2 to 3."""
-
-
 PLAIN = (TokenExperts, KroneckerProducts, nn.Linear)
 """Modules whose forward uses their parameters unchanged; a wrapper has another class."""
 
 
-def dense_weight(linear: Any, like: torch.Tensor) -> torch.Tensor:
+def dense_weight(linear: Any, like: Tensor) -> Tensor:
     """The matrix that `linear` applies, also with an adapter, and also if its weight is offloaded."""
     if type(linear) is nn.Linear and not linear.weight.is_meta:
         return linear.weight
     return linear(torch.eye(linear.in_features, dtype=like.dtype, device=like.device)).T
 
 
-def base_matrices(expert: Any, like: torch.Tensor) -> dict[str, torch.Tensor]:
+def base_matrices(expert: Any, like: Tensor) -> dict[str, Tensor]:
     """`dense_weight` of the three matrices of a base expert, by projection."""
     return {name: dense_weight(getattr(expert, name), like) for name in ("gate_proj", "up_proj", "down_proj")}
 
 
-def swiglu(tokens: torch.Tensor, merged: Merged, activation) -> torch.Tensor:
+def swiglu(tokens: Tensor, merged: Merged, activation) -> Tensor:
     """Output of every group's own expert, ``[groups, tokens, hidden] -> [groups, tokens, hidden]``."""
     gate_up, down = merged
     gate, up = tokens.bmm(gate_up.mT).chunk(2, dim=-1)
     return (activation(gate) * up).bmm(down.mT)
 
 
-def merge_experts(
-    shares: torch.Tensor, rest: torch.Tensor, experts: torch.Tensor, base: torch.Tensor | None
-) -> torch.Tensor:
+def merge_experts(shares: Tensor, rest: Tensor, experts: Tensor, base: Tensor | None) -> Tensor:
     """``rest base + sum_i shares_i experts_i`` of all groups: one product over the expert axis, one rank-one term.
 
     Args:
@@ -95,13 +83,13 @@ def merge_experts(
 
 
 def merge_curved(
-    shares: torch.Tensor,
-    rest: torch.Tensor,
-    experts: torch.Tensor,
-    base: torch.Tensor | None,
-    used: torch.Tensor | None,
+    shares: Tensor,
+    rest: Tensor,
+    experts: Tensor,
+    base: Tensor | None,
+    used: Tensor | None,
     directions: Directions | None,
-) -> torch.Tensor:
+) -> Tensor:
     """`merge_experts` with a calibrated curvature; without `directions` it is `merge_experts` alone.
 
     Args:
@@ -123,13 +111,13 @@ class SoftExperts(Qwen2MoeExperts):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        shares: torch.Tensor,
+        tokens: Tensor,
+        shares: Tensor,
         base: Merged | None,
         carried: Merged | None = None,
-        keep: torch.Tensor | None = None,
+        keep: Tensor | None = None,
         curvature: tuple[Directions, Directions] | Kronecker | None = None,
-    ) -> tuple[torch.Tensor, Merged]:
+    ) -> tuple[Tensor, Merged]:
         """Merge the experts of the fresh groups, and apply every group's own expert.
 
         Args:
@@ -154,29 +142,31 @@ class SoftExperts(Qwen2MoeExperts):
             in_use = shares.any(0).nonzero()[:, 0]
             if FEW * len(in_use) <= self.num_experts:
                 gate_up, down, used = gate_up[in_use], down[in_use], in_use
-        of_inputs = of_neurons = None
+        directions: tuple[Directions | None, ...] = (None, None)
         if curvature is not None and len(curvature) == 3:
-            gate_up, down = deltas(gate_up, down, base, curvature, used)
-            rest = torch.ones_like(rest)
+            gate_up, down = bent(gate_up, down, base, curvature, used)
         elif curvature is not None:
-            of_inputs, of_neurons = curvature
-        outputs, parts = [], []
-        start = 0
-        if carried is not None:
-            start = len(carried[0])
-            outputs, parts = [swiglu(tokens[:start], carried, self.act_fn)], [_select(carried, keep, 0)]
-        step = self.groups_at_once(of_inputs)
-        for part_shares, part_rest in zip(shares.split(step), rest.split(step), strict=True):
-            merged = (
-                merge_curved(part_shares, part_rest, gate_up, None if base is None else base[0], used, of_inputs),
-                merge_curved(part_shares, part_rest, down, None if base is None else base[1], used, of_neurons),
-            )
-            outputs.append(swiglu(tokens[start : start + len(part_rest)], merged, self.act_fn))
-            parts.append(_select(merged, keep, start))
-            start += len(part_rest)
-        if len(parts) == 1:
-            return outputs[0], parts[0]
-        gate_ups, downs = zip(*parts, strict=True)
+            directions = curvature
+        parts = list(zip((gate_up, down), base or (None, None), directions, strict=True))
+        step = self.groups_at_once(directions[0])
+        pieces = list(zip(shares.split(step), rest.split(step), strict=True))
+        outputs, kept, start = [], [], 0
+        for piece in pieces if carried is None else [None, *pieces]:
+            if piece is None:
+                merged: Any = carried
+            else:
+                some, left = piece
+                merged = [merge_curved(some, left, experts, of_base, used, along) for experts, of_base, along in parts]
+            end = start + len(merged[0])
+            outputs.append(swiglu(tokens[start:end], merged, self.act_fn))
+            if keep is None or not len(keep):  # in training: the mask below would depend on data
+                kept.append(_at(merged, keep))
+            else:
+                kept.append(_at(merged, keep[(keep >= start) & (keep < end)] - start))
+            start = end
+        if len(outputs) == 1:
+            return outputs[0], kept[0]
+        gate_ups, downs = zip(*kept, strict=True)
         return torch.cat(outputs), (torch.cat(gate_ups), torch.cat(downs))
 
     def groups_at_once(self, directions: Directions | None) -> int:
@@ -187,33 +177,20 @@ class SoftExperts(Qwen2MoeExperts):
         return max(LARGEST // size, 1)
 
 
-def _at(merged: Merged, index: torch.Tensor) -> Merged:
-    gate_up, down = merged
-    return gate_up[index], down[index]
-
-
-def _select(merged: Merged, keep: torch.Tensor | None, start: int) -> Merged:
-    """A copy of the experts of the groups in `keep`. `merged` has the groups from `start` on."""
-    if keep is None:
-        return merged
-    if not len(keep):  # in training: the mask below would depend on data
-        return _at(merged, keep)
-    local = keep[(keep >= start) & (keep < start + len(merged[0]))] - start
-    return _at(merged, local)
+def _at(merged: Merged, index: Tensor | None) -> Merged:
+    """The experts of some groups; None: all."""
+    return (merged[0], merged[1]) if index is None else (merged[0][index], merged[1][index])
 
 
 class SoftRouting(ChosenRouting):
     """Mixin for a MoE block of `gate`, `experts` and perhaps `base_expert`, a SwiGLU MLP of the routed width."""
 
-    gate: Any
     experts: nn.Module
     base_expert: Any
     curvature: CalibratedCurvature | KroneckerCurvature | None
     bent: tuple[Any, Merged] | None
     """The last result of `_cached_bent`, and the state of the parameters that it belongs to."""
     training: bool
-    has_base: bool
-    eta: float
     unrouted: float
     """s of every expert in a segment without tokens before it."""
     number: int
@@ -221,11 +198,8 @@ class SoftRouting(ChosenRouting):
 
     def add_parts(self, config) -> None:
         """Add the parts that the stock block lacks, except `SoftExperts`; a curvature has no measured values yet."""
-        # A field may have been changed after the configuration checked it.
-        check_merge(config.namex, self.gate.norm_topk_prob, config.num_experts)
         choice = soft_choice(config.namex)
-        if choice is None:
-            raise ValueError("namex.merge is not 'soft'")
+        assert choice is not None
         self.has_base, self.eta = choice.has_base, choice.eta
         self.number = config.num_experts  # an adapter around the gate has another value under that name
         self.unrouted = 0.0 if choice.has_base else 1 / self.number
@@ -243,12 +217,12 @@ class SoftRouting(ChosenRouting):
 
     def routed(
         self,
-        flat: torch.Tensor,
-        token_ids: torch.Tensor | None,
+        flat: Tensor,
+        token_ids: Tensor | None,
         segments: Segments | None = None,
         memory: LayerMemory | None = None,
-        base: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+        base: Mapping[str, Tensor] | None = None,
+    ) -> Tensor:
         """The routed part, ``[tokens, hidden] -> [tokens, hidden]``; with segments, zeros at padding.
 
         Args:
@@ -262,10 +236,10 @@ class SoftRouting(ChosenRouting):
             return self.experts(flat, self.eta * value, index, matrices, curvature, experts)
         return self._by_segments(flat, value, index, segments, memory, base)
 
-    def _curvature(self, like: torch.Tensor) -> Any:
+    def _curvature(self, like: Tensor) -> Any:
         return None if self.curvature is None else self.curvature(like)
 
-    def _cached_bent(self, like: torch.Tensor) -> Merged | None:
+    def _cached_bent(self, like: Tensor) -> Merged | None:
         """`bent`, computed once in evaluation. None: the pass must compute it, or there is no curvature.
 
         It is recomputed after an in-place change of a parameter, and dropped by `train` and `eval`. It is not cached
@@ -294,14 +268,8 @@ class SoftRouting(ChosenRouting):
         return super().train(mode)
 
     def _by_segments(
-        self,
-        flat: torch.Tensor,
-        value: torch.Tensor,
-        index: torch.Tensor,
-        segments: Segments,
-        memory: LayerMemory | None,
-        base: Mapping[str, torch.Tensor] | None,
-    ) -> torch.Tensor:
+        self, flat: Tensor, value: Tensor, index: Tensor, segments: Segments, memory: LayerMemory | None, base: Any
+    ) -> Tensor:
         batch, new = len(segments.run), segments.run.shape[1] - segments.past
         index, value = index.view(batch, new, -1), value.view(batch, new, -1)
         if segments.past != (0 if memory is None else memory.columns):
@@ -312,18 +280,15 @@ class SoftRouting(ChosenRouting):
         carried = None
         if memory is not None:
             index, value = memory.extend(index, value)
-            carried, memory.merged = memory.merged, None
-            if carried is not None and segments.carried is not None:
-                carried = _at(carried, segments.carried)
+            carried = None if memory.merged is None else _at(memory.merged, segments.carried)
+            memory.merged = None
         tokens = flat[segments.table]
         if len(segments.fresh):
             shares = self.eta * segments.shares(index, value, self.number, self.unrouted)
             matrices = self.base(flat, base)
             output, merged = self.experts(tokens, shares, matrices, carried, segments.keep, self._curvature(flat))
         elif carried is not None:
-            output, merged = swiglu(tokens, carried, self.activation), carried
-            if segments.keep is not None:
-                merged = _at(carried, segments.keep)
+            output, merged = swiglu(tokens, carried, self.activation), _at(carried, segments.keep)
         else:  # padding only
             return torch.zeros_like(flat)
         if memory is not None:
@@ -331,7 +296,7 @@ class SoftRouting(ChosenRouting):
         output = output.flatten(0, 1)[segments.place]
         return output.new_zeros(flat.shape).index_copy(0, segments.tokens, output)
 
-    def base(self, like: torch.Tensor, given: Mapping[str, torch.Tensor] | None = None) -> Merged | None:
+    def base(self, like: Tensor, given: Mapping[str, Tensor] | None = None) -> Merged | None:
         """The base expert's matrices, in the layout of the experts; None: the model has no base expert.
 
         Args:
@@ -343,130 +308,3 @@ class SoftRouting(ChosenRouting):
         if given is None:
             given = base_matrices(self.base_expert, like)
         return torch.cat([given["gate_proj"], given["up_proj"]]), given["down_proj"]
-
-
-LAYER_FORWARD = Arguments.of(Qwen2MoeDecoderLayer.forward)
-MODEL_FORWARD = Arguments.of(Qwen2MoeModel.forward)
-PREFILL = "reads_prompt"
-"""Argument that is true in a pass of `generate` over the prompt, or a part of it."""
-
-
-class SegmentedLayer:
-    """Mixin for a decoder layer: passes token ids and the layout of segments to its MoE block."""
-
-    self_attn: Any
-    mlp: Any
-    input_layernorm: nn.Module
-    post_attention_layernorm: nn.Module
-
-    def forward(
-        self,
-        *args,
-        segments: Segments | None = None,
-        token_ids: torch.Tensor | None = None,
-        **kwargs,
-    ) -> torch.Tensor:
-        """As the stock layer's; `segments` and `token_ids` go to the block, all other arguments to attention."""
-        kwargs = LAYER_FORWARD.by_name(args, kwargs)
-        hidden_states = self.attended(**kwargs)
-        normed = self.post_attention_layernorm(hidden_states)
-        return hidden_states + self.mlp(normed, *self.routing(segments, token_ids, cache_in(kwargs)))
-
-    def attended(self, hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
-        """The layer up to its second norm: the hidden states plus attention."""
-        attention, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        return hidden_states + attention
-
-    def routing(self, segments: Segments | None, token_ids: torch.Tensor | None, cache: Any) -> tuple[Any, ...]:
-        """The arguments of the block after the hidden states; none in a dense layer."""
-        if not isinstance(self.mlp, ChosenRouting):
-            return ()
-        if segments is None or not isinstance(self.mlp, SoftRouting):
-            return (token_ids,)
-        return token_ids, segments, None if cache is None else cache.memory(self.self_attn.layer_idx)
-
-
-class SegmentedModel:
-    """Mixin for a model without its head: passes token ids on, and lays the pass out once for all layers."""
-
-    config: Any
-    training: bool
-    gradient_checkpointing: bool
-
-    @wraps(Qwen2MoeModel.forward)
-    def forward(self, *args, **kwargs):
-        """As the stock model's. Under ``merge: soft`` only a 2D `attention_mask` marks padding.
-
-        A `DynamicCache` argument becomes a `SoftCache`, in place.
-        """
-        kwargs = MODEL_FORWARD.by_name(args, kwargs)
-        ids, embeddings = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
-        given = embeddings if ids is None else ids
-        choice, prefill = soft_choice(self.config.namex), kwargs.pop(PREFILL, False)
-        if given is not None and choice is not None and choice.segment is not None:
-            cache = kwargs.get(MODEL_FORWARD.cache)
-            if cache is not None:
-                cache = soft_cache(cache)
-            elif self._makes_cache(kwargs.get("use_cache")):
-                kwargs[MODEL_FORWARD.cache] = cache = SoftCache(config=self.config)
-            mask, positions = kwargs.get("attention_mask"), kwargs.get("position_ids")
-            kwargs["segments"] = self._lay_out(choice, given, mask, positions, cache, prefill)
-        if routing_of(self.config.namex) == "stable":
-            kwargs["token_ids"] = ids
-        return super().forward(**kwargs)
-
-    def _makes_cache(self, use_cache: bool | None) -> bool:
-        """Whether the stock model would create a cache: not under gradient checkpointing."""
-        recomputes = self.gradient_checkpointing and self.training and torch.is_grad_enabled()
-        return bool(self.config.use_cache if use_cache is None else use_cache) and not recomputes
-
-    @torch.compiler.disable  # the numbers of runs and groups are data: a single graph break, not one for each number
-    @torch.no_grad()
-    def _lay_out(
-        self,
-        choice: SoftChoice,
-        given: torch.Tensor,
-        attention_mask,
-        position_ids,
-        cache: SoftCache | None,
-        prefill: bool = False,
-    ) -> Segments:
-        batch, new = given.shape[:2]
-        real = torch.ones(batch, new, dtype=torch.bool, device=given.device)
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.ndim == 2:
-            real = attention_mask[:, -new:].to(given.device) != 0
-        if position_ids is not None:
-            position_ids = position_ids.to(given.device).expand(batch, -1)
-        history = None if cache is None else cache.history
-        if history is None:
-            history = History.empty(batch, given.device)
-        # In training nothing reads the cache later: it must not hold merged experts until the step ends.
-        keep = cache is not None and not self.training
-        assert choice.segment is not None
-        segments, history = plan_segments(history, real, position_ids, choice.segment, choice.span, keep, prefill)
-        if cache is not None:
-            cache.history = history
-        return segments
-
-
-class SegmentedCausalLM:
-    """Mixin for a causal language model: marks the passes of `generate` that read the prompt."""
-
-    config: Any
-
-    @wraps(GenerationMixin.prepare_inputs_for_generation)
-    def prepare_inputs_for_generation(self, *args, **kwargs):
-        """As `GenerationMixin`'s. Under ``prefill_chunk_size`` several passes read the prompt."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        choice = soft_choice(self.config.namex)
-        if choice is not None and choice.segment is not None and kwargs.get("is_first_iteration"):
-            inputs[PREFILL] = True
-        return inputs
-
-
-def experts_class(choice: SoftChoice) -> type[Qwen2MoeExperts]:
-    """Class of the routed experts."""
-    return TokenExperts if choice.segment is None else SoftExperts
-
-
-__all__ = ["SegmentedCausalLM", "SegmentedLayer", "SegmentedModel", "SoftRouting", "experts_class"]

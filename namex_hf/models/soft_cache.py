@@ -5,30 +5,31 @@ That is a few numbers a token (under ``method: smear`` one an expert), against t
 experts of unfinished segments are stored until these end; rows with the same expert share it.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from .soft_segments import History
 
-Merged = tuple[torch.Tensor, torch.Tensor]
+Merged = tuple[Tensor, Tensor]
 """Gate and up, fused ``[experts, 2 * width, hidden]``, and down ``[experts, hidden, width]``."""
 
 
 class LayerMemory:
     """The part of the cache that belongs to one MoE layer."""
 
-    def __init__(self) -> None:
-        self.index: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
-        self.merged: Merged | None = None
+    index: Tensor | None = None
+    value: Tensor | None = None
+    merged: Merged | None = None
 
     @property
     def columns(self) -> int:
         return 0 if self.index is None else self.index.shape[1]
 
-    def extend(self, index: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def extend(self, index: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Append the experts and values of this pass's tokens, ``[batch, tokens, top_k]``; returns those of all."""
         index = index.to(torch.int16)
         if self.index is not None and self.value is not None:
@@ -36,12 +37,9 @@ class LayerMemory:
         self.index, self.value = index, value
         return index, value
 
-    def rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def rows(self, pick: Callable[[Tensor], Tensor]) -> None:
         if self.index is not None and self.value is not None:
             self.index, self.value = pick(self.index), pick(self.value)
-
-    def tensors(self) -> list[torch.Tensor]:
-        return [t for t in (self.index, self.value, *(self.merged or ())) if t is not None]
 
 
 class SoftCache(DynamicCache):
@@ -51,7 +49,7 @@ class SoftCache(DynamicCache):
     """
 
     history: History | None
-    memories: dict[int, LayerMemory]
+    memories: defaultdict[int, LayerMemory]
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -59,30 +57,27 @@ class SoftCache(DynamicCache):
 
     def forget(self) -> None:
         """Return to the state before the first token."""
-        self.history, self.memories = None, {}
-
-    def memory(self, layer: int) -> LayerMemory:
-        return self.memories.setdefault(layer, LayerMemory())
+        self.history, self.memories = None, defaultdict(LayerMemory)
 
     @property
     def routing_bytes(self) -> int:
         """Bytes of the state, beyond keys and values."""
-        tensors = [t for memory in self.memories.values() for t in memory.tensors()]
+        tensors = [t for each in self.memories.values() for t in (each.index, each.value, *(each.merged or ()))]
         if self.history is not None:
             tensors += [self.history.position, self.history.slot, self.history.since]
-        return sum(t.nbytes for t in tensors)
+        return sum(t.nbytes for t in tensors if t is not None)
 
-    def _rows(self, pick: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def _rows(self, pick: Callable[[Tensor], Tensor]) -> None:
         if self.history is not None:
             self.history = self.history.rows(pick)
         for memory in self.memories.values():
             memory.rows(pick)
 
-    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+    def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)
         self._rows(lambda t: t.index_select(0, beam_idx.to(t.device)))
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
+    def batch_select_indices(self, indices: Tensor) -> None:
         super().batch_select_indices(indices)
         self._rows(lambda t: t[indices.to(t.device)])
 
@@ -131,6 +126,3 @@ def soft_cache(cache: Cache) -> SoftCache:
             "other than by its own methods, or a pass broke off"
         )
     return cache
-
-
-__all__ = ["LayerMemory", "Merged", "SoftCache", "soft_cache"]

@@ -20,18 +20,18 @@ experts * rank unknowns. Every pass also costs rank tokens through every expert.
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 
 class Directions(NamedTuple):
     """The c_i of the matrices with the same inputs."""
 
-    leading: torch.Tensor
+    leading: Tensor
     """V, ``[experts, columns, rank]``."""
-    floor: torch.Tensor
+    floor: Tensor
     """t, ``[experts]``; with `usage` as weights their mean is 1."""
-    usage: torch.Tensor
+    usage: Tensor
     """p, ``[experts]``, summing to 1."""
 
 
@@ -41,11 +41,11 @@ class CalibratedCurvature(nn.Module):
     A forward is needed for wrappers that move tensors to a device before it.
     """
 
-    usage: torch.Tensor
-    input_floor: torch.Tensor
-    input_directions: torch.Tensor
-    neuron_floor: torch.Tensor
-    neuron_directions: torch.Tensor
+    usage: Tensor
+    input_floor: Tensor
+    input_directions: Tensor
+    neuron_floor: Tensor
+    neuron_directions: Tensor
 
     def __init__(self, experts: int, hidden: int, width: int, rank: int):
         super().__init__()
@@ -65,7 +65,7 @@ class CalibratedCurvature(nn.Module):
         for name, tensor in self.named_buffers():
             init.constant_(tensor, 1 / len(tensor) if name == "usage" else float(name.endswith("floor")))
 
-    def forward(self, like: torch.Tensor) -> tuple[Directions, Directions]:
+    def forward(self, like: Tensor) -> tuple[Directions, Directions]:
         """The directions of gate and up, and of down. Args: like, a tensor of the pass, which wrappers read."""
         return (
             Directions(self.input_directions, self.input_floor, self.usage),
@@ -73,9 +73,7 @@ class CalibratedCurvature(nn.Module):
         )
 
 
-def reweighted(
-    shares: torch.Tensor, rest: torch.Tensor, directions: Directions
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def reweighted(shares: Tensor, rest: Tensor, directions: Directions) -> tuple[Tensor, Tensor, Tensor]:
     """s and l of the plain merge X, and the weights a.
 
     Args:
@@ -89,14 +87,14 @@ def reweighted(
 
 
 def correction(
-    plain: torch.Tensor,
-    shares: torch.Tensor,
-    weight: torch.Tensor,
-    experts: torch.Tensor,
-    used: torch.Tensor | None,
-    base: torch.Tensor | None,
+    plain: Tensor,
+    shares: Tensor,
+    weight: Tensor,
+    experts: Tensor,
+    used: Tensor | None,
+    base: Tensor | None,
     directions: Directions,
-) -> torch.Tensor:
+) -> Tensor:
     """``R (I + V^T V A)^-1 V^T``, ``[groups, rows, columns]``.
 
     Args:
@@ -132,6 +130,3 @@ def correction(
         basis, inside = torch.linalg.qr(wide)
         solved = torch.linalg.solve(system, missing, left=False) @ inside.T
     return solved.to(plain.dtype) @ basis.T.to(plain.dtype)
-
-
-__all__ = ["CalibratedCurvature", "Directions", "correction", "reweighted"]

@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import initialization as init
 
 
@@ -35,12 +35,12 @@ def kronecker_parameters(hidden: int, width: int, rank: int) -> int:
 class Factors(NamedTuple):
     """M_i of every expert for one projection: A1, A2, B1, B2, each ``[experts, rank, side, side]``."""
 
-    left_outer: torch.Tensor
-    left_inner: torch.Tensor
-    right_outer: torch.Tensor
-    right_inner: torch.Tensor
+    left_outer: Tensor
+    left_inner: Tensor
+    right_outer: Tensor
+    right_inner: Tensor
 
-    def of(self, used: torch.Tensor | None) -> "Factors":
+    def of(self, used: Tensor | None) -> "Factors":
         """The factors of some experts; None: all."""
         return self if used is None else Factors(*(factor[used] for factor in self))
 
@@ -49,7 +49,7 @@ Kronecker = tuple[Factors, Factors, Factors]
 """The factors of gate, up and down."""
 
 
-def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
+def curved(tau: Tensor, factors: Factors) -> Tensor:
     """``M_i(tau_i)`` of every expert, ``[experts, rows, columns]``.
 
     Memory: beyond the result, `tau` twice; with gradients four times for every rank.
@@ -67,32 +67,21 @@ def curved(tau: torch.Tensor, factors: Factors) -> torch.Tensor:
     return total.view(count, rows, columns).to(tau.dtype)  # autocast multiplies in another dtype
 
 
-def deltas(
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
-    base: tuple[torch.Tensor, torch.Tensor] | None,
-    curvature: Kronecker,
-    used: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``M_i (E_i - E_m)``, in the layout of the experts, gate and up fused; without a base expert ``M_i E_i``.
+def bent(
+    gate_up: Tensor, down: Tensor, base: tuple[Tensor, Tensor] | None, curvature: Kronecker, used: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """``E_m + M_i (E_i - E_m)``, which replaces ``E_i`` in a linear merge; without a base expert ``M_i E_i``.
 
     Args:
         gate_up: ``[used experts, 2 * width, hidden]``; down: ``[used experts, hidden, width]``.
         used: indices of the used experts; None: all.
     """
     if base is not None:
-        gate_up, down = gate_up - base[0], down - base[1]
+        gate_up, down = bent(gate_up - base[0], down - base[1], None, curvature, used)
+        return gate_up + base[0], down + base[1]
     of_gate, of_up, of_down = (factors.of(used) for factors in curvature)
     gate, up = gate_up.chunk(2, dim=1)
     return torch.cat([curved(gate, of_gate), curved(up, of_up)], dim=1), curved(down, of_down)
-
-
-def bent(
-    gate_up: torch.Tensor, down: torch.Tensor, base: tuple[torch.Tensor, torch.Tensor] | None, curvature: Kronecker
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``E_m + M_i (E_i - E_m)``, which replaces ``E_i`` in a linear merge. Args: as of `deltas`."""
-    gate_up, down = deltas(gate_up, down, base, curvature)
-    return (gate_up, down) if base is None else (gate_up + base[0], down + base[1])
 
 
 class KroneckerProducts(nn.Module):
@@ -112,7 +101,7 @@ class KroneckerProducts(nn.Module):
         for name, factor in self.named_parameters():
             init.copy_(factor, identity(factor, name == "right_inner", generator))
 
-    def forward(self, like: torch.Tensor) -> Factors:
+    def forward(self, like: Tensor) -> Factors:
         """Args: like, a tensor of the pass, which wrappers read."""
         return Factors(*(getattr(self, name) for name in Factors._fields))
 
@@ -131,12 +120,12 @@ class KroneckerCurvature(nn.Module):
         for products in (self.gate_proj, self.up_proj, self.down_proj):
             products.reset_parameters(generator)
 
-    def forward(self, like: torch.Tensor) -> Kronecker:
+    def forward(self, like: Tensor) -> Kronecker:
         """The factors of gate, up and down. Args: like, a tensor of the pass, which wrappers read."""
         return self.gate_proj(like), self.up_proj(like), self.down_proj(like)
 
 
-def identity(like: torch.Tensor, zeroed: bool, generator: torch.Generator | None = None) -> torch.Tensor:
+def identity(like: Tensor, zeroed: bool, generator: torch.Generator | None = None) -> Tensor:
     """Initial value of a factor ``[experts, rank, side, side]``: I in the first product, in the others as above.
 
     Args:
@@ -149,15 +138,3 @@ def identity(like: torch.Tensor, zeroed: bool, generator: torch.Generator | None
     if not like.is_meta:
         start[:, 0] = torch.eye(side, device=like.device)
     return start.to(like.dtype)
-
-
-__all__ = [
-    "Factors",
-    "Kronecker",
-    "KroneckerCurvature",
-    "KroneckerProducts",
-    "bent",
-    "curved",
-    "deltas",
-    "kronecker_parameters",
-]

@@ -8,6 +8,7 @@ group is the set of a pass's tokens that share a merged expert.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 AFTER_PROMPT = 1 << 40  # the segment of all tokens after the prompt, where the prompt alone routes
 
@@ -15,11 +16,11 @@ AFTER_PROMPT = 1 << 40  # the segment of all tokens after the prompt, where the 
 class History(NamedTuple):
     """The layout of the tokens in a cache; rows of the batch first."""
 
-    position: torch.Tensor
+    position: Tensor
     """``[batch, columns]``, -1 at padding."""
-    slot: torch.Tensor
+    slot: Tensor
     """``[batch]``: the stored expert that the row's latest run uses, -1 without. Rows may share an expert."""
-    since: torch.Tensor
+    since: Tensor
     """``[batch]``: the column at which that run began."""
     slots: int
     """Number of merged experts that every layer stores."""
@@ -58,26 +59,26 @@ class Segments(NamedTuple):
 
     past: int
     """Columns in the cache before this pass."""
-    run: torch.Tensor
+    run: Tensor
     """``[batch, columns]``: row * runs + run of every token so far; batch * runs at padding."""
-    sources: torch.Tensor
+    sources: Tensor
     """Boolean ``[batch, runs, runs]``: the runs over whose tokens the routing of a run is averaged."""
-    total: torch.Tensor
+    total: Tensor
     """``[batch, runs]``: the number of those tokens."""
-    fresh: torch.Tensor
+    fresh: Tensor
     """``[fresh groups]``: the row * runs + run of each."""
-    carried: torch.Tensor | None
+    carried: Tensor | None
     """Slots of the stored experts in use; None: all."""
-    keep: torch.Tensor | None
+    keep: Tensor | None
     """Groups whose expert is stored for the next pass; None: all."""
-    table: torch.Tensor
+    table: Tensor
     """``[groups, longest group]``: tokens of this pass as row * length + column; short groups repeat their first."""
-    tokens: torch.Tensor
+    tokens: Tensor
     """``[unpadded tokens]``: the same numbers, group after group."""
-    place: torch.Tensor
+    place: Tensor
     """``[unpadded tokens]``: the place of each token in the flattened `table`."""
 
-    def shares(self, index: torch.Tensor, value: torch.Tensor, experts: int, unrouted: float = 0.0) -> torch.Tensor:
+    def shares(self, index: Tensor, value: Tensor, experts: int, unrouted: float = 0.0) -> Tensor:
         """s of every fresh group: the mean of its sources' top-k values, zeros elsewhere.
 
         Args:
@@ -100,19 +101,13 @@ class Segments(NamedTuple):
         return mean.view(batch * runs, experts)[self.fresh]
 
 
-class _Runs(NamedTuple):
-    """Every token's segment and run, over all columns so far."""
+def _find_runs(position: Tensor, length: int, prompt: int | None) -> tuple[Tensor, ...]:
+    """Document, segment and run of every token, ``[batch, columns]``; each row's latest token, and where its run began.
 
-    real: torch.Tensor
-    document: torch.Tensor
-    segment: torch.Tensor
-    run: torch.Tensor
-    latest: torch.Tensor
-    since: torch.Tensor
-
-
-def _find_runs(position: torch.Tensor, length: int, prompt: int | None) -> _Runs:
-    """Args: position, ``[batch, columns]`` with -1 at padding; prompt, the number of columns that have segments."""
+    Args:
+        position: ``[batch, columns]``, -1 at padding.
+        prompt: number of columns that have segments; None: all.
+    """
     column = torch.arange(position.shape[1], device=position.device)
     real = position >= 0
     latest = torch.where(real, column, -1).cummax(1).values
@@ -126,18 +121,18 @@ def _find_runs(position: torch.Tensor, length: int, prompt: int | None) -> _Runs
         segment = torch.where(real & (column >= prompt), AFTER_PROMPT, segment)
     starts = begins | (real & (segment != segment.gather(1, behind)))
     since = torch.where(starts, column, -1).amax(1)
-    return _Runs(real, begins.cumsum(1) - 1, segment, starts.cumsum(1) - 1, latest[:, -1], since)
+    return begins.cumsum(1) - 1, segment, starts.cumsum(1) - 1, latest[:, -1], since
 
 
-def _sources(layout: _Runs, ident: torch.Tensor, runs: int, previous: bool) -> tuple[torch.Tensor, torch.Tensor]:
+def _sources(document: Tensor, segment: Tensor, ident: Tensor, runs: int, previous: bool) -> tuple[Tensor, Tensor]:
     """`Segments.sources` and `Segments.total`."""
     batch = len(ident)
 
-    def of_run(values: torch.Tensor) -> torch.Tensor:
+    def of_run(values: Tensor) -> Tensor:
         spread = values.new_full((batch * runs + 1,), -2).scatter_(0, ident.flatten(), values.flatten())
         return spread[:-1].view(batch, runs)
 
-    document, segment = of_run(layout.document), of_run(layout.segment)
+    document, segment = of_run(document), of_run(segment)
     counts = ident.flatten().bincount(minlength=batch * runs + 1)[:-1].view(batch, 1, runs)
     target, source = segment[:, :, None], segment[:, None, :]
     in_span = source == target - 1 if previous else source < target
@@ -145,7 +140,7 @@ def _sources(layout: _Runs, ident: torch.Tensor, runs: int, previous: bool) -> t
     return sources, torch.where(sources, counts, 0).sum(-1)
 
 
-def _lay_out(group: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _lay_out(group: Tensor, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """Tokens by group: `table` of indices into `group`, their order, and their places in the table."""
     order = group.argsort(stable=True)
     sorted_group = group[order]
@@ -160,8 +155,8 @@ def _lay_out(group: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tens
 
 def plan_segments(
     history: History,
-    real: torch.Tensor,
-    position_ids: torch.Tensor | None,
+    real: Tensor,
+    position_ids: Tensor | None,
     length: int,
     span: str,
     keep: bool,
@@ -187,16 +182,15 @@ def plan_segments(
     position = torch.cat([history.position, torch.where(real, position_ids, -1)], 1)
     in_prompt = prefill and history.in_prompt
     prompt = past + new if in_prompt or not history.prompt else history.prompt
-    layout = _find_runs(position, length, prompt if span == "prompt" else None)
-    runs = max(int(layout.run.max()), 0) + 1
+    document, segment, run, latest, since = _find_runs(position, length, prompt if span == "prompt" else None)
+    runs = max(int(run.max()), 0) + 1
     row = torch.arange(batch, device=real.device)[:, None]
-    ident = torch.where(layout.real, row * runs + layout.run, batch * runs)
+    ident = torch.where(position >= 0, row * runs + run, batch * runs)
 
     # Tokens that continue a run with a stored expert, and tokens that need a new expert.
-    real, new_ident = layout.real[:, past:], ident[:, past:].contiguous()
-    ongoing = torch.zeros_like(real)
+    new_ident, ongoing = ident[:, past:].contiguous(), torch.zeros_like(real)
     if past:
-        ongoing = real & (history.slot >= 0)[:, None] & (layout.run[:, past:] == layout.run[:, past - 1 : past])
+        ongoing = real & (history.slot >= 0)[:, None] & (run[:, past:] == run[:, past - 1 : past])
     fresh = new_ident[real & ~ongoing].unique()
     expert = torch.where(ongoing, history.slot[:, None], history.slots + torch.searchsorted(fresh, new_ident))
     used, group = expert[real].unique(return_inverse=True)
@@ -207,13 +201,13 @@ def plan_segments(
     slot = torch.full_like(history.slot, -1)
     if keep:
         groups = torch.full_like(expert, -1).masked_scatter_(real, group)
-        slot = groups.gather(1, (layout.latest - past).clamp(min=0)[:, None])[:, 0]  # -1 in a row of padding
+        slot = groups.gather(1, (latest - past).clamp(min=0)[:, None])[:, 0]  # -1 in a row of padding
     stored, number = slot[slot >= 0].unique(return_inverse=True)
     slot = slot.masked_scatter(slot >= 0, number)
 
     sources = total = new_ident.new_empty(0)
     if len(fresh):
-        sources, total = _sources(layout, ident, runs, span == "previous")
+        sources, total = _sources(document, segment, ident, runs, span == "previous")
     segments = Segments(
         past,
         ident,
@@ -226,7 +220,4 @@ def plan_segments(
         tokens[order],
         place,
     )
-    return segments, History(position, slot, layout.since, len(stored), prompt, in_prompt)
-
-
-__all__ = ["History", "Segments", "plan_segments"]
+    return segments, History(position, slot, since, len(stored), prompt, in_prompt)

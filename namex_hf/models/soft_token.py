@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeExperts
 
@@ -29,22 +30,22 @@ ALIGNED = 16
 class Pairs(NamedTuple):
     """The (token, expert) pairs of a pass, sorted by expert."""
 
-    token: torch.Tensor
+    token: Tensor
     """``[pairs]``: the token of each pair."""
-    place: torch.Tensor
+    place: Tensor
     """``[tokens * top_k]``: the places of each token's pairs."""
-    ends: torch.Tensor
+    ends: Tensor
     """int32 ``[experts]``: number of pairs up to the last of each expert."""
 
     @classmethod
-    def of(cls, index: torch.Tensor, experts: int) -> "Pairs":
+    def of(cls, index: Tensor, experts: int) -> "Pairs":
         """Args: index, the experts of every token, ``[tokens, top_k]``."""
         by_expert, order = index.flatten().sort(stable=True)
         place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         ends = torch.searchsorted(by_expert, torch.arange(experts, device=order.device), right=True)
         return cls(order // index.shape[1], place, ends.int())
 
-    def products(self, inputs: torch.Tensor, matrices: torch.Tensor, loop: bool) -> torch.Tensor:
+    def products(self, inputs: Tensor, matrices: Tensor, loop: bool) -> Tensor:
         """Every pair's token times its expert's matrix, ``[tokens, top_k, rows]``.
 
         Args:
@@ -62,7 +63,7 @@ class Pairs(NamedTuple):
         return outputs.index_select(0, self.place).view(len(inputs), -1, matrices.shape[1])
 
 
-def groupable(inputs: torch.Tensor, matrices: torch.Tensor) -> bool:
+def groupable(inputs: Tensor, matrices: Tensor) -> bool:
     """Whether `grouped_mm` accepts these: it can be compiled in bfloat16 only, and rows must be aligned."""
     kinds = GROUPED[1:2] if torch.compiler.is_compiling() else GROUPED
     aligned = all(side * matrices.element_size() % ALIGNED == 0 for side in matrices.shape[1:])
@@ -77,13 +78,13 @@ class TokenExperts(Qwen2MoeExperts):
 
     def forward(
         self,
-        tokens: torch.Tensor,
-        shares: torch.Tensor,
-        index: torch.Tensor,
+        tokens: Tensor,
+        shares: Tensor,
+        index: Tensor,
         base: Merged | None,
         curvature: Kronecker | None = None,
         experts: Merged | None = None,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """``[tokens, hidden] -> [tokens, hidden]``.
 
         Args:
@@ -110,7 +111,7 @@ class TokenExperts(Qwen2MoeExperts):
         if every:
             shares = torch.zeros_like(shares).scatter(1, index, shares)
 
-        def merged(inputs: torch.Tensor, matrices: torch.Tensor, of_base: torch.Tensor | None) -> torch.Tensor:
+        def merged(inputs: Tensor, matrices: Tensor, of_base: Tensor | None) -> Tensor:
             if every:
                 total = every_expert(inputs, matrices, shares)
             elif pairs is None:
@@ -125,12 +126,12 @@ class TokenExperts(Qwen2MoeExperts):
         return merged(self.act_fn(gate) * up, down, None if base is None else base[1])
 
 
-def weighted_sum(products: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def weighted_sum(products: Tensor, shares: Tensor) -> Tensor:
     """``[tokens, top_k, rows]`` and ``[tokens, top_k]`` to ``[tokens, rows]``, in the dtype of the shares."""
     return sum(shares[:, i, None] * products[:, i] for i in range(shares.shape[1]))  # type: ignore[return-value]
 
 
-def every_expert(inputs: torch.Tensor, matrices: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+def every_expert(inputs: Tensor, matrices: Tensor, shares: Tensor) -> Tensor:
     """``sum_i shares_i matrices_i inputs``, one expert at a time.
 
     Args:
@@ -139,7 +140,7 @@ def every_expert(inputs: torch.Tensor, matrices: torch.Tensor, shares: torch.Ten
         shares: ``[tokens, experts]``.
     """
 
-    def term(share: torch.Tensor, matrix: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def term(share: Tensor, matrix: Tensor, tokens: Tensor) -> Tensor:
         return share[:, None] * F.linear(tokens, matrix)
 
     total = shares.new_zeros(len(inputs), matrices.shape[1])
@@ -149,6 +150,3 @@ def every_expert(inputs: torch.Tensor, matrices: torch.Tensor, shares: torch.Ten
         else:
             total += term(share, matrix, inputs)
     return total
-
-
-__all__ = ["TokenExperts"]

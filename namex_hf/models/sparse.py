@@ -9,16 +9,15 @@ in the first MoE layer under ``first_layer: sparse``.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeMLP, Qwen2MoeTopKRouter
 
-from .configuration_namex import check_merge, is_residual, stays_sparse
+from .configuration_namex import is_residual, stays_sparse
 from .routers import ChosenRouting
 
 
-def left_over_mass(scores: torch.Tensor) -> torch.Tensor:
+def left_over_mass(scores: Tensor) -> Tensor:
     """``1 - sum_topk s_i`` of every token.
 
     The float32 sum is over the scores in the dtype that the experts receive, so that all weights together are 1 in any
@@ -33,7 +32,7 @@ def left_over_mass(scores: torch.Tensor) -> torch.Tensor:
     return (1.0 - scores.float().sum(-1, keepdim=True)).clamp(min=0.0).to(scores.dtype)
 
 
-def swiglu_mlp(tokens: torch.Tensor, base: Mapping[str, torch.Tensor], activation: Any) -> torch.Tensor:
+def swiglu_mlp(tokens: Tensor, base: Mapping[str, Tensor], activation: Any) -> Tensor:
     """`Qwen2MoeMLP` as a function of its matrices, ``[tokens, hidden] -> [tokens, hidden]``."""
     gate, up = F.linear(tokens, base["gate_proj"]), F.linear(tokens, base["up_proj"])
     return F.linear(activation(gate) * up, base["down_proj"])
@@ -49,24 +48,23 @@ class PaddedRouter(Qwen2MoeTopKRouter):
     width: int
     """Number of experts of the largest layer."""
 
-    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """``[tokens, hidden]`` to logits ``[tokens, width]``, values and experts ``[tokens, top_k]``."""
         logits, value, index = super().forward(hidden_states)
         return F.pad(logits, (0, self.width - self.num_experts), value=float("-inf")), value, index
 
 
 def set_expert_count(block: Any, config: Any, layer: int) -> None:
-    """Give a block the number of experts that ``config.layer_experts`` states for its layer, without values.
+    """Give a block the number of experts that ``config.layer_experts`` states for its layer.
 
-    A block that has this number of experts already keeps their values.
+    The first experts keep their values.
     """
     if config.layer_experts is None:
         return
     count, gate, experts = config.layer_experts[layer], block.gate, block.experts
     if len(gate.weight) != count:
-        experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.new_empty(count, *experts.gate_up_proj.shape[1:]))
-        experts.down_proj = nn.Parameter(experts.down_proj.new_empty(count, *experts.down_proj.shape[1:]))
-        gate.weight = nn.Parameter(gate.weight.new_empty(count, gate.weight.shape[1]))
+        for module, name in ((experts, "gate_up_proj"), (experts, "down_proj"), (gate, "weight")):
+            setattr(module, name, nn.Parameter(getattr(module, name).detach()[:count].clone()))
     experts.num_experts = gate.num_experts = count
     gate.top_k = min(gate.top_k, count)
     gate.__class__, gate.width = PaddedRouter, config.num_experts
@@ -75,25 +73,17 @@ def set_expert_count(block: Any, config: Any, layer: int) -> None:
 class SparseRouting(ChosenRouting):
     """Mixin for a MoE block of `gate`, `experts` and perhaps `base_expert`, a SwiGLU MLP of the routed width."""
 
-    gate: Any
     experts: nn.Module
     base_expert: Any
 
     def add_parts(self, config, layer: int) -> None:
         """Add the parts that the stock block lacks. Args: layer, the index of the decoder layer."""
-        # A field may have been changed after the configuration checked it.
-        check_merge(config.namex, self.gate.norm_topk_prob)
         self.base_expert = None
         if is_residual(config.namex) and not stays_sparse(config, layer):
             self.base_expert = Qwen2MoeMLP(config, intermediate_size=config.moe_intermediate_size)
         self.add_router(config)
 
-    def routed(
-        self,
-        flat: torch.Tensor,
-        token_ids: torch.Tensor | None = None,
-        base: Mapping[str, torch.Tensor] | None = None,
-    ) -> torch.Tensor:
+    def routed(self, flat: Tensor, token_ids: Tensor | None = None, base: Mapping[str, Tensor] | None = None) -> Tensor:
         """``F(x)`` without the shared expert, ``[tokens, hidden] -> [tokens, hidden]``.
 
         Args:
@@ -105,6 +95,3 @@ class SparseRouting(ChosenRouting):
             return output
         base_output = self.base_expert(flat) if base is None else swiglu_mlp(flat, base, self.base_expert.act_fn)
         return output + left_over_mass(scores) * base_output
-
-
-__all__ = ["PaddedRouter", "SparseRouting", "left_over_mass", "set_expert_count"]

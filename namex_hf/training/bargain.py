@@ -71,9 +71,9 @@ def rebargain(model: Any, recipe: Recipe, write: bool = True) -> list[LayerBarga
             block = model.get_submodule(outline.blocks[index])
             with gathered(model.get_submodule(outline.decoder_layers[index])):
                 trained = own_of(block) if merge.stays_sparse(index, shape.layers) else base_of(block)
-                keeps_base = walk is None or not write
-                if walk is None or not write:
+                if keeps_base := walk is None or not write:
                     walk = PropagationState(trained)
+                assert walk is not None
                 device = str(trained.down.device)
                 try:
                     step = _propagate_layer(block, walk, merge, position, device)
@@ -118,12 +118,9 @@ def summary(bargains: list[LayerBargain]) -> dict[str, float]:
     mean drift over layers; the share of games without agreement, and of games that fell back to the plain mean.
     """
     games = [game for layer in bargains for game in layer.record]
-    largest: dict[str, list[float]] = {
-        "bargain/spread": [game["spread"] for game in games if game["spread"] is not None],
-        "bargain/residual": [game["residual"] for game in games if game["residual"] is not None],
-    }
+    found = {key: [game[key] for game in games if game[key] is not None] for key in ("spread", "residual")}
     drifts = [layer.drift for layer in bargains if layer.drift is not None]
-    values = {name: max(numbers) for name, numbers in largest.items() if numbers}
+    values = {f"bargain/{key}": max(numbers) for key, numbers in found.items() if numbers}
     if drifts:
         values["bargain/drift"] = sum(drifts) / len(drifts)
     for word in (NO_AGREEMENT, FALLBACK):

@@ -32,17 +32,8 @@ class Chats:
     """Name of the data, never a path; of a Hub data set with its commit."""
     sha256: str | None
     """Hash of a local file's chats."""
-    places: tuple[tuple[str, Sequence[int]], tuple[str, Sequence[int]]] | None = None
-    """For both, the term for a row and the row numbers in the file or split; None: rows are counted."""
-
-    def place(self, held_out: bool) -> tuple[str, Sequence[int]]:
-        """The term for a row in messages, and the number of each row."""
-        if self.places is not None:
-            return self.places[held_out]
-        return f"{self.name}, {'held-out ' if held_out else ''}chat", range(1, 1 + len(self._split(held_out)))
-
-    def _split(self, held_out: bool) -> Any:
-        return self.held_out if held_out else self.train
+    places: tuple[tuple[str, Sequence[int]], tuple[str, Sequence[int]]]
+    """For both, the term for a row in messages, and the number of each row in the file or split."""
 
 
 def load_chats(source: str | None, config: str | None, splits: tuple[str, str], held_out: int, seed: int) -> Chats:
@@ -69,30 +60,25 @@ def load_chats(source: str | None, config: str | None, splits: tuple[str, str], 
         return _of_hub(str(source), config, splits, held_out)
     if config is not None:
         raise TrainingError(f"--dataset_config {config} belongs to a Hub data set; found {path or 'none'}")
-    return _packaged(held_out) if path is None else _of_file(path, held_out, seed)
-
-
-def _packaged(held_out: int) -> Chats:
-    rows = list(file_chats(PACKAGED / "train.jsonl"))
-    held = list(file_chats(PACKAGED / "held_out.jsonl"))[:held_out]
-    return Chats(_data_set(rows), _data_set(held), "packaged", _digest(rows, held))
-
-
-def _of_file(path: Path, held_out: int, seed: int) -> Chats:
+    if path is None:
+        train, back = (list(_numbered(PACKAGED / f"{name}.jsonl")) for name in ("train", "held_out"))
+        return _in_memory("packaged", train, back[:held_out], ("packaged, chat", "packaged, held-out chat"))
     numbered = list(_numbered(path))
     count = min(held_out, len(numbered) // 10)
     if count < 2:
         raise TrainingError(f"{path}: {len(numbered)} chats; at least 20 are needed to hold two back")
     order = np.random.default_rng(seed).permutation(len(numbered)).tolist()
     back, train = ([numbered[index] for index in sorted(part)] for part in (order[:count], order[count:]))
-    rows, held = ([chat for _, chat in part] for part in (train, back))
     unit = f"{path} {'row' if path.suffix == '.parquet' else 'line'}"
-    places = ((unit, [number for number, _ in train]), (unit, [number for number, _ in back]))
-    return Chats(_data_set(rows), _data_set(held), path.name, _digest(rows, held), places)
+    return _in_memory(path.name, train, back, (unit, unit))
 
 
-def _digest(rows: list[Chat], held: list[Chat]) -> str:
-    return hashlib.sha256(json.dumps([rows, held]).encode()).hexdigest()
+def _in_memory(name: str, train: list[tuple[int, Chat]], back: list[tuple[int, Chat]], units: tuple[str, str]) -> Chats:
+    """Chats of local files, each with its number."""
+    rows, held = ([chat for _, chat in part] for part in (train, back))
+    places = ((units[0], [number for number, _ in train]), (units[1], [number for number, _ in back]))
+    digest = hashlib.sha256(json.dumps([rows, held]).encode()).hexdigest()
+    return Chats(_data_set(rows), _data_set(held), name, digest, places)
 
 
 def _data_set(rows: list[Chat]) -> Any:
@@ -139,29 +125,19 @@ def _of_hub(name: str, config: str | None, splits: tuple[str, str], held_out: in
 
 def _checked_rows(rows: Any, unit: str) -> Any:
     """The same chats in the form of `_data_set`; on disk if `rows` are."""
+    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+
     names = rows.column_names
     columns = [name for name in COLUMNS if name in names or (name == "chat_template_kwargs" and "documents" in names)]
     arguments = {"features": rows.features, "unit": unit, "columns": columns, "version": __version__}
-    had_bars = _progress_bars(False)
+    kind = {"features": _features(columns), "remove_columns": names}
+    had_bars = is_progress_bar_enabled()
+    disable_progress_bar()
     try:
-        return rows.map(
-            _checked_row,
-            with_indices=True,
-            fn_kwargs=arguments,
-            features=_features(columns),
-            remove_columns=rows.column_names,
-        )
+        return rows.map(_checked_row, with_indices=True, fn_kwargs=arguments, **kind)
     finally:
-        _progress_bars(had_bars)
-
-
-def _progress_bars(on: bool) -> bool:
-    """Switch the progress bars of `datasets` on or off; returns the former state."""
-    from datasets.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
-
-    before = bool(is_progress_bar_enabled())
-    (enable_progress_bar if on else disable_progress_bar)()
-    return before
+        if had_bars:
+            enable_progress_bar()
 
 
 def _checked_row(row: Any, index: int, features: Any, unit: str, columns: Sequence[str], version: str) -> Chat:
@@ -247,18 +223,22 @@ def checked(row: Any, where: str) -> Chat:
     return chat
 
 
+def _require(holds: bool, where: str, name: str, value: Any, accepted: str) -> None:
+    if not holds:
+        raise TrainingError(f"{where}: {name} {value!r}; accepted: {accepted}")
+
+
 def _check_turn(turn: dict[str, Any], where: str) -> None:
-    if turn.get("role") not in ROLES:
-        raise TrainingError(f"{where}: role {turn.get('role')!r}; accepted: {', '.join(ROLES)}")
-    content, calls = turn.get("content"), turn.get("tool_calls")
-    if calls is not None and not (isinstance(calls, list) and all(isinstance(call, dict) for call in calls)):
-        raise TrainingError(f"{where}: tool_calls is {calls!r}; accepted: a list of objects")
-    if content is None and calls and turn["role"] == "assistant":
-        return
-    if isinstance(content, list) and content and all(map(_is_text_part, content)):
-        return
-    if not is_text(content):
-        raise TrainingError(f"{where}: content is {content!r}; accepted: text")
+    role, content, calls = turn.get("role"), turn.get("content"), turn.get("tool_calls")
+    _require(role in ROLES, where, "role", role, ", ".join(ROLES))
+    _require(calls is None or _are_objects(calls), where, "tool_calls is", calls, "a list of objects")
+    only_calls = content is None and calls and role == "assistant"
+    is_parts = isinstance(content, list) and content and all(map(_is_text_part, content))
+    _require(bool(only_calls or is_parts or is_text(content)), where, "content is", content, "text")
+
+
+def _are_objects(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) for one in value)
 
 
 def _is_text_part(part: Any) -> bool:
@@ -276,10 +256,8 @@ def _variables(row: dict[str, Any], where: str) -> Chat:
     tools, more = row.get("tools"), row.get("chat_template_kwargs")
     if isinstance(tools, str):  # TRL accepts text too, because Arrow cannot store objects of different structure
         tools = parse_json(tools, f"{where}: tools", TrainingError)
-    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
-        raise TrainingError(f"{where}: tools is {tools!r}; accepted: a list of objects")
-    if more is not None and not isinstance(more, dict):
-        raise TrainingError(f"{where}: chat_template_kwargs is {more!r}; accepted: an object")
+    _require(tools is None or _are_objects(tools), where, "tools is", tools, "a list of objects")
+    _require(more is None or isinstance(more, dict), where, "chat_template_kwargs is", more, "an object")
     if isinstance(row.get("documents"), list):
         more = {"documents": row["documents"], **(more or {})}
     return {name: value for name, value in (("tools", tools), ("chat_template_kwargs", more)) if value is not None}

@@ -43,7 +43,6 @@ def save_trained(
     report: Report,
     bargains: list[LayerBargain],
     state_dict: dict[str, Any] | None = None,
-    shard_size: str = SHARD_SIZE,
 ) -> None:
     """Write model, tokenizer, report and card; the folder becomes a model only when it is complete.
 
@@ -57,7 +56,7 @@ def save_trained(
     out, staged = folder.path, folder.state / "model"
     shutil.rmtree(staged, ignore_errors=True)
     with carried_settings(model, carried, staged):
-        model.save_pretrained(staged, max_shard_size=shard_size, state_dict=state_dict)
+        model.save_pretrained(staged, max_shard_size=SHARD_SIZE, state_dict=state_dict)
     tokenizer.save_pretrained(staged)
     settings = staged / TOKENIZER_CONFIG  # of a tokenizer that was opened without code
     settings.write_bytes(without_auto_map(settings.read_bytes()))

@@ -1,7 +1,7 @@
 """Tokens and labels of chats: rendered by the chat template, counted, and cut to the length of a sequence."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
@@ -61,21 +61,14 @@ def labelled(chats: Chats, tokenizer: Any, arguments: SFTConfig) -> Labelled:
         TrainingError: the template cannot render a chat, a chat has no answer token, or no chat has an answer token
             within the length of a sequence.
     """
-    reader, template = _reader(tokenizer, arguments)
+    tokenizer, template = _tokenizer_and_template(tokenizer, arguments)
     results = []
     packings = (arguments.packing, arguments.packing if arguments.eval_packing is None else arguments.eval_packing)
     with arguments.main_process_first(desc="reading chats"):  # the other processes read its result from disk
         for split, packed in zip((chats.train, chats.held_out), packings, strict=True):
-            unit, numbers = chats.place(split is chats.held_out)
-            fields = {
-                "tokenizer": reader,
-                "template": template,
-                "answers_alone": arguments.assistant_only_loss,
-                "window": _window(arguments, packed),
-                "unit": unit,
-                "numbers": numbers,
-            }
-            results.append(_tokenized(split, fields, arguments.dataset_num_proc))
+            window, place = _window(arguments, packed), chats.places[split is chats.held_out]
+            reader = Reader(tokenizer, template, arguments.assistant_only_loss, window, *place)
+            results.append(_tokenized(split, reader, arguments.dataset_num_proc))
     (train, lengths, answers, unread), (held_out, _, held_answers, _) = results
     for name, counts in (("chats to train on", answers), ("held-out chats", held_answers)):
         if not counts.any():
@@ -95,7 +88,7 @@ def labelled(chats: Chats, tokenizer: Any, arguments: SFTConfig) -> Labelled:
     )
 
 
-def _reader(tokenizer: Any, arguments: SFTConfig) -> tuple[Any, str | None]:
+def _tokenizer_and_template(tokenizer: Any, arguments: SFTConfig) -> tuple[Any, str | None]:
     """The tokenizer and the template that the trainer would use; None: the tokenizer's own template."""
     tokenizer, path = deepcopy(tokenizer), arguments.chat_template_path
     if arguments.eos_token is not None:
@@ -136,23 +129,22 @@ def _loses(arguments: SFTConfig) -> str:
     return "lose their end" if window.start is None else "lose their beginning"
 
 
-def _tokenized(chats: Any, fields: dict[str, Any], processes: int | None) -> tuple[Any, Any, Any, tuple[str, ...]]:
+def _tokenized(chats: Any, reader: "Reader", processes: int | None) -> tuple[Any, Any, Any, tuple[str, ...]]:
     """Tokens and labels; the numbers of tokens and of answer tokens of every chat; and the unread fields."""
     import datasets
 
-    tokens = datasets.List(datasets.Value("int64"))
-    count = datasets.Value("int64")
+    tokens, count = datasets.List(datasets.Value("int64")), datasets.Value("int64")
     features = {"input_ids": tokens, "labels": tokens, "length": count, "answer": count}
-    with limited(f"{fields['unit']} {fields['numbers'][0]}: the chat template", TrainingError, SECONDS):
-        _tokens(chats[0], 0, **fields)
+    features["unread"] = datasets.List(datasets.Value("string"))
+    with limited(f"{reader.unit} {reader.numbers[0]}: the chat template", TrainingError, SECONDS):
+        reader(chats[0], 0)
     environ = os.environ
     try:
         tokenized = chats.map(
-            _tokens,
+            reader,
             with_indices=True,
-            fn_kwargs=fields,
             remove_columns=chats.column_names,
-            features=datasets.Features(features | {"unread": datasets.List(datasets.Value("string"))}),
+            features=datasets.Features(features),
             num_proc=processes,
             desc="reading chats",
         )
@@ -167,53 +159,58 @@ def _with_answer(rows: Any, answers: np.ndarray) -> Any:
     return rows if answers.all() else rows.select(np.flatnonzero(answers))
 
 
-def _tokens(
-    chat: dict[str, Any],
-    index: int,
-    tokenizer: Any,
-    template: str | None,
-    answers_alone: bool,
-    window: slice,
-    unit: str,
-    numbers: Sequence[int],
-) -> dict[str, Any]:
-    where = f"{unit} {numbers[index]}"
-    variables = {"tools": chat.get("tools"), "chat_template": template, **(chat.get("chat_template_kwargs") or {})}
-    try:
-        _check_read(chat["messages"], tokenizer, variables, where)
-        rendered = tokenizer.apply_chat_template(
-            chat["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=answers_alone, **variables
-        )
-    except TrainingError:
-        raise
-    except Exception as error:  # a template can raise any error
-        raise TrainingError(f"{where}: the chat template does not take it: {type(error).__name__}: {error}") from error
-    ids = rendered["input_ids"]
-    mask = rendered["assistant_masks"] if answers_alone else [1] * len(ids)
-    if 1 not in mask:
-        raise TrainingError(f"{where}: the chat template marks no token of an answer, so there is nothing to learn")
-    labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
-    return {
-        "input_ids": ids,
-        "labels": labels,
-        "length": len(ids),
-        "answer": sum(label != IGNORED for label in labels[window][1:]),  # the first token is not predicted
-        "unread": _unread(chat, _text_of(template or tokenizer.chat_template)),
-    }
+@dataclass(frozen=True)
+class Reader:
+    """Converts a chat to tokens and labels."""
+
+    tokenizer: Any
+    template: str | None
+    """None: the tokenizer's own."""
+    answers_alone: bool
+    window: slice
+    """The part of a long chat that is not cut away."""
+    unit: str
+    """The term for a row in messages."""
+    numbers: Sequence[int]
+
+    def __call__(self, chat: dict[str, Any], index: int) -> dict[str, Any]:
+        where = f"{self.unit} {self.numbers[index]}"
+        options = {"tools": chat.get("tools"), "chat_template": self.template}
+        options |= chat.get("chat_template_kwargs") or {}
+        render, masks = self.tokenizer.apply_chat_template, self.answers_alone
+        try:
+            _check_read(chat["messages"], lambda turns: render(turns, tokenize=False, **options), where)
+            rendered = render(
+                chat["messages"], tokenize=True, return_dict=True, return_assistant_tokens_mask=masks, **options
+            )
+        except TrainingError:
+            raise
+        except Exception as error:  # a template can raise any error
+            reason = f"{type(error).__name__}: {error}"
+            raise TrainingError(f"{where}: the chat template does not take it: {reason}") from error
+        ids = rendered["input_ids"]
+        mask = rendered["assistant_masks"] if self.answers_alone else [1] * len(ids)
+        if 1 not in mask:
+            raise TrainingError(f"{where}: the chat template marks no token of an answer, so there is nothing to learn")
+        labels = [token if is_answer else IGNORED for token, is_answer in zip(ids, mask, strict=True)]
+        return {
+            "input_ids": ids,
+            "labels": labels,
+            "length": len(ids),
+            "answer": sum(label != IGNORED for label in labels[self.window][1:]),  # the first token is not predicted
+            "unread": _unread(chat, self.template or self.tokenizer.chat_template),
+        }
 
 
-def _text_of(template: Any) -> str:
-    return " ".join(map(str, template.values())) if isinstance(template, dict) else str(template)
-
-
-def _unread(chat: dict[str, Any], template: str) -> list[str]:
+def _unread(chat: dict[str, Any], template: Any) -> list[str]:
+    text = " ".join(map(str, template.values())) if isinstance(template, dict) else str(template)
     names = {name for turn in chat["messages"] for name, value in turn.items() if value is not None}
     names |= {"tools"} if chat.get("tools") else set()
     names |= set(chat.get("chat_template_kwargs") or {})
-    return sorted(name for name in names.difference(COMMON_FIELDS) if name not in template)
+    return sorted(name for name in names.difference(COMMON_FIELDS) if name not in text)
 
 
-def _check_read(messages: list[dict[str, Any]], tokenizer: Any, variables: dict[str, Any], where: str) -> None:
+def _check_read(messages: list[dict[str, Any]], render: Callable[..., Any], where: str) -> None:
     """Check that the template renders tool calls and content in parts. (transformers renders null content as no text.)
 
     Raises:
@@ -223,14 +220,11 @@ def _check_read(messages: list[dict[str, Any]], tokenizer: Any, variables: dict[
     if not special:
         return
 
-    def rendered(turns: list[dict[str, Any]]) -> str:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, **variables))
-
-    text = rendered(messages)
+    text = render(messages)
     if any(turn.get("tool_calls") for turn in special):
         without = [{name: value for name, value in turn.items() if name != "tool_calls"} for turn in messages]
         with suppress(TemplateError):  # a template that fails without the calls reads them
-            if rendered(without) == text:
+            if render(without) == text:
                 raise TrainingError(f"{where}: the chat template does not read tool_calls; accepted: one that does")
     for content in (turn["content"] for turn in special if isinstance(turn.get("content"), list)):
         if str(content) in text or not all(part["text"].strip() in text for part in content):

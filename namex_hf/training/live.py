@@ -20,9 +20,7 @@ from ..families.outline import outline_of
 from ..recipe import AroundBase, Recipe
 from .bargain import LayerBargain, rebargain
 from .gathered import gathered, write_base
-from .live_blocks import LIVE, BaseState, LiveBlock
-
-STORED = {live: stored for stored, live in LIVE.items()}
+from .live_blocks import BaseState, LiveBlock, live_form
 
 
 def go_live(model: Any) -> Any:
@@ -50,17 +48,15 @@ def go_live(model: Any) -> Any:
     recipe = recipe_of(model)
     merge = check_first_base(recipe)
     blocks = moe_blocks(model)
-    for layer in model.model.layers:
-        if type(layer) not in LIVE:
-            raise TrainingError(f"found a {type(layer).__name__}; accepted: a patched layer, not live, not yet sharded")
+    _check_layers(model, model.layer_class, "a patched layer, not live, not yet sharded")
     rebargain(model, recipe, write=False)  # raises its errors before the model is changed
     for block in blocks:
-        block.__class__ = LIVE[type(block)]
+        block.__class__ = live_form(block.__class__)
         block.merge, block.last = merge, block is blocks[-1]
         block.trained = [parameter.requires_grad for parameter in block.base_expert.parameters()]
         if block is not blocks[0]:
             block.base_expert.requires_grad_(False)
-    _swap_layers(model, LIVE)
+    _swap_layers(model, live_form(model.layer_class))
     model.live_hook = model.register_state_dict_pre_hook(_before_state_dict)
     rebargain(model, recipe)
     return model
@@ -101,15 +97,13 @@ def settle(model: Any) -> Any:
     Raises:
         TrainingError: the model is not live, or it is sharded (save it, and load the saved folder).
     """
-    for layer in model.model.layers:
-        if type(layer) not in STORED:
-            raise TrainingError(f"found a {type(layer).__name__}; accepted: a live layer, not sharded")
+    _check_layers(model, live_form(model.layer_class), "a live layer, not sharded")
     write_bases(model)
     model.live_hook.remove()
     del model.live_hook
-    _swap_layers(model, STORED)
+    _swap_layers(model, model.layer_class)
     for block in moe_blocks(model):
-        block.__class__ = STORED[type(block)]
+        block.__class__ = type(block).stored
         for parameter, trains in zip(block.base_expert.parameters(), block.trained, strict=True):
             parameter.requires_grad_(trains)
         del block.merge, block.last, block.weights, block.trained
@@ -155,12 +149,17 @@ def moe_blocks(model: Any) -> list[Any]:
     return [model.get_submodule(path) for path in outline_of(model.config.to_dict()).blocks.values()]
 
 
-def _swap_layers(model: Any, forms: dict[type, type]) -> None:
-    names = {form.__name__: other.__name__ for form, other in forms.items()}
+def _check_layers(model: Any, kind: type, accepted: str) -> None:
     for layer in model.model.layers:
-        layer.__class__ = forms[type(layer)]
-    for part in (model, model.model):  # wrappers find the modules to wrap by these names
-        part._no_split_modules = {names.get(name, name) for name in part._no_split_modules}
+        if type(layer) is not kind:
+            raise TrainingError(f"found a {type(layer).__name__}; accepted: {accepted}")
+
+
+def _swap_layers(model: Any, kind: type) -> None:
+    for layer in model.model.layers:
+        layer.__class__ = kind
+    for part in (model, model.model):  # wrappers find the modules to wrap by this name
+        part._no_split_modules = {kind.__name__}
 
 
 def _before_state_dict(model: Any, prefix: str, keep_vars: bool) -> None:

@@ -4,6 +4,7 @@ They have the same parameters under the same names. A layer returns the base wit
 receives both; no module stores it.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -11,12 +12,7 @@ from torch import nn
 
 from ..errors import TrainingError
 from ..models.arguments import cache_in
-from ..models.modeling_namex_deepseek import NamexDeepseekDecoderLayer, NamexDeepseekMoeBlock, SoftDeepseekMoeBlock
-from ..models.modeling_namex_qwen2_moe import (
-    NamexQwen2MoeDecoderLayer,
-    NamexQwen2MoeSparseMoeBlock,
-    SoftQwen2MoeSparseMoeBlock,
-)
+from ..models.patched_model import SegmentedLayer
 from ..models.soft import base_matrices
 from ..recipe import AroundBase
 from .gathered import attached_experts_of, curvature_of
@@ -123,36 +119,8 @@ class LiveLayer(nn.Module):
                 raise TrainingError("use_reentrant is true, under which a live base gets no gradient; accepted: false")
 
 
-class LiveQwen2MoeSparseMoeBlock(LiveBlock, NamexQwen2MoeSparseMoeBlock):
-    """``merge: residual``."""
-
-
-class LiveSoftQwen2MoeSparseMoeBlock(LiveBlock, SoftQwen2MoeSparseMoeBlock):
-    """``merge: soft``."""
-
-
-class LiveQwen2MoeDecoderLayer(LiveLayer, NamexQwen2MoeDecoderLayer):  # type: ignore[misc]
-    pass
-
-
-class LiveDeepseekMoeBlock(LiveBlock, NamexDeepseekMoeBlock):
-    """``merge: residual``."""
-
-
-class LiveSoftDeepseekMoeBlock(LiveBlock, SoftDeepseekMoeBlock):  # type: ignore[misc]
-    """``merge: soft``."""
-
-
-class LiveDeepseekDecoderLayer(LiveLayer, NamexDeepseekDecoderLayer):  # type: ignore[misc]
-    pass
-
-
-LIVE: dict[type, type] = {
-    NamexQwen2MoeSparseMoeBlock: LiveQwen2MoeSparseMoeBlock,
-    SoftQwen2MoeSparseMoeBlock: LiveSoftQwen2MoeSparseMoeBlock,
-    NamexQwen2MoeDecoderLayer: LiveQwen2MoeDecoderLayer,
-    NamexDeepseekMoeBlock: LiveDeepseekMoeBlock,
-    SoftDeepseekMoeBlock: LiveSoftDeepseekMoeBlock,
-    NamexDeepseekDecoderLayer: LiveDeepseekDecoderLayer,
-}
-"""From a patched class to its live form."""
+@cache
+def live_form(kind: type) -> type:
+    """The live form of a patched block or layer; its `stored` is `kind`."""
+    mixin = LiveLayer if issubclass(kind, SegmentedLayer) else LiveBlock
+    return type(f"Live{kind.__name__.removeprefix('Namex')}", (mixin, kind), {"stored": kind})

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +16,12 @@ from .start import Start
 
 SAVING = ("save_strategy", "save_steps")
 """When checkpoints are written; a result depends on it if it is a checkpoint."""
-VOLATILE = (
+VOLATILE = {
+    *(*SAVING, "save_total_limit", "dataset_num_proc", "dataloader_num_workers", "hub_token", "push_to_hub"),
     *("output_dir", "run_name", "report_to", "project", "trackio_space_id", "resume_from_checkpoint", "disable_tqdm"),
-    *(
-        "log_level",
-        "log_level_replica",
-        "log_on_each_node",
-        "logging_dir",
-        "logging_first_step",
-        "logging_nan_inf_filter",
-    ),
-    *(*SAVING, "save_total_limit", "dataset_num_proc", "dataloader_num_workers", "hub_token"),
-    *("push_to_hub", "hub_model_id", "do_train", "do_eval", "do_predict", "local_rank", "use_cpu"),
-)
+    *("log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step", "local_rank"),
+    *("logging_nan_inf_filter", "hub_model_id", "do_train", "do_eval", "do_predict", "use_cpu"),
+}
 """Arguments that are not part of a run's identity."""
 
 
@@ -46,7 +39,8 @@ class Choice:
     """The user's choice of trained parameters and of scores."""
 
     kinds: tuple[str, ...]
-    adapter: Adapter | None
+    adapter: Any
+    """An `Adapter`, or None."""
     bargain_every: int
     measures: tuple[str, ...]
     model_options: dict[str, Any]
@@ -70,30 +64,19 @@ def changed_arguments(arguments: SFTConfig, live: bool = False) -> dict[str, Any
     Args:
         live: whether a bargain follows every checkpoint (`BargainCallback`).
     """
-    values = json.loads(json.dumps(arguments.to_dict(), default=str))
+    stock = SFTConfig(output_dir="x", use_cpu=arguments.use_cpu, bf16=False)
+    values, defaults = (json.loads(json.dumps(one.to_dict(), default=str)) for one in (arguments, stock))
     if (template := arguments.chat_template_path) is not None and Path(template).is_file():
         values["chat_template_path"] = hash_file(Path(template))  # its content matters, not its place
-    defaults = json.loads(
-        json.dumps(SFTConfig(output_dir="x", use_cpu=arguments.use_cpu, bf16=False).to_dict(), default=str)
-    )
     saving = SAVING if live or arguments.load_best_model_at_end else ()
-    names = {field.name for field in fields(SFTConfig)} - set(VOLATILE) | set(saving)
+    names = {field.name for field in fields(SFTConfig)} - VOLATILE | set(saving)
     return {name: values[name] for name in sorted(names & set(values)) if values[name] != defaults.get(name)}
 
 
-@dataclass(frozen=True)
-class TrainingPlan:
-    """A choice, applied to a model."""
+def plan_training(start: Start, choice: Choice) -> Choice:
+    """The choice, applied to a model before a tensor is read: what is not possible in it is off.
 
-    kinds: tuple[str, ...]
-    bargain_every: int
-    adapter: Any
-    """PEFT's configuration, or None."""
-    live: bool = False
-
-
-def plan_training(start: Start, choice: Choice) -> TrainingPlan:
-    """Apply a choice to a model, before a tensor is read.
+    Its `adapter` becomes PEFT's configuration.
 
     Raises:
         TrainingError: the model has no parameters of a kind, or the adapter cannot act on them; StableMoE's first stage
@@ -112,7 +95,7 @@ def plan_training(start: Start, choice: Choice) -> TrainingPlan:
     if choice.adapter is not None:
         kinds = tuple(kind for kind in kinds if kind not in ("embeddings", "norms"))
         adapter = lora(outline, kinds, **vars(choice.adapter), carry_base=bool(every) or live)
-    return TrainingPlan(kinds, every, adapter, live)
+    return replace(choice, kinds=kinds, adapter=adapter, bargain_every=every, live=live)
 
 
 def measures_for(size: int, requested: Sequence[str] | None, largest: int) -> tuple[str, ...]:

@@ -26,15 +26,15 @@ STATE, SEAL = "trainer_state.json", "namex_seal.json"
 def fused(model: Any) -> Iterator[None]:
     """Inside this context `model` is saved with the tensor names that it has in memory."""
     model = getattr(model, "get_base_model", lambda: model)()
-    had_own, before = "_weight_conversions" in vars(model), getattr(model, "_weight_conversions", None)
+    before = vars(model).get("_weight_conversions")
     model._weight_conversions = []
     try:
         yield
     finally:
-        if had_own:
-            model._weight_conversions = before
-        else:
+        if before is None:
             del model._weight_conversions
+        else:
+            model._weight_conversions = before
 
 
 class LabelTokens(TrainerCallback, ExportableState):

@@ -26,13 +26,18 @@ from .choice import check_trains, table_of, train_only
 from .finish import layer_records, save_trained
 from .labels import Labelled, labelled, length_table
 from .live import go_live
-from .plan import Choice, TrainingPlan, changed_arguments, plan_training
+from .plan import Choice, changed_arguments, plan_training
 from .scores import Items, measure
 from .stable_moe import freeze
 from .start import Start
 from .trainer import LabelTokens, NamexTrainer, StageOneTrainer, last_checkpoint
 
 LIBRARIES = ("accelerate", "trl", "peft", "datasets")
+LOGGED = (
+    *("step", "loss", "aux_loss", "stable/balance", "stable/distillation"),
+    *("bargain/spread", "bargain/residual", "bargain/drift", "bargain/no_agreement", "bargain/uniform_fallback"),
+)
+"""Numbers of the trainer's log that the report has."""
 
 
 def tune(
@@ -90,7 +95,7 @@ class Run:
         chats: Labelled,
         arguments: SFTConfig,
         choice: Choice,
-        plan: TrainingPlan,
+        plan: Choice,
         folder: OutputFolder,
         console: Console,
     ):
@@ -238,15 +243,6 @@ class Run:
                 save_trained(self.folder, model, self.tokenizer, carried, report, bargains, state_dict)
         trainer.accelerator.wait_for_everyone()
         return report
-
-
-BARGAIN = ("spread", "residual", "drift", "no_agreement", "uniform_fallback")
-STAGE_ONE = ("balance", "distillation")
-LOGGED = (
-    *("step", "loss", "aux_loss"),
-    *(f"stable/{name}" for name in STAGE_ONE),
-    *(f"bargain/{name}" for name in BARGAIN),
-)
 
 
 def check_sharding(trainer: NamexTrainer, choice: Choice) -> None:

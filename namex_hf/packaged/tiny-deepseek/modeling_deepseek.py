@@ -8,7 +8,8 @@ from functools import wraps
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from transformers import AutoModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
@@ -25,7 +26,6 @@ from transformers.models.qwen2_moe.modeling_qwen2_moe import (
     Qwen2MoeTopKRouter,
 )
 from transformers.utils import can_return_tuple
-from transformers.utils.output_capturing import OutputRecorder
 
 from .arguments import Arguments
 from .configuration_deepseek import DeepseekConfig
@@ -45,12 +45,12 @@ class DeepseekMoeBlock(nn.Module):
         width = config.shared_expert_intermediate_size
         self.shared_experts = Qwen2MoeMLP(config, intermediate_size=width) if width else None
 
-    def routed(self, flat: torch.Tensor) -> torch.Tensor:
+    def routed(self, flat: Tensor) -> Tensor:
         """Output of the routed experts, ``[tokens, hidden] -> [tokens, hidden]``."""
         _, scores, chosen = self.gate(flat)
         return self.experts(flat, chosen, scores)
 
-    def forward(self, hidden_states: torch.Tensor, *routing: Any, **base: Any) -> torch.Tensor:
+    def forward(self, hidden_states: Tensor, *routing: Any, **base: Any) -> Tensor:
         """``[batch, tokens, hidden] -> [batch, tokens, hidden]``. Args: routing, base: more arguments of `routed`."""
         flat = hidden_states.reshape(-1, hidden_states.shape[-1])
         output = self.routed(flat, *routing, **base)
@@ -75,14 +75,8 @@ class DeepseekDecoderLayer(Qwen2MoeDecoderLayer):
 
 
 class DeepseekPreTrainedModel(Qwen2MoePreTrainedModel):
-    config: DeepseekConfig
     config_class = DeepseekConfig
     _no_split_modules: ClassVar[list[str]] = ["DeepseekDecoderLayer"]
-    _can_record_outputs: ClassVar[dict[str, Any]] = {
-        "router_logits": OutputRecorder(Qwen2MoeTopKRouter, index=0),
-        "hidden_states": DeepseekDecoderLayer,
-        "attentions": Qwen2MoeAttention,
-    }
 
     @classmethod
     def _can_set_experts_implementation(cls) -> bool:
@@ -105,9 +99,7 @@ class DeepseekModel(DeepseekPreTrainedModel, Qwen2MoeModel):
         self.post_init()
 
 
-def expert_balance_loss(
-    router_logits: tuple[torch.Tensor, ...], batch: int, top_k: int, sequence_level: bool
-) -> torch.Tensor:
+def expert_balance_loss(router_logits: tuple[Tensor, ...], batch: int, top_k: int, sequence_level: bool) -> Tensor:
     """DeepSeekMoE's expert-level balance loss, summed over layers (DeepSeekMoE eq. 12-14, without its factor).
 
     A layer's term is ``sum_i f_i P_i``: ``f_i`` is the share of slots that expert i received times N (1 when balanced),
@@ -128,7 +120,7 @@ def expert_balance_loss(
     return total
 
 
-def select_positions(hidden_states: torch.Tensor, keep: int | torch.Tensor) -> torch.Tensor:
+def select_positions(hidden_states: Tensor, keep: int | Tensor) -> Tensor:
     """The hidden states that get logits: `slice_logits_to_keep` of transformers, which 5.19 and older lack.
 
     Args:
@@ -183,15 +175,5 @@ class DeepseekForCausalLM(DeepseekPreTrainedModel, Qwen2MoeForCausalLM):
 class DeepseekForSequenceClassification(GenericForSequenceClassification, DeepseekPreTrainedModel):
     """A reward model, or another classifier, with transformers' own head."""
 
-    model_class = DeepseekModel
 
-    def __init__(self, config: DeepseekConfig):
-        # Skip the parent's, which uses `AutoModel`: that does not know a class of remote code.
-        super(GenericForSequenceClassification, self).__init__(config)
-        self.num_labels = config.num_labels
-        self.model = self.model_class(config)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
-        self.post_init()
-
-
-__all__ = ["DeepseekForCausalLM", "DeepseekForSequenceClassification", "DeepseekModel", "DeepseekPreTrainedModel"]
+AutoModel.register(DeepseekConfig, DeepseekModel, exist_ok=True)  # the classifier builds its body by it
