@@ -43,7 +43,7 @@ def metadata(report: Report, *folders: Path | None) -> ModelCardData:
     own = ["namex", "moe", "merge", report.family]
     return ModelCardData(
         base_model=name if on_hub else None,
-        base_model_relation=("finetune" if report.training else "merge") if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
         base_model_commit=one_line(commit) if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
@@ -135,7 +135,7 @@ def put_block(text: str, values: dict[str, Any]) -> str:
     return f"---\n{as_yaml(values)}\n---\n{text[match.end() :] if match else text}"
 
 
-def as_yaml(values: dict[str, Any]) -> str:
+def as_yaml(values: Any) -> str:
     """One key a line, no anchors, nothing that ends the block."""
     return yaml.dump(values, Dumper=_Plain, sort_keys=False, allow_unicode=False, width=10_000).strip()
 
