@@ -133,7 +133,7 @@ def test_what_a_source_says_is_carried(tmp_path: Path):
     (tmp_path / "README.md").write_text(put_block("# Model", block))
     assert carried(None, tmp_path) == block | {"language": ["en"]}
     data = ModelCard(card(report(), {}, source=tmp_path)).data
-    assert (data.base_model, data.base_model_commit, data.base_model_relation) == ("somebody/model", "c" * 40, "merge")
+    assert (data.base_model, data.base_model_commit, data.base_model_relation) == ("somebody/model", "c" * 40, "finetune")
     assert data.tags == ["namex", "moe", "merge", "qwen2_moe", "chat"]
     assert data.license_name == "tongyi"
     again = tmp_path / "again"
