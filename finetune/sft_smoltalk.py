@@ -34,14 +34,14 @@ try:
     from transformers.utils import logging
     from trl import SFTConfig, TrlParser
 
-    from namex_hf.evaluation.statistics import difference, value
+    from namex_hf.evaluation.statistics import MEASURES, difference, value
     from namex_hf.evaluation.table import Table
     from namex_hf.training.chats import check_template, load_chats
     from namex_hf.training.choice import EVERYTHING, check_kinds
     from namex_hf.training.libraries import check_libraries
     from namex_hf.training.plan import Adapter, Choice, measures_for
     from namex_hf.training.rivals import left_out, rival
-    from namex_hf.training.scores import MEASURES, verdict
+    from namex_hf.training.scores import verdict
     from namex_hf.training.start import dtype_of, start_from
     from namex_hf.training.tune import scores_of, tune
 except ImportError as missing:

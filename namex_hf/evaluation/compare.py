@@ -26,10 +26,10 @@ from .measure import CellTask
 from .processes import Outcome, outcomes
 from .rows import Row, row_of, with_means
 from .settings import Settings
-from .store import CELLS, CellFiles
+from .store import MODELS, ResultLog, key_of
 
 ORIGINAL, FLOOR = "original", "routed experts removed"
-MODELS, WORK = "models", "work"
+CELLS, WORK = "cells/results.jsonl", "work"
 BEGINNING = 1000  # characters that are looked at to see whether a text is one
 KNOWN, BEGINS, ENDED, FAILED = "known", "begins", "ended", "failed"
 """Stages of a model as a whole, beside those of its patching and its scores."""
@@ -62,6 +62,11 @@ class ComparisonPlan:
         """What makes results of this run comparable, plain and without local paths."""
         source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
         return {"comparison": 1, **source, **self.settings.identity, "versions": versions()}
+
+    def key(self, label: str) -> str:
+        """Of a model's result in the log `CELLS`. The times of the source's files are no part of it."""
+        run = {name: value for name, value in self.run.items() if name != "files"}
+        return key_of(run, self.requests[label].identity)
 
 
 @dataclass(frozen=True)
@@ -122,9 +127,9 @@ def make_plan_of(checkpoint: Checkpoint, settings: Settings, cells: Sequence[Cel
 
 def _check_texts(settings: Settings, tokenizer: Any) -> None:
     for name, text in settings.texts.items():
-        found = len(tokenizer(text[:BEGINNING], add_special_tokens=False, verbose=False).input_ids)
-        if found < 2:
-            raise CalibrationError(f"--texts {name} has {found} tokens; accepted: texts of 2 or more")
+        count = len(tokenizer(text[:BEGINNING], add_special_tokens=False, verbose=False).input_ids)
+        if count < 2:
+            raise CalibrationError(f"--texts {name} has {count} tokens; accepted: texts of 2 or more")
 
 
 def _check_labels(cells: Sequence[Cell]) -> None:
@@ -165,11 +170,13 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
     folder = OutputFolder(out, plan.run, identity)
     keep_apart(plan.checkpoint, out)
     folder.check(how.overwrite)
-    with folder.claimed(how.overwrite):
+    with folder.claimed(how.overwrite), ResultLog(out / CELLS, {"comparison": 1}) as log:
         shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was killed
-        store = CellFiles(out, plan.run)
-        known = {label: _finished(plan, label, store, out, how) for label in plan.requests}
-        results = {label: found for label, found in known.items() if found is not None}
+        results = {
+            label: log[key]
+            for label in plan.requests
+            if (key := plan.key(label)) in log and _has_model(plan.requests[label], out, how)
+        }
         for label in results:
             progress(ProgressEvent(KNOWN, model=label))
         failed: dict[str, str] = {}
@@ -186,11 +193,11 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
                             identity.settle()  # what was read just now is read again from memory
                             identity.save_digests(folder.state)
                         identity.check()
-                        store.write(plan.requests[label].identity, label, results[label])
+                        log.add({plan.key(label): results[label]})
                     _clear(outcome, how)
                     progress(ProgressEvent(FAILED if outcome.error else ENDED, model=label))
             if ORIGINAL in failed:
-                if not (out / CELLS).is_dir() and not list((out / WORK).glob("*.log")):
+                if not log and not list((out / WORK).glob("*.log")):
                     folder.remove()
                 raise CheckpointError(f"{plan.checkpoint.name} cannot be scored as it is: {failed[ORIGINAL]}")
         if not failed:
@@ -198,15 +205,13 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
     return assemble(plan, results, failed)
 
 
-def _finished(plan: ComparisonPlan, label: str, store: CellFiles, out: Path, how: RunOptions) -> dict[str, Any] | None:
-    """What was measured; None also where the model is to stay and is not there."""
-    request = plan.requests[label]
-    if how.keep and request.recipe is not None:
-        place = out / MODELS / slug(label)
-        stored = read_run(place)  # of a file that had other fields then, perhaps
-        if stored is None or stored.get("recipe") != request.identity["recipe"] or fault(place):
-            return None
-    return store.read(request.identity)
+def _has_model(request: CellRequest, out: Path, how: RunOptions) -> bool:
+    """Whether the model is there, if it is to stay."""
+    if not how.keep or request.recipe is None:
+        return True
+    place = out / MODELS / slug(request.label)
+    stored = read_run(place)  # of a file that had other fields then, perhaps
+    return stored is not None and stored.get("recipe") == request.identity["recipe"] and not fault(place)
 
 
 def _task(request: CellRequest, plan: ComparisonPlan, out: Path, how: RunOptions) -> CellTask:
