@@ -28,9 +28,7 @@ from functools import partial
 
 import torch
 from methods import patched
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -41,6 +39,7 @@ from namex_hf.errors import MissingExtraError
 from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexity
+from namex_hf.evaluation.table import Table
 from namex_hf.recipe import AroundBase
 
 WINDOW = 512
@@ -149,11 +148,8 @@ def solved(games: list[Tensor], solve: Callable[[Tensor], NashSolution], repeats
 
 
 def solver_table(bench: Bench, base: str) -> Table:
-    count = 3 * bench.layers
-    table = _table(
-        f"{bench.name}, solver: NAMEx-Full, residual, base {base}, {count} games",
-        ("iterations", "taken", "perplexity", "change", "exact", "worst residual", "largest weight error", "seconds"),
-    )
+    errors = ("worst residual", "largest weight error")
+    table = Table(["iterations", "taken", "perplexity", "change", "exact", *errors, "seconds"], [])
     games = bench.games(base)
     exact, seconds = solved(games, partial(nash_bargaining, precision=torch.float32), 21)
     players = exact.weights > 0
@@ -164,7 +160,8 @@ def solver_table(bench: Bench, base: str) -> Table:
         away = (shares(found) / shares(exact) - 1)[players].abs().max()
         numbers = (f"{float(found.residual.max()):.1e}", "" if found is exact else f"{float(away):.1e}", f"{took:.4f}")
         taken = f"{int(found.iterations.min())} to {int(found.iterations.max())}"
-        table.add_row(label, taken, scores.perplexity, scores.change(reference), scores.exact(reference), *numbers)
+        against = scores.change(reference), scores.exact(reference)
+        table.rows.append([label, taken, scores.perplexity, *against, *numbers])
 
     row("exact", exact, reference, seconds)
     for budget in (2, 5, 20, 40, 60):
@@ -175,11 +172,11 @@ def solver_table(bench: Bench, base: str) -> Table:
 
 
 def compared(
-    bench: Bench, base: str, title: str, heads: Iterable[str], rows: Iterable[tuple[tuple[str, ...], Fields, Fields]]
+    bench: Bench, base: str, heads: Iterable[str], rows: Iterable[tuple[tuple[str, ...], Fields, Fields]]
 ) -> Table:
     """One row a recipe, both merges side by side, each against the recipe that comes with it."""
     measured = ("residual", "change", "exact", "soft", "change")
-    table = _table(f"{bench.name}, {title}, base {base}", (*heads, *measured))
+    table = Table([*heads, *measured], [])
     for labels, fields, reference in rows:
         cells = list(labels)
         for merge in ({}, {"merge": "soft", "routing_span": "all"}):
@@ -188,7 +185,7 @@ def compared(
             cells += [scores.perplexity, scores.change(against)]
             if not merge:
                 cells.append(scores.exact(against))
-        table.add_row(*cells)
+        table.rows.append(cells)
     return table
 
 
@@ -196,7 +193,7 @@ def every_table(bench: Bench, base: str) -> Table:
     rows: list[tuple[tuple[str, ...], Fields, Fields]] = [((str(n),), {"every": n}, {}) for n in (1, 2, 5)]
     rows.append(((f"L = {bench.layers} (NAMEx)",), {"method": "namex"}, {}))
     rows.append((("never (EP-CAMEx)",), {"method": "ep-camex"}, {}))
-    return compared(bench, base, "every: NAMEx-Full", ("every",), rows)
+    return compared(bench, base, ("every",), rows)
 
 
 def momentum_table(bench: Bench, base: str) -> Table:
@@ -209,14 +206,14 @@ def momentum_table(bench: Bench, base: str) -> Table:
             radius = spectral_radius(merge.propagation.complex_beta, gamma=1.0)
             labels = (name, label, f"{radius:.3f}", f"{radius**bench.layers:.3f}")
             rows.append((labels, fields, {"method": method}))
-    return compared(bench, base, "momentum", ("method", "beta", "rho(R)", "rho^L"), rows)
+    return compared(bench, base, ("method", "beta", "rho(R)", "rho^L"), rows)
 
 
 def disagreement_table(bench: Bench, base: str) -> Table:
     rows: list[tuple[tuple[str, ...], Fields, Fields]] = [
         ((point,), {"disagreement": point}, {}) for point in ("zero", "mean")
     ]
-    return compared(bench, base, "disagreement: NAMEx-Full", ("point",), rows)
+    return compared(bench, base, ("point",), rows)
 
 
 def gamma_table(bench: Bench, base: str) -> Table:
@@ -225,7 +222,7 @@ def gamma_table(bench: Bench, base: str) -> Table:
         for method in ("ep-camex", "namex-full")
         for gamma in (0.5, 1.0, 2.0)
     ]
-    return compared(bench, base, "gamma", ("method", "gamma"), rows)
+    return compared(bench, base, ("method", "gamma"), rows)
 
 
 TABLES: dict[str, Callable[[Bench, str], Table]] = {
@@ -235,13 +232,6 @@ TABLES: dict[str, Callable[[Bench, str], Table]] = {
     "disagreement": disagreement_table,
     "gamma": gamma_table,
 }
-
-
-def _table(title: str, heads: Iterable[str]) -> Table:
-    table = Table(title=title, box=box.MARKDOWN)
-    for place, head in enumerate(heads):
-        table.add_column(head, justify="right" if place else "left", no_wrap=True)
-    return table
 
 
 def main() -> None:
@@ -269,7 +259,7 @@ def main() -> None:
     for name in options.models:
         bench = Bench(name, windows, problems)
         tokens, count = windows * WINDOW, len(bench.problems)
-        console.print(f"{name}: perplexity on the first {tokens} tokens of each held-out text; exact, of {count}\n")
+        print(f"{name}: perplexity on the first {tokens} tokens of each held-out text; exact, of {count}")
         for which in options.tables:
             for base in ("shared", "first") if which == "solver" else options.base:
                 try:
@@ -277,7 +267,7 @@ def main() -> None:
                         table = TABLES[which](bench, base)
                 except MissingExtraError as error:
                     parser.exit(2, f"{error}\n")
-                console.print(table)
+                print("", f"{name}, {which}, base {base}", "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,13 +16,11 @@ import argparse
 import copy
 import sys
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch.nn.functional import normalize
 from transformers import AutoTokenizer
 from transformers.activations import ACT2FN
@@ -32,6 +30,7 @@ from namex_hf.bargaining import cosine
 from namex_hf.checkpoint.resolve import PACKAGED, resolve
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.table import Table
 from namex_hf.merging.experts import grams
 from namex_hf.merging.routers import load_entropy
 from namex_hf.merging.routing import expert_output
@@ -101,13 +100,6 @@ def layer_of(block: Any, inputs: torch.Tensor, index: torch.Tensor, activation: 
     return Layer(counts, load_entropy(index, count), pairs(said @ said.T / len(some)), pairs(vectors))
 
 
-def table(title: str, *columns: str) -> Table:
-    made = Table(title=title, box=box.MARKDOWN)
-    for column in columns:
-        made.add_column(column, justify="right")
-    return made
-
-
 def three(values: torch.Tensor) -> str:
     """Mean, least and largest."""
     return f"{values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
@@ -123,25 +115,18 @@ def held_out_ids(tokenizer: Any, tokens: int) -> torch.Tensor:
 
 
 def of_packaged(name: str, tokens: int) -> Table:
-    columns = ("", "layer", "largest load", "smallest", "imbalance", "entropy", "outputs", "domain vectors")
-    made = table(f"{name}: load and interaction", *columns)
+    columns = ["", "layer", "largest load", "smallest", "imbalance", "entropy", "outputs", "domain vectors"]
+    table = Table(columns, [])
     folder = resolve(name).folder
     ids = held_out_ids(AutoTokenizer.from_pretrained(folder), tokens)
     for label, recipe in RECIPES.items():
         model = load(folder) if recipe is None else patch_model(load(folder), recipe)
         for number, one in enumerate(measure(model, ids)):
             shares = one.counts.double() / one.counts.double().mean()
-            made.add_row(
-                label if number == 0 else "",
-                f"{number}",
-                f"{shares.max():.2f}",
-                f"{shares.min():.2f}",
-                f"{imbalance(one.counts):.2f}",
-                f"{one.entropy:.3f}",
-                three(one.outputs),
-                three(one.vectors),
-            )
-    return made
+            loads = [f"{value:.2f}" for value in (shares.max(), shares.min(), imbalance(one.counts))]
+            start = [label if number == 0 else "", str(number)]
+            table.rows.append([*start, *loads, f"{one.entropy:.3f}", three(one.outputs), three(one.vectors)])
+    return table
 
 
 def trained(
@@ -172,7 +157,7 @@ def training_text(tokenizer: Any) -> dict[str, torch.Tensor]:
 
 def of_training(options: argparse.Namespace) -> Table:
     columns = ("start", "balancing", "loss", "perplexity", "imbalance", "on held-out text")
-    made = table("balancing", *columns, "outputs", "|cosine|", "domain vectors")
+    table = Table([*columns, "outputs", "|cosine|", "domain vectors"], [])
     tiny = PACKAGED / "tiny"
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     given = tokenizer, training_text(tokenizer), options.tokens
@@ -183,12 +168,12 @@ def of_training(options: argparse.Namespace) -> Table:
     for label, more in settings.items():
         row = ROWS["SMoE (Top-2)"]
         model = new_model(row, 0, len(tokenizer), LENGTH)
-        made.add_row("nothing", label, *trained(model, row, replace(scratch, **more), *given))
+        table.rows.append(["nothing", label, *trained(model, row, replace(scratch, **more), *given)])
     for label, more in settings.items():
         row = Row(Recipe(method="smoe"), top_k=packaged.config.num_experts_per_tok)
         model = copy.deepcopy(packaged)
-        made.add_row("tiny", label, *trained(model, row, replace(tuned, **more), *given))
-    return made
+        table.rows.append(["tiny", label, *trained(model, row, replace(tuned, **more), *given)])
+    return table
 
 
 def main() -> None:
@@ -201,11 +186,11 @@ def main() -> None:
     parser.add_argument("--tune-steps", type=int, default=60, help="likewise, of tiny (default: %(default)s)")
     parser.add_argument("--bias-rate", type=float, default=0.001, help="of the bias a step (default: %(default)s)")
     options = parser.parse_args()
-    console = Console(width=180)
-    for name in options.models:
-        console.print(of_packaged(name, options.tokens))
+    tables = {f"{name}: load and interaction": partial(of_packaged, name, options.tokens) for name in options.models}
     if options.steps and options.tune_steps:
-        console.print(of_training(options))
+        tables["balancing"] = partial(of_training, options)
+    for title, table in tables.items():
+        print("", title, "", *table().markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

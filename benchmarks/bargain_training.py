@@ -10,12 +10,10 @@ import argparse
 import time
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from namex_hf import Recipe, nash_bargaining, patch_model
+from namex_hf.evaluation.table import Table
 from namex_hf.merging.experts import grams
 from namex_hf.training.bargain import rebargain
 from namex_hf.training.gathered import base_of, experts_of
@@ -53,13 +51,12 @@ def main() -> None:
             start = time.perf_counter()
             work()
             best[name] = min(best[name], time.perf_counter() - start)
-    table = Table(title=f"a layer, {ids.numel()} tokens a step ({best['step']:.2f} s)", box=box.MARKDOWN)
-    for column in ("", "seconds", *(f"share, every {n}" for n in EVERY)):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(["", "seconds", *(f"share, every {n}" for n in EVERY)], [])
     for name in ("solve", "Gram, solve, propagate"):
         shares = [f"{100 * best[name] / n / best['step']:.3f} %" for n in EVERY]
-        table.add_row(name, f"{best[name]:.4f}", *shares)
-    Console().print(table)
+        table.rows.append([name, f"{best[name]:.4f}", *shares])
+    title = f"a layer, {ids.numel()} tokens a step ({best['step']:.2f} s)"
+    print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,11 +10,10 @@ import time
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from transformers import Qwen2MoeConfig
 from transformers.models.qwen2_moe.modeling_qwen2_moe import Qwen2MoeSparseMoeBlock
 
+from namex_hf.evaluation.table import Table
 from namex_hf.models.configuration_namex import NamexQwen2MoeConfig
 from namex_hf.models.modeling_namex_qwen2_moe import NamexQwen2MoeDecoderLayer
 
@@ -74,11 +73,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    table = Table(
-        title=f"{options.tokens} tokens, {options.dtype}, {options.device}, {torch.get_num_threads()} threads"
-    )
-    for column in ("size", "experts", "stock, ms", "by token, ms", "ratio"):
-        table.add_column(column, justify="right")
+    table = Table(["size", "experts", "stock, ms", "by token, ms", "ratio"], [])
     for size in options.sizes:
         for implementation in options.implementations:
             stock, soft = blocks(SIZES[size], implementation, dtype, options.device)
@@ -87,8 +82,9 @@ def main() -> None:
             rounds = [(seconds(stock, hidden), seconds(soft, hidden, None)) for _ in range(options.repeats + 1)][1:]
             one, other = (1000 * statistics.median(times) for times in zip(*rounds, strict=True))
             ratio = statistics.median(other / one for one, other in rounds)
-            table.add_row(size, implementation, f"{one:,.1f}", f"{other:,.1f}", f"{ratio:.2f}")
-    Console().print(table)
+            table.rows.append([size, implementation, f"{one:,.1f}", f"{other:,.1f}", f"{ratio:.2f}"])
+    title = f"{options.tokens} tokens, {options.dtype}, {options.device}, {torch.get_num_threads()} threads"
+    print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

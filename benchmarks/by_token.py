@@ -14,13 +14,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from loudness import inputs_by_text, mixtures, root_mean_square
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.evaluation.loading import load, tokenizer_of
+from namex_hf.evaluation.table import Table
 
 
 def mixed(rows: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
@@ -58,9 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of each text (default: %(default)s)")
     options = parser.parse_args()
-    table = Table(box=box.MARKDOWN)
-    for column in ("model", "layer", "sum of s", "eq. 9 over residual", "difference over residual", "cosine"):
-        table.add_column(column, justify="left" if column == "model" else "right")
+    table = Table(["model", "layer", "sum of s", "eq. 9 over residual", "difference over residual", "cosine"], [])
     for name in options.models:
         folder = resolve(name).folder
         original, tokenizer = load(folder), tokenizer_of(folder)
@@ -75,8 +71,8 @@ def main() -> None:
                 root_mean_square(merged - residual) / size,
                 float(F.cosine_similarity(merged, residual, dim=-1).mean()),
             )
-            table.add_row(name, str(layer), *(f"{value:.3f}" for value in values))
-    Console(width=120).print(table)
+            table.rows.append([name, str(layer), *(f"{value:.3f}" for value in values)])
+    print(*table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

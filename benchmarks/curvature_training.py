@@ -9,9 +9,6 @@ import argparse
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from stable_training import LENGTH, train
 from transformers import AutoTokenizer, Trainer
 
@@ -20,6 +17,7 @@ from namex_hf.calibration.text import calibration_text
 from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.table import Table
 from namex_hf.training.fold import fold_curvature
 
 # Name, fields of the recipe, whether all parameters train (None: nothing does), learning rate.
@@ -44,9 +42,7 @@ def main() -> None:
     assert folder is not None
     tokenizer, texts = AutoTokenizer.from_pretrained(folder), held_out_texts()
     rows = calibration_text("packaged", tokenizer, options.tokens, LENGTH, options.seed).ids
-    table = Table(title=f"{options.model}, soft: perplexity after {options.steps} steps", box=box.MARKDOWN)
-    for column in ("", "trained", *texts, "mean", "folded"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(["", "trained", *texts, "mean", "folded"], [])
     for name, fields, everything, rate in ROWS:
         torch.manual_seed(options.seed)
         model, options.learning_rate = (
@@ -62,8 +58,9 @@ def main() -> None:
         folded = ""
         if "curvature" in fields:
             folded = f"{perplexities(fold_curvature(model), tokenizer, texts, 8192)['mean']:.2f}"
-        table.add_row(name, f"{trained:,}", *(f"{found[domain]:.2f}" for domain in (*texts, "mean")), folded)
-    Console(width=140).print(table)
+        table.rows.append([name, f"{trained:,}", *(f"{found[domain]:.2f}" for domain in (*texts, "mean")), folded])
+    title = f"{options.model}, soft: perplexity after {options.steps} steps"
+    print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

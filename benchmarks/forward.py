@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from transformers import DynamicCache, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
+from namex_hf.evaluation.table import Table
 from namex_hf.models import NamexQwen2MoeConfig, NamexQwen2MoeForCausalLM
 from namex_hf.models.arguments import Arguments
 
@@ -109,25 +109,17 @@ def clock(model: Any, tokens: torch.Tensor, new: int, device: str) -> Round:
     return Round(tokens.numel() / (filled - start), len(tokens) * new / (done - filled), kept, added)
 
 
-def table_of(rounds: dict[str, list[Round]], title: str, batch: int) -> Table:
-    table = Table(title=title)
-    table.add_column("")
-    for column in ("prefill tokens/s", "of original", "decode tokens/s", "of original", "MB a sequence", "of it added"):
-        table.add_column(column, justify="right")
+def table_of(rounds: dict[str, list[Round]], batch: int) -> Table:
+    columns = ["prefill tokens/s", "of original", "decode tokens/s", "of original", "MB a sequence", "of it added"]
+    table = Table(["", *columns], [])
     medians = {
         name: [statistics.median(values) for values in zip(*results, strict=True)] for name, results in rounds.items()
     }
     first = medians["original"]
     for name, (prefill, decode, kept, added) in medians.items():
-        table.add_row(
-            name,
-            f"{prefill:,.0f}",
-            f"{prefill / first[0]:.2f}",
-            f"{decode:,.1f}",
-            f"{decode / first[1]:.2f}",
-            f"{(kept + added) / batch / 1e6:,.2f}",
-            f"{added / batch / 1e6:,.2f}",
-        )
+        speeds = [f"{prefill:,.0f}", f"{prefill / first[0]:.2f}", f"{decode:,.1f}", f"{decode / first[1]:.2f}"]
+        sizes = [f"{size / batch / 1e6:,.2f}" for size in (kept + added, added)]
+        table.rows.append([name, *speeds, *sizes])
     return table
 
 
@@ -176,7 +168,7 @@ def main() -> None:
         f"{options.dtype}, batch {options.batch}, prompt {options.prompt}, {options.new} new, segment "
         f"{options.segment}; {place}, {torch.get_num_threads()} threads"
     )
-    console.print(table_of(rounds, title, options.batch))
+    print("", title, "", *table_of(rounds, options.batch).markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

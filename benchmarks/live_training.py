@@ -16,12 +16,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoModelForCausalLM, Qwen2MoeConfig
 
 from namex_hf import Recipe, patch_model
+from namex_hf.evaluation.table import Table
 from namex_hf.merging.experts import grams
 from namex_hf.merging.weightings import WEIGHTINGS
 from namex_hf.recipe import Game
@@ -102,17 +100,16 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048, help="of a step")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    table = Table(title=f"{options.layers} layers, {options.tokens} tokens a step", box=box.MARKDOWN)
     shares = [f"Delta-l = {name}" for name in RECIPES]
-    for column in ("N", "bases", "step, s", "to stored", "solving", *shares, "1, every 10 steps"):
-        table.add_column(column, justify="left" if column == "bases" else "right")
+    table = Table(["N", "bases", "step, s", "to stored", "solving", *shares, "1, every 10 steps"], [])
     for experts in options.experts:
         bench = Bench(experts, options.layers, options.tokens)
         for _ in range(options.rounds):
             bench.round()
         for form in FORMS:
-            table.add_row(str(experts), *bench.row(form))
-    Console(width=140).print(table)
+            table.rows.append([str(experts), *bench.row(form)])
+    title = f"{options.layers} layers, {options.tokens} tokens a step"
+    print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

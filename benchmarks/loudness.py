@@ -19,15 +19,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.evaluation.perplexity import held_out_texts
+from namex_hf.evaluation.table import Table
 from namex_hf.models.sparse import left_over_mass
 
 BASES = "shared", "first", "mean"
@@ -70,16 +68,14 @@ def root_mean_square(rows: torch.Tensor) -> float:
     return float(rows.square().sum(-1).mean().sqrt())
 
 
-def by_text(blocks: dict[int, Any], inputs: dict[str, dict[int, torch.Tensor]], console: Console) -> None:
+def by_text(blocks: dict[int, Any], inputs: dict[str, dict[int, torch.Tensor]]) -> Table:
     energy = {}
     for name, here in inputs.items():
         outputs = [routed(block, here[layer]) for layer, block in blocks.items()]
         energy[name] = torch.tensor([root_mean_square(output) ** 2 for output in outputs])
     mean = torch.stack(list(energy.values())).mean(0)
-    table = Table("text", *(f"layer {n}" for n in blocks), title="routed output, mean square", box=box.MARKDOWN)
-    for name, each in energy.items():
-        table.add_row(name, *(f"{value:.2f}" for value in (each / mean).tolist()))
-    console.print(table)
+    rows = [[name, *(f"{value:.2f}" for value in (each / mean).tolist())] for name, each in energy.items()]
+    return Table(["text", *(f"layer {n}" for n in blocks)], rows)
 
 
 def routed(block: Any, flat: torch.Tensor) -> torch.Tensor:
@@ -88,7 +84,7 @@ def routed(block: Any, flat: torch.Tensor) -> torch.Tensor:
     return block.experts(flat, chosen, scores)
 
 
-def of_bases(original: Any, tokenizer: Any, inputs: dict[int, torch.Tensor], console: Console) -> None:
+def of_bases(original: Any, tokenizer: Any, inputs: dict[int, torch.Tensor]) -> Table:
     patched = {
         (method, base): mixtures(patch_model(copy.deepcopy(original), Recipe(method=method, base=base), tokenizer))
         for method in METHODS
@@ -96,7 +92,7 @@ def of_bases(original: Any, tokenizer: Any, inputs: dict[int, torch.Tensor], con
     }
     added = "residual adds, of the routed output"
     columns = [f"{method}, {base}" for method, base in patched]
-    table = Table("layer", *columns, added, title="base expert's output over an expert's", box=box.MARKDOWN)
+    table = Table(["layer", *columns, added], [])
     for layer, block in mixtures(original).items():
         flat = inputs[layer]
         _, scores, chosen = block.gate(flat)
@@ -105,8 +101,8 @@ def of_bases(original: Any, tokenizer: Any, inputs: dict[int, torch.Tensor], con
         loudness = [root_mean_square(output) / expert for output in outputs.values()]
         share = root_mean_square(left_over_mass(scores) * outputs[METHODS[0], BASES[0]])
         share /= root_mean_square(routed(block, flat))
-        table.add_row(str(layer), *(f"{value:.4f}" for value in (*loudness, share)))
-    console.print(table)
+        table.rows.append([str(layer), *(f"{value:.4f}" for value in (*loudness, share))])
+    return table
 
 
 @torch.no_grad()
@@ -117,15 +113,17 @@ def main() -> None:
     )
     parser.add_argument("--tokens", type=int, default=4096, help="of each text (default: %(default)s)")
     options = parser.parse_args()
-    console = Console(width=150)
     for name in options.models:
         folder = resolve(name).folder
         model, tokenizer = load(folder), tokenizer_of(folder)
         inputs = inputs_by_text(model, tokenizer, options.tokens)
-        console.print(f"{name}, {options.tokens} tokens of each text")
-        by_text(mixtures(model), inputs, console)
+        print(f"{name}, {options.tokens} tokens of each text")
         together = {layer: torch.cat([here[layer] for here in inputs.values()]) for layer in mixtures(model)}
-        of_bases(model, tokenizer, together, console)
+        for title, table in (
+            ("routed output, mean square", by_text(mixtures(model), inputs)),
+            ("base expert's output over an expert's", of_bases(model, tokenizer, together)),
+        ):
+            print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

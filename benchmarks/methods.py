@@ -10,9 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import AutoTokenizer
 
@@ -21,6 +19,7 @@ from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
 from namex_hf.evaluation.loading import load, without_routed_experts
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.table import Table
 
 Change = Callable[[Any], Any]
 
@@ -134,16 +133,14 @@ def main() -> None:
         assert folder is not None
         original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
         title = f"{name}: perplexity, first {tokens} tokens of each held-out text; problems exact, of {len(problems)}"
-        table = Table(title=title, box=box.MARKDOWN)
-        for column in ("", *texts, "mean", "exact"):
-            table.add_column(column, justify="right" if column else "left")
+        table = Table(["", *texts, "mean", "exact"], [])
         for row, change in rows.items():
             with console.status(f"{name}: {row}"):
                 model = change(copy.deepcopy(original))
                 scores = perplexities(model, tokenizer, texts, tokens)
                 right = sum(exact_answers(model, tokenizer, problems))
-            table.add_row(row, *(f"{scores[domain]:.2f}" for domain in (*texts, "mean")), str(right))
-        console.print(table)
+            table.rows.append([row, *(f"{scores[domain]:.2f}" for domain in (*texts, "mean")), str(right)])
+        print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

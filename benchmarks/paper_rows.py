@@ -14,9 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
@@ -25,6 +23,7 @@ from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, window_losses
 from namex_hf.evaluation.statistics import mean_interval
+from namex_hf.evaluation.table import Table
 
 PATCHES = Path(__file__).parents[1] / "patches"
 FAMILIES = {"tiny": "qwen1.5-moe-a2.7b", "tiny-deepseek": "deepseek-moe-16b"}
@@ -82,11 +81,8 @@ def main() -> None:
         assert folder is not None
         original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
         beside = {"original": score(original, tokenizer, texts, arguments.tokens, problems)}
-        table = Table(
-            title=f"{name}, {arguments.tokens} tokens of each text, {len(problems)} problems", box=box.MARKDOWN
-        )
-        for column in ("routing", "method", "beside", "perplexity", "ratio", "95 %", "exact", "difference (95 %)"):
-            table.add_column(column, justify="left" if column in ("routing", "method", "beside") else "right")
+        columns = ["routing", "method", "beside", "perplexity", "ratio", "95 %", "exact", "difference (95 %)"]
+        table = Table(columns, [])
         for routing in ROUTINGS:
             for method in METHODS:
                 file = PATCHES / FAMILIES[name] / f"{'' if routing == 'linear' else routing + '-'}{method}.yaml"
@@ -95,8 +91,9 @@ def main() -> None:
                     after = score(model, tokenizer, texts, arguments.tokens, problems)
                 other = "original" if method == "smoe" else f"{routing} smoe"
                 beside.setdefault(f"{routing} smoe", after)
-                table.add_row(routing, method, other, *row(beside[other], after))
-        console.print(table)
+                table.rows.append([routing, method, other, *row(beside[other], after)])
+        title = f"{name}, {arguments.tokens} tokens of each text, {len(problems)} problems"
+        print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,6 @@ import copy
 from typing import Any
 
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_model
@@ -22,6 +19,7 @@ from namex_hf.calibration.text import calibration_text
 from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.table import Table
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.routers import (
     assignment,
@@ -65,18 +63,11 @@ def student(ids: torch.Tensor, routing: TokenRouting, experts: int, rank: int) -
     return (left @ right.T).detach()
 
 
-def markdown(title: str, *columns: str) -> Table:
-    table = Table(title=title, box=box.MARKDOWN)
-    for column in columns:
-        table.add_column(column, justify="right")
-    return table
-
-
-def cosine_table(name: str, model: Any, heard: list[torch.Tensor]) -> Table:
-    columns = ("layer", "entropy, linear", "scale by norms", "entropy", "scale by entropy", "entropy", "agreement")
-    table = markdown(f"{name}: cosine", *columns)
+def cosine_table(model: Any, inputs_of: list[torch.Tensor]) -> Table:
+    scales_of = ("scale by norms", "entropy", "scale by entropy", "entropy")
+    table = Table(["layer", "entropy, linear", *scales_of, "agreement"], [])
     blocks = [layer for layer in model.model.layers if hasattr(layer.mlp, "gate")]
-    for number, (layer, inputs) in enumerate(zip(blocks, heard, strict=True)):
+    for number, (layer, inputs) in enumerate(zip(blocks, inputs_of, strict=True)):
         router, norm = layer.mlp.gate.weight.detach(), layer.post_attention_layernorm.weight.detach()
         angles, logits = cosines(inputs, *cosine_form(router)), inputs @ router.T
         scales = scale_by_norms(router, norm), scale_by_entropy(logits, angles)
@@ -85,12 +76,12 @@ def cosine_table(name: str, model: Any, heard: list[torch.Tensor]) -> Table:
         cells = [f"{number}", f"{mean_entropy(logits):.3f}"]
         for scale in scales:
             cells += [f"{scale:.2f}", f"{mean_entropy(angles, scale):.3f}"]
-        table.add_row(*cells, f"{same:.3f}")
+        table.rows.append([*cells, f"{same:.3f}"])
     return table
 
 
-def stable_table(name: str, original: Any, tokenizer: Any, budgets: list[int]) -> Table:
-    table = markdown(f"{name}: stable", "tokens", "ids known", "agreement there", "agreement", "perplexity, ratio")
+def stable_table(original: Any, tokenizer: Any, budgets: list[int]) -> Table:
+    table = Table(["tokens", "ids known", "agreement there", "agreement", "perplexity, ratio"], [])
     texts = held_out_texts()
     before = perplexities(original, tokenizer, texts, 8192)["mean"]
     for tokens in budgets:
@@ -98,7 +89,8 @@ def stable_table(name: str, original: Any, tokenizer: Any, budgets: list[int]) -
         model = patch_model(copy.deepcopy(original), recipe, tokenizer)
         after = perplexities(model, tokenizer, texts, 8192)["mean"]
         known, there, everywhere = held_out_agreement(original, model, tokenizer)
-        table.add_row(f"{tokens}", f"{known:.3f}", f"{there:.3f}", f"{everywhere:.3f}", f"{after / before:.3f}")
+        values = (known, there, everywhere, after / before)
+        table.rows.append([str(tokens), *(f"{value:.3f}" for value in values)])
     return table
 
 
@@ -116,15 +108,15 @@ def held_out_agreement(original: Any, model: Any, tokenizer: Any) -> tuple[float
     return tuple(torch.tensor(found).mean(0).tolist())
 
 
-def rank_table(name: str, model: Any, ids: torch.Tensor, heard: list[torch.Tensor], ranks: list[int]) -> Table:
+def rank_table(model: Any, ids: torch.Tensor, inputs_of: list[torch.Tensor], ranks: list[int]) -> Table:
     """Learnt on seven of eight sequences; agreement on tokens of the others whose ids are known."""
-    table = markdown(f"{name}: students", "form", "bytes an id", "agreement on held-out contexts")
+    table = Table(["form", "bytes an id", "agreement on held-out contexts"], [])
     held_out = torch.arange(len(ids)) % 8 == 7
     tokens = held_out.repeat_interleave(ids.shape[1])
     learnt, others = ids[~held_out].flatten(), ids[held_out].flatten()
     gates = [layer.mlp.gate for layer in model.model.layers if hasattr(layer.mlp, "gate")]
     found: dict[str, list[float]] = {}
-    for gate, inputs in zip(gates, heard, strict=True):
+    for gate, inputs in zip(gates, inputs_of, strict=True):
         experts, top_k = len(gate.weight), gate.top_k
         routing = route(inputs, gate.weight.detach(), Gate(top_k))
         mine, theirs = (TokenRouting(routing.index[some], routing.value[some]) for some in (~tokens, tokens))
@@ -139,7 +131,7 @@ def rank_table(name: str, model: Any, ids: torch.Tensor, heard: list[torch.Tenso
             found.setdefault(form, []).append(float(overlap(theirs.index[known], chosen).mean()))
     for form, values in found.items():
         kind, size = form.rsplit(", ", 1)
-        table.add_row(kind, size, f"{sum(values) / len(values):.3f}")
+        table.rows.append([kind, size, f"{sum(values) / len(values):.3f}"])
     return table
 
 
@@ -149,16 +141,18 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=[4096, 16384, 65536, 262144], metavar="TOKENS")
     parser.add_argument("--ranks", nargs="+", type=int, default=[1, 2, 4, 8, 16])
     arguments = parser.parse_args()
-    console = Console(width=120)
     for name in arguments.models:
         folder = local_folder(name)
         assert folder is not None
         original, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
         ids = calibration_text("packaged", tokenizer, TOKENS, LENGTH, 0).ids
-        heard = listen(copy.deepcopy(original), ids)
-        console.print(cosine_table(name, original, heard))
-        console.print(stable_table(name, original, tokenizer, arguments.budgets))
-        console.print(rank_table(name, original, ids, heard, arguments.ranks))
+        inputs_of = listen(copy.deepcopy(original), ids)
+        for title, table in (
+            ("cosine", cosine_table(original, inputs_of)),
+            ("stable", stable_table(original, tokenizer, arguments.budgets)),
+            ("students", rank_table(original, ids, inputs_of, arguments.ranks)),
+        ):
+            print("", f"{name}: {title}", "", *table.markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     options = parser.parse_args()
     models = models_of(options.shape, options.layers)
-    tokens = torch.randint(COMMON["vocab_size"], (4096,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(int(COMMON["vocab_size"] or 0), (4096,), generator=torch.Generator().manual_seed(0))
     rounds: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for _ in range(options.repeats + 1):  # the first is not counted
         for batch in (1, 16):

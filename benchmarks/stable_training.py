@@ -15,9 +15,6 @@ from typing import Any
 
 import torch
 from agreement import agreement, hear
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from transformers import AutoTokenizer, PrinterCallback, Trainer, TrainingArguments
 
 from namex_hf.calibration.text import calibration_text
@@ -25,6 +22,7 @@ from namex_hf.checkpoint.resolve import local_folder
 from namex_hf.evaluation.arithmetic import exact_answers, held_out_problems
 from namex_hf.evaluation.loading import load
 from namex_hf.evaluation.perplexity import held_out_texts, perplexities
+from namex_hf.evaluation.table import Table
 from namex_hf.merging.routers import assignment
 from namex_hf.merging.routing import TokenRouting
 from namex_hf.models.convert import patch_classes
@@ -84,25 +82,23 @@ def count(model: Any, rows: torch.Tensor) -> None:
         router.assignment.copy_(assignment(heard.ids, TokenRouting(heard.linear, value), experts, vocabulary))
 
 
-def show(console: Console, title: str, found: list[dict[str, Any]]) -> None:
+def show(title: str, found: list[dict[str, Any]]) -> None:
     """What `agreement` says, a layer a row.
 
     ``seen``: share of tokens whose id has been; then the overlap with the router's top-k and with its first expert, of
     these tokens, of the student's choice for the others, and of all with the fall-back; and the entropies of the load.
     """
-    table = Table(title=title, box=box.MARKDOWN)
     groups = ("seen", "unseen", "all")
     columns = [f"{group}, {what}" for group in groups for what in ("k", "1")]
-    for column in ("layer", "seen", *columns, "load, linear", "load"):
-        table.add_column(column, justify="right")
+    table = Table(["layer", "seen", *columns, "load, linear", "load"], [])
     for layer, row in enumerate(found):
         cells = [f"{row['assigned']:.4f}"]
         for name in groups:
             one = row[name]
             cells += ["", ""] if one is None else [f"{one['agreement']:.3f}", f"{one['agreement_first']:.3f}"]
         cells += [f"{row['all']['load_entropy_linear']:.3f}", f"{row['all']['load_entropy']:.3f}"]
-        table.add_row(str(layer), *cells)
-    console.print(table)
+        table.rows.append([str(layer), *cells])
+    print("", title, "", *table.markdown(numbers=True), sep="\n")
 
 
 def main() -> None:
@@ -119,7 +115,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.manual_seed(options.seed)
-    console, start = Console(width=140), time.perf_counter()
+    start = time.perf_counter()
     folder = local_folder(options.model)
     assert folder is not None
     model, tokenizer = load(folder), AutoTokenizer.from_pretrained(folder)
@@ -128,14 +124,12 @@ def main() -> None:
     held_out = held_out_rows(tokenizer, texts, options.held_out)
     rows = calibration_text("packaged", tokenizer, options.tokens, LENGTH, options.seed).ids
 
-    scores = Table(title=f"{options.model}: perplexity", box=box.MARKDOWN)
-    for column in ("", *texts, "mean", "exact"):
-        scores.add_column(column, justify="right" if column else "left")
+    scores = Table(["", *texts, "mean", "exact"], [])
 
     def score(name: str, model: Any = model) -> None:
         found = perplexities(model, tokenizer, texts, options.held_out)
         right = sum(exact_answers(model, tokenizer, held_out_problems()))
-        scores.add_row(name, *(f"{found[domain]:.2f}" for domain in (*texts, "mean")), str(right))
+        scores.rows.append([name, *(f"{found[domain]:.2f}" for domain in (*texts, "mean")), str(right)])
 
     score("before, linear")
     control = copy.deepcopy(model)
@@ -158,14 +152,14 @@ def main() -> None:
     score("after stage 2")
     after = agreement(model, held_out, student)
 
-    console.print(scores)
-    console.print(f"losses of stage 1 at its end: {losses}; seen: {int(student.seen.sum())} of {len(student.seen)} ids")
-    show(console, "held-out text, frozen by counting instead", counted)
-    show(console, "held-out text, frozen", before)
-    show(console, "held-out text, after stage 2", after)
+    print("", f"{options.model}: perplexity", "", *scores.markdown(numbers=True), sep="\n")
+    print(f"losses of stage 1 at its end: {losses}; seen: {int(student.seen.sum())} of {len(student.seen)} ids")
+    show("held-out text, frozen by counting instead", counted)
+    show("held-out text, frozen", before)
+    show("held-out text, after stage 2", after)
     same = torch.equal(frozen, tables(model))
-    console.print(f"assignments changed in stage 2: {'none' if same else int((frozen != tables(model)).sum())}")
-    console.print(f"{time.perf_counter() - start:.0f} s")
+    print(f"assignments changed in stage 2: {'none' if same else int((frozen != tables(model)).sum())}")
+    print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -21,11 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
 from namex_hf.evaluation.statistics import difference, value
+from namex_hf.evaluation.table import Table
 from namex_hf.training.scores import Items
 from namex_hf.training.tune import scores_of
 
@@ -98,9 +97,7 @@ def mean_of(numbers: list[float]) -> str:
 
 def table_of(rows: list[Row], out: Path, model: str) -> Table:
     """Before and after; with several seeds the mean and the standard deviation over them."""
-    table = Table(title=f"{model}: before -> after, and after beside the original tuned alike", box=box.MARKDOWN)
-    for column in ("", "seeds", "chats", "text", "problems, %", "text, times", "problems, points"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(["", "seeds", "chats", "text", "problems, %", "text, times", "problems, points"], [])
     kinds = dict.fromkeys((row.form, row.method, row.lora) for row in rows if row.model == model)
     for form, method, lora in kinds:
         found = []
@@ -120,7 +117,7 @@ def table_of(rows: list[Row], out: Path, model: str) -> Table:
             one = apart[0]
             interval = f" ({one['low']:.2f} to {one['high']:.2f})" if len(apart) == 1 else ""
             cells.append(mean_of([each["value"] for each in apart]) + interval)
-        table.add_row(f"{form}, {method}" + ", LoRA" * lora, str(len(found)), *cells)
+        table.rows.append([f"{form}, {method}" + ", LoRA" * lora, str(len(found)), *cells])
     return table
 
 
@@ -142,7 +139,8 @@ def main() -> None:
             with console.status(f"run {number} of {len(rows)}: {row.name}"):
                 run(row, options.out)
     for model in options.models:
-        console.print(table_of(rows, options.out, model))
+        title = f"{model}: before -> after, and after beside the original tuned alike"
+        print("", title, "", *table_of(rows, options.out, model).markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

@@ -24,16 +24,15 @@ import namex_hf.commands.common  # noqa: F401  (the first: Ctrl-C is answered wh
 
 # isort: split
 import torch
-from rich import box
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from scratch import CHOICES, ROWS, Schedule, run
 from transformers import AutoTokenizer
 
 from namex_hf.commands.common import Parser, ended
 from namex_hf.errors import MissingExtraError, TrainingError, UsageError
 from namex_hf.evaluation.perplexity import held_out_texts
+from namex_hf.evaluation.table import Table
 from namex_hf.files import read_json, read_text
 from namex_hf.recipe import Recipe
 from namex_hf.resources import PACKAGED
@@ -94,9 +93,8 @@ def main(arguments: list[str]) -> None:
             write(path, json.dumps(one))
             found[name, seed] = one
     table = table_of(found, asked["rows"], list(held_out))
-    console = Console(record=True, width=240)
-    console.print(table)
-    write(asked["output_dir"] / "table.md", console.export_text())
+    print(table)
+    write(asked["output_dir"] / "table.md", table)
     draw(found, schedule.bargain_every, asked["output_dir"])
 
 
@@ -181,15 +179,13 @@ def file_name(row: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in row.lower()).strip("-")
 
 
-def table_of(found: dict[tuple[str, int], dict[str, Any]], rows: list[str], texts: list[str]) -> Table:
+def table_of(found: dict[tuple[str, int], dict[str, Any]], rows: list[str], texts: list[str]) -> str:
     """Perplexity of each text, and the mean of their bits per byte: means and deviations over seeds.
 
     Besides the mean over a run of how far the bases come from bargain to bargain, relative to their norm, and over its
     last tenth that of the imbalance, the largest load over an equal share less 1.
     """
-    table = Table(box=box.MARKDOWN)
-    for column in ("", "parameters", *texts, "bits per byte", "drift of bases", "imbalance", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+    table = Table(["", "parameters", *texts, "bits per byte", "drift of bases", "imbalance", "seconds"], [])
     for row in rows:
         of_row = [one for (name, _), one in found.items() if name == row]
         cells = [spread([one["scores"][text]["perplexity"] for one in of_row]) for text in texts]
@@ -199,8 +195,9 @@ def table_of(found: dict[tuple[str, int], dict[str, Any]], rows: list[str], text
         drift = f"{statistics.mean(drifts):.4f}" if drifts else ""
         loads = [statistics.mean(load[-max(1, len(load) // 10) :]) for one in of_row if (load := one.get("imbalance"))]
         load = f"{statistics.mean(loads):.3f}" if loads else ""
-        table.add_row(row, f"{of_row[0]['parameters']:,}", *cells, spread(bits), drift, load, f"{seconds:.0f}")
-    return table
+        start, end = f"{of_row[0]['parameters']:,}", f"{seconds:.0f}"
+        table.rows.append([row, start, *cells, spread(bits), drift, load, end])
+    return "\n".join(table.markdown(numbers=True)) + "\n"
 
 
 def drift_of(one: dict[str, Any]) -> list[tuple[int, float]]:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from .common import Parser, command_parser, loading, run
@@ -51,6 +52,7 @@ def _push(options: argparse.Namespace) -> int:
     with loading():
         from rich.console import Console
 
+        from ..hub.benchmarks import benchmark_files
         from ..hub.checks import check_folder, check_metadata
         from ..hub.client import check_repo
         from ..hub.files import CARD, select
@@ -68,6 +70,7 @@ def _push(options: argparse.Namespace) -> int:
         label = row_of(evaluation, options.eval, options.folder, options.eval_label)
         card = with_scores(card, evaluation, label, target.repo.split("/")[1])
         check_metadata(card, options.folder / CARD)
+        selection = replace(selection, added=benchmark_files(evaluation, label))
     if not options.quiet:
         show(Console(stderr=not options.dry_run), checked, selection, target)
     if options.dry_run:

@@ -45,8 +45,8 @@ class Candidate:
         """The recipe that made it; None of a model that is not patched."""
         if self.plan is not None:
             return self.plan.recipe.to_dict()
-        found = self.checkpoint.config.get("namex")
-        return found if isinstance(found, dict) else None
+        recipe = self.checkpoint.config.get("namex")
+        return recipe if isinstance(recipe, dict) else None
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -131,7 +131,7 @@ def candidates(
     is no linear one, with the model of the same router, made of the same one without merging, if that is among them.
 
     Raises:
-        CheckpointError, FamilyError, RecipeError: as of `found`, `check_code`, `make_plan`.
+        CheckpointError, FamilyError, RecipeError: as of `resolve_model`, `check_code`, `make_plan`.
     """
     given = {path: Recipe.from_dict(read_yaml(path)) for path in recipes}
     labels = _recipe_labels(recipes)
@@ -187,8 +187,9 @@ def _origin(row: Candidate) -> Origin | None:
 def _original_of(row: Candidate, models: list[Candidate]) -> str | None:
     """Label of the model that a folder was made of, as its report says."""
     origin = _origin(row)
-    found = (other for other in models if other is not row and origin is not None and origin.is_of(other.checkpoint))
-    return next((other.label for other in found), None)
+    if origin is None:
+        return None
+    return next((other.label for other in models if other is not row and origin.is_of(other.checkpoint)), None)
 
 
 def _unmerged_of(row: Candidate, rows: list[Candidate]) -> str | None:

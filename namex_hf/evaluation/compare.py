@@ -27,11 +27,11 @@ from .measure import CellTask
 from .processes import Outcome, outcomes
 from .rows import Row, row_of, with_means
 from .settings import Settings
-from .store import CELLS, CellFiles
+from .store import MODELS, ResultLog, key_of
 
 ORIGINAL, FLOOR = "original", "routed experts removed"
-MODELS, WAITING, WORK = "models", "waiting", "work"
-"""Folders of models: those that are kept, those whose quantised forms are not measured yet, those under way."""
+CELLS, WAITING, WORK = "cells/results.jsonl", "waiting", "work"
+"""The log of results; folders of models whose quantised forms are not measured yet, and of those under way."""
 BEGINNING = 1000  # characters that are looked at to see whether a text is one
 KNOWN, BEGINS, ENDED, FAILED = "known", "begins", "ended", "failed"
 """Stages of a model as a whole, beside those of its patching and its scores."""
@@ -76,6 +76,11 @@ class ComparisonPlan:
         """What makes results of this run comparable, plain and without local paths."""
         source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
         return {"comparison": 1, **source, **self.settings.identity, "versions": versions()}
+
+    def key(self, label: str) -> str:
+        """Of a model's result in the log `CELLS`. The times of the source's files are no part of it."""
+        run = {name: value for name, value in self.run.items() if name != "files"}
+        return key_of(run, self.requests[label].identity)
 
 
 @dataclass(frozen=True)
@@ -166,9 +171,9 @@ def _quantised(
 
 def _check_texts(settings: Settings, tokenizer: Any) -> None:
     for name, text in settings.texts.items():
-        found = len(tokenizer(text[:BEGINNING], add_special_tokens=False, verbose=False).input_ids)
-        if found < 2:
-            raise CalibrationError(f"--texts {name} has {found} tokens; accepted: texts of 2 or more")
+        count = len(tokenizer(text[:BEGINNING], add_special_tokens=False, verbose=False).input_ids)
+        if count < 2:
+            raise CalibrationError(f"--texts {name} has {count} tokens; accepted: texts of 2 or more")
 
 
 def _check_labels(cells: Sequence[Cell]) -> None:
@@ -209,12 +214,14 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
     folder = OutputFolder(out, plan.run, identity)
     keep_apart(plan.checkpoint, out)
     folder.check(how.overwrite)
-    with folder.claimed(how.overwrite):
+    with folder.claimed(how.overwrite), ResultLog(out / CELLS, {"comparison": 1}) as log:
         shutil.rmtree(out / WORK, ignore_errors=True)  # of a run that was killed
-        store = CellFiles(out, plan.run)
-        stays = _staying(plan, store, out, how)
-        known = {label: _finished(plan.requests[label], stays.get(label), store) for label in plan.requests}
-        results = {label: found for label, found in known.items() if found is not None}
+        stays = _staying(plan, log, out, how)
+        results = {
+            label: log[key]
+            for label, request in plan.requests.items()
+            if (key := plan.key(label)) in log and _is_there(request, stays.get(label))
+        }
         for label in results:
             progress(ProgressEvent(KNOWN, model=label))
         failed: dict[str, str] = {}
@@ -233,11 +240,11 @@ def compare(plan: ComparisonPlan, out: Path, how: RunOptions, progress: Progress
                             identity.settle()  # what was read just now is read again from memory
                             identity.save_digests(folder.state)
                         identity.check()
-                        store.write(plan.requests[label].identity, label, results[label])
+                        log.add({plan.key(label): results[label]})
                     _clear(outcome, label in stays)
                     progress(ProgressEvent(FAILED if outcome.error else ENDED, model=label))
             if ORIGINAL in failed:
-                if not (out / CELLS).is_dir() and not list((out / WORK).glob("*.log")):
+                if not log and not list((out / WORK).glob("*.log")):
                     folder.remove()
                 raise CheckpointError(f"{plan.checkpoint.name} cannot be scored as it is: {failed[ORIGINAL]}")
         shutil.rmtree(out / WAITING, ignore_errors=True)
@@ -252,9 +259,9 @@ def _phases(plan: ComparisonPlan) -> list[list[str]]:
     return [[ORIGINAL], others, [label for label, request in plan.requests.items() if request.of is not None]]
 
 
-def _staying(plan: ComparisonPlan, store: CellFiles, out: Path, how: RunOptions) -> dict[str, Path]:
+def _staying(plan: ComparisonPlan, log: ResultLog, out: Path, how: RunOptions) -> dict[str, Path]:
     """Folders, by label, of the models that stay when they are measured, some until their quantised forms are, too."""
-    awaited = {one.of for one in plan.requests.values() if one.of and store.read(one.identity) is None}
+    awaited = {one.of for one in plan.requests.values() if one.of and plan.key(one.label) not in log}
     labels = [label for label, one in plan.requests.items() if one.recipe and (how.keep or label in awaited)]
     return {label: out / (MODELS if how.keep else WAITING) / slug(label) for label in labels}
 
@@ -267,13 +274,12 @@ def _orphans(
     return {one.label: f"{one.of} failed" for one in waiting if one.of is not None and one.of in failed}
 
 
-def _finished(request: CellRequest, place: Path | None, store: CellFiles) -> dict[str, Any] | None:
-    """What was measured; None also where the model is to stay and is not there. Args: place, of a model that stays."""
-    if place is not None:
-        stored = read_run(place)  # of a file that had other fields then, perhaps
-        if stored is None or stored.get("recipe") != request.identity["recipe"] or fault(place):
-            return None
-    return store.read(request.identity)
+def _is_there(request: CellRequest, place: Path | None) -> bool:
+    """Whether the model is there, if it is to stay. Args: place, of a model that stays."""
+    if place is None:
+        return True
+    stored = read_run(place)  # of a file that had other fields then, perhaps
+    return stored is not None and stored.get("recipe") == request.identity["recipe"] and not fault(place)
 
 
 def _task(request: CellRequest, plan: ComparisonPlan, out: Path, jobs: int, stays: Mapping[str, Path]) -> CellTask:

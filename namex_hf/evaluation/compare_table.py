@@ -15,41 +15,41 @@ EQUAL_BYTES = (
 )
 
 
-def quality(found: Comparison) -> Table:
+def quality(comparison: Comparison) -> Table:
     """What each model is worth: the original in perplexities, then ratios to it."""
-    names, asked = list(found.plan.settings.texts), found.original["right"] is not None
+    names, asked = list(comparison.plan.settings.texts), comparison.original["right"] is not None
     titles = ["recipe", "experts", "mean (95 %)", "worst"]
     titles += ["exact, %", "to the original (95 %)"] if asked else []
-    unmerged = any(row.unmerged for row in found.rows)
+    unmerged = any(row.unmerged for row in comparison.rows)
     titles += [UNMERGED, "mean to it (95 %)", *(["exact to it (95 %)"] if asked else [])] if unmerged else []
-    absolute = perplexities(found.original)
+    absolute = perplexities(comparison.original)
     rows = [["original, perplexity", "", f"{absolute['mean']:.2f}", *[""] * (len(titles) - 3)]]
-    for row in found.rows:
+    for row in comparison.rows:
         cells = [row.title, str(row.experts), _mean_ratio(row), _worst(row)]
         cells += [_exact(row), _difference(row)] if asked else []
         rows.append([*cells, *_to_unmerged(row, asked)] if unmerged else cells)
     by_domain = [[f"{absolute[name]:.2f}" for name in names]]
-    by_domain += [[_ratio(row, name) for name in names] for row in found.rows]
+    by_domain += [[_ratio(row, name) for name in names] for row in comparison.rows]
     return Table([*titles, *names], [[*cells, *more] for cells, more in zip(rows, by_domain, strict=True)])
 
 
-def equal_bytes(found: Comparison) -> Table:
+def equal_bytes(comparison: Comparison) -> Table:
     """The original and the smaller models in several forms of their weights, by falling bytes."""
-    asked = found.original["right"] is not None
+    asked = comparison.original["right"] is not None
     titles = ["model", "weights", "bits a parameter", "MB", "mean (95 %)", "worst"]
     titles += ["exact, %", "to the original (95 %)"] if asked else []
     rows = []
-    for one in found.sized:
+    for one in comparison.sized:
         row = one.row
         cells = [row.title, one.weights, f"{one.bits:.2f}", f"{one.bytes / 1e6:.2f}", _mean_ratio(row), _worst(row)]
         rows.append([*cells, *([_exact(row), _difference(row)] if asked else []), ", ".join(one.best)])
     return Table([*titles, "best of its bytes in"], rows)
 
 
-def tables(found: Comparison) -> list[tuple[str, Table]]:
+def tables(comparison: Comparison) -> list[tuple[str, Table]]:
     """All tables, each with what it says."""
-    shown = [("what each model is worth", quality(found)), ("what each model takes", costs(found))]
-    return shown + ([("equal bytes", equal_bytes(found))] if found.sized else [])
+    shown = [("what each model is worth", quality(comparison)), ("what each model takes", costs(comparison))]
+    return shown + ([("equal bytes", equal_bytes(comparison))] if comparison.sized else [])
 
 
 def _to_unmerged(row: Row, asked: bool) -> list[str]:
@@ -58,7 +58,7 @@ def _to_unmerged(row: Row, asked: bool) -> list[str]:
     return [row.unmerged_title or "", _mean_ratio(row.unmerged), *([_difference(row.unmerged)] if asked else [])]
 
 
-def costs(found: Comparison) -> Table:
+def costs(comparison: Comparison) -> Table:
     """What each model takes, and what the patching took."""
     titles = ["recipe", "experts", "MB", "active, M", "prefill, tokens/s", "decode, tokens/s", "patch, s", "peak, MB"]
     rows = [
@@ -72,7 +72,7 @@ def costs(found: Comparison) -> Table:
             _in(row, "seconds", 1, ".1f"),
             _in(row, "peak_resident_bytes", 1e6, ".0f"),
         ]
-        for row in found.rows
+        for row in comparison.rows
     ]
     return Table(titles, rows)
 
@@ -112,25 +112,25 @@ def _difference(row: Row) -> str:
     return f"{100 * row.difference:+.1f}{interval}"
 
 
-def notes(found: Comparison) -> list[str]:
+def notes(comparison: Comparison) -> list[str]:
     """What the columns mean, and what to beware of, a sentence or two each."""
-    settings = found.plan.settings
+    settings = comparison.plan.settings
     lines = [
         f"Perplexity on the first {settings.tokens} tokens of each text, as a ratio to the original's, and the "
         f"geometric mean of the ratios with its 95 % interval ({RESAMPLES} bootstrap samples of windows, paired with "
         "the original's).",
     ]
-    if found.original["right"] is not None:
+    if comparison.original["right"] is not None:
         lines.append(
             f"Exact: of {settings.problems} held-out word problems answered by generation, and the difference to the "
             "original in points, paired problem by problem."
         )
-    if any(row.unmerged for row in found.rows):
+    if any(row.unmerged for row in comparison.rows):
         lines.append(
             f"{UNMERGED[0].upper()}{UNMERGED[1:]}: the row of the same cosine or StableMoE router with `method: smoe`. "
             "Against it only the merge counts, against the original the change of router too."
         )
-    if any(row.seeds for row in found.rows):
+    if any(row.seeds for row in comparison.rows):
         lines.append("Mean of n seeds: the mean over seeds of calibration text, ± the standard deviation over seeds.")
     lines.append(
         "Active: parameters a token passes through, embeddings included: all but routed experts beyond its top-k "
@@ -138,33 +138,33 @@ def notes(found: Comparison) -> list[str]:
         f"together, float32 on {settings.device}. Patching: its seconds, and the peak resident memory of its process, "
         "the libraries' own included."
     )
-    if found.sized:
-        own = [label for label, one in found.plan.requests.items() if one.recipe and one.recipe.own_class]
+    if comparison.sized:
+        own = [label for label, one in comparison.plan.requests.items() if one.recipe and one.recipe.own_class]
         lines += [EQUAL_BYTES, *([f"Not quantised, of this package's own class: {', '.join(own)}."] if own else [])]
-    return [*lines, *_warnings(found)]
+    return [*lines, *_warnings(comparison)]
 
 
-def _warnings(found: Comparison) -> list[str]:
+def _warnings(comparison: Comparison) -> list[str]:
     lines = []
-    if len({(one["threads"], one["at_once"]) for one in found.results.values()}) > 1:
+    if len({(one["threads"], one["at_once"]) for one in comparison.results.values()}) > 1:
         lines.append("Times are not comparable: rows were measured with different numbers of threads or --jobs.")
-    elif any(one["at_once"] > 1 for one in found.results.values()):
-        at_once = max(one["at_once"] for one in found.results.values())
+    elif any(one["at_once"] > 1 for one in comparison.results.values()):
+        at_once = max(one["at_once"] for one in comparison.results.values())
         lines.append(f"Times are not comparable: {at_once} models were measured side by side.")
     lines += [
         f"The same recipe as {first}, measured once: {label}."
-        for label, first in found.plan.same.items()
+        for label, first in comparison.plan.same.items()
         if label != first
     ]
-    return lines + [f"Failed: {label}: {reason}." for label, reason in found.failed.items()]
+    return lines + [f"Failed: {label}: {reason}." for label, reason in comparison.failed.items()]
 
 
-def markdown(found: Comparison) -> str:
+def markdown(comparison: Comparison) -> str:
     """``comparison.md``: the tables, what they mean, and with what they were made."""
-    run = found.plan.run
-    lines = [f"# Recipes on `{found.plan.checkpoint.name}`, side by side", ""]
-    for title, table in tables(found):
+    run = comparison.plan.run
+    lines = [f"# Recipes on `{comparison.plan.checkpoint.name}`, side by side", ""]
+    for title, table in tables(comparison):
         lines += [f"## {title.capitalize()}", "", *table.markdown(numbers=True), ""]
-    lines += [f"* {note}" for note in notes(found)]
+    lines += [f"* {note}" for note in notes(comparison)]
     lines += ["", ", ".join(f"{library} {version}" for library, version in run["versions"].items()) + "."]
     return "\n".join(lines) + "\n"

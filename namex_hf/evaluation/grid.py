@@ -69,15 +69,15 @@ def recipe_files(paths: Sequence[Path]) -> dict[str, Path]:
     Raises:
         RecipeError: no such file or folder, a folder without recipes, or two files of one label.
     """
-    found: dict[str, Path] = {}
+    by_label: dict[str, Path] = {}
     for path in paths:
         for file in _files(path):
             label = file.stem
-            other = next((one for name, one in found.items() if slug(name) == slug(label)), None)
+            other = next((one for name, one in by_label.items() if slug(name) == slug(label)), None)
             if other is not None:
                 raise RecipeError(f"--recipes {other} and {file} both have the label '{label}'; accepted: one of each")
-            found[label] = file
-    return found
+            by_label[label] = file
+    return by_label
 
 
 def _files(path: Path) -> list[Path]:

@@ -2,7 +2,7 @@
 
 Registered with lm-eval under the name ``namex``. Against ``hf`` it
 
-* stores every response in an `AnswerLog`, so that a killed run goes on, and sends each different request once;
+* stores every response in a `ResultLog`, so that a killed run goes on, and sends each different request once;
 * finds the batch size once for a kind of request: by trial on an accelerator, by arithmetic on a CPU;
 * shares the requests out between the processes of ``accelerate launch`` on CPUs as well;
 * has the context alone route what is scored where the recipe says ``routing_span: prompt``.
@@ -26,7 +26,7 @@ from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .batches import batches_of, fitting_batch
 from .loading import without_balance_loss
 from .prompt_routing import prompt_log_probabilities
-from .store import AnswerLog, key_of
+from .store import ResultLog, key_of
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]
 """Texts (None for a window of a longer text), tokens of the context, tokens of the continuation."""
@@ -49,7 +49,7 @@ class NamexLM(HFLM):
         choice = soft_choice(getattr(self.config, "namex", None))
         self.routes_by_prompt = choice is not None and choice.span == "prompt"
         self.automatic = str(self.batch_size_per_gpu) == "auto"
-        self.log: AnswerLog | None = None
+        self.log: ResultLog | None = None
         self.progress = progress
 
     def _loglikelihood_tokens(
@@ -82,8 +82,10 @@ class NamexLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """As of `HFLM`, one batch after the other into the log, but for what is drawn at random."""
         ids = {request.args[0]: self.tok_encode(request.args[0]) for request in requests}
-        lengths = {text: len(found) for text, found in ids.items()}
-        check_ids(self.model, max(self.tokenizer.pad_token_id or 0, *(max(found, default=0) for found in ids.values())))
+        lengths = {text: len(tokens) for text, tokens in ids.items()}
+        check_ids(
+            self.model, max(self.tokenizer.pad_token_id or 0, *(max(tokens, default=0) for tokens in ids.values()))
+        )
         new = max(request.args[1].get("max_gen_toks", self.max_gen_toks) for request in requests)
         size = self._batch_size_of("generated", min(max(lengths.values()) + new, self.max_length))
 
@@ -116,12 +118,12 @@ class NamexLM(HFLM):
         for batch in batches:
             different = {key(request): request for request in batch}
             if self.log is None or not all(one in self.log for one in different):
-                found = dict(zip(different, ask(list(different.values())), strict=True))
+                answers = dict(zip(different, ask(list(different.values())), strict=True))
                 if self.log is not None:
-                    self.log.add(found)
+                    self.log.add(answers)
             else:
-                found = {one: self.log[one] for one in different}
-            known.update(found)
+                answers = {one: self.log[one] for one in different}
+            known.update(answers)
             self.progress(ProgressEvent(kind, amount=len(batch), total=total))
         return known
 
@@ -129,12 +131,12 @@ class NamexLM(HFLM):
         """The batch size for sequences of up to so many tokens; all processes come to the same."""
         if not self.automatic:
             return int(self.batch_size_per_gpu)
-        known = None if self.log is None else self.log.batch(kind)
-        if known is None:
-            known = self._fitting_size(min(longest, self.max_length))
-            if self.log is not None:
-                self.log.keep_batch(kind, known)
-        return known
+        if self.log is not None and kind in self.log:  # a run that goes on cuts its batches as before
+            return int(self.log[kind])
+        size = self._fitting_size(min(longest, self.max_length))
+        if self.log is not None:
+            self.log.add({kind: size})
+        return size
 
     def _fitting_size(self, length: int) -> int:
         if self.device.type != "cpu":

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..checkpoint.tokenizer import open_tokenizer
 from ..defaults import SHARD_SIZE
 from ..errors import CheckpointError
 from ..patching.patch import run_plan
@@ -20,7 +19,7 @@ from ..quantising.matrices import Storage, matrices_of
 from ..recipe import Recipe
 from .arithmetic import exact_answers, held_out_problems
 from .equal_bytes import Quantising
-from .loading import load, without_routed_experts
+from .loading import load, tokenizer_of, without_routed_experts
 from .perplexity import text_losses
 from .settings import WINDOW, Settings
 from .size import size_of
@@ -63,24 +62,24 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     """
     torch.set_num_threads(task.threads)
     seconds = peak = None
-    found = task.checkpoint
+    scored = task.checkpoint
     if task.recipe is not None:
         assert task.out is not None
         plan = make_plan(task.checkpoint, task.recipe, SHARD_SIZE)
         totals = run_plan(plan, task.out, progress=progress).totals
-        seconds, peak, found = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
+        seconds, peak, scored = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
     stored = {}
     if task.quantising is not None:
         assert task.out is not None
         stored = {"stored": asdict(_quantise(task, task.quantising, task.out, progress))}
-        found = open_checkpoint(task.out)
-    model = load(found.folder).to(task.settings.device)
+        scored = open_checkpoint(task.out)
+    model = load(scored.folder).to(task.settings.device)
     if not task.routed:
         model = without_routed_experts(model)
     clocked = task.routed and task.quantising is None
     return {
         **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, progress, clocked),
-        **asdict(size_of(found, task.routed)),
+        **asdict(size_of(scored, task.routed)),
         "seconds": seconds,
         "peak_resident_bytes": peak,
         "threads": task.threads,
@@ -96,18 +95,6 @@ def _quantise(task: CellTask, how: Quantising, out: Path, progress: ProgressCall
     return matrices.storage(how.bits)
 
 
-def tokenizer_of(folder: Path) -> Any:
-    """Of the original, with something to fill batches with; no code of others is run.
-
-    Raises:
-        CheckpointError: none that transformers can open.
-    """
-    tokenizer = open_tokenizer(folder, str(folder))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
-
-
 def scores(
     model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback, clocked: bool = True
 ) -> dict[str, Any]:
@@ -120,16 +107,16 @@ def scores(
     longest = model.config.max_position_embeddings
     for done, (name, text) in enumerate(settings.texts.items()):
         progress(ProgressEvent(f"perplexity, {name}", done=done, total=len(settings.texts)))
-        found = text_losses(model, tokenizer, {name: text}, settings.tokens, min(WINDOW, longest))[name].tolist()
-        if not all(map(math.isfinite, found)):
+        each = text_losses(model, tokenizer, {name: text}, settings.tokens, min(WINDOW, longest))[name].tolist()
+        if not all(map(math.isfinite, each)):
             raise CheckpointError(f"the model's losses on the text '{name}' are no finite numbers")
-        losses[name] = found
+        losses[name] = each
     problems, right = held_out_problems()[: settings.problems], []
     for start in range(0, len(problems), BATCH):
         progress(ProgressEvent("word problems", done=start, total=len(problems)))
         right += exact_answers(model, tokenizer, problems[start : start + BATCH], BATCH)
-    found_speed = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
-    return {"losses": losses, "right": right or None, **found_speed}
+    speeds = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
+    return {"losses": losses, "right": right or None, **speeds}
 
 
 def _speed(model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback) -> dict[str, float]:

@@ -156,10 +156,10 @@ def with_means(rows: Sequence[tuple[Cell, Row]]) -> list[Row]:
     families: dict[tuple[str, int], list[tuple[Cell, Row]]] = {}
     for cell, row in order:
         families.setdefault((cell.family, row.experts), []).append((cell, row))
-    found = []
+    ordered = []
     for (family, _), members in families.items():
-        found += [row for _, row in members]
+        ordered += [row for _, row in members]
         if len(members) > 1:
             cell, what = members[0][0], f"mean of {len(members)} seeds"
-            found.append(mean_row([row for _, row in members], f"{family}, {what}", f"{cell.line}, {what}"))
-    return found
+            ordered.append(mean_row([row for _, row in members], f"{family}, {what}", f"{cell.line}, {what}"))
+    return ordered

@@ -59,13 +59,13 @@ def items(folder: Path, results: Mapping[str, Any], name: str, metric: str, keep
     return ScoreItems(tuple(sample["doc_hash"] for sample in chosen), values)
 
 
-def _values(metric: str, found: Sequence[Any]) -> tuple[float, ...] | None:
-    if all(isinstance(value, (int, float)) for value in found):
-        return tuple(map(float, found))
+def _values(metric: str, items: Sequence[Any]) -> tuple[float, ...] | None:
+    if all(isinstance(value, (int, float)) for value in items):
+        return tuple(map(float, items))
     if metric == "bits_per_byte":
         # lm-eval divides sums: each item's share, scaled so that the shares' mean is the score.
-        total = sum(size for _, size in found) / len(found)
-        return tuple(-log_likelihood / math.log(2) / total for log_likelihood, _ in found)
+        total = sum(size for _, size in items) / len(items)
+        return tuple(-log_likelihood / math.log(2) / total for log_likelihood, _ in items)
     return None
 
 

@@ -60,12 +60,12 @@ def settings(files: Sequence[Path], tokens: int, problems: int, device: str) -> 
 
 
 def _texts(files: Sequence[Path]) -> dict[str, str]:
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for file in files:
-        if file.stem in found:
+        if file.stem in texts:
             raise UsageError(f"--texts has two files of the name '{file.stem}'; accepted: one a domain")
         try:
-            found[file.stem] = read_text(file, CalibrationError, LARGEST_TEXT)
+            texts[file.stem] = read_text(file, CalibrationError, LARGEST_TEXT)
         except CalibrationError as error:
             raise CalibrationError(f"--texts {error}; accepted: text files") from error
-    return found
+    return texts

@@ -17,8 +17,16 @@ RESAMPLES = 9999
 LEVEL = 0.95
 NOISE = 0.05
 """A p-value from which on a difference is called noise."""
+TEXT_TOKENS = 4096
+"""Tokens of each domain of the packaged held-out text."""
 SHARE = "problems"
 """The measure whose items are right or wrong answers; the items of all others are losses."""
+MEASURES = {
+    "chats": "perplexity of the assistant's turns in held-out chats",
+    "text": f"perplexity of packaged held-out text, the first {TEXT_TOKENS} tokens of each domain",
+    SHARE: "held-out word problems answered exactly, in per cent",
+}
+"""What is measured before and after training."""
 
 
 def mean_of(groups: Groups) -> float:

@@ -1,21 +1,22 @@
-"""Results on disk, named by the hash of everything that determines them, so that a killed run goes on from there.
+"""Results on disk, each named by the hash of everything that determines it, so that a killed run goes on from there.
 
-Cells of a comparison have a file each. Responses to lm-eval's requests are lines of a log: lm-eval's own cache stores
-pickles, which this package does not load.
+Cells of a comparison and responses to lm-eval's requests are lines of such a log: lm-eval's own cache stores pickles,
+which this package does not load.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
 from ..checkpoint.identity import differing
 from ..errors import CheckpointError, OutputError
-from ..files import HASH, hash_bytes, read_json, write_text
+from ..files import HASH, hash_bytes, read_json
 
-CELLS = "cells"
+MODELS = "models"
+"""Folder beside the results with the models that were patched to be scored."""
 
 
 def key_of(*parts: Any) -> str:
@@ -28,121 +29,71 @@ def sealed(values: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, HASH: hash_bytes(json.dumps(values).encode())}
 
 
-def unsealed(path: Path) -> dict[str, Any] | None:
-    """The values of a file that `sealed` made; None where it is missing or damaged."""
+def unsealed(values: Any) -> dict[str, Any] | None:
+    """The values that `sealed` was given; None where they are damaged."""
+    digest = values.pop(HASH, None) if isinstance(values, dict) else None
+    return values if digest is not None and digest == sealed(values)[HASH] else None
+
+
+def read_sealed(path: Path) -> dict[str, Any] | None:
+    """`unsealed` values of a file of JSON; None where it is missing or damaged."""
     try:
-        values = read_json(path)
+        return unsealed(read_json(path))
     except CheckpointError:
         return None
-    digest = values.pop(HASH, None)
-    return values if digest == sealed(values)[HASH] else None
 
 
-class CellFiles:
-    """The finished cells of a folder.
+class ResultLog(dict[str, Any]):
+    """Results of one run by their keys, on disk as soon as they are added.
 
-    Args:
-        run: identity of the run, plain.
-    """
-
-    def __init__(self, folder: Path, run: Mapping[str, Any]) -> None:
-        # The folder is claimed for the bytes of the source; times of its files are no part of a cell's name.
-        self.folder, self.run = folder / CELLS, {name: value for name, value in run.items() if name != "files"}
-
-    def path(self, cell: Mapping[str, Any]) -> Path:
-        """Of a cell's file, whether it is there or not."""
-        return self.folder / f"{key_of(self.run, cell)[:24]}.json"
-
-    def read(self, cell: Mapping[str, Any]) -> dict[str, Any] | None:
-        """What was measured; None of a cell that is not finished, or whose file is damaged or of another cell."""
-        entry = unsealed(self.path(cell))
-        return entry["result"] if entry and entry.get("key") == key_of(self.run, cell) else None
-
-    def write(self, cell: Mapping[str, Any], label: str, result: Mapping[str, Any]) -> None:
-        """Store what was measured, whole or not at all."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        entry = {"key": key_of(self.run, cell), "label": label, "cell": cell, "result": result}
-        write_text(self.path(cell), json.dumps(sealed(entry), indent=1) + "\n")
-
-
-class AnswerLog:
-    """One model's responses to the requests of one task, on disk batch by batch.
-
-    A file a process, ``answers-RANK.jsonl``: a line says what the run is, the batch size of a kind of request, or the
-    response to one request, named by the hash of the request. Lines are synced, and each ends with its hash. A line
-    that is cut or damaged is dropped with all after it, and their batches are requested again: batches are made from
-    all requests, so a response does not depend on when the run was killed.
+    A file a process: its first line says what the run is, each other line is one result. Lines are synced, and each
+    holds its hash. A line that is cut or damaged is dropped with all after it, and its result is measured again.
 
     Args:
-        folder: where the files are; made if need be.
+        path: the file of this process, made with its folder if need be. Other ``*.jsonl`` beside it are read too.
         identity: what makes the run this run, plain.
-        rank: of this process. All processes' answers are read, its own file is written.
 
     Raises:
-        OutputError: the folder has answers of another run.
+        OutputError: the folder has results of another run.
     """
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], rank: int = 0):
-        folder.mkdir(parents=True, exist_ok=True)
+    def __init__(self, path: Path, identity: Mapping[str, Any]):
+        path.parent.mkdir(parents=True, exist_ok=True)
         self._identity = json.loads(json.dumps(identity))
-        self._answers: dict[str, Any] = {}
-        self._batches: dict[str, int] = {}
-        own, whole = folder / f"answers-{rank}.jsonl", 0
-        for path in sorted(folder.glob("answers-*.jsonl")):
-            read = self._read(path)
-            if path == own:
-                whole = read
-        self._file = own.open("ab")
+        whole = {file: self._read(file) for file in sorted(path.parent.glob("*.jsonl"))}.get(path, 0)
+        self._file = path.open("ab")
         self._file.truncate(whole)
         if not whole:
-            self._write([{"run": self._identity}])
+            self._write({"run": self._identity})
 
     def _read(self, path: Path) -> int:
         """Take in the whole lines of a file; returns how many bytes they are."""
         whole = 0
         for line in path.read_bytes().splitlines(keepends=True):
-            entry = _entry(line)
+            try:
+                entry = unsealed(json.loads(line)) if line.endswith(b"\n") else None
+            except ValueError:
+                break
             if entry is None:
                 break
             whole += len(line)
-            if "run" in entry:
-                self._check(path, entry["run"])
-            elif "batch" in entry:
-                self._batches[entry["batch"]] = entry["size"]
-            else:
-                self._answers[entry["request"]] = entry["answer"]
+            if "run" not in entry:
+                self[entry["key"]] = entry["result"]
+            elif changed := differing(entry["run"], self._identity):
+                raise OutputError(
+                    f"{path} has results of a run with another {changed}; use --overwrite or another --output_path"
+                )
         return whole
 
-    def _check(self, path: Path, found: dict[str, Any]) -> None:
-        if changed := differing(found, self._identity):
-            raise OutputError(
-                f"{path} has answers of a run with another {changed}; use --overwrite or another --output_path"
-            )
-
-    def _write(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        self._file.write(b"".join(_line(entry) for entry in entries))
+    def _write(self, *entries: Mapping[str, Any]) -> None:
+        self._file.write(b"".join(json.dumps(sealed(entry)).encode() + b"\n" for entry in entries))
         self._file.flush()
         os.fsync(self._file.fileno())
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._answers
-
-    def __getitem__(self, key: str) -> Any:
-        return self._answers[key]
-
-    def add(self, answers: Mapping[str, Any]) -> None:
-        """Keep the answers of one batch, by their requests' keys."""
-        self._answers.update(answers)
-        self._write({"request": key, "answer": answer} for key, answer in answers.items())
-
-    def batch(self, kind: str) -> int | None:
-        """The batch size found for a kind of request, if one was."""
-        return self._batches.get(kind)
-
-    def keep_batch(self, kind: str, size: int) -> None:
-        """Keep it: a run that goes on must cut its batches as before."""
-        self._batches[kind] = size
-        self._write([{"batch": kind, "size": size}])
+    def add(self, results: Mapping[str, Any]) -> None:
+        """Keep results by their keys."""
+        self.update(results)
+        self._write(*({"key": key, "result": result} for key, result in results.items()))
 
     def close(self) -> None:
         self._file.close()
@@ -152,18 +103,3 @@ class AnswerLog:
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    """An entry as a line, with its hash at the end."""
-    text = json.dumps(entry).encode()
-    return text + b" " + hash_bytes(text).encode() + b"\n"
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """What a line says; None where it was cut or damaged."""
-    text, _, digest = line.rpartition(b" ")
-    if digest != hash_bytes(text).encode() + b"\n":
-        return None
-    entry = json.loads(text)
-    return entry if isinstance(entry, dict) else None

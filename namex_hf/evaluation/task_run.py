@@ -16,7 +16,7 @@ from ..errors import CheckpointError, OutputError, TaskError
 from ..files import HASH, hash_bytes, hash_file, read_json, write_text
 from .language_model import NamexLM
 from .samples import RESULTS, SAMPLES
-from .store import AnswerLog, sealed, unsealed
+from .store import ResultLog, read_sealed, sealed
 from .tasks import LoadedTask
 
 ANSWERS = "answers"
@@ -39,7 +39,7 @@ def finished(folder: Path, identity: Mapping[str, Any], source: Identity) -> dic
         return None  # none, or damaged: the log has the responses
     if not has_hash:
         raise OutputError(f"{path} is of a release before 0.2.0; {advice}")
-    results = unsealed(path)
+    results = read_sealed(path)
     if results is None or any(_hash_of(folder / name) != known for name, known in results["samples"].items()):
         return None
     if changed := differing(results["run"], json.loads(json.dumps(identity)), source):
@@ -69,15 +69,15 @@ def score(
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002  (what lm-eval's tasks draw from)
     torch.manual_seed(seed)
-    with AnswerLog(folder / ANSWERS, identity, model.rank) as model.log:
+    with ResultLog(folder / ANSWERS / f"answers-{model.rank}.jsonl", identity) as model.log:
         try:
-            found = evaluate(model, task.loaded, limit=limit, log_samples=True)
+            scores = evaluate(model, task.loaded, limit=limit, log_samples=True)
         except (AssertionError, ValueError) as error:  # lm-eval's answers to what it does not take
             raise TaskError(f"task {task.name}: lm-eval refuses it ({type(error).__name__}: {error})") from error
-        batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.log.batch(kind))}
+        batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.log.get(kind))}
     model.log = None
-    if found is not None:
-        results = {"run": dict(identity), "batch_sizes": batches, **found}
+    if scores is not None:
+        results = {"run": dict(identity), "batch_sizes": batches, **scores}
         hashes = {}
         for name, samples in results.pop("samples").items():
             ordered = sorted(samples, key=lambda sample: (sample["doc_id"], sample["filter"]))

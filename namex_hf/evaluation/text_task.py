@@ -19,16 +19,16 @@ PIECE = 2000
 
 def pieces(text: str, size: int = PIECE) -> list[str]:
     """The text cut at blank lines into pieces of at least `size` characters but the last; only blanks are lost."""
-    found: list[str] = []
-    held: list[str] = []
+    parts: list[str] = []
+    paragraphs: list[str] = []
     for paragraph in re.split(r"\n\s*\n", text):
         if not paragraph.strip():
             continue
-        held.append(paragraph.strip("\n"))
-        if sum(map(len, held)) >= size:
-            found.append("\n\n".join(held))
-            held = []
-    return found + (["\n\n".join(held)] if held else [])
+        paragraphs.append(paragraph.strip("\n"))
+        if sum(map(len, paragraphs)) >= size:
+            parts.append("\n\n".join(paragraphs))
+            paragraphs = []
+    return parts + (["\n\n".join(paragraphs)] if paragraphs else [])
 
 
 def read_pieces(path: Path) -> list[str]:
@@ -36,12 +36,12 @@ def read_pieces(path: Path) -> list[str]:
     TaskError: no such file, too large, not UTF-8, or nothing in it.
     """
     try:
-        found = pieces(read_text(path, TaskError, LARGEST_TEXT))
+        texts = pieces(read_text(path, TaskError, LARGEST_TEXT))
     except TaskError as error:
         raise TaskError(f"--text {error}") from error
-    if not found:
+    if not texts:
         raise TaskError(f"--text {path} is empty; at least one line of text is needed")
-    return found
+    return texts
 
 
 def as_dataset(texts: list[str], **_: Any) -> DatasetDict:

@@ -8,8 +8,7 @@ from ..checkpoint.source import Checkpoint
 from ..files import size_text
 from ..record import Report, ratio
 from .arithmetic import exact_answers, held_out_problems
-from .loading import load
-from .measure import tokenizer_of
+from .loading import load, tokenizer_of
 from .size import size_of
 from .statistics import SHARE, difference
 

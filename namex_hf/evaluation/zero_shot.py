@@ -24,9 +24,10 @@ from .language_model import NamexLM
 from .paper import Paper
 from .samples import RESULTS, items, members, metrics, shots_of
 from .statistics import error_of, paired
+from .store import MODELS
 from .task_run import ANSWERS, finished, score
 from .tasks import LoadedTask
-from .zero_shot_report import MODELS, Score, ScoredModel, ZeroShotReport
+from .zero_shot_report import Score, ScoredModel, ZeroShotReport
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,6 @@ SHARES = ("acc", "acc_norm", "exact_match")
 LM_EVAL = "https://github.com/EleutherAI/lm-evaluation-harness"
 FORMATS = ("arrow", "csv", "json", "pandas", "parquet", "text", "webdataset", "xml")
 """What a task's file names in place of a data set where it reads plain files."""
-MODELS = "models"
-"""Folder beside the report with the models that the evaluation patched."""
 TO_ORIGINAL = "to the original"
 CHOICES = ("merge", "routing", "method", "disagreement")
 """Columns that tell what was done to a model."""
@@ -95,7 +93,7 @@ class ZeroShotReport:
 
     @classmethod
     def from_json(cls, text: str) -> "ZeroShotReport":
-        found = json.loads(text)
+        values = json.loads(text)
         scores = [
             Score(
                 **{
@@ -104,9 +102,9 @@ class ZeroShotReport:
                     "paper": score["paper"] and PaperScore(**score["paper"]),
                 }
             )
-            for score in found["scores"]
+            for score in values["scores"]
         ]
-        return cls(found["run"], [ScoredModel(**model) for model in found["models"]], scores)
+        return cls(values["run"], [ScoredModel(**model) for model in values["models"]], scores)
 
     def model(self, label: str) -> ScoredModel:
         return next(model for model in self.models if model.label == label)
@@ -165,31 +163,43 @@ def table(report: ZeroShotReport, task: str) -> Table:
     others = any(score.difference and score.baseline != report.model(score.model).original for score in scores)
     titles = ["model", *CHOICES, "shots", "metric", "score", *(["difference", "to"] if others else [TO_ORIGINAL])]
     titles += ["95 %", "p"]
-    rows = [[*_first(report, score), *_comparison(score, others)] for score in scores]
+    rows = [
+        [
+            *(score.model, *report.model(score.model).choices),
+            *(shots(score), metric_cell(score), value_cell(score), difference_cell(score)),
+            *([score.baseline if score.difference and score.baseline else ""] if others else []),
+            *_significance(score),
+        ]
+        for score in scores
+    ]
     if any(score.paper for score in scores):
         titles += ["paper", "paper, to SMoE of the same routing"]
         rows = [[*row, *_paper(score.paper)] for row, score in zip(rows, scores, strict=True)]
     return Table(titles, rows)
 
 
-def _first(report: ZeroShotReport, score: Score) -> list[str]:
-    error = "" if score.stderr is None else f" ± {shown(score, score.stderr)}"
-    metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
-    value = shown(score, score.value) + error
-    return [score.model, *report.model(score.model).choices, shots(score), metric, value]
+def metric_cell(score: Score) -> str:
+    return score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
+
+
+def value_cell(score: Score) -> str:
+    return shown(score, score.value) + ("" if score.stderr is None else f" ± {shown(score, score.stderr)}")
+
+
+def difference_cell(score: Score) -> str:
+    paired = score.difference
+    return "" if paired is None else f"{shown(score, paired.mean, '+')} ± {shown(score, paired.stderr)}"
 
 
 def shots(score: Score) -> str:
     return "mixed" if score.num_fewshot is None else str(score.num_fewshot)
 
 
-def _comparison(score: Score, says_to_what: bool) -> list[str]:
-    to = [score.baseline or ""] if says_to_what else []
-    if score.difference is None:
-        return ["", *("" for _ in to), "", ""]
-    found = score.difference
-    interval = f"{shown(score, found.low, '+')} to {shown(score, found.high, '+')}"
-    return [f"{shown(score, found.mean, '+')} ± {shown(score, found.stderr)}", *to, interval, p_value(found.p)]
+def _significance(score: Score) -> list[str]:
+    paired = score.difference
+    if paired is None:
+        return ["", ""]
+    return [f"{shown(score, paired.low, '+')} to {shown(score, paired.high, '+')}", p_value(paired.p)]
 
 
 def _paper(paper: PaperScore | None) -> list[str]:
@@ -202,20 +212,20 @@ def p_value(p: float) -> str:
 
 def sentence(score: Score) -> str | None:
     """What a comparison says, in words; nothing where there is none."""
-    found = score.difference
-    if found is None:
+    paired = score.difference
+    if paired is None:
         return None
     unit = " points" if score.metric in SHARES else ""
     examples = "" if score.num_fewshot == 0 else f", {shots(score)} shots"
-    what = f"{score.model}, {score.metric}{examples}: {shown(score, found.mean, '+')}{unit} to {score.baseline}"
-    if found.higher == found.lower == 0:
+    what = f"{score.model}, {score.metric}{examples}: {shown(score, paired.mean, '+')}{unit} to {score.baseline}"
+    if paired.higher == paired.lower == 0:
         return f"{what}; the two score alike on each of {score.items} items."
-    better, worse = (found.higher, found.lower) if score.higher_is_better else (found.lower, found.higher)
-    sign = "p " if found.p < 0.001 else "p = "
-    basis = f"on {score.items} items ({better} better, {worse} worse; {sign}{p_value(found.p)})"
-    if found.is_noise:
+    better, worse = (paired.higher, paired.lower) if score.higher_is_better else (paired.lower, paired.higher)
+    sign = "p " if paired.p < 0.001 else "p = "
+    basis = f"on {score.items} items ({better} better, {worse} worse; {sign}{p_value(paired.p)})"
+    if paired.is_noise:
         return f"{what} is within the noise: no difference is shown {basis}."
-    verdict = "better" if (found.mean > 0) == score.higher_is_better else "worse"
+    verdict = "better" if (paired.mean > 0) == score.higher_is_better else "worse"
     return f"{what} is more than noise: {verdict} {basis}."
 
 

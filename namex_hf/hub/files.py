@@ -2,8 +2,8 @@
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -63,11 +63,14 @@ class Selection:
     rewritten: tuple[Callable[[Path], None], ...] = ()
     """Functions that rewrite files in a folder of links to `files`: weights without left-out tensors, a configuration
     with the current ``auto_map``, a tokenizer's without one, and the report that lists it."""
+    added: Mapping[str, str] = field(default_factory=dict)
+    """Content of files that the folder does not have, by name."""
 
     @property
-    def size(self) -> int:
-        """Bytes of all files."""
-        return sum(file.size for file in self.files)
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each file, by name."""
+        added = {name: len(text.encode()) for name, text in self.added.items()}
+        return {file.name: file.size for file in self.files} | added
 
 
 def select(checkpoint: Checkpoint, include: tuple[str, ...] = (), tensors: tuple[str, ...] = ()) -> Selection:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from huggingface_hub.utils import disable_progress_bars
 from rich.console import Console
-from rich.table import Table
 
 from ..errors import PublishError
+from ..evaluation.table import Table
 from ..files import size_text
 from ..printable import marked, printable
 from .checks import CheckedFolder, check_folder
@@ -59,13 +59,10 @@ def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
 def show(console: Console, checked: CheckedFolder, selection: Selection, target: Target) -> None:
     """Print every file with its size, the files that stay with their reasons, and the checks."""
     console.print(f"to {marked(target.repo)}, {'public' if target.public else 'private'}", soft_wrap=True)
-    table = Table()
-    table.add_column("goes up")
-    table.add_column("bytes", justify="right")
-    for file in selection.files:
-        table.add_row(marked(file.name), f"{file.size:,}")
+    sizes = selection.sizes
+    table = Table(["goes up", "bytes"], [[name, f"{size:,}"] for name, size in sizes.items()]).screen()
     table.add_section()
-    table.add_row(f"{len(selection.files)} files", f"{size_text(selection.size)}")
+    table.add_row(f"{len(sizes)} files", size_text(sum(sizes.values())))
     console.print(table)
     for name, reason in summarised(selection.left_out).items():
         console.print(f"stays: {marked(name)}: {marked(reason)}", soft_wrap=True)

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, get_token
+from huggingface_hub.constants import EVAL_RESULTS_FOLDER
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
 from ..checkpoint.companions import TEMPLATES
 from ..errors import PublishError
-from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT, read_bytes
+from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, OURS, PICTURES, REPORT, read_bytes, write_text
 from ..report.card import PLACE, linked
 from ..report.card_metadata import put_block, read_block, usable
 from ..report.card_text import put_section
@@ -22,7 +23,7 @@ from .files import Selection, holds
 
 STALE = re.compile(
     rf"[^/]+\.safetensors|{re.escape(INDEX)}|[^/]+\.py|({OURS}|{BEFORE_0_2[PICTURES]}|{TEMPLATES})/.+|"
-    + "|".join(map(re.escape, BEFORE_0_2.values()))
+    rf"{re.escape(EVAL_RESULTS_FOLDER)}/[^/]+shot\.yaml|" + "|".join(map(re.escape, BEFORE_0_2.values()))
 )
 """Files of an earlier push that a push deletes, unless it replaces them: old weights would be loaded."""
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
@@ -152,5 +153,7 @@ def _stage(selection: Selection, card: str, folder: Path) -> None:
             place.write_text(card, "utf-8")
         else:
             place.symlink_to(file.path.resolve())
+    for name, text in selection.added.items():
+        write_text(folder / name, text)
     for rewrite in selection.rewritten:
         rewrite(folder)

@@ -7,14 +7,23 @@ from typing import Any
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..errors import CheckpointError, UsageError
+from ..evaluation.store import MODELS
 from ..evaluation.table import Table
-from ..evaluation.zero_shot_report import MODELS, Score, ScoredModel, ZeroShotReport, eval_results, shots, shown
+from ..evaluation.zero_shot_report import (
+    Score,
+    ScoredModel,
+    ZeroShotReport,
+    difference_cell,
+    eval_results,
+    metric_cell,
+    shots,
+    value_cell,
+)
 from ..files import REPORT, locate, parse_json, read_json, read_text
 from ..record import Report
+from ..render import rendered
 from ..report.card_metadata import model_index, put_block, read_block
 from ..report.card_text import plain, put_section
-
-SECTION = "scores"
 
 
 def read_evaluation(path: Path) -> ZeroShotReport:
@@ -112,37 +121,23 @@ def with_scores(card: str, evaluation: ZeroShotReport, label: str, name: str) ->
         name: name of the model in ``model-index``.
     """
     block = read_block(card) | {"model-index": model_index(name, eval_results(evaluation, label))}
-    return put_section(put_block(card, block), SECTION, score_lines(evaluation, label))
+    return put_section(put_block(card, block), "scores", score_lines(evaluation, label))
 
 
 def score_lines(evaluation: ZeroShotReport, label: str) -> list[str]:
     """A table of a model's scores, with differences to its baseline if that was scored too."""
-    run, scores = evaluation.run, [score for score in evaluation.scores if score.model == label]
-    limit = "" if run["limit"] is None else f", the first {run['limit']} items of each task only"
+    scores = [score for score in evaluation.scores if score.model == label]
+    titles, rows = ["task", "metric", "items", "score"], [_cells(score) for score in scores]
     compared = any(score.difference is not None for score in scores)
-    original = evaluation.model(label).original
-    others = any(score.difference and score.baseline != original for score in scores)
-    titles = ["task", "metric", "items", "score"]
-    titles += [f"difference to {'the same router without merging' if others else 'the original'}"] if compared else []
-    rows = [[*_score_cells(score), *([_difference(score)] if compared else [])] for score in scores]
-    paired = "; differences are paired, item by item" if compared else ""
-    return [
-        "## Scores",
-        "",
-        f"By lm-eval {plain(run['versions']['lm_eval'])}, seed {plain(run['seed'])}, weights in {plain(run['dtype'])}"
-        f"{limit}. Shares in per cent, ± one standard error{paired}.",
-        "",
-        *Table(titles, rows).markdown(),
-    ]
+    if compared:
+        original = evaluation.model(label).original
+        others = any(score.difference and score.baseline != original for score in scores)
+        titles.append(f"difference to {'the same router without merging' if others else 'the original'}")
+        rows = [[*row, difference_cell(score)] for row, score in zip(rows, scores, strict=True)]
+    text = rendered("scores.md", run=evaluation.run, compared=compared, table=Table(titles, rows), plain=plain)
+    return text.splitlines()
 
 
-def _score_cells(score: Score) -> list[str]:
-    metric = score.metric if score.filter == "none" else f"{score.metric}, {score.filter}"
-    error = "" if score.stderr is None else f" ± {shown(score, score.stderr)}"
+def _cells(score: Score) -> list[str]:
     examples = "" if score.num_fewshot == 0 else f", {shots(score)} examples"
-    return [plain(score.task) + examples, plain(metric), f"{score.items:,}", shown(score, score.value) + error]
-
-
-def _difference(score: Score) -> str:
-    paired = score.difference
-    return "" if paired is None else f"{shown(score, paired.mean, '+')} ± {shown(score, paired.stderr)}"
+    return [plain(score.task) + examples, plain(metric_cell(score)), f"{score.items:,}", value_cell(score)]

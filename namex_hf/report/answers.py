@@ -22,10 +22,10 @@ ASKED = 1024  # tokens, spread over the text, that every expert is asked about
 class Layer:
     """One MoE layer."""
 
-    cosines: (
-        torch.Tensor
-    )  # float32 [N, N], means over the tokens asked about of the cosine between two experts' outputs
-    usage: torch.Tensor  # int64 [N], tokens of the text that each expert received
+    cosines: torch.Tensor
+    """Float32 ``[N, N]``: of two experts' outputs, means over the tokens that are asked about."""
+    usage: torch.Tensor
+    """Int64 ``[N]``: tokens of the text that each expert received."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answers:
 def answers(folder: PatchedFolder, tokens: int) -> Answers:
     """Take packaged calibration text through the layers, routed by the linear router alone, and ask every expert.
 
-    Base experts and other routers are left out: what is heard is the text as the experts' own mixture makes it. With
+    Base experts and other routers are left out: the hidden states are those that the experts' own mixture makes. With
     the recipe's own number of tokens it is the text that the recipe read, if that was the packaged one.
 
     Args:
@@ -59,8 +59,8 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
     if folder.shape.counts is None:  # else only the patched class has layers of different numbers of experts
         config = {**config, "model_type": folder.outline.family.model_type}
     every = max(1, text.tokens // ASKED)
-    found: dict[int, Layer] = {}
-    asked = 0
+    layers: dict[int, Layer] = {}
+    sampled = 0
     with Reader() as reader:
         outline, spans = folder.outline, folder.spans
         decoder = Decoder(config, outline, lambda name: reader.read(spans[outline.stored(name, spans)]))
@@ -73,15 +73,16 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
                 tapped = module.tap(hidden)
             experts, routing = folder.experts(reader, layer), TokenRouting(tapped.index, tapped.value)
             count = experts.count
-            some = tapped.inputs[::every][:ASKED]
-            outputs = (expert_output(some, experts.expert(e).to(some), folder.outline.activation) for e in range(count))
-            said = torch.stack([normalize(output, dim=-1).flatten() for output in outputs])
-            asked = len(some)
-            found[layer] = Layer(said @ said.T / asked, routing.count(count))
-            output = routed_output(tapped.inputs, routing, experts, folder.outline.activation)
+            sample = tapped.inputs[::every][:ASKED]
+            activation = folder.outline.activation
+            outputs = (expert_output(sample, experts.expert(e).to(sample), activation) for e in range(count))
+            directions = torch.stack([normalize(output, dim=-1).flatten() for output in outputs])
+            sampled = len(sample)
+            layers[layer] = Layer(directions @ directions.T / sampled, routing.count(count))
+            output = routed_output(tapped.inputs, routing, experts, activation)
             decoder.pass_on(layer, hidden, output)
-            del experts, said, output  # before the next layer is read
-    return Answers(found, text.sha256, text.tokens, asked)
+            del experts, directions, output  # before the next layer is read
+    return Answers(layers, text.sha256, text.tokens, sampled)
 
 
 def _text(folder: PatchedFolder, tokens: int) -> CalibrationText:

@@ -13,10 +13,10 @@ from ..files import PICTURES, REPORT, locate
 from ..recipe import Grouped, Recipe
 from ..record import Report
 from ..render import rendered
-from .card_measured import perplexity_with_errors, scores_of
+from .card_measured import scores_of
 from .card_metadata import as_yaml, metadata
 from .card_text import fenced, plain, section
-from .layers import layer_table
+from .layers import layer_table, perplexity_table
 
 PLACE = "PATH_OR_ID"
 """Stands for the folder or Hub id in the snippet until it is known."""
@@ -39,7 +39,6 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
     """
     recipe = report.run["recipe"]
     merge = Recipe.from_stored(recipe).merge if recipe["merge"] == "grouped" else None
-    layers = layer_table(report, "seconds")
     foreign = [] if folder is None else tokenizer_code(folder)
     return rendered(
         "card.md",
@@ -53,16 +52,20 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         place=PLACE,
         opens_tokenizer=folder is None or (has_tokenizer(folder) and not foreign),
         foreign_code=[f"`{path.name}`" for path in foreign],
-        perplexity=perplexity_with_errors(report),
+        perplexity=_escaped(perplexity_table(report)),
         scores=scores_of(report, folder),
         pictures=picture_lines(folder),
         plain=plain,
         as_yaml=as_yaml,
         section=section,
         fenced=fenced,
-        layers=Table(layers.titles, [list(map(plain, row)) for row in layers.rows]),
+        layers=_escaped(layer_table(report, "seconds")),
         report_file=REPORT,
     )
+
+
+def _escaped(table: Table) -> Table:
+    return Table(table.titles, [list(map(plain, row)) for row in table.rows])
 
 
 def _source(report: Report) -> str:

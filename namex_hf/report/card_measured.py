@@ -1,37 +1,14 @@
-"""The tables of scores on a card."""
+"""The table of scores before and after training, on a card."""
 
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.statistics import changes, standard_error, value
+from ..evaluation.statistics import MEASURES, changes, standard_error, value
 from ..evaluation.table import Table
 from ..files import SCORES, locate, read_json
-from ..record import Report, ratio
+from ..record import Report
 from .card_text import plain
-
-MEASURES = {
-    "chats": "perplexity of the assistant's turns in held-out chats",
-    "text": "perplexity of packaged held-out text",
-    "problems": "held-out word problems answered exactly, in per cent",
-}
-
-
-def perplexity_with_errors(report: Report) -> Table:
-    """Perplexity of each domain before and after, with standard errors where there are any."""
-    rows = [
-        [
-            plain(domain),
-            _with_error(value["before"], value.get("before_stderr")),
-            _with_error(value["after"], value.get("after_stderr")),
-            _with_error(ratio(value), value.get("ratio_stderr"), 3),
-        ]
-        for domain, value in (report.perplexity or {}).items()
-    ]
-    return Table(["domain", "before", "after", "ratio"], rows)
-
-
-def _with_error(value: float, error: float | None, digits: int = 2) -> str:
-    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
+from .layers import with_error
 
 
 def scores_of(report: Report, folder: Path | None) -> Table:
@@ -46,8 +23,8 @@ def scores_of(report: Report, folder: Path | None) -> Table:
     rows = [
         [
             MEASURES.get(measure, plain(measure)),
-            _with_error(scores["before"][measure], standard_error(measure, before.get(measure))),
-            _with_error(scores["after"][measure], standard_error(measure, after.get(measure))),
+            with_error(scores["before"][measure], standard_error(measure, before.get(measure))),
+            with_error(scores["after"][measure], standard_error(measure, after.get(measure))),
             *([change(measure, before[measure], after[measure]) if measure in paired else ""] if paired else []),
         ]
         for measure in scores["after"]

@@ -39,16 +39,16 @@ def metadata(report: Report, *folders: Path | None) -> ModelCardData:
     """
     name, commit = report.source["name"], report.source["commit"]
     on_hub = commit is not None and _is_repo_id(name)
-    found = carried(*folders)
+    fields = carried(*folders)
     own = ["namex", "moe", "merge", report.family]
     return ModelCardData(
         base_model=name if on_hub else None,
-        base_model_relation=("finetune" if report.training else "merge") if on_hub else None,
+        base_model_relation="finetune" if on_hub else None,
         base_model_commit=one_line(commit) if on_hub else None,
         library_name="transformers",
         pipeline_tag="text-generation",
-        tags=[*own, *(tag for tag in found.pop("tags", []) if tag not in own)],
-        **found,
+        tags=[*own, *(tag for tag in fields.pop("tags", []) if tag not in own)],
+        **fields,
     )
 
 
@@ -64,33 +64,33 @@ def carried(*folders: Path | None) -> dict[str, Any]:
     """Licence, languages and tags that the source's card states, or the licence that its LICENSE is known to be."""
     there = [folder for folder in folders if folder is not None]
     stated = [usable(read_block(_text(folder / "README.md"))) for folder in there]
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     for one in stated:
         for key in ("tags", "language"):
             if key in one:
-                found.setdefault(key, one[key])
-        if "license" in one and "license" not in found:
-            found |= {key: one[key] for key in CARRIED[:3] if key in one}
-    if "license" not in found:
-        found |= next(filter(None, map(_licence_file, there)), {})
-    return found
+                fields.setdefault(key, one[key])
+        if "license" in one and "license" not in fields:
+            fields |= {key: one[key] for key in CARRIED[:3] if key in one}
+    if "license" not in fields:
+        fields |= next(filter(None, map(_licence_file, there)), {})
+    return fields
 
 
 def usable(block: dict[str, Any]) -> dict[str, Any]:
     """Of a foreign metadata block what can be carried: values of the form that the Hub accepts, others left out."""
-    found: dict[str, Any] = {}
+    fields: dict[str, Any] = {}
     if _matches(LICENCE, block.get("license")):
-        found["license"] = block["license"]
+        fields["license"] = block["license"]
         for key, form in (("license_name", LICENCE), ("license_link", LINK)):
             if _matches(form, block.get(key)):
-                found[key] = block[key]
+                fields[key] = block[key]
     languages = _strings(block.get("language"))
     if languages and all(LANGUAGE.fullmatch(one) for one in languages):
-        found["language"] = languages
+        fields["language"] = languages
     tags = [one_line(tag)[:100] for tag in _strings(block.get("tags"))]
     if tags := list(dict.fromkeys(tag for tag in tags if tag)):
-        found["tags"] = tags
-    return found
+        fields["tags"] = tags
+    return fields
 
 
 def _matches(form: re.Pattern[str], value: Any) -> bool:
@@ -123,10 +123,10 @@ def read_block(text: str) -> dict[str, Any]:
     """The metadata of a card; empty where there is none that can be read."""
     match = BLOCK.match(text)
     try:
-        found = parse_yaml(match[1]) if match else None
+        block = parse_yaml(match[1]) if match else None
     except (yaml.YAMLError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return block if isinstance(block, dict) else {}
 
 
 def put_block(text: str, values: dict[str, Any]) -> str:
@@ -135,7 +135,7 @@ def put_block(text: str, values: dict[str, Any]) -> str:
     return f"---\n{as_yaml(values)}\n---\n{text[match.end() :] if match else text}"
 
 
-def as_yaml(values: dict[str, Any]) -> str:
+def as_yaml(values: Any) -> str:
     """One key a line, no anchors, nothing that ends the block."""
     return yaml.dump(values, Dumper=_Plain, sort_keys=False, allow_unicode=False, width=10_000).strip()
 

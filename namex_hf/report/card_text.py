@@ -4,7 +4,7 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-KEPT = frozenset(" /.,-+()'")
+KEPT = frozenset(" /.,-+±()'")
 """Marks that mean nothing inside a line of Markdown, a table or HTML."""
 
 

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from ..evaluation.compare import Comparison
+from ..evaluation.compare import CELLS, Comparison
 from ..evaluation.compare_table import markdown, notes, tables
 from ..evaluation.rows import perplexities
-from ..evaluation.store import CellFiles
 from ..files import write_text
 from ..render import rendered
 from .page import POLICY
@@ -22,61 +21,60 @@ if TYPE_CHECKING:
 PAGE, TABLE, NUMBERS = "index.html", "comparison.md", "comparison.json"
 
 
-def as_json(found: Comparison, out: Path) -> str:
-    """``comparison.json``: every row with its recipe in full, and where the losses of its windows stand."""
-    plan, cells = found.plan, CellFiles(out, found.plan.run)
-    rows = []
-    for row in found.rows:
+def as_json(comparison: Comparison) -> str:
+    """``comparison.json``: every row with its recipe in full, and file and key of the losses of its windows."""
+    plan, rows = comparison.plan, []
+    for row in comparison.rows:
         label = plan.same.get(row.label, row.label)
-        file = cells.path(plan.requests[label].identity).relative_to(out).as_posix() if label in found.results else None
-        rows.append({**asdict(row), "worst": list(row.worst), "file": file})
+        stored = {"file": CELLS, "key": plan.key(label)} if label in comparison.results else {"file": None, "key": None}
+        rows.append({**asdict(row), "worst": list(row.worst), **stored})
     values = {
         "model": {"name": plan.checkpoint.name, "commit": plan.checkpoint.commit, "bytes": plan.checkpoint.size},
         "run": plan.run,
-        "original_perplexity": perplexities(found.original),
+        "original_perplexity": perplexities(comparison.original),
         "rows": rows,
-        **({"equal_bytes": [asdict(one) for one in found.sized]} if found.sized else {}),
-        "failed": found.failed,
-        "notes": notes(found),
+        **({"equal_bytes": [asdict(one) for one in comparison.sized]} if comparison.sized else {}),
+        "failed": comparison.failed,
+        "notes": notes(comparison),
     }
     return json.dumps(values, indent=1) + "\n"
 
 
-def page(found: Comparison, pictures: Sequence["Picture"]) -> str:
+def page(comparison: Comparison, pictures: Sequence["Picture"]) -> str:
     """The page as text. Everything that comes from a checkpoint or a file is escaped.
 
     Args:
         pictures: none where they cannot be drawn; the page is whole without.
     """
-    recipes = {label: one.identity["recipe"] for label, one in found.plan.requests.items() if one.recipe is not None}
+    requests = comparison.plan.requests.items()
     return rendered(
         "comparison.html",
-        title=f"Recipes on {found.plan.checkpoint.name}, side by side",
+        title=f"Recipes on {comparison.plan.checkpoint.name}, side by side",
         pictures=pictures,
-        tables=tables(found),
-        notes=notes(found),
-        recipes={label: yaml.safe_dump(recipe, sort_keys=False) for label, recipe in recipes.items()},
-        versions=found.plan.run["versions"],
+        tables=tables(comparison),
+        notes=notes(comparison),
+        recipes={name: yaml.safe_dump(one.identity["recipe"], sort_keys=False) for name, one in requests if one.recipe},
+        versions=comparison.plan.run["versions"],
         policy=POLICY,
     )
 
 
-def write(found: Comparison, out: Path) -> bool:
+def write(comparison: Comparison, out: Path) -> bool:
     """Write all files; returns whether there is a picture, which needs the extra ``report``."""
-    write_text(out / TABLE, markdown(found))
-    write_text(out / NUMBERS, as_json(found, out))
-    pictures = _pictures(found)
+    write_text(out / TABLE, markdown(comparison))
+    write_text(out / NUMBERS, as_json(comparison))
+    pictures = _pictures(comparison)
     for one in pictures or []:
         one.write(out)
-    write_text(out / PAGE, page(found, pictures or []))
+    write_text(out / PAGE, page(comparison, pictures or []))
     return pictures is not None
 
 
-def _pictures(found: Comparison) -> "list[Picture] | None":
+def _pictures(comparison: Comparison) -> "list[Picture] | None":
     """None without matplotlib."""
     try:
         from .pictures.comparison import picture
     except ImportError:
         return None
-    one = picture(found)
+    one = picture(comparison)
     return [] if one is None else [one]

@@ -103,12 +103,12 @@ def _statistics(path: Path) -> dict[tuple[int, str], torch.Tensor]:
     """``layers.L.WHAT`` by layer and name; nothing where no game was played and no text read."""
     if not path.is_file():
         return {}
-    found = {}
+    tensors = {}
     with Reader() as reader:
         for name, span in read_header(path).items():
             match name.split("."):
                 case ["layers", layer, what] if layer.isdecimal():
-                    found[int(layer), what] = reader.read(span)
+                    tensors[int(layer), what] = reader.read(span)
                 case _:
                     raise CheckpointError(f"{path.name}: tensor {name}; accepted: layers.L.cosines and layers.L.usage")
-    return found
+    return tensors

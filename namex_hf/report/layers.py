@@ -71,7 +71,18 @@ def layer_table(report: Report, *left_out: str) -> Table:
 
 
 def perplexity_table(report: Report) -> Table:
-    """Perplexity of each domain, before and after."""
-    domains = (report.perplexity or {}).items()
-    rows = [[name, f"{one['before']:.2f}", f"{one['after']:.2f}", f"{ratio(one):.3f}"] for name, one in domains]
+    """Perplexity of each domain before and after, with standard errors where there are any."""
+    rows = [
+        [
+            domain,
+            with_error(one["before"], one.get("before_stderr")),
+            with_error(one["after"], one.get("after_stderr")),
+            with_error(ratio(one), one.get("ratio_stderr"), 3),
+        ]
+        for domain, one in (report.perplexity or {}).items()
+    ]
     return Table(["domain", "before", "after", "ratio"], rows)
+
+
+def with_error(value: float, error: float | None, digits: int = 2) -> str:
+    return f"{value:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")

@@ -15,18 +15,18 @@ from .folder import PatchedFolder
 def methods(going: Propagation) -> dict[str, Residual]:
     """The paper's ways to move the base expert, at a recipe's gamma; with its own momentum where that is another."""
     plain = Propagation(gamma=going.gamma)
-    found = {
+    choices = {
         "NAMEx-Full": Residual(propagation=plain),
         "NAMEx": Residual(method="namex", propagation=plain),
         "EP-CAMEx": Residual(method="ep-camex", propagation=plain),
         "NAMEx-Full, momentum 0.9": Residual(propagation=replace(plain, momentum="complex")),
         "NAMEx-Full, quaternion": Residual(propagation=replace(plain, momentum="quaternion")),
     }
-    known = [one.propagation.complex_beta for one in found.values()]
+    known = [one.propagation.complex_beta for one in choices.values()]
     if going.momentum != "none" and going.complex_beta not in known:
         own = replace(plain, momentum=going.momentum, beta=going.beta)
-        found[f"NAMEx-Full, momentum {going.beta}"] = Residual(propagation=own)
-    return found
+        choices[f"NAMEx-Full, momentum {going.beta}"] = Residual(propagation=own)
+    return choices
 
 
 @torch.no_grad()
@@ -42,7 +42,7 @@ def distances(folder: PatchedFolder) -> dict[str, list[float]]:
     if not (isinstance(merge, AroundBase) and merge.has_base) or len(layers) < 2:
         return {}
     walks: dict[str, PropagationState] = {}
-    found: dict[str, list[float]] = {}
+    lengths: dict[str, list[float]] = {}
     with Reader() as reader:
         for position, layer in enumerate(layers[:-1]):
             experts = folder.experts(reader, layer)
@@ -53,6 +53,6 @@ def distances(folder: PatchedFolder) -> dict[str, list[float]]:
                 after = propagate(experts, before, choice, position).state
                 assert after is not None, "every method here moves its base"
                 moved = sum(float((after.base[part] - before.base[part]).square().sum()) for part in before.base)
-                found.setdefault(name, []).append(math.sqrt(moved))
+                lengths.setdefault(name, []).append(math.sqrt(moved))
                 walks[name] = after
-    return found
+    return lengths

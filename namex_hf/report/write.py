@@ -56,8 +56,8 @@ def write_pictures(
             pictures = draw(Material(folder, answered, walked, layer))
             text = page(folder.report, folder.recipe.to_yaml(), pictures)
         except DAMAGED as error:
-            said = f"{type(error).__name__}: {error}"
-            raise CheckpointError(f"{REPORT} in {path} cannot be drawn, a record is damaged ({said})") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise CheckpointError(f"{REPORT} in {path} cannot be drawn, a record is damaged ({reason})") from error
         target = path / PICTURES if out is None else out
         target.mkdir(parents=True, exist_ok=True)
         for picture in pictures:

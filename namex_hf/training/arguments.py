@@ -8,11 +8,11 @@ import torch
 from trl import SFTConfig, TrlParser
 
 from ..errors import UsageError
+from ..evaluation.statistics import MEASURES
 from ..printable import did_you_mean
 from ..resources import beside
 from .choice import EVERYTHING, check_kinds
 from .libraries import check_libraries
-from .scores import MEASURES
 
 COMPARED = {"original": "smoe", "ep-camex": "ep-camex", "namex": "namex", "camex": "camex"}
 """What can stand beside the main run, with the method of its recipe."""

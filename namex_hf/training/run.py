@@ -7,7 +7,7 @@ from rich.console import Console
 
 from ..checkpoint.layout import left_out_line
 from ..errors import UsageError
-from ..evaluation.statistics import difference, value
+from ..evaluation.statistics import MEASURES, difference, value
 from ..evaluation.table import Table
 from ..printable import marked
 from ..recipe import Recipe
@@ -15,7 +15,7 @@ from .arguments import COMPARED, NamexArguments, TrainingArguments, set_length
 from .chats import check_template, load_chats
 from .plan import Adapter, Choice, measures_for
 from .rivals import left_out, rival
-from .scores import MEASURES, verdict
+from .scores import verdict
 from .start import Start, dtype_of, start_from
 from .tune import scores_of, tune
 

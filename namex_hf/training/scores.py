@@ -5,15 +5,8 @@ from typing import Any
 
 from ..evaluation.arithmetic import exact_answers, held_out_problems
 from ..evaluation.perplexity import held_out_texts, labelled_losses, text_losses
-from ..evaluation.statistics import differs
+from ..evaluation.statistics import TEXT_TOKENS, differs
 
-TEXT_TOKENS = 4096
-"""Tokens of each domain of the packaged held-out text."""
-MEASURES = {
-    "chats": "perplexity of the assistant's turns in held-out chats",
-    "text": f"perplexity of packaged held-out text, the first {TEXT_TOKENS} tokens of each domain",
-    "problems": "held-out word problems answered exactly, in per cent",
-}
 Items = dict[str, list[list[float]]]
 """Groups of items by measure: losses in nats, or 1 for a right response and 0 for a wrong response."""
 

@@ -6,31 +6,31 @@ import pytest
 
 from namex_hf.errors import OutputError
 from namex_hf.evaluation.batches import batches_of, fitting_batch
-from namex_hf.evaluation.store import AnswerLog, key_of
+from namex_hf.evaluation.store import ResultLog, key_of
 
 RUN = {"model": "a", "limit": 3}
 
 
 def test_what_was_written_is_known_again(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path, RUN) as journal:
-        journal.keep_batch("choices", 8)
+    with ResultLog(tmp_path / "answers-0.jsonl", RUN) as journal:
+        journal.add({"choices": 8})
         journal.add({"k": [-1.25, True], "l": "text\n"})
-    with AnswerLog(tmp_path, RUN) as journal:
+    with ResultLog(tmp_path / "answers-0.jsonl", RUN) as journal:
         assert "k" in journal
         assert "m" not in journal
-        assert (journal["k"], journal["l"], journal.batch("choices")) == ([-1.25, True], "text\n", 8)
-        assert journal.batch("windows") is None
+        assert (journal["k"], journal["l"], journal["choices"]) == ([-1.25, True], "text\n", 8)
+        assert "windows" not in journal
 
 
 @pytest.mark.parametrize("cut_off", [1, 5, 20])
 def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path, cut_off: int) -> None:
-    with AnswerLog(tmp_path, RUN) as journal:
+    with ResultLog(tmp_path / "answers-0.jsonl", RUN) as journal:
         journal.add({"k": 1})
         journal.add({"l": 2})
     path = tmp_path / "answers-0.jsonl"
     whole = path.read_bytes()
     path.write_bytes(whole[:-cut_off])
-    with AnswerLog(tmp_path, RUN) as journal:
+    with ResultLog(tmp_path / "answers-0.jsonl", RUN) as journal:
         assert "k" in journal
         assert "l" not in journal
         journal.add({"l": 2})
@@ -39,32 +39,44 @@ def test_a_line_that_was_cut_short_is_dropped(tmp_path: Path, cut_off: int) -> N
 
 @pytest.mark.parametrize("entry", [1, 2, 3])
 def test_a_line_with_a_flipped_bit_is_dropped_with_all_after_it(tmp_path: Path, entry: int) -> None:
-    with AnswerLog(tmp_path, RUN) as journal:
+    with ResultLog(tmp_path / "answers-0.jsonl", RUN) as journal:
         for number in range(3):
             journal.add({f"k{number}": number})
     path = tmp_path / "answers-0.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    lines[entry] = lines[entry].replace(b'answer": ', b'answer": 4')
+    lines[entry] = lines[entry].replace(b'result": ', b'result": 4')
     path.write_bytes(b"".join(lines))
-    with AnswerLog(tmp_path, RUN) as journal:
+    with ResultLog(tmp_path / "answers-0.jsonl", RUN) as journal:
         assert [f"k{number}" in journal for number in range(3)] == [number + 1 < entry for number in range(3)]
     assert path.read_bytes() == b"".join(lines[:entry])
 
 
 def test_all_processes_answers_are_read_and_ones_own_written(tmp_path: Path) -> None:
-    with AnswerLog(tmp_path, RUN, rank=0) as journal:
+    with ResultLog(tmp_path / "answers-0.jsonl", RUN) as journal:
         journal.add({"k": 1})
-    with AnswerLog(tmp_path, RUN, rank=1) as journal:
+    with ResultLog(tmp_path / "answers-1.jsonl", RUN) as journal:
         assert "k" in journal
         journal.add({"l": 2})
     assert b'"l"' not in (tmp_path / "answers-0.jsonl").read_bytes()
 
 
+@pytest.mark.parametrize("line", [b"{\n", b"[]\n", b'{"key": "another", "result": {}}\n'])
+def test_what_no_log_has_written_is_dropped(tmp_path: Path, line: bytes) -> None:
+    path = tmp_path / "answers-0.jsonl"
+    with ResultLog(path, RUN) as journal:
+        journal.add({"k": 1})
+    whole = path.read_bytes()
+    path.write_bytes(whole + line)
+    with ResultLog(path, RUN) as journal:
+        assert journal == {"k": 1}
+    assert path.read_bytes() == whole
+
+
 def test_another_runs_answers_are_refused(tmp_path: Path) -> None:
-    AnswerLog(tmp_path, RUN).close()
+    ResultLog(tmp_path / "answers-0.jsonl", RUN).close()
     before = (tmp_path / "answers-0.jsonl").read_bytes()
-    with pytest.raises(OutputError, match="has answers of a run with another limit; use --overwrite or another"):
-        AnswerLog(tmp_path, {**RUN, "limit": 4})
+    with pytest.raises(OutputError, match="has results of a run with another limit; use --overwrite or another"):
+        ResultLog(tmp_path / "answers-0.jsonl", {**RUN, "limit": 4})
     assert (tmp_path / "answers-0.jsonl").read_bytes() == before
 
 

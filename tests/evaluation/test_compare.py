@@ -26,7 +26,6 @@ from namex_hf.evaluation.grid import Cell, grid, recipe_files
 from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.evaluation.perplexity import perplexities
 from namex_hf.evaluation.settings import Settings
-from namex_hf.evaluation.store import CellFiles
 from namex_hf.progress import ProgressEvent
 from namex_hf.report.comparison import as_json
 from tests.helpers.killing import hold_folder
@@ -98,22 +97,23 @@ def test_a_run_then_more_recipes_then_nothing_is_measured_twice(few: Settings, t
     assert found.rows[1].ratio > row.ratio > 1
     assert found.rows[1].costs["prefill"] is None
 
-    before = contents(out / "cells")
+    before = (out / "cells/results.jsonl").read_bytes()
     heard = Heard(out)
     twice = replace(twelve, name="again")  # the same recipe in another file
     more = compare(planned(few, twelve, eight, twice), out, RunOptions(jobs=2), heard)
     assert heard == [(ORIGINAL, KNOWN), (FLOOR, KNOWN), (twelve.label, KNOWN), (eight.label, BEGINS)]
-    after = contents(out / "cells")
-    assert {name: after[name] for name in before} == before
-    assert len(after) == 4
+    after = (out / "cells/results.jsonl").read_bytes()
+    assert after.startswith(before)
+    assert after.count(b"\n") == 1 + 4, "the run, and four models"
     assert not (out / "models" / eight.slug).exists()
     assert [row.label for row in more.rows] == [ORIGINAL, FLOOR, twelve.label, twice.label, eight.label]
     assert replace(more.rows[3], label="", title="", line=None) == replace(row, label="", title="", line=None)
 
     assert [more.results[label]["at_once"] for label in (twelve.label, eight.label)] == [1, 2]
 
-    told = json.loads(as_json(more, out))
-    assert (out / told["rows"][2]["file"]).is_file()
+    told = json.loads(as_json(more))
+    stored = [json.loads(line) for line in (out / told["rows"][2]["file"]).read_text().splitlines()]
+    assert [one["result"] for one in stored if one.get("key") == told["rows"][2]["key"]] == [more.results[twelve.label]]
     assert told["rows"][2]["recipe"]["experts"] == 12
     assert told["run"]["texts"].keys() == {"prose"}
 
@@ -255,20 +255,3 @@ def test_two_cells_of_one_folder_name(few: Settings, tmp_path: Path):
 def test_a_text_without_tokens(few: Settings):
     with pytest.raises(CalibrationError, match="--texts prose has 0 tokens; accepted: texts of 2 or more"):
         planned(replace(few, texts={"prose": ""}))
-
-
-def test_what_a_journal_does_not_take(tmp_path: Path):
-    journal = CellFiles(tmp_path, {"tokens": 1})
-    cell = {"recipe": 1}
-    assert journal.read(cell) is None
-    journal.write(cell, "x", {"a": 1})
-    assert journal.read(cell) == {"a": 1}
-    assert CellFiles(tmp_path, {"tokens": 2}).read(cell) is None
-    for text in (
-        "{",
-        "[]",
-        '{"key": "another", "result": {}}',
-        json.dumps({**json.loads(journal.path(cell).read_text()), "result": 1}),
-    ):
-        journal.path(cell).write_text(text)
-        assert journal.read(cell) is None

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from namex_hf import patch_checkpoint
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.errors import CheckpointError, UsageError
 from namex_hf.evaluation.statistics import paired
 from namex_hf.evaluation.zero_shot_report import Score, ScoredModel, ZeroShotReport
+from namex_hf.hub.benchmarks import benchmark_files
 from namex_hf.hub.scores import read_evaluation, row_of, with_scores
 from namex_hf.record import Report
 from tests.helpers.commands import Command, assert_refused
@@ -208,3 +210,52 @@ def test_scores_are_pushed(hub: Hub, online: Command, folder: Path, tmp_path: Pa
     data = ModelCard.load(hub.folders["me/scored"] / "README.md").data
     assert (data.model_name, data.eval_results[0].metric_value) == ("scored", 0.75)
     assert (folder / "README.md").read_bytes() == before
+
+
+GSM8K = {
+    "data": {"dataset": "openai/gsm8k", "config": "main", "split": "test"},
+    "metric": "exact_match",
+    "filter": "strict-match",
+    "items": 1319,
+}
+
+
+@pytest.mark.parametrize(
+    ("task", "changes"),
+    [
+        ("namex_sums", {}),
+        ("gsm8k", {"data": {"dataset": "json", "config": None, "split": "test"}}),
+        ("gsm8k", {"items": 200}),
+        ("gsm8k", {"filter": "flexible-extract"}),
+        ("mmlu_pro_law", {"data": {"dataset": "TIGER-Lab/MMLU-Pro", "config": None, "split": "test"}}),
+        ("gsm8k", {"model": "tiny"}),
+    ],
+    ids=["own set", "files of that name", "first items", "second filter", "a part", "other model"],
+)
+def test_what_is_no_score_of_a_benchmark_goes_on_no_leaderboard(folder: Path, task: str, changes: dict[str, Any]):
+    found = evaluation(scored(folder), scores=[score("out", "gsm8k", **GSM8K), score("out", task, **GSM8K | changes)])
+    assert list(benchmark_files(found, "out")) == [".eval_results/gsm8k-0shot.yaml"]
+    assert benchmark_files(replace(found, scores=found.scores[1:]), "out") == {}
+
+
+def test_scores_of_benchmarks_are_pushed_for_leaderboards(hub: Hub, online: Command, folder: Path, tmp_path: Path):
+    """Files that another push brought go; files of others stay."""
+    scores = [score("out"), score("out", "gsm8k", **GSM8K), score("out", "gsm8k", **GSM8K, num_fewshot=5, value=0.4116)]
+    path = write(evaluation(scored(folder), scores=scores), tmp_path / "scores", folder)
+    hub.users["hf_0123456789"] = "me"
+    online("token", "hf_0123456789")
+    push = ("namex-push", folder, "--repo", "me/ranked")
+    answer = online(*push, "--eval", path)
+    assert answer.status == 0, answer
+    assert ".eval_results/gsm8k-5shot.yaml" in answer.err
+    there = {name: text for name, text in hub.files("me/ranked").items() if name.startswith(".eval_results/")}
+    assert there.keys() == {".eval_results/gsm8k-0shot.yaml", ".eval_results/gsm8k-5shot.yaml"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(there[".eval_results/gsm8k-5shot.yaml"].read_text()))
+    assert (entry.dataset_id, entry.task_id, entry.value) == ("openai/gsm8k", "gsm8k", 41.16)
+    assert (entry.source_name, entry.notes) == ("lm-eval 0.4.13", "gsm8k, 5-shot, exact_match (strict-match)")
+    (hub.folders["me/ranked"] / ".eval_results/hle.yaml").write_text("mine")
+    answer = online(*push, "--quiet")
+    online("token")
+    assert answer.status == 0, answer
+    assert [name for name in hub.files("me/ranked") if name.startswith(".eval")] == [".eval_results/hle.yaml"]
+    assert not (folder / ".eval_results").exists()

@@ -17,14 +17,13 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
 from namex_hf import patch_checkpoint
-from namex_hf.evaluation.statistics import standard_error, value
+from namex_hf.evaluation.statistics import MEASURES, standard_error, value
 from namex_hf.recipe import Recipe
 from namex_hf.record import Report
 from namex_hf.report.card import card
 from namex_hf.report.card_measured import change
 from namex_hf.report.card_metadata import carried, put_block, read_block
 from namex_hf.report.card_text import fenced, one_line, plain, put_section, section
-from namex_hf.training.scores import MEASURES
 from tests.helpers.toy_models import save_toy
 
 NASTY = (
@@ -133,7 +132,11 @@ def test_what_a_source_says_is_carried(tmp_path: Path):
     (tmp_path / "README.md").write_text(put_block("# Model", block))
     assert carried(None, tmp_path) == block | {"language": ["en"]}
     data = ModelCard(card(report(), {}, source=tmp_path)).data
-    assert (data.base_model, data.base_model_commit, data.base_model_relation) == ("somebody/model", "c" * 40, "merge")
+    assert (data.base_model, data.base_model_commit, data.base_model_relation) == (
+        "somebody/model",
+        "c" * 40,
+        "finetune",
+    )
     assert data.tags == ["namex", "moe", "merge", "qwen2_moe", "chat"]
     assert data.license_name == "tongyi"
     again = tmp_path / "again"
@@ -208,6 +211,23 @@ def test_a_ratio_over_another_router_says_what_it_holds():
     for fields, told in (({"routing": "cosine"}, True), ({}, False), ({"routing": "cosine", "method": "smoe"}, False)):
         text = card(report(recipe=Recipe(**fields).to_dict()).with_perplexity(known), {})
         assert ("so the ratio is of the change to cosine routing and of the merge together" in text) == told
+
+
+@pytest.mark.parametrize(
+    ("model_type", "export_as", "routes"),
+    [
+        ("qwen2_moe", None, {"llama-quantize --imatrix", "GPTQModifier("}),
+        ("qwen2_moe", "qwen2_moe", {"GPTQModifier("}),
+        ("namex_qwen2_moe", None, {"llama.cpp cannot convert this model"}),
+    ],
+    ids=["stock", "exported", "own class"],
+)
+def test_how_quantised_copies_are_made(model_type: str, export_as: str | None, routes: set[str]):
+    one = report()
+    one.run["export_as"] = export_as
+    said = card(one, {"model_type": model_type}).split("## Quantised copies")[1].split("## Recipe")[0]
+    known = ("llama-quantize --imatrix", "GPTQModifier(", "llama.cpp cannot convert this model")
+    assert {route for route in known if route in said} == routes
 
 
 def test_fine_tuning_is_told(tmp_path: Path):

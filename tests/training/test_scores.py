@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from scipy.stats import bootstrap
 
 from namex_hf.evaluation.perplexity import IGNORED, held_out_texts
-from namex_hf.evaluation.statistics import difference, differs, value
-from namex_hf.training.scores import MEASURES, TEXT_TOKENS, measure, verdict
+from namex_hf.evaluation.statistics import MEASURES, TEXT_TOKENS, difference, differs, value
+from namex_hf.training.scores import measure, verdict
 from tests.helpers.toy_models import COMMON, toy_model, toy_tokenizer
 
 LOSSES = ("chats", "text")

@@ -11,11 +11,11 @@ ORDER = (similarity, weights, walk, utilities, stability, usage, groups, damage,
 def draw(material: Material) -> list[Picture]:
     """All pictures for which a folder has the data, in their order."""
     with rc_context(STYLE):
-        found = [one for module in ORDER if (one := module.picture(material)) is not None]
-        for one in found:
+        pictures = [one for module in ORDER if (one := module.picture(material)) is not None]
+        for one in pictures:
             one.figure.draw_without_rendering()
             one.figure.set_layout_engine("none")  # laid out once: every file of a picture is the same picture
-    return found
+    return pictures
 
 
 __all__ = ["Material", "Picture", "draw"]

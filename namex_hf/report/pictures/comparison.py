@@ -8,7 +8,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from ...evaluation.compare import FLOOR, Comparison
 from ...evaluation.rows import Row
-from .picture import COLOURS, DASHES, MARKS, STYLE, Picture, figure, plain
+from .picture import COLOURS, STYLE, Picture, figure, line_style, plain
 
 STEEP = 3.0  # ratio between the largest and the smallest value from which on an axis is logarithmic
 FAR = 2.0  # times the highest point: a floor above that is named and not drawn
@@ -16,18 +16,16 @@ GREY = COLOURS[-1]
 LINES = 30  # of a legend that can still be read
 
 
-def picture(found: Comparison) -> Picture | None:
+def picture(comparison: Comparison) -> Picture | None:
     """A line a recipe, mean ratio left and worst domain right; of several seeds the mean alone. None without cells."""
-    averaged = {(row.line, row.experts) for row in found.rows if row.seeds}
-    shown = [
-        row for row in found.rows if row.line is not None and (row.seeds or (row.line, row.experts) not in averaged)
-    ]
+    averaged = {(row.line, row.experts) for row in comparison.rows if row.seeds}
     lines: dict[str, list[Row]] = {}
-    for row in shown:
-        lines.setdefault(str(row.line), []).append(row)
+    for row in comparison.rows:
+        if row.line is not None and (row.seeds or (row.line, row.experts) not in averaged):
+            lines.setdefault(row.line, []).append(row)
     if not lines:
         return None
-    floor = next((row for row in found.rows if row.label == FLOOR), None)
+    floor = next((row for row in comparison.rows if row.label == FLOOR), None)
     with rc_context(STYLE):
         drawn = figure(3.8 + 0.12 * min(len(lines), LINES))
         mean, worst = drawn.subplots(1, 2)
@@ -51,15 +49,11 @@ def _panel(axes: Axes, lines: dict[str, list[Row]], floor: Row | None, of_worst:
         ordered = sorted(rows, key=lambda row: row.experts)
         heights = [row.worst[1] if of_worst else row.ratio for row in ordered]
         values += heights
-        turn = index // len(COLOURS)
         axes.errorbar(
             [row.experts for row in ordered],
             heights,
             yerr=None if of_worst else _bars(ordered),
-            color=COLOURS[index % len(COLOURS)],
-            linestyle=DASHES[(index + turn) % len(DASHES)],
-            marker=MARKS[(index + turn) % len(MARKS)],
-            markersize=4,
+            **line_style(index),
             capsize=2,
             linewidth=1.2,
             label=name,

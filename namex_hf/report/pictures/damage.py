@@ -1,6 +1,6 @@
 """What every layer lost, on calibration text, after each stage of the work on it."""
 
-from .picture import COLOURS, DASHES, MARKS, Material, Picture, figure, from_zero, layers_below, plain
+from .picture import Material, Picture, figure, from_zero, layers_below, line_style, plain
 
 STAGES = {
     "merged": "experts merged",
@@ -14,25 +14,16 @@ STAGES = {
 
 def picture(material: Material) -> Picture | None:
     """A line a stage, the last stage of a name where there are rounds; none where no text was read."""
-    found: dict[str, dict[int, float]] = {}
+    by_stage: dict[str, dict[int, float]] = {}
     for record in material.folder.report.layers:
         for one in record.get("errors", []):
-            found.setdefault(STAGES.get(one["stage"], one["stage"]), {})[record["layer"]] = one["error"]
-    if not found:
+            by_stage.setdefault(STAGES.get(one["stage"], one["stage"]), {})[record["layer"]] = one["error"]
+    if not by_stage:
         return None
     drawn = figure(3.2)
     axes = drawn.subplots()
-    for index, (stage, errors) in enumerate(found.items()):
-        style = index % len(COLOURS)
-        axes.plot(
-            list(errors),
-            list(errors.values()),
-            color=COLOURS[style],
-            linestyle=DASHES[style],
-            marker=MARKS[style],
-            markersize=4,
-            label=stage,
-        )
+    for index, (stage, errors) in enumerate(by_stage.items()):
+        axes.plot(list(errors), list(errors.values()), **line_style(index), label=stage)
     layers_below(axes, list(material.folder.shape.layers))
     axes.set_ylabel("squared error of the routed output,\nrelative to the output")
     from_zero(axes)

@@ -58,13 +58,13 @@ def letters(number: int) -> str:
 
 def marks(groups: list[list[int]]) -> dict[int, tuple[str, str]]:
     """By expert the letter of its group and a colour; a dot and ink for a group of one."""
-    found = {}
+    of_expert = {}
     several = [group for group in groups if len(group) > 1]
     for group in groups:
         at = several.index(group) if len(group) > 1 else None
         for member in group:
-            found[member] = ("·", INK) if at is None else (letters(at), COLOURS[at % len(COLOURS)])
-    return found
+            of_expert[member] = ("·", INK) if at is None else (letters(at), COLOURS[at % len(COLOURS)])
+    return of_expert
 
 
 def pruned(experts: int, kept: list[int]) -> dict[int, tuple[str, str]]:

@@ -124,6 +124,21 @@ def figure(height: float) -> Figure:
     return Figure(figsize=(WIDTH, height))
 
 
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, dash and mark of a line; after a round of colours each comes with another dash and mark."""
+    turned = index + index // len(COLOURS)
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "linestyle": DASHES[turned % len(DASHES)],
+        "marker": MARKS[turned % len(MARKS)],
+        "markersize": 4,
+    }
+
+
+def legend_below(axes: Axes, columns: int = 1) -> None:
+    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=columns)
+
+
 def tiles(count: int) -> tuple[int, int]:
     """Rows and columns for so many panels."""
     columns = min(count, COLUMNS)

@@ -16,17 +16,17 @@ def picture(material: Material) -> Picture | None:
     answers = material.answers
     by_outputs = {layer: one.cosines.numpy() for layer, one in answers.layers.items()} if answers else {}
     of_bases = material.folder.recipe.merge.has_base
-    found = {
+    kinds = {
         f"by weights: domain vectors E_i - E_m{'' if of_bases else ' around zero'}": by_weights,
         "by outputs on text": by_outputs,
     }
-    found = {title: panels for title, panels in found.items() if panels}
-    if not found:
+    kinds = {title: panels for title, panels in kinds.items() if panels}
+    if not kinds:
         return None
-    rows = {title: tiles(len(panels))[0] for title, panels in found.items()}
+    rows = {title: tiles(len(panels))[0] for title, panels in kinds.items()}
     drawn = figure(sum(HEAD + ROW * count for count in rows.values()))
-    parts: Any = drawn.subfigures(len(found), 1, squeeze=False, height_ratios=[HEAD + ROW * r for r in rows.values()])
-    for part, (title, panels) in zip(parts[:, 0], found.items(), strict=True):
+    parts: Any = drawn.subfigures(len(kinds), 1, squeeze=False, height_ratios=[HEAD + ROW * r for r in rows.values()])
+    for part, (title, panels) in zip(parts[:, 0], kinds.items(), strict=True):
         _panels(part, title, panels)
     line = (
         "Each square is a pair of experts: blue where the two point the same way, orange where they point against each"
@@ -62,9 +62,8 @@ def _panels(part: Any, title: str, panels: dict[int, np.ndarray]) -> None:
         place.set_visible(False)
     for place, (layer, values) in zip(axes.ravel(), blank.items(), strict=False):
         image = place.imshow(values, cmap=DIVERGING, vmin=-most, vmax=most, interpolation="nearest")
-        mean = (
-            f", mean {round(float(np.nanmean(values)), 2) + 0.0:.2f}" if len(values) > 1 else ""
-        )  # no minus before 0.00
+        # Rounded first: no minus before 0.00.
+        mean = f", mean {round(float(np.nanmean(values)), 2) + 0.0:.2f}" if len(values) > 1 else ""
         place.set_title(f"layer {layer}{mean}", fontsize=8)
         place.set_xticks([0, len(values) - 1])
         place.set_yticks([0, len(values) - 1])

@@ -19,13 +19,13 @@ def picture(material: Material) -> Picture | None:
     training = material.folder.report.training
     if not training or not training.get("loss"):
         return None
-    found = {label: _pairs(training["loss"], key) for key, label in PANELS.items()}
-    found = {label: pairs for label, pairs in found.items() if pairs}
-    drawn = figure(1.2 + 1.9 * ((len(found) + 1) // 2))
-    axes = drawn.subplots((len(found) + 1) // 2, 2, squeeze=False)
-    for place in axes.ravel()[len(found) :]:
+    panels = {label: _pairs(training["loss"], key) for key, label in PANELS.items()}
+    panels = {label: pairs for label, pairs in panels.items() if pairs}
+    drawn = figure(1.2 + 1.9 * ((len(panels) + 1) // 2))
+    axes = drawn.subplots((len(panels) + 1) // 2, 2, squeeze=False)
+    for place in axes.ravel()[len(panels) :]:
         place.set_visible(False)
-    for index, (place, (label, pairs)) in enumerate(zip(axes.ravel(), found.items(), strict=False)):
+    for index, (place, (label, pairs)) in enumerate(zip(axes.ravel(), panels.items(), strict=False)):
         steps, values = zip(*pairs, strict=True)
         place.plot(steps, values, color=COLOURS[index], marker=MARKS[index], markersize=3)
         place.set_xlabel("optimiser step")

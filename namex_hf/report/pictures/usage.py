@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from ..folder import PatchedFolder
-from .picture import COLOURS, MARKS, Material, Picture, figure, from_zero, layers_below, plain
+from .picture import COLOURS, MARKS, Material, Picture, figure, from_zero, layers_below, legend_below, line_style, plain
 
 BOTH = "the router, which is the original's"
 
@@ -22,7 +22,7 @@ def picture(material: Material) -> Picture | None:
         before, after = before or after, {}
     elif before and answers and answers.sha256 != material.folder.report.run.get("calibration", {}).get("sha256"):
         after = {}  # of another text: no comparison
-    names = dict(zip(("before", "after"), ("original's router", "this model's router"), strict=True))
+    names = {"before": "original's router", "after": "this model's router"}
     if not grouped and not rerouted:
         names["before"] = BOTH if material.folder.report.training is None else names["after"]
     entropies = _entropies(material.folder, names, before, after)
@@ -33,16 +33,9 @@ def picture(material: Material) -> Picture | None:
     for index, (when, shares) in enumerate((("before", before), ("after", after))):
         for layer, counts in shares.items():
             relative = (len(counts) * counts / counts.sum().clamp(min=1)).numpy()
-            left.plot(
-                np.full(len(relative), layer + (0.3 * (index - 0.5) if after else 0)),
-                relative,
-                linestyle="none",
-                marker=MARKS[index],
-                markersize=4,
-                alpha=0.6,
-                color=COLOURS[index],
-                label=names[when] if layer == min(shares) else None,
-            )
+            places = np.full(len(relative), layer + (0.3 * (index - 0.5) if after else 0))
+            style = line_style(index) | {"linestyle": "none", "alpha": 0.6}
+            left.plot(places, relative, **style, label=names[when] if layer == min(shares) else None)
     for index, (name, values) in enumerate(entropies.items()):
         right.plot(list(values), list(values.values()), color=COLOURS[index], marker=MARKS[index], label=name)
     left.axhline(1, color="#8a8d91", linestyle="--", linewidth=1)
@@ -52,7 +45,7 @@ def picture(material: Material) -> Picture | None:
     right.ticklabel_format(axis="y", useOffset=False)
     for axes in (left, right):
         layers_below(axes, list(material.folder.shape.layers))
-        axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        legend_below(axes)
         plain(axes)
     line = (
         "Left: a dot an expert, its tokens on calibration text over those of an equal share (dashed: 1). Right: how"
@@ -77,14 +70,14 @@ def _entropies(
 ) -> dict[str, dict[int, float]]:
     """By line, by layer: of counts, or what the report has measured of another routing."""
     measured = {record["layer"]: record["routing"] for record in folder.report.layers if "routing" in record}
-    found = {
+    lines = {
         names[when]: {layer: entropy(counts) for layer, counts in shares.items()}
         for when, shares in (("before", before), ("after", after))
         if shares
     }
     if measured:
-        found = {
+        lines = {
             "linear router": {layer: one["load_entropy_linear"] for layer, one in measured.items()},
             f"{folder.recipe.routing.kind} router": {layer: one["load_entropy"] for layer, one in measured.items()},
         }
-    return found
+    return lines

@@ -13,15 +13,15 @@ STEPS = {"Nash": COLOURS[0], "plain mean": COLOURS[1]}
 
 def picture(material: Material) -> Picture | None:
     """Of the layer asked for, or of the one where the two steps differ most; none where three do not agree."""
-    found = {}
+    by_layer = {}
     for layer in material.folder.shape.layers:
         grams = material.folder.domain_grams(layer) if material.folder.recipe.merge.has_base else None
         if grams is not None and material.layer in (None, layer) and (three := three_most_apart(grams.sum(0))):
-            found[layer] = three
-    if not found:
+            by_layer[layer] = three
+    if not by_layer:
         return None
-    layer = min(found, key=lambda one: found[one].cosine)
-    three = found[layer]
+    layer = min(by_layer, key=lambda one: by_layer[one].cosine)
+    three = by_layer[layer]
     gains = {
         "Nash": aligned_utilities(three.gram, three.weights),
         "plain mean": aligned_utilities(three.gram, torch.ones_like(three.weights)),
@@ -32,9 +32,6 @@ def picture(material: Material) -> Picture | None:
     _sphere(left.add_subplot(projection="3d"), three, gains)
     _bars(right.subplots(), three, gains)
     names = ", ".join(map(str, three.players))
-    product = (
-        float((gains["Nash"] / gains["plain mean"]).log().sum().exp()) if (gains["plain mean"] > 0).all() else None
-    )
     chosen = (
         "this layer was asked for" if material.layer is not None else "of all layers the one where they differ most"
     )
@@ -44,7 +41,9 @@ def picture(material: Material) -> Picture | None:
         " green where none of them loses; an arrow is what one step gives. The bars are the same gains in units of"
         " |tau|: the bargain lifts the shortest bar at the cost of the longest"
     )
-    line += f"; its product of gains is {product:.4f} times the mean's." if product is not None else "."
+    if (gains["plain mean"] > 0).all():
+        line += f"; its product of gains is {(gains['Nash'] / gains['plain mean']).prod():.4f} times the mean's"
+    line += "."
     return Picture("4-utilities", "Three experts bargain", line, drawn)
 
 

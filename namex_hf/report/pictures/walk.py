@@ -6,7 +6,7 @@ from matplotlib.axes import Axes
 
 from ...merging.experts import FIELDS
 from ..folder import PatchedFolder
-from .picture import COLOURS, DASHES, MARKS, Material, Picture, figure, from_zero, layers_below, plain
+from .picture import Material, Picture, figure, from_zero, layers_below, legend_below, line_style, plain
 
 
 def picture(material: Material) -> Picture | None:
@@ -40,50 +40,37 @@ def picture(material: Material) -> Picture | None:
 
 def cosines_to_mean(folder: PatchedFolder) -> dict[str, list[tuple[int, float]]]:
     """By game: pairs of layer and cosine."""
-    found: dict[str, list[tuple[int, float]]] = {}
+    by_game: dict[str, list[tuple[int, float]]] = {}
     for record in folder.report.layers:
         for game in record["games"]:
             if game.get("cosine_to_mean") is not None:
                 name = " + ".join(FIELDS[part] for part in game["projections"])
-                found.setdefault(name, []).append((record["layer"], game["cosine_to_mean"]))
-    return found
+                by_game.setdefault(name, []).append((record["layer"], game["cosine_to_mean"]))
+    return by_game
 
 
 def _distances(axes: Axes, folder: PatchedFolder, distances: Any) -> None:
     layers = list(folder.shape.layers)
     for index, (name, values) in enumerate(distances.items()):
-        axes.plot(
-            layers[1:],
-            values,
-            color=COLOURS[index],
-            linestyle=DASHES[index],
-            linewidth=max(1.5, 5 - 1.5 * index),  # so that walks that are the same do not hide each other
-            marker=MARKS[index],
-            markersize=max(4, 9 - 2 * index),
-            label=name,
-        )
+        # Equal walks do not hide each other.
+        sizes = {"linewidth": max(1.5, 5 - 1.5 * index), "markersize": max(4, 9 - 2 * index)}
+        axes.plot(layers[1:], values, **line_style(index) | sizes, label=name)
     layers_below(axes, layers[1:])
     axes.set_xlabel("layer that the base expert comes to")
     axes.set_ylabel("L2 distance from the base before")
     from_zero(axes)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+    legend_below(axes, columns=2)
     plain(axes)
 
 
 def _cosines(axes: Axes, folder: PatchedFolder, cosines: dict[str, list[tuple[int, float]]]) -> None:
     for index, (name, pairs) in enumerate(cosines.items()):
         shift = 0.12 * (index - (len(cosines) - 1) / 2)  # so that equal values do not hide each other
-        axes.plot(
-            [layer + shift for layer, _ in pairs],
-            [value for _, value in pairs],
-            linestyle="none",
-            color=COLOURS[index],
-            marker=MARKS[index],
-            markersize=4,
-            label=name,
-        )
+        layers, values = zip(*pairs, strict=True)
+        style = line_style(index) | {"linestyle": "none"}
+        axes.plot([layer + shift for layer in layers], values, **style, label=name)
     layers_below(axes, list(folder.shape.layers))
     axes.set_ylabel("cosine to the plain mean's step")
     axes.ticklabel_format(axis="y", useOffset=False)
-    axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
+    legend_below(axes, columns=3)
     plain(axes)

@@ -21,26 +21,20 @@ def picture(material: Material) -> Picture | None:
     weights = relative_weights(folder)
     if not weights:
         return None
-    found = {
+    maps = {
         "weight, 1 = plain mean": (weights, 1.0, 0.0),
         "share of the gain\nthat the others bring": (interactions(folder), 0.0, -math.inf),
     }
-    found = {title: one for title, one in found.items() if one[0]}
+    maps = {title: one for title, one in maps.items() if one[0]}
     layers = [record["layer"] for record in folder.report.layers]
-    drawn = figure(len(found) * (1.1 + 0.17 * max(len(layers), 5)))
-    axes = drawn.subplots(len(found), len(weights), squeeze=False, sharex=True, sharey=True)
-    for row, (title, (panels, centre, least)) in zip(axes, found.items(), strict=True):
+    drawn = figure(len(maps) * (1.1 + 0.17 * max(len(layers), 5)))
+    axes = drawn.subplots(len(maps), len(weights), squeeze=False, sharex=True, sharey=True)
+    for row, (title, (panels, centre, least)) in zip(axes, maps.items(), strict=True):
         most = limit(np.stack(list(panels.values())) - centre)
         norm = TwoSlopeNorm(centre, max(centre - most, least), centre + most)
         image: Any = None
         for place, (game, values) in zip(row, panels.items(), strict=True):
-            image = place.imshow(
-                values,
-                cmap=DIVERGING,
-                norm=norm,
-                aspect="auto",
-                interpolation="nearest",
-            )
+            image = place.imshow(values, cmap=DIVERGING, norm=norm, aspect="auto", interpolation="nearest")
             place.set_facecolor(BLANK)
             if place in axes[0]:
                 place.set_title(game)
@@ -54,7 +48,7 @@ def picture(material: Material) -> Picture | None:
         f"Top row: the weight of an expert over that of a plain mean of {inside} (blue: more, orange: less, grey: no"
         " game, no stake or no agreement)."
     )
-    if len(found) > 1:
+    if len(maps) > 1:
         line += (
             " Bottom row: the interaction sum of eq. 10 as a share of the expert's gain: blue, the others pull the base"
             " the expert's way; orange, they hamper it, and under the bargain it gets more weight."
@@ -66,24 +60,24 @@ def relative_weights(folder: PatchedFolder) -> dict[str, np.ndarray]:
     """By game ``[layers, N]``: the weight over that of the game's plain mean; NaN where none was given."""
     records = folder.report.layers
     count = max((len(folder.cosines[layer][0]) for layer in folder.cosines), default=folder.shape.experts)
-    found: dict[str, np.ndarray] = {}
+    panels: dict[str, np.ndarray] = {}
     for row, record in enumerate(records):
         for game in record["games"]:
             if game["weights"] is None or game["status"] == "no_agreement":
                 continue
             values = np.asarray(game["weights"])
-            panel = found.setdefault(_name(game), np.full((len(records), count), np.nan))
+            panel = panels.setdefault(_name(game), np.full((len(records), count), np.nan))
             with np.errstate(invalid="ignore"):
                 panel[row, game.get("members", range(len(values)))] = np.where(
                     values > 0, len(values) * values / values.sum(), np.nan
                 )
-    return found
+    return panels
 
 
 def interactions(folder: PatchedFolder) -> dict[str, np.ndarray]:
     """By game ``[layers, N]``: `interaction`; empty where the games were not played around one base expert."""
     records = folder.report.layers
-    found: dict[str, np.ndarray] = {}
+    panels: dict[str, np.ndarray] = {}
     for row, record in enumerate(records):
         grams = folder.domain_grams(record["layer"])
         if grams is None:
@@ -92,9 +86,9 @@ def interactions(folder: PatchedFolder) -> dict[str, np.ndarray]:
             if game["weights"] is None:
                 continue
             values = torch.tensor(game["weights"], dtype=torch.float64)
-            panel = found.setdefault(_name(game), np.full((len(records), len(values)), np.nan))
+            panel = panels.setdefault(_name(game), np.full((len(records), len(values)), np.nan))
             panel[row] = torch.where(values > 0, interaction(gram, values), torch.nan)
-    return found
+    return panels
 
 
 def _name(game: dict[str, Any]) -> str:
