@@ -13,6 +13,15 @@ EQUAL_BYTES = (
     "Bits a parameter: of all routed experts, scales and zeros included, over the number of the original's. MB: the "
     "whole model, by formula. Best of its bytes: no row of as many bytes or fewer is better."
 )
+COSTS = {
+    "MB": ("bytes", 1e6, ".2f"),
+    "active, M": ("active", 1e6, ".2f"),
+    "prefill, tokens/s": ("prefill", 1, ".0f"),
+    "decode, tokens/s": ("decode", 1, ".0f"),
+    "patch, s": ("seconds", 1, ".1f"),
+    "peak, MB": ("peak_resident_bytes", 1e6, ".0f"),
+}
+"""Field, unit and form of a column."""
 
 
 def quality(comparison: Comparison) -> Table:
@@ -60,24 +69,11 @@ def _to_unmerged(row: Row, asked: bool) -> list[str]:
 
 def costs(comparison: Comparison) -> Table:
     """What each model takes, and what the patching took."""
-    titles = ["recipe", "experts", "MB", "active, M", "prefill, tokens/s", "decode, tokens/s", "patch, s", "peak, MB"]
-    rows = [
-        [
-            row.title,
-            str(row.experts),
-            _in(row, "bytes", 1e6, ".2f"),
-            _in(row, "active", 1e6, ".2f"),
-            _in(row, "prefill", 1, ".0f"),
-            _in(row, "decode", 1, ".0f"),
-            _in(row, "seconds", 1, ".1f"),
-            _in(row, "peak_resident_bytes", 1e6, ".0f"),
-        ]
-        for row in comparison.rows
-    ]
-    return Table(titles, rows)
+    rows = [[row.title, str(row.experts), *(_cost(row, *how) for how in COSTS.values())] for row in comparison.rows]
+    return Table(["recipe", "experts", *COSTS], rows)
 
 
-def _in(row: Row, name: str, unit: float, form: str) -> str:
+def _cost(row: Row, name: str, unit: float, form: str) -> str:
     value = row.costs[name]
     return "" if value is None else format(value / unit, form)
 

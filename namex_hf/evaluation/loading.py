@@ -13,15 +13,22 @@ from .. import models  # noqa: F401  (registers the classes that the folders nee
 from ..checkpoint.tokenizer import open_tokenizer
 
 
-def load(folder: str | Path) -> Any:
-    """A model in float32 on the CPU, loaded without transformers' own progress bar."""
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Inside this context transformers shows no progress bar of its own."""
     had_bar = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        yield
     finally:
         if had_bar:
             logging.enable_progress_bar()
+
+
+def load(folder: str | Path) -> Any:
+    """A model in float32 on the CPU."""
+    with without_bar():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -8,7 +8,6 @@ import torch
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard_data import model_index_to_eval_results
 from transformers import AutoTokenizer
-from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import STATE, check_whole
@@ -16,6 +15,7 @@ from ..checkpoint.layout import left_out, left_out_line, outline_in, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.tokenizer_code import tokenizer_code
 from ..errors import CheckpointError, PublishError
+from ..evaluation.loading import without_bar
 from ..files import CARD, REPORT, locate, read_text
 from ..models import load_patched, remote_code
 from ..record import Report
@@ -143,18 +143,14 @@ def check_metadata(text: str, path: Path) -> None:
 def _check_loads(checkpoint: Checkpoint) -> int:
     """Load the model as its class; returns the number of rows of its embedding."""
     small = checkpoint.size <= RUN_BYTES
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
     try:
-        model = load_patched(checkpoint.folder, device_map=None if small else "meta", local_files_only=True)
+        with without_bar():
+            model = load_patched(checkpoint.folder, device_map=None if small else "meta", local_files_only=True)
     except CheckpointError:
         raise
     except Exception as error:  # transformers can fail in any way
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise CheckpointError(f"{checkpoint.folder} does not load ({reason})") from error
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
     if small:
         _check_runs(model, checkpoint.folder)
     return int(model.get_input_embeddings().weight.shape[0])

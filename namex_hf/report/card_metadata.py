@@ -32,7 +32,7 @@ LONGEST = 1 << 20
 
 
 def metadata(report: Report, *folders: Path | None) -> ModelCardData:
-    """What the Hub is told of a patched folder.
+    """The metadata of a patched folder.
 
     Args:
         folders: where card and licence of the source may lie, the first that knows goes before the others.

@@ -53,17 +53,17 @@ COLUMNS = {
 
 
 def layer_table(report: Report, *left_out: str) -> Table:
-    """The table of layers: what only text tells where it did, groups where layers differ in them."""
+    """The table of layers. Columns of text, and of groups, are left out where they say nothing."""
     rows = [layer_summary(layer) for layer in report.layers]
-    told_by_text = ("error_merged", "error_fitted", "agreement", "load_entropy_linear", "load_entropy")
-    untold = {name for name in told_by_text if all(row[name] is None for row in rows)}
+    of_text = ("error_merged", "error_fitted", "agreement", "load_entropy_linear", "load_entropy")
+    hidden = {name for name in of_text if all(row[name] is None for row in rows)}
     if len({row["groups"] for row in rows}) == 1:
-        untold.add("groups")
+        hidden.add("groups")
     titles = {name: title for name, (title, _) in COLUMNS.items()}
     if report.run["recipe"]["merge"] == "narrow":
-        untold |= {"games", "status", "spread", "residual"}
+        hidden |= {"games", "status", "spread", "residual"}
         titles["error_merged"] = "error narrowed"
-    shown = {name: column for name, column in COLUMNS.items() if name not in untold.union(left_out)}
+    shown = {name: column for name, column in COLUMNS.items() if name not in hidden.union(left_out)}
     texts = [
         ["" if row[name] is None else format(row[name], form) for name, (_, form) in shown.items()] for row in rows
     ]

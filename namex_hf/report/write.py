@@ -10,9 +10,9 @@ from ..defaults import PICTURE_TOKENS, SMALL_BYTES
 from ..errors import CheckpointError, MissingExtraError, UsageError
 from ..files import PAGE, PICTURES, REPORT, write_text
 from .answers import Answers, answers
+from .distances import distances
 from .folder import PatchedFolder, open_patched
 from .page import page
-from .walks import distances
 
 SCORED_BYTES = SMALL_BYTES
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
@@ -49,11 +49,11 @@ def write_pictures(
         raise UsageError(f"--layer {layer}: accepted: a MoE layer of {path}, {_listed(folder.shape.layers)}")
     with console.status("the experts answer to text"):
         answered = _answered(folder, tokens, console)
-    with console.status("the methods walk over the experts"):
-        walked = distances(folder)
+    with console.status("the base experts by every method"):
+        by_method = distances(folder)
     with console.status("drawing"):
         try:
-            pictures = draw(Material(folder, answered, walked, layer))
+            pictures = draw(Material(folder, answered, by_method, layer))
             text = page(folder.report, folder.recipe.to_yaml(), pictures)
         except DAMAGED as error:
             reason = f"{type(error).__name__}: {error}"

@@ -14,10 +14,10 @@ pytest.importorskip("matplotlib", reason="pictures need the extra 'report'")
 
 from namex_hf.report.answers import answers
 from namex_hf.report.card import card
+from namex_hf.report.distances import distances
 from namex_hf.report.folder import open_patched
 from namex_hf.report.page import POLICY, page
 from namex_hf.report.pictures import Material, Picture, draw
-from namex_hf.report.walks import distances
 
 FORMS = ("qwen2_moe residual", "qwen2_moe calibrated")
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")

@@ -20,6 +20,7 @@ from namex_hf.checkpoint.header import TensorSpan
 from namex_hf.merging.experts import PROJECTIONS
 from namex_hf.recipe import Recipe
 from namex_hf.report.answers import answers
+from namex_hf.report.distances import distances
 from namex_hf.report.folder import PatchedFolder, open_patched
 from namex_hf.report.pictures import Material, Picture, draw
 from namex_hf.report.pictures.groups import letters, marks, pruned
@@ -29,7 +30,6 @@ from namex_hf.report.pictures.stability import radii_over_beta, total_weight
 from namex_hf.report.pictures.usage import entropy
 from namex_hf.report.pictures.utilities import half_sphere, octant
 from namex_hf.report.pictures.weights import interactions, relative_weights
-from namex_hf.report.walks import distances
 from tests.helpers.forms import CALIBRATED
 
 TOKENS = 1024

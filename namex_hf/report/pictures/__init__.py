@@ -2,10 +2,10 @@
 
 from matplotlib import rc_context
 
-from . import damage, groups, similarity, stability, training, usage, utilities, walk, weights
+from . import groups, layer_errors, propagation, similarity, stability, training, usage, utilities, weights
 from .picture import STYLE, Material, Picture
 
-ORDER = (similarity, weights, walk, utilities, stability, usage, groups, damage, training)
+ORDER = (similarity, weights, propagation, utilities, stability, usage, groups, layer_errors, training)
 
 
 def draw(material: Material) -> list[Picture]:

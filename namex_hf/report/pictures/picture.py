@@ -70,7 +70,7 @@ class Material:
 
     folder: PatchedFolder
     answers: Answers | None = None  # to calibration text; None where none was read
-    distances: Mapping[str, list[float]] = field(default_factory=dict)  # by method; empty where there is no walk
+    distances: Mapping[str, list[float]] = field(default_factory=dict)  # by method; empty where no base expert moves
     layer: int | None = None  # asked for; None: the most telling one
 
 

@@ -1,4 +1,4 @@
-"""What every layer lost, on calibration text, after each stage of the work on it."""
+"""The error of every layer on calibration text, after each stage of the work on it."""
 
 from .picture import Material, Picture, figure, from_zero, layers_below, line_style, plain
 

@@ -33,15 +33,15 @@ def methods(going: Propagation) -> dict[str, Residual]:
 def distances(folder: PatchedFolder) -> dict[str, list[float]]:
     """L2 distances between successive base experts, gate, up and down together, by method; L - 1 for L MoE layers.
 
-    Empty where the recipe has no base expert, or one layer alone is a mixture. The methods walk side by side: every
-    layer but the last is read once for all of them.
+    Empty where the recipe has no base expert, or one layer alone is a mixture. Every layer but the last is read once
+    for all methods.
 
     Memory: one layer's experts in their own dtype, and of each method the base in float32 with its momentum.
     """
     layers, merge = folder.shape.layers, folder.recipe.merge
     if not (isinstance(merge, AroundBase) and merge.has_base) or len(layers) < 2:
         return {}
-    walks: dict[str, PropagationState] = {}
+    states: dict[str, PropagationState] = {}
     lengths: dict[str, list[float]] = {}
     with Reader() as reader:
         for position, layer in enumerate(layers[:-1]):
@@ -49,10 +49,10 @@ def distances(folder: PatchedFolder) -> dict[str, list[float]]:
             if position == 0:
                 base = own_base(merge.base, experts, lambda: folder.shared(reader, layers[0]), folder.shape.width)
             for name, choice in methods(merge.propagation).items():
-                before = walks.get(name) or PropagationState(base)
+                before = states.get(name) or PropagationState(base)
                 after = propagate(experts, before, choice, position).state
                 assert after is not None, "every method here moves its base"
                 moved = sum(float((after.base[part] - before.base[part]).square().sum()) for part in before.base)
                 lengths.setdefault(name, []).append(math.sqrt(moved))
-                walks[name] = after
+                states[name] = after
     return lengths

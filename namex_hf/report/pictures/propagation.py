@@ -1,4 +1,4 @@
-"""How far the base expert walks (the paper's Figure 5), and how near the bargain stays to the plain mean."""
+"""How far the base expert moves (the paper's Figure 5), and how near the bargain stays to the plain mean."""
 
 from typing import Any
 
@@ -52,7 +52,7 @@ def cosines_to_mean(folder: PatchedFolder) -> dict[str, list[tuple[int, float]]]
 def _distances(axes: Axes, folder: PatchedFolder, distances: Any) -> None:
     layers = list(folder.shape.layers)
     for index, (name, values) in enumerate(distances.items()):
-        # Equal walks do not hide each other.
+        # Equal lines do not hide each other.
         sizes = {"linewidth": max(1.5, 5 - 1.5 * index), "markersize": max(4, 9 - 2 * index)}
         axes.plot(layers[1:], values, **line_style(index) | sizes, label=name)
     layers_below(axes, layers[1:])
