@@ -67,6 +67,11 @@ def parser_of(prog: str) -> Parser:
         help="held-out word problems to answer (default: %(default)s)",
     )
     parser.add_argument(
+        "--closeness",
+        action="store_true",
+        help="acceptance and KL divergence to the original on the texts; it is in memory beside each model",
+    )
+    parser.add_argument(
         "--jobs",
         type=int,
         default=1,
@@ -102,7 +107,7 @@ def _compare(options: argparse.Namespace) -> int:
     if options.quiet:
         disable_progress_bars()
     device = resolved(options.device[0] if options.device else "auto")
-    chosen = settings(options.texts, options.tokens, options.problems, device)
+    chosen = settings(options.texts, options.tokens, options.problems, device, options.closeness)
     checkpoint = resolve_model(options.model, options.revision, family_of)
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells)

@@ -61,7 +61,7 @@ class ComparisonPlan:
     def run(self) -> dict[str, Any]:
         """What makes results of this run comparable, plain and without local paths."""
         source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
-        return {"comparison": 1, **source, **self.settings.identity, "versions": versions()}
+        return {"comparison": 2, **source, **self.settings.identity, "versions": versions()}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ def quality(found: Comparison) -> Table:
     names, asked = list(found.plan.settings.texts), found.original["right"] is not None
     titles = ["recipe", "experts", "mean (95 %)", "worst"]
     titles += ["exact, %", "to the original (95 %)"] if asked else []
+    close = found.plan.settings.closeness
+    titles += ["accepted, %", "KL, nats"] if close else []
     unmerged = any(row.unmerged for row in found.rows)
     titles += [UNMERGED, "mean to it (95 %)", *(["exact to it (95 %)"] if asked else [])] if unmerged else []
     absolute = perplexities(found.original)
@@ -20,6 +22,7 @@ def quality(found: Comparison) -> Table:
     for row in found.rows:
         cells = [row.title, str(row.experts), _mean_ratio(row), _worst(row)]
         cells += [_exact(row), _difference(row)] if asked else []
+        cells += [_closeness(row, "acceptance", 100, ".1f"), _closeness(row, "divergence", 1, ".4f")] if close else []
         rows.append([*cells, *_to_unmerged(row, asked)] if unmerged else cells)
     by_domain = [[f"{absolute[name]:.2f}" for name in names]]
     by_domain += [[_ratio(row, name) for name in names] for row in found.rows]
@@ -72,6 +75,14 @@ def _worst(row: Row) -> str:
     return "" if row.label == ORIGINAL else f"{ratio:.3f} {domain}"
 
 
+def _closeness(row: Row, name: str, unit: int, form: str) -> str:
+    if row.closeness is None:
+        return ""
+    error = row.spread[name] if row.spread else row.closeness[name].stderr
+    value = format(unit * row.closeness[name].value, form)
+    return value if error is None else f"{value} ± {unit * error:{form}}"
+
+
 def _exact(row: Row) -> str:
     assert row.exact is not None
     spread = f" ± {100 * row.spread['exact']:.1f}" if row.spread else ""
@@ -98,6 +109,11 @@ def notes(found: Comparison) -> list[str]:
         lines.append(
             f"Exact: of {settings.problems} held-out word problems answered by generation, and the difference to the "
             "original in points, paired problem by problem."
+        )
+    if settings.closeness:
+        lines.append(
+            "Accepted: the sum over the vocabulary of min(p, q), mean over all scored tokens; KL: KL(p || q). p is the "
+            "original's distribution of the next token, q the model's. ± is the standard error over windows."
         )
     if any(row.unmerged for row in found.rows):
         lines.append(

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from ..checkpoint.source import Checkpoint, open_checkpoint
-from ..checkpoint.tokenizer import open_tokenizer
 from ..defaults import SHARD_SIZE
 from ..errors import CheckpointError
 from ..patching.patch import run_plan
@@ -16,8 +15,9 @@ from ..patching.plan import make_plan
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Recipe
 from .arithmetic import exact_answers, held_out_problems
-from .loading import load, without_routed_experts
-from .perplexity import text_losses
+from .closeness import window_closeness
+from .loading import load, tokenizer_of, without_routed_experts
+from .perplexity import text_ids, text_losses
 from .settings import WINDOW, Settings
 from .size import size_of
 from .speed import NEW, PROMPT, speed
@@ -48,7 +48,8 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
 
     ``losses`` by domain: nats a token of every window; ``right``: a problem each, None where none is asked;
     ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
-    zeros are computed all the same; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
+    zeros are computed all the same; ``closeness``: by measure and domain, a number a window, None where it is not asked
+    for and of the original; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
     patched; ``threads``.
 
     Raises:
@@ -65,25 +66,16 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     model = load(found.folder).to(task.settings.device)
     if not task.routed:
         model = without_routed_experts(model)
+    tokenizer = tokenizer_of(task.checkpoint.folder)
+    is_original = task.recipe is None and task.routed
     return {
-        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, progress, clocked=task.routed),
+        **scores(model, tokenizer, task.settings, progress, clocked=task.routed),
+        "closeness": None if is_original else _closeness(model, tokenizer, task, progress),
         **asdict(size_of(found, task.routed)),
         "seconds": seconds,
         "peak_resident_bytes": peak,
         "threads": task.threads,
     }
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """Of the original, with something to fill batches with; no code of others is run.
-
-    Raises:
-        CheckpointError: none that transformers can open.
-    """
-    tokenizer = open_tokenizer(folder, str(folder))
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return tokenizer
 
 
 def scores(
@@ -108,6 +100,22 @@ def scores(
         right += exact_answers(model, tokenizer, problems[start : start + BATCH], BATCH)
     found_speed = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
     return {"losses": losses, "right": right or None, **found_speed}
+
+
+def _closeness(
+    model: Any, tokenizer: Any, task: CellTask, progress: ProgressCallback
+) -> dict[str, dict[str, list[float]]] | None:
+    if not task.settings.closeness:
+        return None
+    original = load(task.checkpoint.folder).to(task.settings.device)
+    ids = text_ids(tokenizer, task.settings.texts, task.settings.tokens)
+    found: dict[str, dict[str, list[float]]] = {"acceptance": {}, "divergence": {}}
+    for done, (name, tokens) in enumerate(ids.items()):
+        progress(ProgressEvent(f"closeness, {name}", done=done, total=len(ids)))
+        window = min(WINDOW, model.config.max_position_embeddings)
+        for measure, values in zip(found, window_closeness(original, model, tokens, window), strict=True):
+            found[measure][name] = values
+    return found
 
 
 def _speed(model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback) -> dict[str, float]:

@@ -26,6 +26,8 @@ class Settings:
     problems: int = WORD_PROBLEMS
     """Word problems answered."""
     device: str = "cpu"
+    closeness: bool = False
+    """Whether distributions are compared with the original's."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -36,12 +38,13 @@ class Settings:
             "window": WINDOW,
             "problems": self.problems,
             "problems_sha256": hashlib.sha256(PROBLEMS.read_bytes()).hexdigest(),
+            "closeness": self.closeness,
             "device": self.device.split(":")[0],
             "dtype": "float32",
         }
 
 
-def settings(files: Sequence[Path], tokens: int, problems: int, device: str) -> Settings:
+def settings(files: Sequence[Path], tokens: int, problems: int, device: str, closeness: bool = False) -> Settings:
     """Check the numbers and read the texts.
 
     Args:
@@ -56,7 +59,7 @@ def settings(files: Sequence[Path], tokens: int, problems: int, device: str) -> 
         raise UsageError(f"--tokens {tokens}: accepted: numbers from {least}")
     if not 0 <= problems <= most:
         raise UsageError(f"--problems {problems}: accepted: 0 to {most}")
-    return Settings(_texts(files) if files else held_out_texts(), tokens, problems, device)
+    return Settings(_texts(files) if files else held_out_texts(), tokens, problems, device, closeness)
 
 
 def _texts(files: Sequence[Path]) -> dict[str, str]:

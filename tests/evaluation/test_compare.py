@@ -11,6 +11,7 @@ import pytest
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.errors import CalibrationError, OutputError, RecipeError
+from namex_hf.evaluation.closeness import window_closeness
 from namex_hf.evaluation.compare import (
     BEGINS,
     ENDED,
@@ -22,9 +23,10 @@ from namex_hf.evaluation.compare import (
     compare,
     make_plan_of,
 )
+from namex_hf.evaluation.compare_table import quality
 from namex_hf.evaluation.grid import Cell, grid, recipe_files
 from namex_hf.evaluation.loading import load, tokenizer_of
-from namex_hf.evaluation.perplexity import perplexities
+from namex_hf.evaluation.perplexity import perplexities, text_ids
 from namex_hf.evaluation.settings import Settings
 from namex_hf.evaluation.store import CellFiles
 from namex_hf.progress import ProgressEvent
@@ -129,6 +131,23 @@ def test_a_run_then_more_recipes_then_nothing_is_measured_twice(few: Settings, t
     assert refused(planned(replace(few, tokens=512)), out).startswith(
         f"{out} belongs to a run with another tokens; use --overwrite or another folder"
     )
+
+
+def test_closeness_is_that_of_the_written_model_and_only_where_asked_for(few: Settings, tmp_path: Path):
+    (twelve,) = cells(experts=[12])
+    plan = planned(replace(few, closeness=True), twelve)
+    found = compare(plan, tmp_path / "out", RunOptions(keep=True), quiet)
+    original, floor, row = found.rows
+    assert original.closeness is None
+    models = [load(folder) for folder in (resolve(SOURCE).folder, tmp_path / "out" / "models" / twelve.slug)]
+    ids = text_ids(tokenizer_of(resolve(SOURCE).folder), few.texts, few.tokens)["prose"]
+    accepted, diverged = window_closeness(*models, ids)
+    assert row.closeness["acceptance"].value == pytest.approx(sum(accepted) / len(accepted), rel=1e-6)
+    assert row.closeness["divergence"].value == pytest.approx(sum(diverged) / len(diverged), rel=1e-5)
+    assert floor.closeness["acceptance"].value < row.closeness["acceptance"].value < 1
+    shown = dict(zip(*[quality(found).titles, quality(found).rows[3]], strict=True))
+    assert shown["accepted, %"].startswith(f"{100 * row.closeness['acceptance'].value:.1f} ± ")
+    assert "KL, nats" not in quality(replace(found, plan=planned(few, twelve))).titles
 
 
 def refused(plan: ComparisonPlan, out: Path) -> str:
