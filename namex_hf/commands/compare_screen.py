@@ -7,7 +7,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn
 
 from ..evaluation.compare import BEGINS, ENDED, FAILED, KNOWN, Comparison
-from ..evaluation.compare_table import costs, notes, quality
+from ..evaluation.compare_table import answers, costs, notes, quality
 from ..printable import marked, printable
 from ..progress import ProgressEvent
 
@@ -75,7 +75,10 @@ def print_tables(comparison: Comparison) -> None:
     for title, table in (
         ("perplexity, ratio to the original's, and exact answers", quality(comparison)),
         ("what each model takes", costs(comparison)),
+        ("answers", answers(comparison)),
     ):
+        if not table.rows:
+            continue
         console.print(f"{title}:", highlight=False)
         for part in table.parts(console.width):
             console.print(part.screen(compact=True))

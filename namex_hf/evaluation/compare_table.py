@@ -2,7 +2,7 @@
 
 from .compare import ORIGINAL, Comparison
 from .rows import Row, perplexities
-from .statistics import RESAMPLES
+from .statistics import RESAMPLES, Estimate
 from .table import Table
 
 UNMERGED = "same router, unmerged"
@@ -33,6 +33,29 @@ def _to_unmerged(row: Row, asked: bool) -> list[str]:
     if row.unmerged is None:
         return [""] * (2 + asked)
     return [row.unmerged_title or "", _mean_ratio(row.unmerged), *([_difference(row.unmerged)] if asked else [])]
+
+
+def answers(found: Comparison) -> Table:
+    """What is measured of each model's answers, a row a kind of problem; with the difference to the original's."""
+    titles = ["recipe", "experts", "kind", "problems", "right, %", "tokens", "cut off, %", "loops, %"]
+    forms = {"right": (100, ".1f"), "tokens": (1, ".1f"), "cut": (100, ".1f"), "loops": (100, ".1f")}
+    rows = [
+        [
+            *(row.title, str(row.experts), kind, str(len(found.original["answers"][kind]["right"]))),
+            *(_estimate(measured[name], *form) for name, form in forms.items()),
+        ]
+        for row in found.rows
+        for kind, measured in row.answers.items()
+    ]
+    return Table(titles, rows)
+
+
+def _estimate(one: Estimate, unit: int, form: str) -> str:
+    shown = format(unit * one.value, form)
+    if one.difference is None:
+        return shown
+    error = "" if one.stderr is None else f" ± {unit * one.stderr:{form}}"
+    return f"{shown} ({unit * one.difference:+{form}}{error})"
 
 
 def costs(found: Comparison) -> Table:
@@ -110,6 +133,12 @@ def notes(found: Comparison) -> list[str]:
             f"Exact: of {settings.problems} held-out word problems answered by generation, and the difference to the "
             "original in points, paired problem by problem."
         )
+    if found.original["answers"]:
+        lines.append(
+            f"Answers: greedy, to problems of the seed '{settings.problem_seed}'. Tokens: the mean length. Cut off: "
+            "ended by the limit of new tokens. Loops: ends in the same tokens three times or more. In brackets: the "
+            "difference to the original, ± its standard error, paired problem by problem."
+        )
     if settings.closeness:
         lines.append(
             "Accepted: the sum over the vocabulary of min(p, q), mean over all scored tokens; KL: KL(p || q). p is the "
@@ -150,7 +179,7 @@ def markdown(found: Comparison) -> str:
     """``comparison.md``: the tables, what they mean, and with what they were made."""
     run = found.plan.run
     lines = [f"# Recipes on `{found.plan.checkpoint.name}`, side by side", ""]
-    for table in (quality(found), costs(found)):
+    for table in (quality(found), costs(found), *([answers(found)] if found.original["answers"] else [])):
         lines += [*table.markdown(numbers=True), ""]
     lines += [f"* {note}" for note in notes(found)]
     lines += ["", ", ".join(f"{library} {version}" for library, version in run["versions"].items()) + "."]

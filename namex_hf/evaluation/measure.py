@@ -1,6 +1,7 @@
 """One cell, in a process of its own: patched, scored, clocked."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from ..patching.patch import run_plan
 from ..patching.plan import make_plan
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Recipe
-from .arithmetic import exact_answers, held_out_problems
 from .closeness import window_closeness
+from .generation import as_chat, greedy_answers
 from .loading import load, tokenizer_of, without_routed_experts
 from .perplexity import text_ids, text_losses
+from .problems.kinds import ALL
+from .problems.problem import Problem
 from .settings import WINDOW, Settings
 from .size import size_of
 from .speed import NEW, PROMPT, speed
@@ -46,7 +49,8 @@ class CellTask:
 def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     """All that there is to know of a cell, plain.
 
-    ``losses`` by domain: nats a token of every window; ``right``: a problem each, None where none is asked;
+    ``losses`` by domain: nats a token of every window; ``right``: of the packaged problems one each, None where none is
+    asked; ``answers``: of every kind ``right``, ``tokens``, ``cut`` and ``loops``, a problem each;
     ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
     zeros are computed all the same; ``closeness``: by measure and domain, a number a window, None where it is not asked
     for and of the original; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
@@ -94,12 +98,25 @@ def scores(
         if not all(map(math.isfinite, found)):
             raise CheckpointError(f"the model's losses on the text '{name}' are no finite numbers")
         losses[name] = found
-    problems, right = held_out_problems()[: settings.problems], []
-    for start in range(0, len(problems), BATCH):
-        progress(ProgressEvent("word problems", done=start, total=len(problems)))
-        right += exact_answers(model, tokenizer, problems[start : start + BATCH], BATCH)
+    answers = {kind: _answers(model, tokenizer, kind, problems, progress) for kind, problems in settings.made().items()}
     found_speed = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
-    return {"losses": losses, "right": right or None, **found_speed}
+    right = answers["packaged"]["right"] if "packaged" in answers else None
+    return {"losses": losses, "right": right, "answers": answers, **found_speed}
+
+
+def _answers(
+    model: Any, tokenizer: Any, kind: str, problems: Sequence[Problem], progress: ProgressCallback
+) -> dict[str, list[Any]]:
+    """What is measured of each answer, in lists."""
+    asked, found = ALL[kind], []
+    chat = bool(problems[0].turns)
+    for start in range(0, len(problems), BATCH):
+        progress(ProgressEvent(f"problems, {kind}", done=start, total=len(problems)))
+        part = problems[start : start + BATCH]
+        prompts = [as_chat(tokenizer, one.turns) if chat else one.prompt for one in part]
+        found += greedy_answers(model, tokenizer, prompts, asked.NEW_TOKENS, BATCH, chat=chat, one_line=asked.ONE_LINE)
+    right = [asked.check(one.text, problem) for one, problem in zip(found, problems, strict=True)]
+    return {"right": right, **{name: [getattr(one, name) for one in found] for name in ("tokens", "cut", "loops")}}
 
 
 def _closeness(

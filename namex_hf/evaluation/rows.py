@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
@@ -42,6 +42,9 @@ class Row:
     closeness: dict[str, Estimate] | None = None
     """``acceptance`` (a share) and ``divergence`` (nats a token), means over domains, to the original; None of the
     original, and where it was not asked for."""
+    answers: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    """By kind of problem: shares ``right``, ``cut`` and ``loops``, and the length in ``tokens``, each paired with the
+    original's."""
     recipe: dict[str, Any] | None = None
     seeds: int | None = None
     """How many it is the mean of; None of a single model."""
@@ -99,6 +102,7 @@ def row_of(
         difference_interval=difference_interval,
         costs={name: result[name] for name in COSTS},
         closeness=_closeness(result["closeness"]),
+        answers=_answers(result, original),
         recipe=recipe,
     )
 
@@ -111,6 +115,21 @@ def _closeness(found: Mapping[str, Mapping[str, Sequence[float]]] | None) -> dic
         name: estimate(list(windows.values()), [[equal[name]] * len(each) for each in windows.values()])
         for name, windows in found.items()
     }
+
+
+def _answers(result: Result, original: Result) -> dict[str, dict[str, Estimate]]:
+    return {
+        kind: {
+            name: estimate([items], None if result is original else [original["answers"][kind][name]])
+            for name, items in measured.items()
+        }
+        for kind, measured in result["answers"].items()
+    }
+
+
+def _mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
+    """Over seeds, without an error over items."""
+    return Estimate(fmean(one.value for one in estimates), _mean([one.difference for one in estimates]))
 
 
 def _interval(differences: Groups) -> Interval | None:
@@ -143,7 +162,7 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
     closeness = None
     if close:
         spread |= {name: stdev(one[name].value for one in close) for name in close[0]}
-        closeness = {name: Estimate(fmean(one[name].value for one in close)) for name in close[0]}
+        closeness = {name: _mean_estimate([one[name] for one in close]) for name in close[0]}
     if exact is not None:
         spread["exact"] = stdev(row.exact for row in rows if row.exact is not None)
     return Row(
@@ -159,6 +178,10 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
         difference_interval=None,
         costs={name: _mean([row.costs[name] for row in rows]) for name in COSTS},
         closeness=closeness,
+        answers={
+            kind: {name: _mean_estimate([row.answers[kind][name] for row in rows]) for name in measured}
+            for kind, measured in first.answers.items()
+        },
         seeds=len(rows),
         spread=spread,
         unmerged=mean_row(unmerged, label, title) if len(unmerged) == len(rows) else None,

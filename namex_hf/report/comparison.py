@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from ..evaluation.compare import Comparison
-from ..evaluation.compare_table import costs, markdown, notes, quality
+from ..evaluation.compare_table import answers, costs, markdown, notes, quality
 from ..evaluation.rows import perplexities
 from ..evaluation.store import CellFiles
 from ..files import write_text
@@ -54,6 +54,7 @@ def page(found: Comparison, pictures: Sequence["Picture"]) -> str:
         pictures=pictures,
         quality=quality(found),
         costs=costs(found),
+        answers=answers(found),
         notes=notes(found),
         recipes={label: yaml.safe_dump(recipe, sort_keys=False) for label, recipe in recipes.items()},
         versions=found.plan.run["versions"],
