@@ -60,7 +60,8 @@ def _estimate(one: Estimate, unit: int, form: str) -> str:
 
 def costs(found: Comparison) -> Table:
     """What each model takes, and what the patching took."""
-    titles = ["recipe", "experts", "MB", "active, M", "prefill, tokens/s", "decode, tokens/s", "patch, s", "peak, MB"]
+    titles = ["recipe", "experts", "MB", "active, M", "prefill, tokens/s", "decode, tokens/s", "memory, MB"]
+    titles += ["patch, s", "peak, MB"]
     rows = [
         [
             row.title,
@@ -69,6 +70,7 @@ def costs(found: Comparison) -> Table:
             _in(row, "active", 1e6, ".2f"),
             _in(row, "prefill", 1, ".0f"),
             _in(row, "decode", 1, ".0f"),
+            _in(row, "memory", 1e6, ".0f"),
             _in(row, "seconds", 1, ".1f"),
             _in(row, "peak_resident_bytes", 1e6, ".0f"),
         ]
@@ -154,8 +156,8 @@ def notes(found: Comparison) -> list[str]:
     lines.append(
         "Active: parameters a token passes through, embeddings included: all but routed experts beyond its top-k "
         "(soft: one merged expert a layer). Tokens a second: prefill of 8 prompts and greedy decoding of the 8 "
-        f"together, float32 on {settings.device}. Patching: its seconds, and the peak resident memory of its process, "
-        "the libraries' own included."
+        f"together, float32 on {settings.device}. Memory: the most while the model is loaded and "
+        "scored. Patching: its seconds, and the peak resident memory of its process, the libraries' own included."
     )
     return [*lines, *_warnings(found)]
 

@@ -18,6 +18,7 @@ from ..recipe import Recipe
 from .closeness import window_closeness
 from .generation import as_chat, greedy_answers
 from .loading import load, tokenizer_of, without_routed_experts
+from .memory import forget_peak, peak_bytes
 from .perplexity import text_ids, text_losses
 from .problems.kinds import ALL
 from .problems.problem import Problem
@@ -52,8 +53,8 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     ``losses`` by domain: nats a token of every window; ``right``: of the packaged problems one each, None where none is
     asked; ``answers``: of every kind ``right``, ``tokens``, ``cut`` and ``loops``, a problem each;
     ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
-    zeros are computed all the same; ``closeness``: by measure and domain, a number a window, None where it is not asked
-    for and of the original; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
+    zeros are computed all the same; ``memory``: the most bytes while it is scored, None there too; ``closeness``: by
+    measure and domain, a number a window, None where it is not asked for and of the original; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
     patched; ``threads``.
 
     Raises:
@@ -67,13 +68,16 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
         plan = make_plan(task.checkpoint, task.recipe, SHARD_SIZE)
         totals = run_plan(plan, task.out, progress=progress).totals
         seconds, peak, found = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
+    counts = forget_peak(task.settings.device) and task.routed
     model = load(found.folder).to(task.settings.device)
     if not task.routed:
         model = without_routed_experts(model)
     tokenizer = tokenizer_of(task.checkpoint.folder)
     is_original = task.recipe is None and task.routed
+    measured = scores(model, tokenizer, task.settings, progress, clocked=task.routed)
     return {
-        **scores(model, tokenizer, task.settings, progress, clocked=task.routed),
+        **measured,
+        "memory": peak_bytes(task.settings.device) if counts else None,
         "closeness": None if is_original else _closeness(model, tokenizer, task, progress),
         **asdict(size_of(found, task.routed)),
         "seconds": seconds,

@@ -12,7 +12,7 @@ from .statistics import Estimate, Groups, changes, estimate, mean_interval, mean
 Result = Mapping[str, Any]
 """Of a cell, as `measure` gives it."""
 Interval = tuple[float, float]
-COSTS = ("bytes", "active", "prefill", "decode", "seconds", "peak_resident_bytes")
+COSTS = ("bytes", "active", "prefill", "decode", "memory", "seconds", "peak_resident_bytes")
 
 
 @dataclass(frozen=True)
