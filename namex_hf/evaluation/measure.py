@@ -54,8 +54,8 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     asked; ``answers``: of every kind ``right``, ``tokens``, ``cut`` and ``loops``, a problem each;
     ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
     zeros are computed all the same; ``memory``: the most bytes while it is scored, None there too; ``closeness``: by
-    measure and domain, a number a window, None where it is not asked for and of the original; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
-    patched; ``threads``.
+    measure and domain, a number a window, None where it is not asked for and of the original; ``seconds`` and
+    ``peak_resident_bytes`` of the patching, None where nothing is patched; ``threads``.
 
     Raises:
         NamexError: what the patching refuses, or a model whose losses are no numbers.
