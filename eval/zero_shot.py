@@ -88,7 +88,8 @@ def parser() -> Parser:
         nargs="+",
         metavar="TASK",
         default=list(PACKAGED_TASKS),
-        help=f"lm-eval's tasks and groups, or {', '.join(PACKAGED_TASKS)} (default: these four); TASK:N with N worked "
+        help="lm-eval's tasks and groups, arc for arc_challenge and arc_easy, or "
+        f"{', '.join(PACKAGED_TASKS)} (default: these four); TASK:N with N worked "
         "examples in the prompt, such as gsm8k:5 mmlu:0; none: only --text",
     )
     tasks.add_argument(
@@ -107,6 +108,12 @@ def parser() -> Parser:
         default=0,
         metavar="N",
         help="worked examples before each question of a task that states none with its name (default: 0)",
+    )
+    tasks.add_argument(
+        "--apply_chat_template",
+        "--apply-chat-template",
+        action="store_true",
+        help="ask in the model's chat format, worked examples as turns before the question",
     )
     tasks.add_argument("--limit", type=_count(1), metavar="N", help="only the first N items of every task")
     how = made.add_argument_group("how")

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import yaml
-from arithmetic import problems
+
+from namex_hf.evaluation.problems.templates import problems
 
 DEBIAN = {
     "prose": "r-cran-janeaustenr",

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from arithmetic import (
+from namex_hf.evaluation.problems.templates import (
     ITEMS,
     NAMES,
     TEMPLATES,

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import corpora
-from arithmetic import problems
+
+from namex_hf.evaluation.problems.templates import problems
 
 ITEMS, EXAMPLES, SEED = 300, 8, 11
 SHORTEST, LONGEST = 6, 14  # words of a gloss

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import corpora
 import data
-from arithmetic import problems
+
+from namex_hf.evaluation.problems.templates import problems
 
 PROBLEMS, SEED = 200, 5
 

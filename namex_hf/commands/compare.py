@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..defaults import QUANTISERS, SCORED_TOKENS, WORD_PROBLEMS
+from ..defaults import KINDS, PROBLEM_SEED, PROBLEM_SEEDS, QUANTISERS, SCORED_TOKENS, WORD_PROBLEMS
 from ..errors import UsageError
 from ..evaluation.grid import field_options, grid, recipe_files
 from ..printable import marked, printable
@@ -14,7 +14,7 @@ from ..resources import recipe_path
 from .common import MODEL_HELP, Parser, command_parser, loading, run
 from .recipe_options import add_recipe_options
 
-COMMON_OPTIONS = ("model", "out", "recipes", "equal_bytes", "texts", "tokens", "problems", "json", "quiet")
+COMMON_OPTIONS = ("model", "out", "recipes", "equal_bytes", "texts", "tokens", "problems", "kinds", "json", "quiet")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 FAILED = 1
 """Exit status where a cell failed and the others stand."""
@@ -66,7 +66,26 @@ def parser_of(prog: str) -> Parser:
         type=int,
         default=WORD_PROBLEMS,
         metavar="N",
-        help="held-out word problems to answer (default: %(default)s)",
+        help="problems of each kind to answer (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--kinds",
+        nargs="+",
+        choices=KINDS,
+        default=[KINDS[0]],
+        metavar="KIND",
+        help=f"of problems: {', '.join(KINDS)} (default: {KINDS[0]}, the packaged word problems)",
+    )
+    parser.add_argument(
+        "--problem-seed",
+        choices=PROBLEM_SEEDS,
+        default=PROBLEM_SEED,
+        help="of generated problems: tables for figures, choices to choose by (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--closeness",
+        action="store_true",
+        help="acceptance and KL divergence to the original on the texts; it is in memory beside each model",
     )
     parser.add_argument(
         "--jobs",
@@ -131,7 +150,8 @@ def _compare(options: argparse.Namespace) -> int:
     if options.quiet:
         disable_progress_bars()
     device = resolved(options.device[0] if options.device else "auto")
-    chosen = settings(options.texts, options.tokens, options.problems, device)
+    numbers = options.tokens, options.problems
+    chosen = settings(options.texts, *numbers, device, options.closeness, options.kinds, options.problem_seed)
     checkpoint = resolve_model(options.model, options.revision, family_of)
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells, quantisers, gptq_text(options.gptq_data, options.gptq_tokens))

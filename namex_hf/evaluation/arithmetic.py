@@ -6,12 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from ..checkpoint.tokenizer import check_ids
-from ..errors import CheckpointError
-from ..limited import limited
-from .loading import without_balance_loss
+from .generation import as_chat, greedy_answers
 
 PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
 ANSWER = re.compile(r"####\s*(-?[\d,]+)")
@@ -28,7 +23,11 @@ def final_number(text: str) -> str | None:
     return match[1].replace(",", "") if match else None
 
 
-@torch.no_grad()
+def asked(question: str) -> str:
+    """The plain form in which a problem is asked, and in which the packaged models were trained."""
+    return f"Question: {question}\nAnswer:"
+
+
 def exact_answers(
     model: Any,
     tokenizer: Any,
@@ -43,28 +42,7 @@ def exact_answers(
         model: a causal language model of transformers; its mode (training or eval) does not change.
         chat: use the tokenizer's chat template instead of ``Question: ... Answer:``.
     """
-    tokenizer.padding_side = "left"
-    training, right = model.training, []
-    model.eval()
-    for start in range(0, len(problems), batch):
-        part = problems[start : start + batch]
-        prompts = [_prompt(tokenizer, problem["question"], chat) for problem in part]
-        # A chat template writes its own begin-of-text token.
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
-        check_ids(model, int(inputs.input_ids.max()))
-        with without_balance_loss(model):
-            output = model.generate(
-                **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id
-            )
-        texts = tokenizer.batch_decode(output[:, inputs.input_ids.shape[1] :], skip_special_tokens=True)
-        right += [final_number(text) == final_number(p["answer"]) for text, p in zip(texts, part, strict=True)]
-    model.train(training)
-    return right
-
-
-def _prompt(tokenizer: Any, question: str, chat: bool) -> str:
-    if not chat:
-        return f"Question: {question}\nAnswer:"
-    turns = [{"role": "user", "content": question}]
-    with limited("the tokenizer's chat template", CheckpointError):
-        return tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    questions = [problem["question"] for problem in problems]
+    prompts = [as_chat(tokenizer, [("user", one)]) if chat else asked(one) for one in questions]
+    found = greedy_answers(model, tokenizer, prompts, new_tokens, batch, chat=chat)
+    return [final_number(one.text) == final_number(p["answer"]) for one, p in zip(found, problems, strict=True)]

@@ -18,19 +18,26 @@ from .tasks import LoadedTask
 
 
 def check_answers(
-    checkpoint: Checkpoint, tasks: Sequence[LoadedTask], limit: int | None, trust_remote_code: bool
+    checkpoint: Checkpoint,
+    tasks: Sequence[LoadedTask],
+    limit: int | None,
+    trust_remote_code: bool,
+    chat: bool = False,
 ) -> None:
-    """Whether a model's tokenizer opens, and the answers of all tasks fit into what the model attends to.
+    """Whether a model's tokenizer opens and writes what is asked, and all answers fit into what the model attends to.
 
     Args:
         limit: documents of every task; None: all.
         trust_remote_code: of the tokenizer and the configuration.
+        chat: whether questions are written by the chat template.
 
     Raises:
-        CheckpointError: transformers cannot open the tokenizer or the configuration.
+        CheckpointError: transformers cannot open the tokenizer or the configuration, or there is no chat template.
         TaskError: an answer that leaves no token for its question.
     """
     tokenizer = open_tokenizer(checkpoint.folder, checkpoint.name, trust_remote_code=trust_remote_code)
+    if chat and not tokenizer.chat_template:
+        raise CheckpointError(f"{checkpoint.name} has no chat template; --apply_chat_template needs one")
     try:
         config = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=trust_remote_code)
         longest = resolve_max_length(config, tokenizer)

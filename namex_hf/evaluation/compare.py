@@ -21,9 +21,11 @@ from ..recipe import Recipe
 from ..record import versions
 from .baseline import is_baseline
 from .equal_bytes import Forms, Quantising, SizedRow, quantisings, sized_rows
+from .generation import as_chat
 from .grid import Cell, slug
 from .loading import tokenizer_of
 from .measure import CellTask
+from .problems.kinds import ALL
 from .processes import Outcome, outcomes
 from .rows import Row, row_of, with_means
 from .settings import Settings
@@ -75,7 +77,7 @@ class ComparisonPlan:
     def run(self) -> dict[str, Any]:
         """What makes results of this run comparable, plain and without local paths."""
         source = {"source": self.checkpoint.fingerprint(), "files": self.checkpoint.identity.record()}
-        return {"comparison": 1, **source, **self.settings.identity, "versions": versions()}
+        return {"comparison": 2, **source, **self.settings.identity, "versions": versions()}
 
     def key(self, label: str) -> str:
         """Of a model's result in the log `CELLS`. The times of the source's files are no part of it."""
@@ -132,6 +134,7 @@ def make_plan_of(
     _check_labels(cells)
     tokenizer = tokenizer_of(checkpoint.folder)
     _check_texts(settings, tokenizer)
+    _check_problems(settings, tokenizer, checkpoint)
     requests = {
         ORIGINAL: CellRequest(ORIGINAL, {"reference": ORIGINAL}),
         FLOOR: CellRequest(FLOOR, {"reference": FLOOR}, routed=False),
@@ -174,6 +177,21 @@ def _check_texts(settings: Settings, tokenizer: Any) -> None:
         count = len(tokenizer(text[:BEGINNING], add_special_tokens=False, verbose=False).input_ids)
         if count < 2:
             raise CalibrationError(f"--texts {name} has {count} tokens; accepted: texts of 2 or more")
+
+
+def _check_problems(settings: Settings, tokenizer: Any, checkpoint: Checkpoint) -> None:
+    """Whether chats can be written, and the longest problem and its answer fit into what the model attends to."""
+    longest = checkpoint.config.get("max_position_embeddings")
+    for kind, problems in settings.made().items():
+        if problems[0].turns and not tokenizer.chat_template:
+            raise CheckpointError(f"{checkpoint.name}: its tokenizer has no chat template; --kinds {kind} needs one")
+        most = max(problems, key=lambda one: sum(len(text) for _, text in one.turns) or len(one.prompt))
+        text = as_chat(tokenizer, most.turns) if most.turns else most.prompt
+        count = len(tokenizer(text, verbose=False).input_ids) + ALL[kind].NEW_TOKENS
+        if longest is not None and count > longest:
+            raise CheckpointError(
+                f"{checkpoint.name} attends to {longest} tokens; --kinds {kind} needs {count} with the answer"
+            )
 
 
 def _check_labels(cells: Sequence[Cell]) -> None:

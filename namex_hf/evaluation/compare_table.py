@@ -2,7 +2,7 @@
 
 from .compare import ORIGINAL, Comparison
 from .rows import Row, perplexities
-from .statistics import RESAMPLES
+from .statistics import RESAMPLES, Estimate
 from .table import Table
 
 UNMERGED = "same router, unmerged"
@@ -18,6 +18,7 @@ COSTS = {
     "active, M": ("active", 1e6, ".2f"),
     "prefill, tokens/s": ("prefill", 1, ".0f"),
     "decode, tokens/s": ("decode", 1, ".0f"),
+    "memory, MB": ("memory", 1e6, ".0f"),
     "patch, s": ("seconds", 1, ".1f"),
     "peak, MB": ("peak_resident_bytes", 1e6, ".0f"),
 }
@@ -29,6 +30,8 @@ def quality(comparison: Comparison) -> Table:
     names, asked = list(comparison.plan.settings.texts), comparison.original["right"] is not None
     titles = ["recipe", "experts", "mean (95 %)", "worst"]
     titles += ["exact, %", "to the original (95 %)"] if asked else []
+    close = comparison.plan.settings.closeness
+    titles += ["accepted, %", "KL, nats"] if close else []
     unmerged = any(row.unmerged for row in comparison.rows)
     titles += [UNMERGED, "mean to it (95 %)", *(["exact to it (95 %)"] if asked else [])] if unmerged else []
     absolute = perplexities(comparison.original)
@@ -36,6 +39,7 @@ def quality(comparison: Comparison) -> Table:
     for row in comparison.rows:
         cells = [row.title, str(row.experts), _mean_ratio(row), _worst(row)]
         cells += [_exact(row), _difference(row)] if asked else []
+        cells += [_closeness(row, "acceptance", 100, ".1f"), _closeness(row, "divergence", 1, ".4f")] if close else []
         rows.append([*cells, *_to_unmerged(row, asked)] if unmerged else cells)
     by_domain = [[f"{absolute[name]:.2f}" for name in names]]
     by_domain += [[_ratio(row, name) for name in names] for row in comparison.rows]
@@ -56,8 +60,9 @@ def equal_bytes(comparison: Comparison) -> Table:
 
 
 def tables(comparison: Comparison) -> list[tuple[str, Table]]:
-    """All tables, each with what it says."""
+    """All tables of a comparison by their titles."""
     shown = [("what each model is worth", quality(comparison)), ("what each model takes", costs(comparison))]
+    shown += [("how each model answers", answers(comparison))] if comparison.original["answers"] else []
     return shown + ([("equal bytes", equal_bytes(comparison))] if comparison.sized else [])
 
 
@@ -65,6 +70,29 @@ def _to_unmerged(row: Row, asked: bool) -> list[str]:
     if row.unmerged is None:
         return [""] * (2 + asked)
     return [row.unmerged_title or "", _mean_ratio(row.unmerged), *([_difference(row.unmerged)] if asked else [])]
+
+
+def answers(comparison: Comparison) -> Table:
+    """What is measured of each model's answers, a row a kind of problem; with the difference to the original's."""
+    titles = ["recipe", "experts", "kind", "problems", "right, %", "tokens", "cut off, %", "loops, %"]
+    forms = {"right": (100, ".1f"), "tokens": (1, ".1f"), "cut": (100, ".1f"), "loops": (100, ".1f")}
+    rows = [
+        [
+            *(row.title, str(row.experts), kind, str(len(comparison.original["answers"][kind]["right"]))),
+            *(_estimate(measured[name], *form) for name, form in forms.items()),
+        ]
+        for row in comparison.rows
+        for kind, measured in row.answers.items()
+    ]
+    return Table(titles, rows)
+
+
+def _estimate(one: Estimate, unit: int, form: str) -> str:
+    shown = format(unit * one.value, form)
+    if one.difference is None:
+        return shown
+    error = "" if one.stderr is None else f" ± {unit * one.stderr:{form}}"
+    return f"{shown} ({unit * one.difference:+{form}}{error})"
 
 
 def costs(comparison: Comparison) -> Table:
@@ -94,6 +122,14 @@ def _worst(row: Row) -> str:
     return "" if row.label == ORIGINAL else f"{ratio:.3f} {domain}"
 
 
+def _closeness(row: Row, name: str, unit: int, form: str) -> str:
+    if row.closeness is None:
+        return ""
+    error = row.spread[name] if row.spread else row.closeness[name].stderr
+    value = format(unit * row.closeness[name].value, form)
+    return value if error is None else f"{value} ± {unit * error:{form}}"
+
+
 def _exact(row: Row) -> str:
     assert row.exact is not None
     spread = f" ± {100 * row.spread['exact']:.1f}" if row.spread else ""
@@ -121,6 +157,17 @@ def notes(comparison: Comparison) -> list[str]:
             f"Exact: of {settings.problems} held-out word problems answered by generation, and the difference to the "
             "original in points, paired problem by problem."
         )
+    if comparison.original["answers"]:
+        lines.append(
+            f"Answers: greedy, to problems of the seed '{settings.problem_seed}'. Tokens: the mean length. Cut off: "
+            "ended by the limit of new tokens. Loops: ends in the same tokens three times or more. In brackets: the "
+            "difference to the original, ± its standard error, paired problem by problem."
+        )
+    if settings.closeness:
+        lines.append(
+            "Accepted: the sum over the vocabulary of min(p, q), mean over all scored tokens; KL: KL(p || q). p is the "
+            "original's distribution of the next token, q the model's. ± is the standard error over windows."
+        )
     if any(row.unmerged for row in comparison.rows):
         lines.append(
             f"{UNMERGED[0].upper()}{UNMERGED[1:]}: the row of the same cosine or StableMoE router with `method: smoe`. "
@@ -131,8 +178,8 @@ def notes(comparison: Comparison) -> list[str]:
     lines.append(
         "Active: parameters a token passes through, embeddings included: all but routed experts beyond its top-k "
         "(soft: one merged expert a layer). Tokens a second: prefill of 8 prompts and greedy decoding of the 8 "
-        f"together, float32 on {settings.device}. Patching: its seconds, and the peak resident memory of its process, "
-        "the libraries' own included."
+        f"together, float32 on {settings.device}. Memory: the most while the model is loaded and "
+        "scored. Patching: its seconds, and the peak resident memory of its process, the libraries' own included."
     )
     if comparison.sized:
         own = [label for label, one in comparison.plan.requests.items() if one.recipe and one.recipe.own_class]

@@ -1,6 +1,7 @@
 """One cell, in a process of its own: patched, scored, clocked."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,14 @@ from ..progress import ProgressCallback, ProgressEvent
 from ..quantising.folder import write_quantised
 from ..quantising.matrices import Storage, matrices_of
 from ..recipe import Recipe
-from .arithmetic import exact_answers, held_out_problems
+from .closeness import window_closeness
 from .equal_bytes import Quantising
+from .generation import as_chat, greedy_answers
 from .loading import load, tokenizer_of, without_routed_experts
-from .perplexity import text_losses
+from .memory import forget_peak, peak_bytes
+from .perplexity import text_ids, text_losses
+from .problems.kinds import ALL
+from .problems.problem import Problem
 from .settings import WINDOW, Settings
 from .size import size_of
 from .speed import NEW, PROMPT, speed
@@ -51,11 +56,13 @@ class CellTask:
 def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     """All that there is to know of a cell, plain.
 
-    ``losses`` by domain: nats a token of every window; ``right``: a problem each, None where none is asked;
+    ``losses`` by domain: nats a token of every window; ``right``: of the packaged problems one each, None where none is
+    asked; ``answers``: of every kind ``right``, ``tokens``, ``cut`` and ``loops``, a problem each;
     ``experts``, ``bytes``, ``active``; ``prefill`` and ``decode``: tokens a second, None without routed experts, whose
-    zeros are computed all the same, and of a quantised model, whose weights are dequantised; ``seconds`` and
-    ``peak_resident_bytes`` of the patching, None where nothing is patched; ``threads``; of a quantised model
-    ``stored``, as `Storage`.
+    zeros are computed all the same, and of a quantised model, whose weights are dequantised; ``memory``: the most bytes
+    while it is scored, None there too; ``closeness``: by measure and domain, a number a window, None where it is not
+    asked for and of the original; ``seconds`` and ``peak_resident_bytes`` of the patching, None where nothing is
+    patched; ``threads``; of a quantised model ``stored``, as `Storage`.
 
     Raises:
         NamexError: what the patching refuses, or a model whose losses are no numbers.
@@ -73,12 +80,18 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
         assert task.out is not None
         stored = {"stored": asdict(_quantise(task, task.quantising, task.out, progress))}
         scored = open_checkpoint(task.out)
+    clocked = task.routed and task.quantising is None
+    counts = forget_peak(task.settings.device) and clocked
     model = load(scored.folder).to(task.settings.device)
     if not task.routed:
         model = without_routed_experts(model)
-    clocked = task.routed and task.quantising is None
+    tokenizer = tokenizer_of(task.checkpoint.folder)
+    is_original = task.recipe is None and task.routed and task.quantising is None
+    measured = scores(model, tokenizer, task.settings, progress, clocked)
     return {
-        **scores(model, tokenizer_of(task.checkpoint.folder), task.settings, progress, clocked),
+        **measured,
+        "memory": peak_bytes(task.settings.device) if counts else None,
+        "closeness": None if is_original else _closeness(model, tokenizer, task, progress),
         **asdict(size_of(scored, task.routed)),
         "seconds": seconds,
         "peak_resident_bytes": peak,
@@ -111,12 +124,41 @@ def scores(
         if not all(map(math.isfinite, each)):
             raise CheckpointError(f"the model's losses on the text '{name}' are no finite numbers")
         losses[name] = each
-    problems, right = held_out_problems()[: settings.problems], []
+    answers = {kind: _answers(model, tokenizer, kind, problems, progress) for kind, problems in settings.made().items()}
+    found_speed = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
+    right = answers["packaged"]["right"] if "packaged" in answers else None
+    return {"losses": losses, "right": right, "answers": answers, **found_speed}
+
+
+def _answers(
+    model: Any, tokenizer: Any, kind: str, problems: Sequence[Problem], progress: ProgressCallback
+) -> dict[str, list[Any]]:
+    """What is measured of each answer, in lists."""
+    asked, found = ALL[kind], []
+    chat = bool(problems[0].turns)
     for start in range(0, len(problems), BATCH):
-        progress(ProgressEvent("word problems", done=start, total=len(problems)))
-        right += exact_answers(model, tokenizer, problems[start : start + BATCH], BATCH)
-    speeds = _speed(model, tokenizer, settings, progress) if clocked else {"prefill": None, "decode": None}
-    return {"losses": losses, "right": right or None, **speeds}
+        progress(ProgressEvent(f"problems, {kind}", done=start, total=len(problems)))
+        part = problems[start : start + BATCH]
+        prompts = [as_chat(tokenizer, one.turns) if chat else one.prompt for one in part]
+        found += greedy_answers(model, tokenizer, prompts, asked.NEW_TOKENS, BATCH, chat=chat, one_line=asked.ONE_LINE)
+    right = [asked.check(one.text, problem) for one, problem in zip(found, problems, strict=True)]
+    return {"right": right, **{name: [getattr(one, name) for one in found] for name in ("tokens", "cut", "loops")}}
+
+
+def _closeness(
+    model: Any, tokenizer: Any, task: CellTask, progress: ProgressCallback
+) -> dict[str, dict[str, list[float]]] | None:
+    if not task.settings.closeness:
+        return None
+    original = load(task.checkpoint.folder).to(task.settings.device)
+    ids = text_ids(tokenizer, task.settings.texts, task.settings.tokens)
+    found: dict[str, dict[str, list[float]]] = {"acceptance": {}, "divergence": {}}
+    for done, (name, tokens) in enumerate(ids.items()):
+        progress(ProgressEvent(f"closeness, {name}", done=done, total=len(ids)))
+        window = min(WINDOW, model.config.max_position_embeddings)
+        for measure, values in zip(found, window_closeness(original, model, tokens, window), strict=True):
+            found[measure][name] = values
+    return found
 
 
 def _speed(model: Any, tokenizer: Any, settings: Settings, progress: ProgressCallback) -> dict[str, float]:

@@ -2,17 +2,17 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean, stdev
 from typing import Any
 
 from .grid import Cell
-from .statistics import Groups, changes, mean_interval, mean_of
+from .statistics import Estimate, Groups, changes, estimate, mean_interval, mean_of
 
 Result = Mapping[str, Any]
 """Of a cell, as `measure` gives it."""
 Interval = tuple[float, float]
-COSTS = ("bytes", "active", "prefill", "decode", "seconds", "peak_resident_bytes")
+COSTS = ("bytes", "active", "prefill", "decode", "memory", "seconds", "peak_resident_bytes")
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,18 @@ class Row:
     """95 % bootstrap over problems, paired."""
     costs: dict[str, float | None]
     """`COSTS`, as `measure` names them."""
+    closeness: dict[str, Estimate] | None = None
+    """``acceptance`` (a share) and ``divergence`` (nats a token), means over domains, to the original; None of the
+    original, and where it was not asked for."""
+    answers: dict[str, dict[str, Estimate]] = field(default_factory=dict)
+    """By kind of problem: shares ``right``, ``cut`` and ``loops``, and the length in ``tokens``, each paired with the
+    original's."""
     recipe: dict[str, Any] | None = None
     seeds: int | None = None
     """How many it is the mean of; None of a single model."""
     spread: dict[str, float] | None = None
-    """Of a mean: sample standard deviations over seeds of ``ratio``, ``exact`` and, by domain, the ratios."""
+    """Of a mean: sample standard deviations over seeds of ``ratio``, ``exact``, ``acceptance``, ``divergence`` and, by
+    domain, the ratios."""
     unmerged: "Row | None" = None
     """The same model with the one of the same router and no merging in the original's place, where that was measured;
     None of a linear router."""
@@ -94,8 +101,35 @@ def row_of(
         difference=difference,
         difference_interval=difference_interval,
         costs={name: result[name] for name in COSTS},
+        closeness=_closeness(result["closeness"]),
+        answers=_answers(result, original),
         recipe=recipe,
     )
+
+
+def _closeness(found: Mapping[str, Mapping[str, Sequence[float]]] | None) -> dict[str, Estimate] | None:
+    if found is None:
+        return None
+    equal = {"acceptance": 1.0, "divergence": 0.0}  # what the original has beside itself
+    return {
+        name: estimate(list(windows.values()), [[equal[name]] * len(each) for each in windows.values()])
+        for name, windows in found.items()
+    }
+
+
+def _answers(result: Result, original: Result) -> dict[str, dict[str, Estimate]]:
+    return {
+        kind: {
+            name: estimate([items], None if result is original else [original["answers"][kind][name]])
+            for name, items in measured.items()
+        }
+        for kind, measured in result["answers"].items()
+    }
+
+
+def _mean_estimate(estimates: Sequence[Estimate]) -> Estimate:
+    """Over seeds, without an error over items."""
+    return Estimate(fmean(one.value for one in estimates), _mean([one.difference for one in estimates]))
 
 
 def _interval(differences: Groups) -> Interval | None:
@@ -124,6 +158,11 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
     spread = {name: stdev(row.ratios[name] for row in rows) for name in first.ratios}
     exact, difference = (_mean([getattr(row, name) for row in rows]) for name in ("exact", "difference"))
     spread["ratio"] = stdev(row.ratio for row in rows)
+    close = [row.closeness for row in rows if row.closeness]
+    closeness = None
+    if close:
+        spread |= {name: stdev(one[name].value for one in close) for name in close[0]}
+        closeness = {name: _mean_estimate([one[name] for one in close]) for name in close[0]}
     if exact is not None:
         spread["exact"] = stdev(row.exact for row in rows if row.exact is not None)
     return Row(
@@ -138,6 +177,11 @@ def mean_row(rows: Sequence[Row], label: str, title: str) -> Row:
         difference=difference,
         difference_interval=None,
         costs={name: _mean([row.costs[name] for row in rows]) for name in COSTS},
+        closeness=closeness,
+        answers={
+            kind: {name: _mean_estimate([row.answers[kind][name] for row in rows]) for name in measured}
+            for kind, measured in first.answers.items()
+        },
         seeds=len(rows),
         spread=spread,
         unmerged=mean_row(unmerged, label, title) if len(unmerged) == len(rows) else None,

@@ -78,6 +78,29 @@ def mean_interval(groups: Groups, seed: int = 0) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over items, beside the original's on the same items."""
+
+    value: float
+    difference: float | None = None
+    """To the original's; None of the original."""
+    stderr: float | None = None
+    """Standard error of `difference`, from the items' differences; None where a group has a single item."""
+
+
+def estimate(groups: Groups, original: Groups | None = None) -> Estimate:
+    """`mean_of` the items, paired with the original's.
+
+    Raises:
+        ValueError: other numbers of items.
+    """
+    if original is None:
+        return Estimate(mean_of(groups))
+    differences = changes(groups, original)
+    return Estimate(mean_of(groups), mean_of(differences), error_of(differences))
+
+
 # Figures of a measure: a perplexity and ratios of it, or per cent and points
 
 

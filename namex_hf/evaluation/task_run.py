@@ -52,7 +52,13 @@ def _hash_of(path: Path) -> str | None:
 
 
 def score(
-    model: NamexLM, task: LoadedTask, folder: Path, identity: Mapping[str, Any], limit: int | None, seed: int
+    model: NamexLM,
+    task: LoadedTask,
+    folder: Path,
+    identity: Mapping[str, Any],
+    limit: int | None,
+    seed: int,
+    chat: bool = False,
 ) -> dict[str, Any]:
     """Results as lm-eval gives them, with ``run``; written with every sample into the folder. All processes call it.
 
@@ -61,6 +67,7 @@ def score(
     Args:
         limit: documents of every task; None: all.
         seed: of Python's, numpy's and torch's generators.
+        chat: questions are turns of a chat, written by the chat template, and so are worked examples.
 
     Raises:
         TaskError: lm-eval refuses the task.
@@ -71,7 +78,13 @@ def score(
     torch.manual_seed(seed)
     with ResultLog(folder / ANSWERS / f"answers-{model.rank}.jsonl", identity) as model.log:
         try:
-            scores = evaluate(model, task.loaded, limit=limit, log_samples=True)
+            scores = evaluate(
+                *(model, task.loaded),
+                limit=limit,
+                log_samples=True,
+                apply_chat_template=chat,
+                fewshot_as_multiturn=chat,
+            )
         except (AssertionError, ValueError) as error:  # lm-eval's answers to what it does not take
             raise TaskError(f"task {task.name}: lm-eval refuses it ({type(error).__name__}: {error})") from error
         batches = {kind: size for kind in ("choices", "windows", "generated") if (size := model.log.get(kind))}

@@ -24,6 +24,9 @@ from ..checkpoint.hub import UNREACHABLE
 from ..errors import TaskError
 from .text_task import text_task
 
+SHORT = {"arc": ("arc_challenge", "arc_easy")}
+"""Names for several tasks that lm-eval has no group for."""
+
 
 @dataclass(frozen=True)
 class LoadedTask:
@@ -71,8 +74,8 @@ def load_tasks(
     """Load tasks with their data.
 
     Args:
-        names: tasks, groups or tags of lm-eval, or of YAML files below `include`, which come first; each alone, or with
-            its number of worked examples, as in ``gsm8k:5``.
+        names: tasks, groups or tags of lm-eval, those of `SHORT`, or of YAML files below `include`, which come first;
+            each alone, or with its number of worked examples, as in ``gsm8k:5``.
         texts: files whose perplexity is measured.
         data: a folder that holds copies of data sets under their Hub names (``openai/gsm8k/...``).
         num_fewshot: worked examples before each question, where a name states none.
@@ -83,7 +86,7 @@ def load_tasks(
     """
     if data is not None and not data.is_dir():
         raise TaskError(f"--data {data} is no folder; needed: one that holds data sets, such as {data}/openai/gsm8k")
-    requests = dict.fromkeys(_with_shots(name, num_fewshot) for name in names)
+    requests = dict.fromkeys(_with_shots(name, num_fewshot) for name in in_full(names))
     own = _known_tasks(include, official=False)
     manager = own
     if any(one.name not in own.all_tasks for one in requests):
@@ -97,6 +100,12 @@ def load_tasks(
         spec = text_task(path)
         found.append((TaskRequest(spec["task"], num_fewshot), manager.load([spec])))
     return [_with_digest(one, loaded, seed) for one, loaded in found]
+
+
+def in_full(names: Sequence[str]) -> list[str]:
+    """`names` with the tasks of each name of `SHORT` in its place; a number of examples goes to each."""
+    parts = [name.partition(":") for name in names]
+    return [one + colon + shots for name, colon, shots in parts for one in SHORT.get(name, (name,))]
 
 
 @dataclass(frozen=True)

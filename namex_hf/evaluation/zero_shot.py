@@ -41,12 +41,15 @@ class ZeroShotOptions:
     num_fewshot: int = 0
     limit: int | None = None
     seed: int = 1234
+    apply_chat_template: bool = False
     parallelize: bool = False
     trust_remote_code: bool = False
     overwrite: bool = False
     stage: str = "zero-shot"
 
 
+IDENTITY = ("dtype", "batch_size", "limit", "seed", "apply_chat_template")
+"""Options on which scores depend, besides what the tasks say."""
 ProgressBar = Callable[[str], AbstractContextManager[ProgressCallback]]
 """Opens a bar under a title."""
 
@@ -85,7 +88,10 @@ class ZeroShotRun:
             if (tasks := [task for task in self.tasks if results[row.label, task.label] is None])
         ]
         for row, tasks in missing:
-            check_answers(row.checkpoint, tasks, self.options.limit, self.options.trust_remote_code)
+            check_answers(
+                *(row.checkpoint, tasks, self.options.limit, self.options.trust_remote_code),
+                chat=self.options.apply_chat_template,
+            )
         _wait_for_all()
         for row, tasks in missing:
             results |= self._score(row, tasks)
@@ -101,7 +107,7 @@ class ZeroShotRun:
             **row.identity,
             "num_fewshot": task.shots,
             "task": task.digest,
-            **{name: getattr(options, name) for name in ("dtype", "batch_size", "limit", "seed")},
+            **{name: getattr(options, name) for name in IDENTITY},
             "device": torch.device(options.device).type,
             "versions": self.versions,
         }
@@ -131,7 +137,8 @@ class ZeroShotRun:
             with self.bar(f"{row.label}, {task.label}") as model.progress:
                 folder, identity = self._folder(row.label, task), self._identity(row, task)
                 results[row.label, task.label] = score(
-                    model, task, folder, identity, self.options.limit, self.options.seed
+                    *(model, task, folder, identity, self.options.limit, self.options.seed),
+                    chat=self.options.apply_chat_template,
                 )
         return results
 

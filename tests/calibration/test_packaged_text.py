@@ -12,7 +12,7 @@ from namex_hf.calibration.sources import PACKAGED
 from namex_hf.evaluation.arithmetic import held_out_problems
 from namex_hf.evaluation.perplexity import held_out_texts
 
-GENERATOR = Path(__file__).parents[2] / "packaged" / "arithmetic.py"
+GENERATOR = Path(__file__).parents[2] / "namex_hf" / "evaluation" / "problems" / "templates.py"
 TEXTS = {path.stem: path.read_text("utf-8") for path in PACKAGED.glob("*.txt")}
 CHATS = [json.loads(line)["messages"] for line in (PACKAGED / "chat.jsonl").read_text("utf-8").splitlines()]
 

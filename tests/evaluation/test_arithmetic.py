@@ -17,7 +17,7 @@ from namex_hf.evaluation.arithmetic import exact_answers, final_number, held_out
 from namex_hf.evaluation.perplexity import held_out_texts
 from namex_hf.evaluation.speed import speed
 
-GENERATOR = Path(__file__).parents[2] / "packaged" / "arithmetic.py"
+GENERATOR = Path(__file__).parents[2] / "namex_hf" / "evaluation" / "problems" / "templates.py"
 MARK = re.compile(r"(\S+?) = \$?<<([^=<>]+)=([^<>]+)>>(\S+)")
 OPERATION = re.compile(r"(\d+)([-+*/])(\d+)")
 

@@ -10,7 +10,8 @@ import pytest
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import resolve
-from namex_hf.errors import CalibrationError, OutputError, RecipeError
+from namex_hf.errors import CalibrationError, CheckpointError, OutputError, RecipeError
+from namex_hf.evaluation.closeness import window_closeness
 from namex_hf.evaluation.compare import (
     BEGINS,
     ENDED,
@@ -22,9 +23,12 @@ from namex_hf.evaluation.compare import (
     compare,
     make_plan_of,
 )
+from namex_hf.evaluation.compare_table import quality
+from namex_hf.evaluation.generation import as_chat, greedy_answers
 from namex_hf.evaluation.grid import Cell, grid, recipe_files
 from namex_hf.evaluation.loading import load, tokenizer_of
-from namex_hf.evaluation.perplexity import perplexities
+from namex_hf.evaluation.perplexity import perplexities, text_ids
+from namex_hf.evaluation.problems.kinds import ALL
 from namex_hf.evaluation.settings import Settings
 from namex_hf.progress import ProgressEvent
 from namex_hf.report.comparison import as_json
@@ -93,6 +97,9 @@ def test_a_run_then_more_recipes_then_nothing_is_measured_twice(few: Settings, t
     assert row.costs["bytes"] == sum(span.size for span in resolve(kept).spans.values())
     assert 0 < row.costs["seconds"] < 60
     assert 1e8 < row.costs["peak_resident_bytes"] < 2e9
+    if Path("/proc/self/clear_refs").is_file():
+        assert row.costs["bytes"] * 2 < row.costs["memory"] < 2e9  # bfloat16, loaded in float32
+        assert found.rows[1].costs["memory"] is None
     assert min(row.costs["prefill"], row.costs["decode"]) > 0
     assert found.rows[1].ratio > row.ratio > 1
     assert found.rows[1].costs["prefill"] is None
@@ -129,6 +136,57 @@ def test_a_run_then_more_recipes_then_nothing_is_measured_twice(few: Settings, t
     assert refused(planned(replace(few, tokens=512)), out).startswith(
         f"{out} belongs to a run with another tokens; use --overwrite or another folder"
     )
+
+
+def test_closeness_is_that_of_the_written_model_and_only_where_asked_for(few: Settings, tmp_path: Path):
+    (twelve,) = cells(experts=[12])
+    plan = planned(replace(few, closeness=True), twelve)
+    found = compare(plan, tmp_path / "out", RunOptions(keep=True), quiet)
+    original, floor, row = found.rows
+    assert original.closeness is None
+    models = [load(folder) for folder in (resolve(SOURCE).folder, tmp_path / "out" / "models" / twelve.slug)]
+    ids = text_ids(tokenizer_of(resolve(SOURCE).folder), few.texts, few.tokens)["prose"]
+    accepted, diverged = window_closeness(*models, ids)
+    assert row.closeness["acceptance"].value == pytest.approx(sum(accepted) / len(accepted), rel=1e-6)
+    assert row.closeness["divergence"].value == pytest.approx(sum(diverged) / len(diverged), rel=1e-5)
+    assert floor.closeness["acceptance"].value < row.closeness["acceptance"].value < 1
+    shown = dict(zip(*[quality(found).titles, quality(found).rows[3]], strict=True))
+    assert shown["accepted, %"].startswith(f"{100 * row.closeness['acceptance'].value:.1f} ± ")
+    assert "KL, nats" not in quality(replace(found, plan=planned(few, twelve))).titles
+
+
+def test_kinds_of_problems_are_asked_in_place_of_the_packaged_ones(few: Settings, tmp_path: Path):
+    """A chat and a one-line kind, of which each answer is what the loaded model writes."""
+    asked = replace(few, tokens=64, problems=3, kinds=("lookup", "chats"))
+    found = compare(planned(asked), tmp_path / "out", RunOptions(), quiet)
+    folder, original = resolve(SOURCE).folder, found.original
+    model, tokenizer = load(folder), tokenizer_of(folder)
+    assert original["right"] is None
+    assert list(original["answers"]) == ["lookup", "chats"]
+    for kind, measured in original["answers"].items():
+        problems = asked.made()[kind]
+        chat = kind == "chats"
+        prompts = [as_chat(tokenizer, one.turns) if chat else one.prompt for one in problems]
+        written = greedy_answers(model, tokenizer, prompts, ALL[kind].NEW_TOKENS, chat=chat, one_line=not chat)
+        assert measured["right"] == [ALL[kind].check(a.text, b) for a, b in zip(written, problems, strict=True)]
+        assert measured["tokens"] == [one.tokens for one in written]
+        assert measured["cut"] == [one.cut for one in written]
+    assert refused(planned(replace(asked, problem_seed="choices")), tmp_path / "out").startswith(
+        f"{tmp_path / 'out'} belongs to a run with another "
+    )
+
+
+def test_a_kind_that_the_model_cannot_be_asked(few: Settings, tmp_path: Path):
+    source = Path(shutil.copytree(resolve(SOURCE).folder, tmp_path / "source"))
+    (source / "chat_template.jinja").unlink()
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 300}))
+    for kind, said in (
+        ("tools", "source: its tokenizer has no chat template; --kinds tools needs one"),
+        ("copying", r"source attends to 300 tokens; --kinds copying needs \d+ with the answer"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            make_plan_of(resolve(source), replace(few, problems=50, kinds=(kind,)), [])
 
 
 def refused(plan: ComparisonPlan, out: Path) -> str:

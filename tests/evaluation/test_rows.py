@@ -45,6 +45,39 @@ def test_exact_answers_and_the_paired_difference():
     assert row.difference_interval == pytest.approx((low, high), abs=0.02)
 
 
+def test_answers_are_paired_with_the_original_s_problem_by_problem():
+    original, changed = result(0), result(1, 0.2)
+    row = row_of("x", changed, original)
+    assert row_of("original", original, original).answers["packaged"]["tokens"].difference is None
+    for name, found in row.answers["packaged"].items():
+        after, before = (np.array(one["answers"]["packaged"][name], dtype=float) for one in (changed, original))
+        assert found.value == pytest.approx(after.mean())
+        assert found.difference == pytest.approx((after - before).mean())
+        assert found.stderr == pytest.approx((after - before).std(ddof=1) / math.sqrt(len(after)))
+    rows = [row_of("x", result(seed), original) for seed in (1, 2)]
+    lengths = [one.answers["packaged"]["tokens"] for one in rows]
+    mean = mean_row(rows, "m", "m").answers["packaged"]["tokens"]
+    assert mean.value == pytest.approx(np.mean([one.value for one in lengths]))
+    assert mean.difference == pytest.approx(np.mean([one.difference for one in lengths]))
+    assert mean.stderr is None
+
+
+def test_closeness_is_a_mean_over_domains_and_its_error_is_over_windows():
+    changed = result(1, 0.2)
+    row = row_of("x", changed, {**result(0), "closeness": None})
+    assert row.closeness is not None
+    for name, at in (("acceptance", 1.0), ("divergence", 0.0)):
+        windows = [np.array(values) for values in changed["closeness"][name].values()]
+        error = np.sqrt(sum(each.var(ddof=1) / len(each) for each in windows)) / len(windows)
+        found = row.closeness[name]
+        assert found.value == pytest.approx(np.mean([each.mean() for each in windows]))
+        assert (found.difference, found.stderr) == (pytest.approx(found.value - at), pytest.approx(error))
+    rows = [row_of("x", result(seed), result(0)) for seed in (1, 2, 3)]
+    mean, values = mean_row(rows, "m", "m"), [one.closeness["acceptance"].value for one in rows]
+    assert mean.closeness["acceptance"].value == pytest.approx(np.mean(values))
+    assert mean.spread["acceptance"] == pytest.approx(np.std(values, ddof=1))
+
+
 def test_the_original_is_one_and_has_no_interval():
     original = result(0)
     row = row_of("original", original, original)

@@ -26,6 +26,18 @@ def test_scores_are_comparable_on_equal_texts_and_numbers_alone(tmp_path: Path):
     assert settings([tmp_path / "a.txt"], 64, 3, "cuda").identity != base
 
 
+def test_problems_of_a_kind_are_generated_by_the_named_seed():
+    base = settings([], 64, 1000, "cpu", kinds=["arithmetic", "chats", "arithmetic"])
+    made = base.made()
+    assert list(made) == ["arithmetic", "chats"]
+    assert (len(made["arithmetic"]), len(made["chats"])) == (1000, 89)  # all that this half has
+    chosen = settings([], 64, 1000, "cpu", kinds=["arithmetic", "chats"], problem_seed="choices")
+    assert chosen.identity != base.identity
+    assert not {*made["arithmetic"]} & {*chosen.made()["arithmetic"]}
+    with pytest.raises(NamexError, match="--problems 10001: accepted: 0 to 10000"):
+        settings([], 64, 10001, "cpu", kinds=["arithmetic"])
+
+
 @pytest.mark.parametrize(
     ("files", "numbers", "said"),
     [

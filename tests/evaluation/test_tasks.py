@@ -7,13 +7,19 @@ import pytest
 
 from namex_hf.calibration.sources import PACKAGED as CALIBRATION
 from namex_hf.errors import TaskError
-from namex_hf.evaluation.tasks import load_tasks
+from namex_hf.evaluation.tasks import in_full, load_tasks
 from namex_hf.evaluation.text_task import pieces
 from tests.helpers.zero_shot import TASKS
 
 
 def lines(name: str) -> list[dict]:
     return [json.loads(line) for line in (TASKS / "data" / f"{name}_test.jsonl").read_text("utf-8").splitlines()]
+
+
+def test_a_short_name_is_all_its_tasks_with_the_same_examples() -> None:
+    assert in_full(["gsm8k:5", "arc:25", "arc"]) == [
+        *("gsm8k:5", "arc_challenge:25", "arc_easy:25", "arc_challenge", "arc_easy"),
+    ]
 
 
 def test_pieces_lose_nothing_but_blanks() -> None:

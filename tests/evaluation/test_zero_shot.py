@@ -1,12 +1,14 @@
 """Whole runs of ``eval/zero_shot.py`` on the packaged model."""
 
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCardData
+from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import PACKAGED
@@ -273,3 +275,35 @@ def test_a_task_without_examples_and_with_two(zero_shot: Command, tmp_path: Path
     other = zero_shot(*asked, "--tasks", "namex_sums", "--num_fewshot", "1")
     assert other.status == 2
     assert "is of a run with another num_fewshot and task; use --overwrite" in other.err
+
+
+def test_questions_and_examples_are_turns_of_a_chat(zero_shot: Command, tmp_path: Path) -> None:
+    """As the model's own template writes them; in the same folder other scores than without it are refused."""
+    asked = ("--models", "tiny", "--tasks", "namex_word_problems:1", "--limit", "1", "--output_path", tmp_path / "out")
+    answer = zero_shot(*asked, "--apply_chat_template")
+    assert answer.status == 0, answer.err
+    folder = tmp_path / "out" / "tiny" / "namex_word_problems-1shot"
+    (sample,) = [json.loads(line) for line in (folder / "samples_namex_word_problems.jsonl").read_text().splitlines()]
+    written = sample["arguments"][0][0]
+    turns = re.findall(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>\n|$)", written, re.DOTALL)
+    assert [role for role, _ in turns] == ["user", "assistant", "user", "assistant"]
+    assert turns[2][1] == f"Question: {sample['doc']['question']}\nAnswer:"
+    assert "####" in turns[1][1]
+    assert turns[3][1] == ""
+    chat = [{"role": role, "content": content} for role, content in turns[:3]]
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGED / "tiny")
+    assert written == tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert ZeroShotReport.from_json((tmp_path / "out" / "report.json").read_text()).run["apply_chat_template"] is True
+    assert "asked in the chat format" in (tmp_path / "out" / "report.md").read_text()
+    plain = zero_shot(*asked)
+    assert (plain.status, "is of a run with another apply_chat_template" in plain.err) == (2, True)
+
+
+def test_a_model_without_a_chat_template(zero_shot: Command, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(PACKAGED / "tiny", tmp_path / "plain"))
+    (folder / "chat_template.jinja").unlink()
+    answer = zero_shot(
+        *("--models", folder, "--tasks", "namex_sums", "--apply_chat_template", "--output_path", tmp_path / "out")
+    )
+    assert answer.status == 2
+    assert "plain has no chat template; --apply_chat_template needs one" in answer.err

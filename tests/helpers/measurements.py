@@ -7,6 +7,7 @@ import numpy as np
 from namex_hf.evaluation.rows import COSTS
 
 WINDOWS = {"code": 40, "prose": 60}
+CLOSE = ("acceptance", "divergence")
 
 
 def result(seed: int, shift: float = 0.0, experts: int = 8, windows: dict[str, int] | None = None) -> dict[str, Any]:
@@ -18,5 +19,25 @@ def result(seed: int, shift: float = 0.0, experts: int = 8, windows: dict[str, i
         for name, count in (windows or WINDOWS).items()
     }
     right = (draw.random(80) < 0.6 - shift).tolist()
+    answers = {
+        "packaged": {
+            "right": right,
+            "tokens": draw.integers(10, 110, 80).tolist(),
+            "cut": (draw.random(80) < 0.1).tolist(),
+            "loops": (draw.random(80) < 0.1).tolist(),
+        }
+    }
     costs = dict.fromkeys(COSTS, 10.0 + seed)
-    return {"losses": losses, "right": right, "experts": experts, "threads": 1, "at_once": 1, **costs}
+    closeness = {
+        name: {one: draw.random(count).tolist() for one, count in (windows or WINDOWS).items()} for name in CLOSE
+    }
+    return {
+        "losses": losses,
+        "right": right,
+        "closeness": closeness,
+        "answers": answers,
+        "experts": experts,
+        "threads": 1,
+        "at_once": 1,
+        **costs,
+    }

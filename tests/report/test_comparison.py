@@ -9,7 +9,7 @@ import pytest
 
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.evaluation.compare import FLOOR, ORIGINAL, Comparison, ComparisonPlan, assemble, make_plan_of
-from namex_hf.evaluation.compare_table import costs, markdown, notes, quality
+from namex_hf.evaluation.compare_table import answers, costs, markdown, notes, quality
 from namex_hf.evaluation.grid import grid, recipe_files
 from namex_hf.evaluation.rows import row_of
 from namex_hf.evaluation.settings import Settings
@@ -54,6 +54,17 @@ def test_a_worst_domain_and_an_interval_are_those_of_the_row(tmp_path: Path):
     assert row.difference_interval is not None
     low, high = row.difference_interval
     assert told["to the original (95 %)"] == f"{100 * row.difference:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def test_answers_have_a_row_a_kind_with_the_paired_difference(tmp_path: Path):
+    found = measured(planned(tmp_path))
+    titles, rows = answers(found)
+    assert [row[0] for row in rows] == [row.title for row in found.rows]
+    shown, length = dict(zip(titles, rows[2], strict=True)), found.rows[2].answers["packaged"]["tokens"]
+    assert (shown["kind"], shown["problems"]) == ("packaged", "80")
+    assert shown["tokens"] == f"{length.value:.1f} ({length.difference:+.1f} ± {length.stderr:.1f})"
+    assert rows[0][5] == f"{found.rows[0].answers['packaged']['tokens'].value:.1f}"
+    assert "How each model answers" in page(found, [])
 
 
 def test_another_router_is_compared_with_itself_unmerged_too(tmp_path: Path):
