@@ -11,6 +11,7 @@ COMMANDS = {
     "patch": "merge the experts of a checkpoint",
     "compare": "patch one model with several recipes, and score the results",
     "tune": "fine-tune a model on chats, with TRL",
+    "score": "score models on lm-eval's tasks",
     "report": "draw what a patch did",
     "inspect": "say what a checkpoint is",
     "push": "publish a patched folder on the Hub",
