@@ -199,6 +199,11 @@ def _warnings(comparison: Comparison) -> list[str]:
         for label, first in comparison.plan.same.items()
         if label != first
     ]
+    lines += [
+        f"{cell.label}: without {', '.join(cell.unused)}, which {'does' if len(cell.unused) == 1 else 'do'} not apply."
+        for cell in comparison.plan.cells
+        if cell.unused
+    ]
     return lines + [f"Failed: {label}: {reason}." for label, reason in comparison.failed.items()]
 
 

@@ -27,6 +27,8 @@ class Cell:
     recipe: Recipe
     where: str
     """File and values, for complaints."""
+    unused: tuple[str, ...] = ()
+    """Fields with values that do not apply to it, and are left out."""
 
     @property
     def label(self) -> str:
@@ -103,7 +105,8 @@ def converted(spec: Leaf, texts: Sequence[str]) -> list[Any]:
 def grid(files: Mapping[str, Path], options: Mapping[str, Sequence[Any]]) -> list[Cell]:
     """Every recipe with every combination of values, which go over what the files say.
 
-    The first field given varies slowest.
+    The first field given varies slowest. A value is left out of a recipe that has no use for its field, where another
+    recipe has one.
 
     Args:
         files: by label; none: the default recipe.
@@ -116,18 +119,55 @@ def grid(files: Mapping[str, Path], options: Mapping[str, Sequence[Any]]) -> lis
     if files:
         given = {label: (str(path), read_yaml(path)) for label, path in files.items()}
     several = {field for field, values in options.items() if len(values) > 1}
-    cells = []
+    cells: dict[str, Cell] = {}
+    refusals: dict[str, RecipeError] = {}
     for label, (place, stated) in given.items():
         for values in itertools.product(*options.values()):
             chosen = dict(zip(options, values, strict=True))
             stated_here = " ".join(f"{field}={value}" for field, value in chosen.items())
             where = f"{place} with {stated_here}" if stated_here else place
             try:
-                recipe = Recipe.from_dict({**stated, **chosen})
+                recipe, unused = _applied(stated, chosen, options)
             except RecipeError as error:
                 raise RecipeError(f"{where}: {error}") from error
-            cells.append(Cell(label, {f: v for f, v in chosen.items() if f in several}, recipe, where))
-    return cells
+            varied = {field: value for field, value in chosen.items() if field in several and field not in unused}
+            cell = Cell(label, varied, recipe, where, tuple(unused))
+            cells.setdefault(cell.label, cell)
+            for field, reason in unused.items():
+                refusals.setdefault(field, RecipeError(f"{where}: {reason}"))
+    for field, refusal in refusals.items():
+        if all(field in cell.unused for cell in cells.values()):
+            raise refusal
+    return list(cells.values())
+
+
+def _applied(
+    stated: Mapping[str, Any], chosen: Mapping[str, Any], options: Mapping[str, Sequence[Any]]
+) -> tuple[Recipe, dict[str, RecipeError]]:
+    """The recipe with the chosen values that it has a use for, and why it has none for the others.
+
+    Raises:
+        RecipeError: a refusal for another reason.
+    """
+    used, unused = dict(chosen), dict[str, RecipeError]()
+    while refusal := _refusal(stated, used, options):
+        field, unused[field] = refusal
+        del used[field]
+    return Recipe.from_dict({**stated, **used}), unused
+
+
+def _refusal(
+    stated: Mapping[str, Any], used: Mapping[str, Any], options: Mapping[str, Sequence[Any]]
+) -> tuple[str, RecipeError] | None:
+    """A field that the recipe has no use for, if there is one. A default is never refused: another value is tried."""
+    for field, value in used.items():
+        tried = next((one for one in (value, *options[field]) if one != FIELDS[field].default), value)
+        try:
+            Recipe.from_dict({**stated, **used, field: tried})
+        except RecipeError as error:
+            if error.fields[-1:] == (field,) and str(error).startswith(f"'{field}' "):
+                return field, error
+    return None
 
 
 def field_options(namespace: Mapping[str, Any]) -> dict[str, list[Any]]:

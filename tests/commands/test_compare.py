@@ -162,7 +162,7 @@ def test_the_numbers_are_printed_as_json(copied: Path, recipes: Path, given: lis
 
 def test_one_value_more_is_measured_and_told(copied: Path, recipes: Path, given: list[str], capsys: Said):
     finer = [SOURCE, *given, "--granularity", "expert", "matrix", "--out", copied]
-    assert ran(*finer, "--recipes", recipes) == 2
+    assert ran(*finer, "--recipes", recipes / "peer.yaml") == 2
     refused = capsys.readouterr().err
     assert "peer.yaml with experts=12 granularity=expert: 'granularity' is a choice of the Nash bargain" in refused
     assert ran(*finer, "--recipes", recipes / "nash.yaml") == 0

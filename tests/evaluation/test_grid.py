@@ -51,6 +51,21 @@ def test_a_folder_gives_its_yaml_files_alone(tmp_path: Path):
     assert list(recipe_files([tmp_path])) == ["a", "b", "c"]
 
 
+def test_values_are_left_out_of_recipes_that_have_no_use_for_them(tmp_path: Path):
+    """What no recipe uses, and what means nothing together, stays refused."""
+    cells = grid({}, {"merge": ["grouped", "narrow"], "experts": [4, 2], "width": [8], "fit": ["layer"]})
+    assert [(cell.label, cell.unused) for cell in cells] == [
+        ("default, merge grouped, experts 4", ("width",)),
+        ("default, merge grouped, experts 2", ("width",)),
+        ("default, merge narrow", ("experts",)),
+    ]
+    assert cells[2].recipe == Recipe(merge="narrow", width=8, fit="layer")
+    with pytest.raises(RecipeError, match="'segment' belongs to merge 'soft'"):
+        grid({}, {"merge": ["grouped", "narrow"], "keep": [0.5], "segment": [8]})
+    with pytest.raises(RecipeError, match="merge 'narrow' keeps the router"):
+        grid({}, {"merge": ["grouped", "narrow"], "keep": [0.5], "fit": ["router"]})
+
+
 def test_a_member_that_the_rules_refuse_names_file_values_and_field(tmp_path: Path):
     (file,) = written(tmp_path, kept="base: shared")
     with pytest.raises(RecipeError) as refused:
