@@ -40,7 +40,9 @@ def metadata(report: Report, *folders: Path | None) -> ModelCardData:
     name, commit = report.source["name"], report.source["commit"]
     on_hub = commit is not None and _is_repo_id(name)
     fields = carried(*folders)
-    own = ["namex", "moe", "merge", report.family]
+    recipe = report.run["recipe"]
+    prunes = recipe["merge"] == "narrow" or recipe.get("operator") == "keep"
+    own = ["namex", "moe", "pruning" if prunes else "merge", report.family]
     return ModelCardData(
         base_model=name if on_hub else None,
         base_model_relation="finetune" if on_hub else None,

@@ -213,6 +213,12 @@ def test_a_ratio_over_another_router_says_what_it_holds():
         assert ("so the ratio is of the change to cosine routing and of the merge together" in text) == told
 
 
+def test_a_pruned_model_is_not_tagged_as_a_merge():
+    pruned = Recipe(merge="grouped", operator="keep", experts=2), Recipe(merge="narrow", width=8)
+    for recipe in pruned:
+        assert read_block(card(report(recipe=recipe.to_dict()), {}))["tags"] == ["namex", "moe", "pruning", "qwen2_moe"]
+
+
 @pytest.mark.parametrize(
     ("model_type", "export_as", "routes"),
     [
