@@ -15,9 +15,10 @@ from ..files import LARGEST_RECIPE, read_text
 from ..plain_yaml import parse_yaml
 from ..printable import did_you_mean
 from .choices import MergeKind
-from .merges import SEGMENT, Grouped, Merge, Narrow, Nothing, Residual, Soft
+from .merges import SEGMENT, Merge, Nothing, Residual, Soft
 from .part import Leaf, Part, Range, Rule, Spec, all_leaves, build, leaf, leaves_of, parts_of
 from .parts import CCP_ITERATIONS, TOKENS, Calibration, Routing
+from .smaller import Grouped, Narrow
 
 VERSION = 3
 """Of recipes that runs store; those of release 0.1.0 have none, those before `error_weights` have 2."""
