@@ -62,7 +62,8 @@ class ResultLog(dict[str, Any]):
         self._identity = json.loads(json.dumps(identity))
         whole = {file: self._read(file) for file in sorted(path.parent.glob("*.jsonl"))}.get(path, 0)
         self._file = path.open("ab")
-        self._file.truncate(whole)
+        if self._file.tell() > whole:
+            self._file.truncate(whole)
         if not whole:
             self._write({"run": self._identity})
 

@@ -82,6 +82,12 @@ def table(text: str, number: int) -> list[dict[str, str]]:
     return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
 
 
+def measured(folder: Path) -> list[str]:
+    """Keys of the results in a comparison's log, in the order in which they were added."""
+    lines = (folder / "cells" / "results.jsonl").read_text().splitlines()
+    return [entry["key"] for entry in map(json.loads, lines) if "key" in entry]
+
+
 def test_what_is_written(made: Path):
     names = {path.name for path in made.iterdir()}
     assert names - {"comparison.png", "comparison.svg"} == {
@@ -91,7 +97,7 @@ def test_what_is_written(made: Path):
         "comparison.md",
         "index.html",
     }
-    assert len(list((made / "cells").iterdir())) == 4
+    assert len(measured(made)) == 4
     told = json.loads((made / "comparison.json").read_text())
     assert [row["title"] for row in told["rows"]] == list(ROWS)
     assert told["model"]["name"] == SOURCE
@@ -193,15 +199,15 @@ def test_a_killed_run_goes_on(recipes: Path, quick: list[str], tmp_path: Path):
     process.kill()
     process.join()
     assert process.exitcode == -9
-    done = {path: path.read_bytes() for path in (out / "cells").iterdir()}
-    assert len(done) == 2
+    done = (out / "cells" / "results.jsonl").read_bytes()
+    assert len(measured(out)) == 2
     assert not (out / "comparison.json").exists()
     if Path("/proc").is_dir():
         while any(log.resolve() in opened(one) for one in Path("/proc").glob("[0-9]*")):
             time.sleep(0.01)
     assert ran(*arguments) == 0
-    assert {path: path.read_bytes() for path in done} == done
-    assert len(list((out / "cells").iterdir())) == 3
+    assert (out / "cells" / "results.jsonl").read_bytes().startswith(done)
+    assert len(measured(out)) == 3
     assert not (out / "work").exists()
     told = json.loads((out / "comparison.json").read_text())
     assert [row["title"] for row in told["rows"]] == ["original", "routed experts removed", "nash"]
@@ -305,18 +311,18 @@ def test_another_comparison_in_the_folder(copied: Path, recipes: Path, given: li
         return {str(path): path.read_bytes() for path in copied.rglob("*") if path.is_file()}
 
     before = files()
-    for model, more, what in ((SOURCE, ["--problems", "3"], "problems"), ("tiny", [], "source")):
+    for model, more, what in ((SOURCE, ["--problems", "3"], "kinds and problems"), ("tiny", [], "source")):
         assert ran(model, "--recipes", recipes, *given, *more, "--out", copied) == 2
         assert f"belongs to a run with another {what}; use --overwrite or another folder" in capsys.readouterr().err
         assert files() == before
 
 
 def test_overwriting_begins_anew(copied: Path, recipes: Path, quick: list[str]):
-    before = {path.name for path in (copied / "cells").iterdir()}
+    before = measured(copied)
     assert ran(SOURCE, "--recipes", recipes / "nash.yaml", *quick, "--overwrite", "--out", copied) == 0
-    after = {path.name for path in (copied / "cells").iterdir()}
+    after = measured(copied)
     assert len(after) == 3
-    assert not after & before
+    assert not {*after} & {*before}
     titles = table((copied / "comparison.md").read_text(), 0)[0]
     assert list(titles) == ["recipe", "experts", "mean (95 %)", "worst", "code", "prose"]  # no problems, no answers
 
