@@ -40,7 +40,8 @@ SHAPES: dict[str, tuple[Any, dict[str, Any]]] = {
         },
     ),
 }
-COMMON = {"hidden_size": 2048, "vocab_size": 1024, "max_position_embeddings": 2048, "eos_token_id": None}
+VOCABULARY = 1024
+COMMON = {"hidden_size": 2048, "vocab_size": VOCABULARY, "max_position_embeddings": 2048, "eos_token_id": None}
 
 
 def models_of(shape: str, layers: int) -> dict[str, Any]:
@@ -76,7 +77,7 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, default=default, help="default: %(default)s")
     options = parser.parse_args()
     models = models_of(options.shape, options.layers)
-    tokens = torch.randint(COMMON["vocab_size"], (4096,), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(VOCABULARY, (4096,), generator=torch.Generator().manual_seed(0))
     rounds: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for _ in range(options.repeats + 1):  # the first is not counted
         for batch in (1, 16):
