@@ -27,7 +27,7 @@ class Report:
     totals: dict[str, Any]
     versions: dict[str, str] = field(default_factory=lambda: versions())
     perplexity: dict[str, dict[str, float]] | None = None  # domain -> before, after
-    answers: dict[str, float] | None = None  # problems answered before and after, and the difference in points
+    answers: dict[str, Any] | None = None  # problems answered before and after, and the difference in points
     training: dict[str, Any] | None = None  # what was trained on what, and what came of it
     files: dict[str, dict[str, Any]] = field(default_factory=dict)  # size and hash of each that belongs to the result
 

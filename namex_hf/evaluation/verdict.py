@@ -7,31 +7,40 @@ from typing import Any
 from ..checkpoint.source import Checkpoint
 from ..files import size_text
 from ..record import Report, ratio
-from .arithmetic import exact_answers, held_out_problems
+from .generation import greedy_answers
 from .loading import load, tokenizer_of
+from .problems import packaged
 from .size import size_of
 from .statistics import SHARE, difference
 
-BATCH = 100  # problems answered together
+PROBLEMS, BATCH = 200, 100  # that are answered, and answered together
+SHOWN = 2  # answers that are shown
 
 
-def answers_before_and_after(before: Path, after: Path) -> dict[str, float]:
+def answers_before_and_after(before: Path, after: Path) -> dict[str, Any]:
     """How many of the packaged problems the original and the result answer.
 
     Returns:
         ``problems``, ``before``, ``after``: counts; ``value``, ``low``, ``high``: the difference in points, with a 95 %
-        interval over problems.
+        interval over problems; ``examples``: the first ``prompt``s, each with the answer ``before`` and ``after``.
 
     Memory: one of the models at a time.
     """
-    tokenizer, problems = tokenizer_of(before), held_out_problems()
-    old, new = ([float(one) for one in exact_answers(load(f), tokenizer, problems, BATCH)] for f in (before, after))
-    counts = {"problems": len(problems), "before": int(sum(old)), "after": int(sum(new))}
-    return counts | difference(SHARE, [new], [old])
+    tokenizer, problems = tokenizer_of(before), packaged.make(0, PROBLEMS)
+    prompts = [problem.prompt for problem in problems]
+    old, new = (greedy_answers(load(f), tokenizer, prompts, packaged.NEW_TOKENS, BATCH) for f in (before, after))
+    scores = [
+        [float(packaged.check(one.text, problem)) for one, problem in zip(answers, problems, strict=True)]
+        for answers in (old, new)
+    ]
+    counts = {"problems": len(problems), "before": int(sum(scores[0])), "after": int(sum(scores[1]))}
+    shown = zip(prompts[:SHOWN], old, new, strict=False)
+    examples = [{"prompt": prompt, "before": own.text, "after": other.text} for prompt, own, other in shown]
+    return counts | difference(SHARE, [scores[1]], [scores[0]]) | {"examples": examples}
 
 
 def verdict(report: Report, original: Checkpoint, result: Checkpoint) -> Iterator[str]:
-    """Sentences, the size first."""
+    """Lines, the size first, then what it costs, and two answers of both."""
     old, new = size_of(original), size_of(result)
     yield (
         f"{size_text(old.bytes)} became {size_text(new.bytes)}; a token passes through {new.active / old.active:.0%} "
@@ -41,10 +50,12 @@ def verdict(report: Report, original: Checkpoint, result: Checkpoint) -> Iterato
         yield f"Perplexity is {ratio(report.perplexity['mean']):.3f} times the original's."
     if answers := report.answers:
         yield (
-            f"It answers {answers['after']:.0f} of {answers['problems']:.0f} word problems exactly, the original "
-            f"{answers['before']:.0f}: {answers['value']:+.1f} points (95 % interval {answers['low']:+.1f} to "
+            f"It answers {answers['after']} of {answers['problems']} word problems exactly, the original "
+            f"{answers['before']}: {answers['value']:+.1f} points (95 % interval {answers['low']:+.1f} to "
             f"{answers['high']:+.1f})."
         )
+        for one in answers["examples"]:
+            yield from (one["prompt"], f"  original: {_line(one['before'])}", f"  result:   {_line(one['after'])}")
     if hint := better(report.run["recipe"]):
         yield hint
 
@@ -56,3 +67,7 @@ def better(recipe: dict[str, Any]) -> str | None:
     if recipe["merge"] == "narrow" and recipe["fit"] == "none":
         return "A fit of whole layers loses less, in more time and with enough text: --fit layer."
     return None
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())

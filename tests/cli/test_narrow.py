@@ -44,6 +44,11 @@ def test_from_beginning_to_end(tmp_path: Path, capsys: Said, monkeypatch: pytest
     assert 0 < answers["after"] < answers["before"] < answers["problems"] == 200
     line = f"It answers {answers['after']} of 200 word problems exactly, the original {answers['before']}: "
     assert line in said.out
+    assert len(answers["examples"]) == 2
+    for one in answers["examples"]:
+        assert one["prompt"].splitlines()[0] in said.out
+        assert f"original: {' '.join(one['before'].split())}\n" in said.out
+        assert f"result:   {' '.join(one['after'].split())}\n" in said.out
     assert answers["low"] < answers["value"] == pytest.approx((answers["after"] - answers["before"]) / 2)
     assert "less, in more time and with enough text: --fit layer." in said.out
     mean = record["perplexity"]["mean"]
