@@ -55,7 +55,7 @@ def verdict(report: Report, original: Checkpoint, result: Checkpoint) -> Iterato
             f"{answers['high']:+.1f})."
         )
         for one in answers["examples"]:
-            yield from (one["prompt"], f"  original: {_line(one['before'])}", f"  result:   {_line(one['after'])}")
+            yield from (one["prompt"], f"original: {_line(one['before'])}", f"result: {_line(one['after'])}")
     if hint := better(report.run["recipe"]):
         yield hint
 

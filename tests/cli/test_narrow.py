@@ -48,7 +48,7 @@ def test_from_beginning_to_end(tmp_path: Path, capsys: Said, monkeypatch: pytest
     for one in answers["examples"]:
         assert one["prompt"].splitlines()[0] in said.out
         assert f"original: {' '.join(one['before'].split())}\n" in said.out
-        assert f"result:   {' '.join(one['after'].split())}\n" in said.out
+        assert f"result: {' '.join(one['after'].split())}\n" in said.out
     assert answers["low"] < answers["value"] == pytest.approx((answers["after"] - answers["before"]) / 2)
     assert "less, in more time and with enough text: --fit layer." in said.out
     mean = record["perplexity"]["mean"]
