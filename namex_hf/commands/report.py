@@ -20,7 +20,7 @@ def parser_of(prog: str) -> Parser:
     parser = command_parser(
         prog,
         "Draw what a patch did: one HTML page, and every picture as PNG and SVG.\n"
-        "Nothing of the model is changed; it needs the extra 'report'.",
+        "Nothing of the model is changed. The pictures need the extra 'report'; without it the page has its tables.",
     )
     parser.add_argument("folder", type=Path, metavar="DIR", help="a folder of namex-patch or sft_smoltalk.py")
     parser.add_argument("--out", type=Path, metavar="DIR", help=f"where to write (default: DIR/{PICTURES})")

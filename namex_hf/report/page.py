@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..record import Report, choices
+from ..files import size_text
+from ..record import Report, choices, ratio
 from ..render import rendered
 from .layers import layer_table, perplexity_table
 
@@ -13,12 +14,27 @@ if TYPE_CHECKING:
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str:
+def summary(report: Report) -> list[str]:
+    """The run in a line: sizes, what was lost, time and memory."""
+    totals = report.totals
+    facts = [f"{size_text(totals['bytes_in'])} to {size_text(totals['bytes_out'])}"]
+    if mean := (report.perplexity or {}).get("mean"):
+        facts.append(f"{ratio(mean):.3f} times the perplexity")
+    if answers := report.answers:
+        facts.append(f"{answers['after']} of {answers['problems']} problems answered, before {answers['before']}")
+    facts.append(f"{totals['seconds']:.0f} s")
+    if peak := totals.get("peak_resident_bytes"):
+        facts.append(f"{size_text(peak)} of memory")
+    return facts
+
+
+def page(report: Report, recipe_text: str, pictures: Sequence["Picture"], drawn: bool = True) -> str:
     """The page as text. Everything that comes from a checkpoint or a report is escaped.
 
     Args:
         recipe_text: the recipe as YAML.
         pictures: with at least one element, or none: the page then says so.
+        drawn: False: nothing could be drawn, for want of matplotlib.
     """
     name = report.source["name"] or "a model of unknown source"
     return rendered(
@@ -28,6 +44,8 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"]) -> str
         choices=choices(report.run["recipe"]),
         perplexity=perplexity_table(report),
         pictures=pictures,
+        drawn=drawn,
+        summary=summary(report),
         layers=layer_table(report),
         recipe_text=recipe_text,
         versions=report.versions,

@@ -1,18 +1,22 @@
 """The pictures of a patched folder, and one page with all of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import PICTURE_TOKENS, SMALL_BYTES
-from ..errors import CheckpointError, MissingExtraError, UsageError
+from ..errors import CheckpointError, UsageError
 from ..files import PAGE, PICTURES, REPORT, write_text
 from .answers import Answers, answers
 from .distances import distances
 from .folder import PatchedFolder, open_patched
 from .page import page
+
+if TYPE_CHECKING:
+    from .pictures import Picture
 
 SCORED_BYTES = SMALL_BYTES
 DAMAGED = (KeyError, TypeError, ValueError, IndexError, AttributeError, ArithmeticError)
@@ -25,7 +29,7 @@ def write_pictures(
     tokens: int | None = None,
     console: Console | None = None,
 ) -> Path:
-    """Write the page and all pictures of a patched folder; returns the page.
+    """Write the page and all pictures of a patched folder; returns the page, which without matplotlib has no picture.
 
     Args:
         path: the patched folder, which is only read.
@@ -35,26 +39,18 @@ def write_pictures(
             a folder above 256 MiB or without a tokenizer).
 
     Raises:
-        MissingExtraError: no matplotlib.
         CheckpointError, FamilyError, RecipeError: no patched folder, or a damaged one.
         UsageError: the folder has no MoE layer of that number.
     """
-    try:
-        from .pictures import Material, draw
-    except ImportError as error:
-        raise MissingExtraError("namex-report", "report") from error
     console = console or Console(quiet=True)
     folder = open_patched(path)
     if layer is not None and layer not in folder.shape.layers:
         raise UsageError(f"--layer {layer}: accepted: a MoE layer of {path}, {_listed(folder.shape.layers)}")
-    with console.status("the experts answer to text"):
-        answered = _answered(folder, tokens, console)
-    with console.status("the base experts by every method"):
-        by_method = distances(folder)
+    drawn = _drawing(folder, layer, tokens, console)
     with console.status("drawing"):
         try:
-            pictures = draw(Material(folder, answered, by_method, layer))
-            text = page(folder.report, folder.recipe.to_yaml(), pictures)
+            pictures = drawn()
+            text = page(folder.report, folder.recipe.to_yaml(), pictures, drawn is not list)
         except DAMAGED as error:
             reason = f"{type(error).__name__}: {error}"
             raise CheckpointError(f"{REPORT} in {path} cannot be drawn, a record is damaged ({reason})") from error
@@ -64,6 +60,22 @@ def write_pictures(
             picture.write(target)
         write_text(target / PAGE, text)
     return target / PAGE
+
+
+def _drawing(
+    folder: PatchedFolder, layer: int | None, tokens: int | None, console: Console
+) -> "Callable[[], list[Picture]]":
+    """What draws the pictures, once everything for them is computed; without matplotlib it draws none."""
+    try:
+        from .pictures import Material, draw
+    except ImportError:
+        console.print("no pictures: they need the extra 'report', pip install 'namex-hf[report]'", markup=False)
+        return list
+    with console.status("the experts answer to text"):
+        answered = _answered(folder, tokens, console)
+    with console.status("the base experts by every method"):
+        by_method = distances(folder)
+    return lambda: draw(Material(folder, answered, by_method, layer))
 
 
 def _answered(folder: PatchedFolder, tokens: int | None, console: Console) -> Answers | None:

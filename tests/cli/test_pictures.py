@@ -10,6 +10,7 @@ import pytest
 from namex_hf import load_patched
 from namex_hf.commands import patch, patch_screen
 from namex_hf.commands import report as command
+from namex_hf.files import PAGE, PICTURES
 from tests.helpers.process import SERVER
 from tests.helpers.toy_models import save_toy
 
@@ -84,10 +85,12 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert ran(toy, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
-    line = "no pictures: namex-report needs packages of an extra: pip install 'namex-hf[report]'; once that is mended: "
-    assert f"{line}namex-report {tmp_path}/out\n" in said
+    assert "no pictures: they need the extra 'report', pip install 'namex-hf[report]'\n" in said
+    page = (tmp_path / "out" / PICTURES / PAGE).read_text()
+    assert "<p>No pictures: they need the extra 'report'.</p>" in page
+    assert "<h2>Layers</h2>" in page
     assert ran(toy, "--out", tmp_path / "quiet", "--quiet") == 0
-    assert {*files(tmp_path / "out")} == {*files(tmp_path / "quiet")}
+    assert {*files(tmp_path / "out")} == {*files(tmp_path / "quiet"), f"{PICTURES}/{PAGE}"}
 
 
 def test_a_broken_tokenizer_costs_the_pictures_only(copied: Path, tmp_path: Path, capsys: Said):
