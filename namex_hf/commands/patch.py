@@ -84,15 +84,15 @@ def _patch(options: argparse.Namespace) -> int:
     each = [argparse.Namespace(**{**vars(options), "keep": share}) for share in shares]
     recipes = [recipe_of(one) for one in each]  # which refuses a bad share before anything is done
     if len(shares) == 1:
-        found = _patch_one(each[0], recipes[0])
+        results = _patch_one(each[0], recipes[0])
     elif options.push_to_hub is not None:
         raise UsageError("--push-to-hub pushes one result: with several shares call namex-push for each folder")
     else:
         for one in each:
             one.out = options.out / f"keep-{one.keep}"
-        found = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
+        results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
     if options.json:
-        print_json(found)
+        print_json(results)
     return 0
 
 

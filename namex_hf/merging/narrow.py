@@ -18,6 +18,10 @@ from .routing import neurons
 from .settings import DEFAULTS, FitSettings
 from .whole_fit import WholeFit
 
+MASSIVE = 10.0
+"""How much larger than usual the largest output of a super expert is: the median of the layer's experts is usual."""
+CARRIED = 0.1
+"""A neuron carries an output if so much of it, or more, is its own."""
 ROWS = ("gate_proj", "up_proj", "gate_proj.bias", "up_proj.bias")  # one row a neuron
 
 
@@ -42,6 +46,7 @@ class Narrowing:
     stay: Tensor = field(init=False)  # int64 [N, width], neurons that stay, ascending
     target: Tensor = field(init=False)  # float32 [tokens, hidden], the source's routed output
     weight: Tensor = field(init=False)  # [tokens], of errors
+    peaks: Tensor = field(init=False)  # float32 [N], the largest entry of each expert's outputs
     refitted: dict[str, Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
     shared_output_delta: Tensor | None = None  # float32 [tokens, hidden], change through that fit
 
@@ -54,7 +59,9 @@ class Narrowing:
         text, count = self.text, self.source.experts.count
         self.record |= {"usage": text.routing.count(count).tolist(), "mass": text.routing.mass(count).tolist()}
         self.record |= {"games": [], "errors": [], "fits": []}
-        self.target = self.source.output(text.inputs, text.routing)
+        self.peaks = torch.zeros(count)
+        self.target = self.source.output(text.inputs, text.routing, self.record_peak)
+        self.record["super_experts"] = self.super_experts
         self.weight = error_weights(self.error_weights, self.target, text.sources)
         # The source gets no local name here, so that its experts can be freed before a fit.
         layer = replace(self.source, experts=self.narrowed(), router=self.source.router.clone())
@@ -98,8 +105,31 @@ class Narrowing:
             return stay, own.down[:, stay]
         gate = gate * self.weight[token]
         moment = ridged_moment(gate[:, None] * neurons(self.text.inputs[token], own, self.source.activation))
-        stay = neurons_that_stay(moment, own.down, self.merge.width, self.merge.neurons)
+        always = self.of_peak(token, own) if number in self.super_experts else None
+        stay = neurons_that_stay(moment, own.down, self.merge.width, self.merge.neurons, always)
         return stay, refitted(moment, own.down, stay)
+
+    def record_peak(self, number: int, gate: Tensor, outputs: Tensor) -> None:
+        """Note the largest entry of an expert's outputs on its tokens."""
+        self.peaks[number] = max(float(self.peaks[number]), float(outputs.abs().max()))
+
+    @property
+    def super_experts(self) -> list[int]:
+        """Experts with massive activations: outputs `MASSIVE` times as large as is usual in the layer (Su et al. 2025).
+
+        A model depends on them out of all proportion to their tokens.
+        """
+        usual = self.peaks[self.peaks > 0].median() if (self.peaks > 0).any() else torch.tensor(0.0)
+        return (self.peaks > MASSIVE * usual).nonzero().flatten().tolist() if usual > 0 else []
+
+    def of_peak(self, token: Tensor, own: Expert) -> Tensor:
+        """Numbers of the neurons that carry the largest entry of an expert's outputs, most first."""
+        activations = neurons(self.text.inputs[token], own, self.source.activation)
+        outputs = activations @ own.down.T
+        row, channel = divmod(int(outputs.abs().argmax()), outputs.shape[1])
+        parts = activations[row] * own.down[channel]
+        carried = parts * outputs[row, channel].sign() >= CARRIED * outputs[row, channel].abs()
+        return carried.nonzero().flatten()[: self.merge.width]
 
     def record_error(self, stage: str, output: Tensor) -> None:
         """Record the output's error relative to the target."""

@@ -19,7 +19,9 @@ ROUNDS = 64
 """Rounds in which all neurons of an expert would go: one neuron a round where there are no more than these."""
 
 
-def neurons_that_stay(moment: Tensor, down: Tensor, width: int, neurons: Neurons) -> Tensor:
+def neurons_that_stay(
+    moment: Tensor, down: Tensor, width: int, neurons: Neurons, always: Tensor | None = None
+) -> Tensor:
     """Numbers of the neurons that stay, ascending, int64 ``[width]``.
 
     ``energy``: those of the largest ``H_jj |d_j|^2``. ``second_order``: the neuron goes whose loss is least while the
@@ -29,18 +31,22 @@ def neurons_that_stay(moment: Tensor, down: Tensor, width: int, neurons: Neurons
     Args:
         moment: H with its ridge, float64 ``[all, all]``.
         down: D, ``[hidden, all]``.
+        always: numbers of at most ``width`` neurons that stay whatever their loss.
 
     Memory: three times ``moment``, and twice in float32, under ``second_order``.
     """
+    stays = torch.zeros(len(moment), dtype=torch.bool, device=moment.device)
+    stays[[] if always is None else always] = True
     if neurons == "energy":
-        return (moment.diagonal() * down.double().square().sum(0)).topk(width).indices.sort().values
+        energy = moment.diagonal() * down.double().square().sum(0)
+        return energy.masked_fill(stays, math.inf).topk(width).indices.sort().values
     # In place and at full size: rows of neurons that are gone become zeros. float32 chooses as float64 does.
     products = down.float().T @ down.float()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment)).float()
     is_gone = torch.zeros(len(moment), dtype=torch.bool, device=moment.device)
     at_once, left = max(1, len(moment) // ROUNDS), len(moment)
     while left > width:
-        losses = (products.diagonal() / inverse.diagonal()).masked_fill(is_gone, math.inf)
+        losses = (products.diagonal() / inverse.diagonal()).masked_fill(is_gone | stays, math.inf)
         gone = losses.topk(min(at_once, left - width), largest=False).indices
         rows, cross = inverse[gone], products[gone]
         moved = torch.linalg.solve(rows[:, gone], rows)  # of the downs of all others

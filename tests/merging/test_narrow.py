@@ -199,3 +199,28 @@ def test_a_fit_goes_on_from_there() -> None:
     np.testing.assert_allclose(output.numpy(), found, rtol=1e-3, atol=1e-3)
     wanted = output64(inputs, run.text.routing, dict(of.experts))
     assert second["error"] == pytest.approx(((found - wanted) ** 2).sum() / (wanted**2).sum(), rel=1e-3)
+
+
+@BOTH
+def test_a_super_expert_is_named_and_keeps_the_neurons_that_carry_its_peak(neurons: str) -> None:
+    """Planted: a neuron of expert 1 with outputs far above all others. An expert that is never reached is none."""
+    of = mixture()
+    assert _super(narrowing(of, neurons=neurons)) == []
+    routing = without_tokens(1, of, LENGTH)
+    inputs, token = random_tokens(SEQUENCES * LENGTH, 0), 3
+    planted, loudest = WIDTH - 1, inputs[token] / inputs[token].square().sum()
+    for matrices in (of.experts.gate, of.experts.up):
+        matrices[1][planted] = 30 * loudest
+    of.experts.down[1][:, planted] = 0
+    of.experts.down[1][0, planted] = 1
+    run = narrowing(of, neurons=neurons, routing=routing)
+    assert _super(run) == [1]
+    token, _ = run.text.routing.of(1)
+    assert run.of_peak(token, of.experts.expert(1)).tolist() == [planted]
+    assert planted in run.stay[1].tolist()
+    assert _super(narrowing(of, neurons=neurons, routing=without_tokens(1, of, 0))) == []
+
+
+def _super(run: Narrowing) -> list[int]:
+    run.run()
+    return run.record["super_experts"]

@@ -137,3 +137,15 @@ def test_the_moment() -> None:
     found = ridged_moment(z.float())
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), rows.T @ rows, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("neurons", ["second_order", "energy"])
+def test_some_neurons_stay_whatever_their_loss(neurons: str) -> None:
+    moment, down, width = ridged_moment(activations(60, 9, 0)), downs(9, 0), 4
+    chosen = neurons_that_stay(moment, down, width, neurons).tolist()
+    others = [number for number in range(len(moment)) if number not in chosen][:2]
+    kept = neurons_that_stay(moment, down, width, neurons, torch.tensor(others)).tolist()
+    assert {*others} < {*kept}
+    assert len(kept) == width
+    assert kept == sorted(kept)
+    assert neurons_that_stay(moment, down, width, neurons, torch.tensor(chosen)).tolist() == chosen
