@@ -123,16 +123,17 @@ def layer_output(model: Any, layer: int, ids: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("calibrate", "target"), [("after", "layer"), ("after", "model"), ("before", "layer")])
+@pytest.mark.parametrize("weights", ["none", "sequence"])
 def test_the_record_is_what_transformers_sees(
-    odd, words: Path, tmp_path: Path, family: str, calibrate: str, target: str
+    odd, words: Path, tmp_path: Path, family: str, calibrate: str, target: str, weights: str
 ) -> None:
     """Errors, tokens and mass of every layer again, by hooks in transformers' own model on the same text.
 
     ``after``: every layer's inputs are what the patched model has there; ``before``: what the original has. Errors are
     relative to the original's routed output, under ``target: model`` to what brings the patched model's hidden states
-    to the original's; every sequence as heavy as any other.
+    to the original's; under ``error_weights: sequence`` every sequence as heavy as any other.
     """
-    how = {"fit": "router", "calibrate": calibrate, "target": target}
+    how = {"fit": "router", "calibrate": calibrate, "target": target, "error_weights": weights}
     source, recipe = odd(family, torch.float32, tokenizer=True), recipe_on(words, **how)
     report = patch_checkpoint(source, tmp_path / "out", recipe)
     text = text_for(recipe, read_config(source), AutoTokenizer.from_pretrained(source))
@@ -145,8 +146,9 @@ def test_the_record_is_what_transformers_sees(
         found, _, _ = block_output(patched, layer, inputs)
         if target == "model":
             wanted = layer_output(original, layer, text.ids) - (layer_output(patched, layer, text.ids) - found)
-        relative = (found - wanted).square().sum((1, 2)) / wanted.square().sum((1, 2))
-        assert record["errors"][-1]["error"] == pytest.approx(float(relative.mean()), rel=2e-3)
+        error, energy = (part.square().sum((1, 2)) for part in (found - wanted, wanted))
+        relative = (error / energy).mean() if weights == "sequence" else error.sum() / energy.sum()
+        assert record["errors"][-1]["error"] == pytest.approx(float(relative), rel=2e-3)
         usage = [int((index == expert).sum()) for expert in range(7)]
         mass = [float(value[index == expert].sum()) for expert in range(7)]
         assert sum(abs(one - other) for one, other in zip(record["usage"], usage, strict=True)) <= 4  # ties
@@ -313,9 +315,10 @@ def test_a_layer_s_fit_takes_the_shared_expert_along(
     by the layers above, as transformers sees it. No other fit changes anything but routed experts and router."""
     source = odd(family, torch.float32, tokenizer=True)
     before, config = read_tensors(source), read_config(source)
-    recipe = recipe_on(words, fit="layer", routing=routing)
+    how = {"routing": routing, "error_weights": "sequence"}
+    recipe = recipe_on(words, fit="layer", **how)
     report = patch_checkpoint(source, tmp_path / "layer", recipe)
-    patch_checkpoint(source, tmp_path / "router", recipe_on(words, fit="router", routing=routing))
+    patch_checkpoint(source, tmp_path / "router", recipe_on(words, fit="router", **how))
     changed = {fit: read_tensors(tmp_path / fit) for fit in ("layer", "router")}
     for fit, after in changed.items():
         kept = {name for name in before if ".mlp.experts." not in name and not name.endswith(".mlp.gate.weight")}
