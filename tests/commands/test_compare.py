@@ -311,7 +311,7 @@ def test_another_comparison_in_the_folder(copied: Path, recipes: Path, given: li
         return {str(path): path.read_bytes() for path in copied.rglob("*") if path.is_file()}
 
     before = files()
-    for model, more, what in ((SOURCE, ["--problems", "3"], "kinds and problems"), ("tiny", [], "source")):
+    for model, more, what in ((SOURCE, ["--problems", "3"], "problems"), ("tiny", [], "source")):
         assert ran(model, "--recipes", recipes, *given, *more, "--out", copied) == 2
         assert f"belongs to a run with another {what}; use --overwrite or another folder" in capsys.readouterr().err
         assert files() == before
