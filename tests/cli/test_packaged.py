@@ -49,8 +49,8 @@ def test_the_default_of_a_family_without_its_class_is_answered_with_what_works(
 ):
     assert patch.main(["tiny-qwen3", "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err.strip()
-    assert said.endswith("--merge grouped --experts 8")
-    assert patch.main(["tiny-qwen3", "--out", str(tmp_path / "out"), *said.split()[-4:], "--dry-run"]) == 0
+    assert said.endswith("--keep 0.5")
+    assert patch.main(["tiny-qwen3", "--out", str(tmp_path / "out"), *said.split()[-2:], "--dry-run"]) == 0
 
 
 @pytest.mark.parametrize("name", MODELS)
