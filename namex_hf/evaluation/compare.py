@@ -134,7 +134,6 @@ def make_plan_of(
     _check_labels(cells)
     tokenizer = tokenizer_of(checkpoint.folder)
     _check_texts(settings, tokenizer)
-    _check_problems(settings, tokenizer, checkpoint)
     requests = {
         ORIGINAL: CellRequest(ORIGINAL, {"reference": ORIGINAL}),
         FLOOR: CellRequest(FLOOR, {"reference": FLOOR}, routed=False),
@@ -151,6 +150,7 @@ def make_plan_of(
         same[cell.label] = first.setdefault(repr(identity), cell.label)
         if same[cell.label] == cell.label:
             requests[cell.label] = CellRequest(cell.label, identity, cell.recipe)
+    _check_problems(settings, tokenizer, checkpoint)
     for request in list(requests.values()):
         if quantisers and request.routed and not (request.recipe and request.recipe.own_class):
             how = quantisings(quantisers, text, request.recipe is None)
