@@ -120,13 +120,16 @@ def test_a_large_folder_reads_text_if_it_is_told_to(
     assert (tmp_path / "out" / "6-usage.png").exists()
 
 
-def test_without_matplotlib_the_extra_is_named(tiny: Path, tmp_path: Path, capsys: Said, monkeypatch: Any):
+def test_without_matplotlib_the_page_has_its_tables_and_the_extra_is_named(
+    tiny: Path, tmp_path: Path, capsys: Said, monkeypatch: Any
+):
     for name in [name for name in sys.modules if name.startswith(("matplotlib", "namex_hf.report.pictures"))]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert ran(tiny, "--out", tmp_path / "out") == 2
+    assert ran(tiny, "--out", tmp_path / "out") == 0
     assert "pip install 'namex-hf[report]'" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["report.html"]
+    assert "<h2>Layers</h2>" in (tmp_path / "out" / "report.html").read_text()
 
 
 def changed_report(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
