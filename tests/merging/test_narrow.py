@@ -20,6 +20,7 @@ from tests.helpers.mixtures import HIDDEN, WIDTH, draws, expert_at, random_exper
 from tests.helpers.reference import double, gates64, neurons64, output64, shared64, usage64
 
 EXPERTS, TOP_K, SEQUENCES, LENGTH = 6, 2, 4, 40
+WEIGHTS = pytest.mark.parametrize("weights", ["none", "sequence"])
 BOTH = pytest.mark.parametrize("neurons", ["second_order", "energy"])
 
 
@@ -29,17 +30,32 @@ def mixture(dtype: torch.dtype = torch.float32, renormalises: bool = False) -> M
 
 
 def narrowing(
-    of: MoELayer, width: int = 3, routing: TokenRouting | None = None, length: int = LENGTH, **fields
+    of: MoELayer,
+    width: int = 3,
+    routing: TokenRouting | None = None,
+    length: int = LENGTH,
+    weights: str = "none",
+    **fields,
 ) -> Narrowing:
-    """On four sequences of tokens, the last of them held out."""
+    """On four sequences of tokens, the first louder than the others, the last held out."""
     inputs = random_tokens(SEQUENCES * length, 0)
+    inputs[:length] *= 2
     text = Text(inputs, routing or of.route(inputs), torch.arange(SEQUENCES), torch.tensor([False, False, False, True]))
-    return Narrowing(of, text, Recipe(merge="narrow", width=width, **fields).merge)
+    return Narrowing(of, text, Recipe(merge="narrow", width=width, **fields).merge, error_weights=weights)
+
+
+def weights64(run: Narrowing, of: MoELayer) -> np.ndarray:
+    """Of errors: under ``sequence`` the output of every sequence has the same energy."""
+    wanted = output64(run.text.inputs, run.text.routing, dict(of.experts))
+    if run.error_weights == "none":
+        return np.ones(len(wanted))
+    each = 1 / np.sqrt((wanted**2).sum(1).reshape(SEQUENCES, -1).mean(1))
+    return np.repeat(each / np.sqrt((each**2).mean()), len(wanted) // SEQUENCES)
 
 
 def heard(run: Narrowing, of: MoELayer, number: int) -> np.ndarray:
-    """Gate value times neuron of an expert's own tokens, and below them the rows of the ridge."""
-    gate = gates64(run.text.routing, EXPERTS)[:, number]
+    """Weighted gate value times neuron of an expert's own tokens, and below them the rows of the ridge."""
+    gate = weights64(run, of) * gates64(run.text.routing, EXPERTS)[:, number]
     z = gate[:, None] * neurons64(run.text.inputs, expert_at(of.experts, number))
     return np.vstack([z, np.sqrt(RIDGE * (z**2).sum() / WIDTH) * np.eye(WIDTH)])
 
@@ -70,10 +86,11 @@ def test_gates_ups_and_router_stay_bit_for_bit(neurons: str, renormalises: bool,
 
 
 @BOTH
-def test_downs_come_nearest_to_what_the_expert_put_out(neurons: str) -> None:
+@WEIGHTS
+def test_downs_come_nearest_to_what_the_expert_put_out(neurons: str, weights: str) -> None:
     """On the expert's own tokens, by their gate values."""
     of = mixture()
-    run = narrowing(of, neurons=neurons)
+    run = narrowing(of, neurons=neurons, weights=weights)
     result, _ = run.run()
     for number, stay in enumerate(run.stay):
         rows = heard(run, of, number)
@@ -94,10 +111,11 @@ def test_the_choice_of_one_neuron_is_the_best_there_is() -> None:
 
 
 @BOTH
+@WEIGHTS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_output_and_errors_are_those_of_the_result(neurons: str, dtype: torch.dtype) -> None:
+def test_output_and_errors_are_those_of_the_result(neurons: str, weights: str, dtype: torch.dtype) -> None:
     of = mixture(dtype)
-    run = narrowing(of, neurons=neurons)
+    run = narrowing(of, neurons=neurons, weights=weights)
     result, output = run.run()
     inputs, routing = run.text.inputs, run.text.routing
     found, wanted = (output64(inputs, routing, dict(experts)) for experts in (result.experts, of.experts))
@@ -105,7 +123,9 @@ def test_output_and_errors_are_those_of_the_result(neurons: str, dtype: torch.dt
     np.testing.assert_allclose(run.target.numpy(), wanted, rtol=1e-3, atol=1e-3)
     (noted,) = run.record["errors"]
     assert noted["stage"] == "narrowed"
-    assert noted["error"] == pytest.approx(((found - wanted) ** 2).sum() / (wanted**2).sum(), rel=1e-3)
+    weight = weights64(run, of)[:, None]
+    error, energy = ((weight * (found - wanted)) ** 2).sum(), ((weight * wanted) ** 2).sum()
+    assert noted["error"] == pytest.approx(error / energy, rel=1e-3)
     assert 0 < noted["error"] < 0.5
     assert run.record["usage"] == usage64(routing, EXPERTS).tolist()
     np.testing.assert_allclose(run.record["mass"], gates64(routing, EXPERTS).sum(0), rtol=1e-6)
@@ -203,16 +223,21 @@ def test_a_fit_goes_on_from_there() -> None:
 
 @BOTH
 def test_a_super_expert_is_named_and_keeps_the_neurons_that_carry_its_peak(neurons: str) -> None:
-    """Planted: a neuron of expert 1 with outputs far above all others. An expert that is never reached is none."""
+    """Planted: a neuron of expert 1 that is loud on one token, whose gate value is so small that the neuron would go.
+    An expert that is never reached is none."""
     of = mixture()
     assert _super(narrowing(of, neurons=neurons)) == []
-    routing = without_tokens(1, of, LENGTH)
-    inputs, token = random_tokens(SEQUENCES * LENGTH, 0), 3
-    planted, loudest = WIDTH - 1, inputs[token] / inputs[token].square().sum()
+    routing, planted, token = without_tokens(1, of, 0), WIDTH - 1, 3
+    inputs = narrowing(of, routing=routing).text.inputs
+    direction = inputs[token] / inputs[token].square().sum()
     for matrices in (of.experts.gate, of.experts.up):
-        matrices[1][planted] = 30 * loudest
+        matrices[1][planted] = 100 * direction
     of.experts.down[1][:, planted] = 0
     of.experts.down[1][0, planted] = 1
+    silent = (inputs @ direction < -0.2).nonzero().flatten()
+    assert len(silent) > WIDTH
+    routing.index[silent] = torch.tensor([1, 4])
+    routing.index[token], routing.value[token, 0] = torch.tensor([1, 4]), 1e-6
     run = narrowing(of, neurons=neurons, routing=routing)
     assert _super(run) == [1]
     token, _ = run.text.routing.of(1)

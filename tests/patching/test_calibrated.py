@@ -32,7 +32,7 @@ from tests.helpers.checkpoints import (
 )
 from tests.helpers.recipes import SHRUNK
 from tests.helpers.runs import PROBE, TOKENS, block_inputs, block_output, live, load, logits, recipe_on, refused
-from tests.helpers.toy_models import FAMILIES
+from tests.helpers.toy_models import FAMILIES, write_words
 
 LAYER_NAMES = {"qwen2_moe": [0, 2, 3], "deepseek": [1, 2, 3]}
 
@@ -153,6 +153,29 @@ def test_the_record_is_what_transformers_sees(
         mass = [float(value[index == expert].sum()) for expert in range(7)]
         assert sum(abs(one - other) for one, other in zip(record["usage"], usage, strict=True)) <= 4  # ties
         assert record["mass"] == pytest.approx(mass, abs=1)
+
+
+@pytest.mark.parametrize("weights", ["none", "source", "sequence"])
+@pytest.mark.parametrize("fields", [{"fit": "router"}, {"merge": "narrow", "width": 16, "experts": None}], ids=str)
+def test_errors_count_as_the_recipe_says(odd, tmp_path: Path, fields: dict[str, Any], weights: str) -> None:
+    """On a text of two files, one of them a single word over and over."""
+    (tmp_path / "texts").mkdir()
+    write_words(tmp_path / "texts" / "words.txt", 1)
+    (tmp_path / "texts" / "word.txt").write_text("\n\n".join(["w50 " * 40] * 90))
+    source = odd("qwen2_moe", torch.float32, tokenizer=True, moe_intermediate_size=24)
+    recipe = recipe_on(tmp_path / "texts", error_weights=weights, **fields)
+    report = patch_checkpoint(source, tmp_path / "out", recipe)
+    text = text_for(recipe, read_config(source), AutoTokenizer.from_pretrained(source))
+    original, patched = load(source), load(tmp_path / "out")
+    inputs = block_inputs(original, 0, text.ids)
+    wanted, found = (block_output(model, 0, inputs)[0] for model in (original, patched))
+    error, energy = (part.square().sum((1, 2)).double() for part in (found - wanted, wanted))
+    labels = {"none": torch.zeros(len(energy)), "source": text.sources, "sequence": torch.arange(len(energy))}[weights]
+    each = [float(error[labels == one].sum() / energy[labels == one].sum()) for one in labels.unique()]
+    counts = [int((labels == one).sum()) for one in labels.unique()]
+    expected = sum(one * count for one, count in zip(each, counts, strict=True)) / len(energy)
+    assert len(each) == {"none": 1, "source": 2, "sequence": len(energy)}[weights]
+    assert report.layers[0]["errors"][-1]["error"] == pytest.approx(expected, rel=2e-3)
 
 
 def test_the_report(odd, words: Path, tmp_path: Path) -> None:
