@@ -49,7 +49,7 @@ def text_lines(plan: Plan) -> Iterator[str]:
             enough = plan.tokens * ENOUGH_EQUATIONS / equations
             yield (
                 f"warning: {plan.tokens:,} tokens are {equations:.1f} equations for each number that is fitted; below "
-                f"{ENOUGH_EQUATIONS} a fit costs exact answers: about {enough:,.0f} tokens are needed"
+                f"{ENOUGH_EQUATIONS} a fit may bring nothing: about {enough:,.0f} tokens are needed"
             )
     elif isinstance(recipe.merge, Narrow) and plan.tokens * shape.top_k < TOKENS_A_NEURON * shape.experts * shape.width:
         yield f"warning: little text, {_tokens(plan)}; {TOKENS_A_NEURON} for each are enough"

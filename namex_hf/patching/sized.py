@@ -17,7 +17,7 @@ LOST = 0.03
 TOKENS_A_NEURON = 32
 """Calibration tokens that an expert should receive for each of its neurons."""
 ENOUGH_EQUATIONS = 16
-"""For each number of a fit of whole layers; with fewer a fit costs exact answers (docs/merging.md)."""
+"""For each number of a fit of whole layers; with half as many a fit brings nothing (docs/merging.md, How much text)."""
 FITTED_MATRICES = 3
 """Of an expert: gate, up and down."""
 
