@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from ..checkpoint.source import Checkpoint
     from ..patching.plan import Plan
 
+BITS = (8, 4, 3, 2)
 COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe", "size")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 
@@ -69,12 +70,21 @@ def parser_of(prog: str) -> Parser:
     add_recipe_options(parser)
     parser.options["--keep"].nargs = "+"
     parser.add_argument("--size", help="in place of --keep: the largest result of at most this size, such as 16GB")
+    parser.add_argument(
+        "--bits",
+        type=int,
+        choices=BITS,
+        help="of --size: the size is that of the result once its routed experts are quantised to so many bits and the "
+        "other matrices of its layers to 8; it is written in 16",
+    )
     return parser
 
 
 def _patch(options: argparse.Namespace) -> int:
     """One result, or one in ``DIR/keep-SHARE`` for each of several shares."""
     shares = options.keep or [None]
+    if options.bits is not None and options.size is None:
+        raise UsageError("--bits says what --size is the size of; found no --size")
     if options.size is not None:
         if any(value is not None for value in (options.keep, options.width, options.experts)):
             raise UsageError("--size stands in the place of --keep, --width and --experts")
@@ -108,7 +118,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         from ..checkpoint.tokenizer_code import code_line
         from ..hub.publish import checked_target, publish
         from ..patching.patch import run_plan
-        from ..patching.plan import make_plan, of_size
+        from ..patching.plan import make_plan
         from ..patching.scores import check_reads_scores
         from .patch_warnings import width_line
 
@@ -118,7 +128,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     if options.size is not None:
-        recipe = of_size(checkpoint, recipe, options.size)
+        recipe = _of_size(checkpoint, recipe, options)
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
@@ -142,6 +152,22 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         with redirect_stdout(stderr) if options.json else nullcontext():
             publish(options.out, target, options.quiet)
     return read_json(locate(options.out, REPORT))
+
+
+def _of_size(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespace) -> Recipe:
+    from ..patching.plan import of_size
+    from ..quantising.grid import GROUPS
+    from ..quantising.matrices import matrices_of
+
+    if options.bits is None:
+        return of_size(checkpoint, recipe, options.size)
+    matrices = matrices_of(checkpoint)
+
+    def quantised(plan: "Plan") -> int:
+        stored = matrices.storage(options.bits, plan.width)
+        return stored.bytes + plan.untied_bytes + plan.padding_bytes
+
+    return of_size(checkpoint, recipe, options.size, quantised, step=GROUPS[0])
 
 
 def _dry_run(plan: "Plan", options: argparse.Namespace, console: "Console") -> dict[str, Any]:

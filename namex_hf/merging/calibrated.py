@@ -11,6 +11,7 @@ from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import Grouped
 from ..recipe.choices import ErrorWeights, FitKind
 from .controls import random_experts, shared_experts
+from .cut import Cut
 from .error_weights import TINY, error_weights
 from .experts import Expert, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
@@ -21,6 +22,7 @@ from .refit import refit_downs
 from .router_fit import RouterProblem, fit_router, output_products
 from .routing import TokenRouting, expert_output
 from .settings import DEFAULTS, FitSettings
+from .super_experts import super_experts
 from .weightings import ExpertStatistics
 from .whole_fit import WholeFit
 
@@ -31,7 +33,7 @@ class Shrinking:
 
     Memory: the K experts in their dtype, three times ``[tokens, hidden]`` beside the text, a copy of the largest group,
     and what `router_fit.OutputProducts` or, after it, `layer_fit.fit_layer` takes. The latter takes twice
-    ``[tokens, hidden]`` of the shared expert besides.
+    ``[tokens, hidden]`` of the shared expert besides. With a width, what `Cut` takes, before the latter.
     """
 
     source: MoELayer
@@ -48,13 +50,20 @@ class Shrinking:
     gram: torch.Tensor = field(init=False)  # float64 [N, N], of whole experts
     groups: Groups = field(init=False)
     saliency: torch.Tensor | None = None  # float64 [N], once `measure` has run
+    peaks: torch.Tensor | None = None  # float64 [N], likewise: the largest entry of each expert's outputs
     result: MoELayer = field(init=False)
+    stay: torch.Tensor | None = None  # int64 [K, width], neurons that stay, ascending; None: all
     refitted: dict[str, torch.Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
     shared_output_delta: torch.Tensor | None = None  # float32 [tokens, hidden], change through that fit
 
     @property
     def fit(self) -> FitKind:
         return self.merge.fit.kind if self.fits else "none"
+
+    @property
+    def is_source(self) -> bool:
+        """Whether all experts stay as they are."""
+        return self.merge.experts == len(self.source.router) and self.merge.width is None
 
     @property
     def cosines(self) -> torch.Tensor:
@@ -67,10 +76,9 @@ class Shrinking:
         Raises:
             NotFiniteError: an expert holds NaN or infinity.
         """
-        count = len(self.source.router)
         self.gram = grams(self.source.experts, self.source.experts.zeros(), "expert", self.text.inputs.device)[0]
         self.record |= {"usage": self.usage.tolist(), "mass": self.mass.tolist(), "games": []}
-        if self.merge.experts == count:
+        if self.is_source:
             return self.source, self.target
         self.groups = self.find_groups()
         self.record |= {"groups": [list(group) for group in self.groups], "errors": [], "fits": []}
@@ -92,6 +100,8 @@ class Shrinking:
             if self.merge.down == "refit":
                 self.refit(output)
                 self.record_error("down", output)
+        if self.merge.width is not None:
+            output = self.narrow(self.merge.width)
         if self.fit == "layer":
             self.fit_all()
             output = self.record_error("layer", self.output())
@@ -100,20 +110,21 @@ class Shrinking:
     @cached_property
     def target(self) -> torch.Tensor:
         """What the routed output is compared with and fitted to, float32 ``[tokens, hidden]``."""
-        if self.text.target is None or self.merge.experts == len(self.source.router):
+        if self.text.target is None or self.is_source:
             return self.measure()
         return self.text.target
 
     def measure(self) -> torch.Tensor:
-        """The source's routed output. On the way every expert's saliency, where it weighs: the mean over its tokens of
-        gate value times norm of the output."""
+        """The source's routed output. On the way every expert's saliency, the mean over its tokens of gate value times
+        norm of the output, and the largest entry of its outputs."""
         self.saliency = saliency = torch.zeros(len(self.source.router), dtype=torch.float64)
+        self.peaks = peaks = torch.zeros_like(saliency)
 
         def visit(number: int, gate: torch.Tensor, outputs: torch.Tensor) -> None:
             saliency[number] = float((gate * outputs.norm(dim=1)).double().mean())
+            peaks[number] = float(outputs.abs().max())
 
-        weighs = self.merge.weights_by == "saliency"
-        return self.source.output(self.text.inputs, self.text.routing, visit if weighs else None)
+        return self.source.output(self.text.inputs, self.text.routing, visit)
 
     @property
     def usage(self) -> torch.Tensor:
@@ -149,6 +160,22 @@ class Shrinking:
         self.record["saliency"] = self.saliency.tolist()
         return ExpertStatistics(usage, self.saliency)
 
+    @cached_property
+    def protected(self) -> list[int]:
+        """Super experts that stay as they are: at least one expert is left for the others."""
+        if self.merge.is_control:
+            return []
+        if self.scores is None:
+            _ = self.target  # on the way to which peaks are measured, where it is the source's own output
+            if self.peaks is None:
+                self.measure()
+        peaks = self.peaks if self.scores is None else self.scores.peaks
+        if peaks is None:  # scores of a release that did not measure them
+            return []
+        found = super_experts(peaks)
+        self.record |= {"peaks": peaks.tolist(), "super_experts": found}
+        return found[: self.merge.experts - 1]
+
     def pruning_score(self, number: int) -> float:
         """Score by which experts are retained: saliency if computed, else token count."""
         scores = self.statistics.usage if self.statistics.saliency is None else self.statistics.saliency
@@ -167,22 +194,31 @@ class Shrinking:
         return output
 
     def find_groups(self) -> Groups:
-        """Which experts become one."""
+        """Which experts become one. A super expert stays alone."""
+        others = [number for number in range(len(self.source.router)) if number not in self.protected]
+        groups = self.groups_of(others, self.merge.experts - len(self.protected))
+        named = [tuple(others[place] for place in group) for group in groups]
+        return tuple(sorted([*named, *((number,) for number in self.protected)]))
+
+    def groups_of(self, others: list[int], count: int) -> Groups:
+        """``count`` groups of some experts, as places in ``others``."""
         source, text, merge = self.source, self.text, self.merge
         if merge.grouping == "none":
-            best = sorted(range(len(source.router)), key=lambda number: -self.pruning_score(number))
-            return tuple((number,) for number in sorted(best[: merge.experts]))
+            best = sorted(range(len(others)), key=lambda place: -self.pruning_score(others[place]))
+            return tuple((place,) for place in best[:count])
         if merge.grouping == "weights":
-            return groups_by_weights(self.gram, merge.experts)
+            return groups_by_weights(self.gram[others][:, others], count)
         every = max(1, len(text.inputs) // self.settings.grouping_tokens)
         inputs = text.inputs[::every]
         if merge.grouping == "router":
-            return groups_by_router(source.gates(inputs), merge.experts)
+            return groups_by_router(source.gates(inputs)[:, others], count)
         if merge.grouping == "outputs":
-            return groups_by_outputs(self.mean_outputs(inputs), merge.experts)
+            return groups_by_outputs(self.mean_outputs(inputs)[others], count)
         gates = source.gates(inputs) * self.weight[::every, None]
-        products = output_products(inputs, inputs, source, chunk_bytes=self.settings.chunk_bytes)
-        return groups_by_damage(products.gram, gates, merge.experts)
+        gram = output_products(inputs, inputs, source, chunk_bytes=self.settings.chunk_bytes).gram
+        if self.protected:  # a copy
+            gates, gram = gates[:, others], gram[:, others][:, :, others]
+        return groups_by_damage(gram, gates, count)
 
     def mean_outputs(self, inputs: torch.Tensor) -> torch.Tensor:
         """Every expert's mean output over all the inputs, whatever the router chose: float64 ``[N, hidden]``."""
@@ -248,6 +284,15 @@ class Shrinking:
         fit = {"of": "router", "before": fitted.before, "after": fitted.after, "steps": fitted.steps}
         self.record["fits"].append(fit)
         result.router.copy_(fitted.router)
+
+    def narrow(self, width: int) -> torch.Tensor:
+        """Take neurons out of the experts that are left; returns the layer's output."""
+        text = replace(self.text, routing=self.result.route(self.text.inputs))
+        places = [place for place, group in enumerate(self.groups) if group[0] in self.protected]
+        choice = width, self.merge.neurons, self.seed, places, self.progress
+        experts, self.stay = Cut(self.result, text, self.weight, *choice).run()
+        self.result = replace(self.result, experts=experts)
+        return self.record_error("narrowed", self.output())
 
     def fit_all(self) -> None:
         """Fit rows, experts and shared expert together to the target; the source's experts are dropped first."""

@@ -20,26 +20,30 @@ ROUNDS = 64
 
 
 def neurons_that_stay(
-    moment: Tensor, down: Tensor, width: int, neurons: Neurons, always: Tensor | None = None
+    moment: Tensor, down: Tensor, width: int, neurons: Neurons, always: Tensor | None = None, seed: int = 0
 ) -> Tensor:
     """Numbers of the neurons that stay, ascending, int64 ``[width]``.
 
     ``energy``: those of the largest ``H_jj |d_j|^2``. ``second_order``: the neuron goes whose loss is least while the
     others' downs make up for it, ``|d_j|^2 / [H^-1]_jj`` (Hassibi & Stork 1993); then D and H^-1 are those of the rest,
-    and so on.
+    and so on. ``random``: a control.
 
     Args:
         moment: H with its ridge, float64 ``[all, all]``.
         down: D, ``[hidden, all]``.
         always: numbers of at most ``width`` neurons that stay whatever their loss.
+        seed: of ``random``.
 
     Memory: three times ``moment``, and twice in float32, under ``second_order``.
     """
     stays = torch.zeros(len(moment), dtype=torch.bool, device=moment.device)
     stays[[] if always is None else always] = True
-    if neurons == "energy":
-        energy = moment.diagonal() * down.double().square().sum(0)
-        return energy.masked_fill(stays, math.inf).topk(width).indices.sort().values
+    if neurons != "second_order":
+        if neurons == "energy":
+            scores = moment.diagonal() * down.double().square().sum(0)
+        else:
+            scores = torch.rand(len(moment), generator=torch.Generator().manual_seed(seed)).to(moment.device)
+        return scores.masked_fill(stays, math.inf).topk(width).indices.sort().values
     # In place and at full size: rows of neurons that are gone become zeros. float32 chooses as float64 does.
     products = down.float().T @ down.float()
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(moment)).float()

@@ -5,7 +5,7 @@ from ..families import FAMILIES, MoeShape
 from ..families.outline import Outline
 from ..merging.members import GAMES
 from ..merging.weightings import WEIGHTINGS
-from ..recipe import AroundBase, Grouped, Narrow, Recipe, Residual, Soft
+from ..recipe import AroundBase, Grouped, Narrow, Recipe, Residual, Smaller, Soft
 from .device import on_device
 from .sized import sized
 
@@ -28,8 +28,8 @@ def check_fit(recipe: Recipe, outline: Outline) -> Recipe:
         raise RecipeError(_without_class(recipe, outline))
     if isinstance(recipe.merge, Grouped):
         _check_grouped(recipe.merge, outline)
-    if isinstance(recipe.merge, Narrow):
-        _check_narrow(recipe.merge, outline)
+    if isinstance(recipe.merge, Smaller) and recipe.merge.width is not None:
+        _check_width(recipe.merge, outline)
     if isinstance(recipe.merge, Soft):
         _check_soft(recipe.merge, shape)
     if isinstance(recipe.merge, AroundBase):
@@ -74,11 +74,13 @@ def _check_grouped(merge: Grouped, outline: Outline) -> None:
         )
 
 
-def _check_narrow(merge: Narrow, outline: Outline) -> None:
+def _check_width(merge: Smaller, outline: Outline) -> None:
     shape = outline.shape
+    assert merge.width is not None
+    asked = "merge 'narrow'" if isinstance(merge, Narrow) else "recipe field 'width'"
     if not outline.family.narrows:
         raise RecipeError(
-            f"merge 'narrow' changes '{outline.family.width_field}', which sizes more than the routed experts of "
+            f"{asked} changes '{outline.family.width_field}', which sizes more than the routed experts of "
             f"{outline.family.model_type}; what works: {what_works(outline)}"
         )
     if merge.width >= shape.width:

@@ -5,7 +5,7 @@ from typing import Any
 from ..checkpoint.rope import both_forms
 from ..families import LAYER_EXPERTS, Config, without_prediction
 from ..families.outline import Outline
-from ..recipe import Grouped, Merge, Narrow, Recipe
+from ..recipe import Grouped, Merge, Recipe, Smaller
 
 
 def patched_config(
@@ -38,7 +38,7 @@ def smaller_fields(
         fields[LAYER_EXPERTS] = by_decoder_layer(counts, shape.layers, len(outline.decoder_layers))
     if experts < shape.experts:
         fields |= family.with_experts(config, experts)
-    if isinstance(merge, Narrow):
+    if isinstance(merge, Smaller) and merge.width is not None:
         fields |= family.with_width(config, merge.width, outline.padded_width(merge.width))
     return fields
 

@@ -2,8 +2,10 @@
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from ..families.outline import Outline
 from ..files import size_text
 from ..models import remote_code
 from ..models.soft_kronecker import kronecker_parameters
-from ..recipe import Fit, Grouped, Narrow, Recipe, Soft
+from ..recipe import Fit, Grouped, Narrow, Recipe, Smaller, Soft
 from ..recipe.choices import FitKind
 from .check import check_fit
 from .config import patched_config
@@ -114,7 +116,7 @@ class Plan:
     @property
     def fit(self) -> Fit:
         """How layers are fitted, of a recipe that may."""
-        assert isinstance(self.recipe.merge, Grouped | Narrow)
+        assert isinstance(self.recipe.merge, Smaller)
         return self.recipe.merge.fit
 
     @property
@@ -125,7 +127,8 @@ class Plan:
     @property
     def width(self) -> int:
         """Of a routed expert of the result."""
-        return self.recipe.merge.width if isinstance(self.recipe.merge, Narrow) else self.shape.width
+        merge = self.recipe.merge
+        return merge.width or self.shape.width if isinstance(merge, Smaller) else self.shape.width
 
     @property
     def reorders(self) -> bool:
@@ -294,19 +297,29 @@ def _check_form(form: str, recipe: Recipe, family: Family, checkpoint: Checkpoin
     if form not in family.forms:
         able = "; ".join(f"{', '.join(one.forms)}, of {name}" for name, one in sorted(FAMILIES.items()) if one.forms)
         raise FamilyError(f"--export-as {form} of a {family.model_type} model; accepted: {able}")
-    if not isinstance(recipe.merge, Grouped) or recipe.own_class:
+    if not isinstance(recipe.merge, Grouped) or recipe.own_class or recipe.merge.width is not None:
         stated = recipe.to_dict()
         raise RecipeError(
-            "--export-as writes a stock checkpoint, with as many experts in every layer: it needs merge 'grouped', "
-            f"routing 'linear' and budget 'equal'; found merge={stated['merge']}, "
-            f"routing={stated['routing']}, budget={stated['budget']}"
+            "--export-as writes a stock checkpoint, with as many experts in every layer, of the width that they had: "
+            "it needs merge 'grouped' without a width, routing 'linear' and budget 'equal'; found "
+            + ", ".join(f"{name}={stated[name]}" for name in ("merge", "width", "routing", "budget"))
         )
     if reason := family.forms[form].refuse(checkpoint.config):
         raise FamilyError(f"--export-as {form}: config.json: {reason}")
 
 
-def of_size(checkpoint: Checkpoint, recipe: Recipe, size: str) -> Recipe:
+def of_size(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    size: str,
+    bytes_of: Callable[[Plan], int] = attrgetter("bytes_out"),
+    step: int = 1,
+) -> Recipe:
     """A recipe of narrower experts with the width under which the result has at most ``size``, such as ``5GB``.
+
+    Args:
+        bytes_of: what is compared with the size.
+        step: widths are multiples of it.
 
     Raises:
         UsageError: no such width, or another merge; and what `make_plan` raises.
@@ -315,13 +328,13 @@ def of_size(checkpoint: Checkpoint, recipe: Recipe, size: str) -> Recipe:
     if not isinstance(merge, Narrow):
         raise UsageError(f"--size chooses the width of merge 'narrow'; found merge={merge.kind}")
     plan = make_plan(checkpoint, recipe, most, reads_text=False)
-    if plan.size <= most:
-        raise UsageError(f"--size {size}: the model has {size_text(plan.size)} as it is")
 
-    def with_width(width: int) -> Recipe:
-        return replace(plan.recipe, merge=replace(merge, keep=None, width=width))
+    def of_width(width: int) -> int:
+        return bytes_of(replace(plan, recipe=replace(plan.recipe, merge=replace(merge, keep=None, width=width))))
 
-    width = width_of_size(lambda one: replace(plan, recipe=with_width(one)).bytes_out, plan.shape.width, most)
+    if (whole := of_width(plan.shape.width)) <= most:
+        raise UsageError(f"--size {size}: the model has {size_text(whole)} as it is")
+    width = width_of_size(of_width, plan.shape.width, most, step)
     return replace(recipe, merge=replace(merge, keep=None, width=width))
 
 

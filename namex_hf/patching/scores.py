@@ -59,9 +59,9 @@ def read_scores(folder: Path, plan: Plan) -> Scores:
 
 
 def _scores(record: dict[str, Any]) -> ExpertStatistics:
-    usage, mass, saliency = (
+    usage, mass, saliency, peaks = (
         None if (values := record.get(name)) is None else torch.tensor(values, dtype=torch.float64)
-        for name in ("usage", "mass", "saliency")
+        for name in ("usage", "mass", "saliency", "peaks")
     )
     assert usage is not None
-    return ExpertStatistics(usage, saliency, mass)
+    return ExpertStatistics(usage, saliency, mass, peaks)

@@ -51,6 +51,7 @@ def kept_width(share: float, width: int) -> int:
 
 def tokens_enough(merge: Narrow, shape: MoeShape) -> int:
     """How many tokens of calibration text narrower experts should see, `TOKENS` or more."""
+    assert merge.width is not None
     each = TOKENS_A_NEURON * shape.width
     if merge.fit.kind == "layer":
         each = max(each, ENOUGH_EQUATIONS * FITTED_MATRICES * merge.width)
@@ -66,19 +67,20 @@ def fitted_equations(tokens: int, shape: MoeShape, experts: int, width: int) -> 
     return tokens * min(shape.top_k, experts) / (FITTED_MATRICES * experts * width)
 
 
-def width_of_size(bytes_out: Callable[[int], int], width: int, size: int) -> int:
+def width_of_size(bytes_out: Callable[[int], int], width: int, size: int, step: int = 1) -> int:
     """The largest width, by the rule of `kept_width`, under which a result has at most so many bytes.
 
     Args:
         bytes_out: bytes of the result by width, which grow with it.
         width: of the experts as they are.
+        step: widths are multiples of it.
 
     Raises:
         UsageError: no width is small enough.
     """
-    widest = bisect_right(range(1, width), size, key=bytes_out)
-    if not widest:
-        raise UsageError(
-            f"--size {size_text(size)}: with one neuron an expert the result still has {size_text(bytes_out(1))}"
-        )
-    return kept_width(widest / width, width)
+    widths = range(step, width, step)
+    found = bisect_right(widths, size, key=bytes_out)
+    if not found:
+        least, most = "one neuron" if step == 1 else f"{step} neurons", size_text(size)
+        raise UsageError(f"--size {most}: with {least} an expert the result still has {size_text(bytes_out(step))}")
+    return kept_width(widths[found - 1] / width, width)

@@ -62,9 +62,14 @@ class Matrices:
         experts = self.outline.experts(layer) if layer in self.outline.blocks else ()
         return [*sorted(name for name in self.dense if self.outline.layer_of(name) == layer), *experts]
 
-    def storage(self, bits: int) -> Storage:
-        """Args: bits, of a level of routed experts."""
-        routed = [self.spans[name].shape for name in self.outline.places]
+    def storage(self, bits: int, width: int | None = None) -> Storage:
+        """What the model takes.
+
+        Args:
+            bits: of a level of routed experts.
+            width: of these, if not their own.
+        """
+        routed = [self._shape(name, width) for name in self.outline.places]
         dense = [self.spans[name].shape for name in self.dense]
         others = [
             span.shape for name, span in self.spans.items() if name not in self.dense | self.outline.places.keys()
@@ -76,6 +81,13 @@ class Matrices:
             dense_bits=sum(stored_bits(rows, columns, DENSE) for rows, columns in dense),
             other_bytes=sum(map(prod, others)) * LEFT // 8,
         )
+
+    def _shape(self, name: str, width: int | None) -> tuple[int, ...]:
+        """Of a matrix of a routed expert of some width."""
+        rows, columns = self.spans[name].shape
+        if width is None:
+            return rows, columns
+        return (rows, width) if self.outline.places[name][2] == "down_proj" else (width, columns)
 
 
 def matrices_of(checkpoint: Checkpoint) -> Matrices:

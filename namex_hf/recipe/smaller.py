@@ -32,6 +32,20 @@ class Smaller(Merge):
         "'merge' it means narrow. A number of experts is rounded down, a width to a multiple of 128, or of 64 to 4",
         within=Range(lambda share: 0 < share < 1, "a number above 0 and below 1"),
     )
+    width: int | None = leaf(
+        None,
+        "narrow: how many neurons stay in every routed expert; grouped: how many stay in every expert that is left "
+        "(default: all)",
+        within=count_to(1 << 20),
+    )
+    neurons: Neurons = leaf(
+        "second_order",
+        "grouped with a width, narrow: how the neurons that stay are chosen on calibration text. second_order: one "
+        "goes after another, each time the one whose loss the others' down_proj makes up for best; energy: those of "
+        "the largest outputs stay; random: a control. down_proj is refitted in closed form in any case",
+        belongs="belongs to a 'width'",
+        shown=("merge", "width"),
+    )
 
     @property
     def rewrites(self) -> bool:
@@ -134,6 +148,12 @@ class Grouped(Smaller):
             ("operator", "fit"),
         ),
         Rule(
+            lambda merge: merge.width is not None and (merge.is_control or merge.budget != "equal"),
+            "'width' narrows experts that were merged or kept, as many in every layer: 'operator' is merge or keep, "
+            "'budget' equal",
+            ("width", "operator", "budget"),
+        ),
+        Rule(
             lambda merge: merge.grouping == "none" and merge.operator != "keep",
             "grouping 'none' keeps the weightiest experts of a layer: it needs operator 'keep'",
             ("grouping", "operator"),
@@ -171,6 +191,8 @@ class Grouped(Smaller):
             yield "ridge"
         if not self.fitted:
             yield "target"
+        if self.width is None:
+            yield "neurons"
         if self.weights_by != "nash":
             yield from names_of(GroupGame)
 
@@ -182,7 +204,7 @@ class Grouped(Smaller):
         """Whether text is read for what experts weigh alone: nothing is fitted, matched or measured on its tokens."""
         plain = self.curvature.kind == "identity" and self.curvature.align == "none" and not self.fitted
         equal = self.budget == "equal" and self.game.metric == "euclidean"
-        return plain and equal and self.grouping in ("weights", "none")
+        return plain and equal and self.width is None and self.grouping in ("weights", "none")
 
     @property
     def is_control(self) -> bool:
@@ -203,9 +225,8 @@ class Grouped(Smaller):
     @property
     def needs_text(self) -> bool:
         weighted = self.weights_by is not None and WEIGHTINGS.get(self.weights_by, True)
-        return (
-            super().needs_text or weighted or self.down == "refit" or self.grouping in ("damage", "outputs", "router")
-        )
+        measured = self.grouping in ("damage", "outputs", "router")
+        return super().needs_text or weighted or measured or self.down == "refit" or self.width is not None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,14 +235,6 @@ class Narrow(Smaller):
 
     kind: ClassVar[MergeKind] = "narrow"
     method: Method = leaf("smoe", "no merging")
-    neurons: Neurons = leaf(
-        "second_order",
-        "narrow: how the neurons that stay are chosen on calibration text. second_order: one goes after another, each "
-        "time the one whose loss the others' down_proj makes up for best; energy: those of the largest outputs stay. "
-        "down_proj is refitted in closed form either way",
-    )
-    width: int = leaf(None, "narrow: how many neurons stay in every routed expert", within=count_to(1 << 20))
-
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             lambda merge: (merge.width is None) == (merge.keep is None),

@@ -8,9 +8,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from namex_hf.checkpoint.resolve import local_folder
+from namex_hf.checkpoint.resolve import local_folder, resolve
+from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.commands import patch, patch_screen, report
 from namex_hf.evaluation.loading import load
+from namex_hf.quantising.matrices import matrices_of
 from tests.helpers.checkpoints import read_config, settled_files
 from tests.helpers.toy_models import VOCAB
 
@@ -122,6 +124,26 @@ def test_a_size_is_the_largest_width_below_it(tmp_path: Path, capsys: Said) -> N
     assert not (tmp_path / "out").exists()
 
 
+def test_a_size_may_be_that_of_the_quantised_result(tmp_path: Path, capsys: Said) -> None:
+    source = matrices_of(resolve("tiny"))
+    for size, bits, width in (("4MB", 4, 64), ("4MB", 8, 32), ("3.6MB", 3, 64)):
+        out = tmp_path / f"{size}-{bits}"
+        asked = ("--size", size, "--bits", bits, "--calibration-tokens", 2048, "--quiet")
+        assert ran("tiny", "--out", out, *asked) == 0
+        found = matrices_of(open_checkpoint(out)).storage(bits)
+        assert read_config(out)["moe_intermediate_size"] == width
+        assert found == source.storage(bits, width)
+        assert found.bytes <= 1e6 * float(size[:-2]) < source.storage(bits, width + 32).bytes
+    capsys.readouterr()
+    for wrong, answer in (
+        (("--bits", 4), "--bits says what --size is the size of; found no --size"),
+        (("--size", "5MB", "--bits", 4), "--size 5MB: the model has 4.30 MB as it is"),
+        (("--size", "2MB", "--bits", 4), "--size 2.00 MB: with 32 neurons an expert the result still has 3.3"),
+    ):
+        assert ran("tiny", "--out", tmp_path / "out", *wrong) == 2
+        assert answer in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "lines"),
     [
@@ -193,13 +215,18 @@ def test_what_is_refused(refused, toy: Path, flags: str, says: str, when: str) -
 
 
 def test_other_merges_have_no_width(refused, toy: Path) -> None:
-    assert "'width' belongs to merge 'narrow'" in refused(toy, "--merge", "grouped", "--experts", "4", "--width", "4")
+    assert "'width' belongs to merge 'grouped' or 'narrow'" in refused(toy, "--merge", "residual", "--width", "4")
+    assert "'neurons' belongs to a 'width'" in refused(
+        toy, *["--merge", "grouped", "--experts", "4", "--neurons", "energy"]
+    )
 
 
 def test_no_other_form_of_a_deepseek(refused, toys: dict[str, Path]) -> None:
     said = refused(toys["deepseek"], *NARROW, "--width", "4", "--export-as", "qwen2_moe")
     assert "it needs merge 'grouped'" in said
     assert "found merge=narrow" in said
+    both = ["--merge", "grouped", "--experts", "4", "--width", "4", "--export-as", "qwen2_moe"]
+    assert "found merge=grouped, width=4" in refused(toys["deepseek"], *both)
 
 
 JAMBA = {

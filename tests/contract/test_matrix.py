@@ -46,16 +46,17 @@ RECIPES: dict[str, Fields] = {
     **{f"routed-{name}": fields for name, fields in ROUTED.items()},
     "narrow": NARROW,
     "narrow-layer": {**NARROW, "fit": "layer"},
+    "narrow-fewer": {"merge": "grouped", "experts": 4, "width": 16, "fit": "layer"},
 }
 HALF = {"plain-namex", "plain-smear"}
 """In float16."""
 TWICE = {f"shrunk-{name}" for name in ("fit", "before", "diagonal", "hc-smoe", "gates", "refit", "one")}
-TWICE |= {"narrow", "narrow-layer"}
+TWICE |= {"narrow", "narrow-layer", "narrow-fewer"}
 """In both forms; of the others every second one is in the first."""
 EVERY_KIND = (
     *("plain-namex-full", "plain-camex", "plain-smoe", "plain-soft", "plain-smear", "plain-grouped"),
     *("shrunk-fit", "shrunk-layer", "shrunk-reap", "curved-namex-full", "routed-cosine-grouped"),
-    *("routed-entropy-residual", "routed-stable-smoe", "routed-kronecker", "narrow", "narrow-layer"),
+    *("routed-entropy-residual", "routed-stable-smoe", "routed-kronecker", "narrow", "narrow-layer", "narrow-fewer"),
 )
 """A recipe of every kind of result."""
 
@@ -103,7 +104,7 @@ def test_disk_equals_memory(odd, words: Path, tmp_path: Path, cell: str) -> None
     told = recipe if not recipe.needs_text else replace(recipe, calibration_data=words.name)
     assert stored.config.namex == patched.config.namex == told.to_stored()
     for field in ("moe_intermediate_size", *(["n_shared_experts"] if family == "deepseek" else [])):
-        changed = {"moe_intermediate_size": 16, "n_shared_experts": 5} if recipe.merge.kind == "narrow" else {}
+        changed = {"moe_intermediate_size": 16, "n_shared_experts": 5} if recipe.to_dict()["width"] else {}
         assert getattr(stored.config, field) == changed.get(field, read_config(source)[field])
         assert getattr(stored.config, field) == getattr(patched.config, field)
     for field in (experts_field(read_config(source)), "num_experts_per_tok"):

@@ -53,13 +53,17 @@ def test_a_folder_gives_its_yaml_files_alone(tmp_path: Path):
 
 def test_values_are_left_out_of_recipes_that_have_no_use_for_them(tmp_path: Path):
     """What no recipe uses, and what means nothing together, stays refused."""
-    cells = grid({}, {"merge": ["grouped", "narrow"], "experts": [4, 2], "width": [8], "fit": ["layer"]})
+    groups, both = (
+        {"grouping": ["damage", "outputs"]},
+        {"merge": ["grouped", "narrow"], "keep": [0.5], "fit": ["layer"]},
+    )
+    cells = grid({}, {**both, **groups, "neurons": ["energy"]})
     assert [(cell.label, cell.unused) for cell in cells] == [
-        ("default, merge grouped, experts 4", ("width",)),
-        ("default, merge grouped, experts 2", ("width",)),
-        ("default, merge narrow", ("experts",)),
+        ("default, merge grouped, grouping damage", ("neurons",)),
+        ("default, merge grouped, grouping outputs", ("neurons",)),
+        ("default, merge narrow", ("grouping",)),
     ]
-    assert cells[2].recipe == Recipe(merge="narrow", width=8, fit="layer")
+    assert cells[2].recipe == Recipe(merge="narrow", keep=0.5, fit="layer", neurons="energy")
     with pytest.raises(RecipeError, match="'segment' belongs to merge 'soft'"):
         grid({}, {"merge": ["grouped", "narrow"], "keep": [0.5], "segment": [8]})
     with pytest.raises(RecipeError, match="merge 'narrow' keeps the router"):

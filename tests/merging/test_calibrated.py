@@ -17,7 +17,9 @@ from namex_hf.merging.gate import Gate
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from namex_hf.merging.layer_fit import Problem
 from namex_hf.merging.moe_layer import MoELayer, Text
+from namex_hf.merging.neurons import refitted, ridged_moment
 from namex_hf.merging.router_fit import RouterProblem
+from namex_hf.merging.routing import neurons
 from namex_hf.merging.settings import FitSettings
 from namex_hf.recipe import Recipe
 from tests.helpers.checkpoints import PROJECTIONS
@@ -316,7 +318,7 @@ def test_record() -> None:
     run = shrinking(3, **FITTED)
     run.run()
     gates = gates64(run.text.routing, EXPERTS)
-    assert set(run.record) == {"usage", "mass", "games", "groups", "errors", "fits"}
+    assert set(run.record) == {"usage", "mass", "games", "peaks", "super_experts", "groups", "errors", "fits"}
     assert run.record["usage"] == (gates > 0).sum(0).tolist()
     assert run.record["mass"] == pytest.approx(gates.sum(0).tolist())
     assert sorted(number for group in run.record["groups"] for number in group) == list(range(EXPERTS))
@@ -612,3 +614,90 @@ def test_experts_that_are_zero() -> None:
     assert result.router.isfinite().all()
     assert all(entry["error"] == 0 for entry in run.record["errors"])
     assert all(fit["before"] == fit["after"] == 0 for fit in run.record["fits"])
+
+
+# --- fewer and narrower ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [3, EXPERTS])
+@pytest.mark.parametrize("operator", ["merge", "keep"])
+def test_experts_that_are_left_are_cut_like_those_of_a_layer(count: int, operator: str) -> None:
+    """Gates and ups are rows of what was left before the cut, and downs are refitted to the tokens of the new rows."""
+    how = {**PLAIN, "operator": operator}
+    before, _ = shrinking(count, **how).run()
+    run = shrinking(count, width=3, **how)
+    result, output = run.run()
+    assert [one["stage"] for one in run.record["errors"]] == ["merged", "narrowed"]
+    assert run.stay is not None
+    assert run.stay.shape == (count, 3)
+    routing = before.route(run.text.inputs)
+    for place, stay in enumerate(run.stay):
+        assert torch.equal(result.experts.gate[place], before.experts.gate[place][stay])
+        assert torch.equal(result.experts.up[place], before.experts.up[place][stay])
+        token, gate = routing.of(place)
+        z = (gate * run.weight[token])[:, None] * neurons(run.text.inputs[token], before.experts.expert(place), silu)
+        down = refitted(ridged_moment(z), before.experts.down[place], stay)
+        np.testing.assert_allclose(result.experts.down[place].numpy(), down.numpy(), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(output.numpy(), output_of(result, run.text.inputs), rtol=1e-3, atol=1e-3)
+    assert run.record["errors"][1]["error"] == pytest.approx(
+        error64(output_of(result, run.text.inputs), double(run.target)), rel=1e-3
+    )
+
+
+def test_a_fit_comes_after_the_cut() -> None:
+    run = shrinking(3, width=3, **WHOLE)
+    result, _ = run.run()
+    stages = {one["stage"]: one["error"] for one in run.record["errors"]}
+    assert list(stages)[-2:] == ["narrowed", "layer"]
+    assert stages["layer"] <= stages["narrowed"]
+    assert result.experts.up.shape == (3, 3, HIDDEN)
+
+
+# --- super experts ---------------------------------------------------------------------------------------------------
+
+
+def with_super_expert(number: int, like: int) -> MoELayer:
+    """Of which one expert has the gate and up of another, and outputs a thousand times as large."""
+    of = mixture()
+    for name in PROJECTIONS:
+        of.experts[name][number].copy_(of.experts[name][like])
+    of.experts.down[number].mul_(1000)
+    of.router[number].copy_(of.router[like]).mul_(0.5)  # chosen with the other one, and for fewer tokens
+    return of
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"grouping": "weights"},
+        {"grouping": "router"},
+        {"grouping": "outputs"},
+        {"grouping": "damage"},
+        {"operator": "keep", "grouping": "none"},
+        {"operator": "keep", "grouping": "weights"},
+    ],
+    ids=lambda how: "-".join(how.values()),
+)
+def test_a_super_expert_is_named_and_neither_merged_nor_dropped(how: dict) -> None:
+    of = with_super_expert(1, like=4)
+    run = shrinking(2, of, **PLAIN, **how)
+    result, _ = run.run()
+    assert run.record["super_experts"] == [1]
+    assert run.record["peaks"][1] == max(run.record["peaks"])
+    assert (1,) in run.groups
+    place = run.groups.index((1,))
+    assert all(torch.equal(result.experts[name][place], of.experts[name][1]) for name in PROJECTIONS)
+    assert torch.equal(result.router[place], of.router[1])
+
+
+def test_one_expert_is_left_for_the_others() -> None:
+    run = shrinking(1, with_super_expert(1, like=4), **PLAIN)
+    run.run()
+    assert run.record["super_experts"] == [1]
+    assert run.groups == ((0, 1, 2, 3, 4, 5),)
+
+
+def test_usual_layers_have_no_super_expert() -> None:
+    run = shrinking(3, **PLAIN)
+    run.run()
+    assert run.record["super_experts"] == []

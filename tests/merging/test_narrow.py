@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from namex_hf.merging.cut import of_peak
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.moe_layer import MoELayer, Text
 from namex_hf.merging.narrow import Narrowing
 from namex_hf.merging.neurons import RIDGE
 from namex_hf.merging.routing import TokenRouting
+from namex_hf.merging.routing import neurons as neurons_of
 from namex_hf.merging.settings import FitSettings
 from namex_hf.recipe import Recipe
 from tests.helpers.checkpoints import PROJECTIONS
@@ -241,7 +243,8 @@ def test_a_super_expert_is_named_and_keeps_the_neurons_that_carry_its_peak(neuro
     run = narrowing(of, neurons=neurons, routing=routing)
     assert _super(run) == [1]
     token, _ = run.text.routing.of(1)
-    assert run.of_peak(token, of.experts.expert(1)).tolist() == [planted]
+    loud = of.experts.expert(1)
+    assert of_peak(neurons_of(run.text.inputs[token], loud, silu), loud.down).tolist() == [planted]
     assert planted in run.stay[1].tolist()
     assert _super(narrowing(of, neurons=neurons, routing=without_tokens(1, of, 0))) == []
 

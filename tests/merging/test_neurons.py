@@ -85,7 +85,7 @@ def test_energy_is_that_of_what_a_neuron_puts_out(seed: int, width: int) -> None
     assert stay.tolist() == sorted(np.argsort(-energy)[:width].tolist())
 
 
-@pytest.mark.parametrize("neurons", ["second_order", "energy"])
+@pytest.mark.parametrize("neurons", ["second_order", "energy", "random"])
 def test_all_neurons_stay_where_all_may(neurons: str) -> None:
     z = activations(30, 12, 0)
     assert neurons_that_stay(ridged_moment(z), downs(12, 0), 12, neurons).tolist() == list(range(12))
@@ -139,7 +139,7 @@ def test_the_moment() -> None:
     np.testing.assert_allclose(found.numpy(), rows.T @ rows, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("neurons", ["second_order", "energy"])
+@pytest.mark.parametrize("neurons", ["second_order", "energy", "random"])
 def test_some_neurons_stay_whatever_their_loss(neurons: str) -> None:
     moment, down, width = ridged_moment(activations(60, 9, 0)), downs(9, 0), 4
     chosen = neurons_that_stay(moment, down, width, neurons).tolist()
@@ -149,3 +149,9 @@ def test_some_neurons_stay_whatever_their_loss(neurons: str) -> None:
     assert len(kept) == width
     assert kept == sorted(kept)
     assert neurons_that_stay(moment, down, width, neurons, torch.tensor(chosen)).tolist() == chosen
+
+
+def test_random_neurons_follow_the_seed() -> None:
+    moment, down = ridged_moment(activations(40, 12, 0)), downs(12, 0)
+    first, again, other = (neurons_that_stay(moment, down, 6, "random", seed=seed).tolist() for seed in (0, 0, 1))
+    assert first == again != other

@@ -41,7 +41,7 @@ def patched(source: Path, out: Path, words: Path, **fields: Any) -> tuple[Any, d
 
 
 @FORMS
-@pytest.mark.parametrize("neurons", ["second_order", "energy"])
+@pytest.mark.parametrize("neurons", ["second_order", "energy", "random"])
 def test_what_stays_is_the_sources_bit_for_bit(odd, words: Path, tmp_path: Path, family: str, neurons: str) -> None:
     """All but the routed experts and DeepSeek's shared ones; of experts the gates and ups that the record names."""
     source = odd(family, torch.bfloat16, tokenizer=True, **WIDE)

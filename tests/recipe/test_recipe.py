@@ -51,6 +51,7 @@ AROUND: dict[str, dict[str, Any]] = {
 # What a value of one field needs, where the same word is a value of another.
 AROUND_FIELD: dict[tuple[str, str], dict[str, Any]] = {
     ("metric", "calibrated"): FITTED,
+    ("neurons", "random"): NARROW,
     ("operator", "shared"): FITTED,
     ("budget", "damage"): FITTED,
     ("grouping", "none"): KEPT,
@@ -311,6 +312,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'width' belongs": {"width": 8},
     "'keep' belongs": {"keep": 0.5, "merge": "residual"},
     "'error_weights' belongs": {"error_weights": "source", **SOFT, "align": "activations"},
+    "'width' narrows experts": {**FITTED, "width": 8, "budget": "damage"},
     "'neurons' belongs": {"neurons": "energy", **GROUPED},
     "method 'smoe' merges nothing": {"method": "smoe", "merge": "grouped"},
     "method 'namex' reuses weights": {"method": "namex", **GROUPED},

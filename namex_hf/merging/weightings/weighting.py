@@ -29,6 +29,7 @@ class ExpertStatistics:
     usage: torch.Tensor  # float64 [N], tokens that each received
     saliency: torch.Tensor | None = None  # float64 [N], mean over them of gate value times norm of the output
     mass: torch.Tensor | None = None  # float64 [N], sum over them of gate values; None: not asked for
+    peaks: torch.Tensor | None = None  # float64 [N], the largest entry of each expert's outputs, likewise
 
     def subset(self, numbers: Sequence[int]) -> "ExpertStatistics":
         chosen = list(numbers)

@@ -34,9 +34,7 @@ class NarrowExperts(Step):
             numbered = {f"expert {number} {name}": matrix for number, matrix in enumerate(matrices)}
             require_finite_result(layer, numbered, work.recipe)
         work.router, work.bias, work.experts = narrow.router, narrow.bias, narrow.experts
-        padded = source.outline.padded_width(work.merge.width) - source.shape.shared_width
-        parts = narrowing.refitted or (dict(shared()) if padded else {})
-        work.shared = widened(parts, padded)
+        work.shared = padded_shared(work, narrowing.refitted, narrowing.merge.width)
         require_finite_result(layer, {"router": work.router, **work.shared}, work.recipe)
         work.target, work.shared_delta = narrowing.target, narrowing.shared_output_delta
         work.statistics = {"usage": torch.tensor(narrowing.record["usage"]), "neurons": narrowing.stay.to(torch.int32)}
@@ -46,16 +44,34 @@ class NarrowExperts(Step):
         """The narrower layer, one expert and its neurons on its tokens, its moments, or what a fit holds."""
         assert isinstance(self.recipe.merge, Narrow)
         shape, width = sizes.shape, self.recipe.merge.width
-        tokens = 4 * sizes.tokens * shape.top_k // shape.experts  # of an expert that receives four times its share
-        held = 4 * tokens * (3 * shape.width + shape.hidden) + 4 * 8 * shape.width**2 + 12 * shape.hidden * shape.width
+        assert width is not None
+        held = cut_memory(sizes, shape.experts)
         if self.recipe.merge.fit.kind == "layer":
             sizes_of_fit = (shape.hidden, width, shape.shared_width, shape.experts, shape.top_k, sizes.tokens)
             held = max(held, fit_memory(*sizes_of_fit))
         return sizes.layer * width // shape.width + held
 
 
-def widened(parts: Tensors, more: int) -> Tensors:
-    """A shared expert with neurons of zeros besides: the same function. Args: more, how many."""
+def cut_memory(sizes: Sizes, experts: int) -> int:
+    """Bytes of one expert, its neurons on its tokens and their moments. Args: experts, of a layer that is cut."""
+    shape = sizes.shape
+    tokens = 4 * sizes.tokens * min(shape.top_k, experts) // experts  # one expert may receive four times its share
+    return 4 * tokens * (3 * shape.width + shape.hidden) + 4 * 8 * shape.width**2 + 12 * shape.hidden * shape.width
+
+
+def padded_shared(work: LayerWork, refitted: Tensors, width: int | None) -> Tensors:
+    """The parts of a layer's shared expert that change, under another width of the routed experts.
+
+    Where the family states its width as a number of theirs, neurons of zeros are added: the same function.
+
+    Args:
+        refitted: the shared expert after a fit, or nothing.
+    """
+    source = work.source
+    more = source.outline.padded_width(width) - source.shape.shared_width if width else 0
+    if not more:
+        return refitted
+    parts = refitted or dict(source.shared(work.layer))
     widths = {"gate_proj": (0, 0, 0, more), "up_proj": (0, 0, 0, more), "down_proj": (0, more)}
     return {name: torch.nn.functional.pad(t, widths[name]) if name in widths else t for name, t in parts.items()}
 

@@ -10,6 +10,7 @@ from ...merging.layer_fit import fit_memory
 from ...merging.router_fit import products_memory
 from ...recipe import Grouped
 from ..finite import require_finite_result
+from .narrow import cut_memory, padded_shared
 from .step import LayerWork, Sizes, Step
 
 
@@ -35,26 +36,27 @@ class Shrink(Step):
             numbered = {f"expert {number} {name}": matrix for number, matrix in enumerate(matrices)}
             require_finite_result(work.layer, numbered, work.recipe)
         require_finite_result(work.layer, {"router": smaller.router, **shrinking.refitted}, work.recipe)
-        work.router, work.bias, work.experts, work.shared = (
-            smaller.router,
-            smaller.bias,
-            smaller.experts,
-            shrinking.refitted,
-        )
+        work.router, work.bias, work.experts = smaller.router, smaller.bias, smaller.experts
+        work.shared = padded_shared(work, shrinking.refitted, work.merge.width)
         work.target, work.shared_delta = shrinking.target, shrinking.shared_output_delta
         work.statistics = {"cosines": shrinking.cosines, "usage": torch.tensor(shrinking.record["usage"])}
+        if shrinking.stay is not None:
+            work.statistics["neurons"] = shrinking.stay.to(torch.int32)
         work.record |= shrinking.record
 
     def memory(self, sizes: Sizes) -> int:
         """The smaller layer, its largest group, sums of curvature, and outputs of experts or what a fit holds."""
         assert isinstance(self.recipe.merge, Grouped)
         shape, fit = sizes.shape, self.recipe.merge.fit.kind
+        width = self.recipe.merge.width or shape.width
         held = products_memory(sizes.tokens, sizes.experts) if fit != "none" else 0
         if fit == "layer":
             active = min(shape.top_k, sizes.experts)
-            widths = shape.hidden, shape.width, shape.shared_width
+            widths = shape.hidden, width, shape.shared_width
             held = max(held, fit_memory(*widths, sizes.experts, active, sizes.tokens))
         smaller = sizes.layer * sizes.experts // shape.experts
+        if width < shape.width:
+            held = max(held, smaller * width // shape.width + cut_memory(sizes, sizes.experts))
         return smaller + sizes.layer // 2 + held + sums_memory(shape.hidden, shape.width)
 
 
