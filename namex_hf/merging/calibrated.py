@@ -20,7 +20,7 @@ from .moe_layer import MoELayer, Text
 from .record import cosines
 from .refit import refit_downs
 from .router_fit import RouterProblem, fit_router, output_products
-from .routing import TokenRouting, expert_output
+from .routing import TokenRouting, expert_output, on_tokens
 from .settings import DEFAULTS, FitSettings
 from .super_experts import super_experts
 from .weightings import ExpertStatistics
@@ -224,7 +224,7 @@ class Shrinking:
         """Every expert's mean output over all the inputs, whatever the router chose: float64 ``[N, hidden]``."""
         source, means = self.source, []
         for number in range(len(source.router)):
-            output = expert_output(inputs, source.expert(number, inputs), source.activation)
+            output = on_tokens(expert_output, inputs, source.experts.expert(number), source.activation)
             means.append(output.double().mean(0))
         return torch.stack(means).cpu()
 

@@ -11,7 +11,7 @@ from ..recipe.choices import Neurons
 from .experts import Expert, NotFiniteError
 from .moe_layer import MoELayer, Text
 from .neurons import neurons_that_stay, refitted, ridged_moment
-from .routing import neurons
+from .routing import neurons, on_tokens
 
 CARRIED = 0.1
 """A neuron carries an output if so much of it, or more, is its own."""
@@ -65,7 +65,7 @@ class Cut:
             sizes = own.down.norm(dim=0) * own.up.norm(dim=1) * (1 if own.gate is None else own.gate.norm(dim=1))
             stay = sizes.topk(self.width).indices.sort().values
             return stay, own.down[:, stay]
-        activations = neurons(self.text.inputs[token], own, self.layer.activation)
+        activations = on_tokens(neurons, self.text.inputs[token], expert, self.layer.activation)
         always = of_peak(activations, own.down)[: self.width] if number in self.protected else None
         moment = ridged_moment((gate * self.weight[token])[:, None] * activations)
         seed = self.seed * self.layer.experts.count + number

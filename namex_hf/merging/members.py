@@ -12,7 +12,7 @@ from .combine import shares
 from .curvature import CurvedSum, second_moment
 from .experts import Expert, Experts, ExpertWeights, by_projection, grams, weighted_sum
 from .record import game_records
-from .routing import Activation, TokenRouting, neurons
+from .routing import Activation, TokenRouting, neurons, on_tokens
 from .weightings import ExpertStatistics
 
 
@@ -36,7 +36,7 @@ class Members:
         token, gate = self.routing.of(self.numbers[place])
         inputs = self.inputs[token]
         if name == "down_proj":
-            inputs = neurons(inputs, self.expert(place), self.activation)
+            inputs = on_tokens(neurons, inputs, self.matrices.expert(place), self.activation)
         return second_moment(inputs, gate)
 
 

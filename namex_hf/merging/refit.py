@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .curvature import with_ridge
 from .moe_layer import MoELayer
-from .routing import TokenRouting, neurons
+from .routing import TokenRouting, neurons, on_tokens
 
 
 def refitted_down(down: Tensor, activations: Tensor, target: Tensor, weight: Tensor, ridge: float) -> Tensor:
@@ -61,9 +61,9 @@ def refit_downs(
             token, gate = routing.of(number)
             if not len(token):
                 continue
-            expert = layer.expert(number, inputs)
-            old = expert.down.clone()  # `set_down` may fill the same memory
-            activations = gate[:, None] * neurons(inputs[token], expert, layer.activation)
+            expert = layer.experts.expert(number)
+            old = expert.down.to(inputs, copy=True)  # `set_down` may fill the same memory
+            activations = gate[:, None] * on_tokens(neurons, inputs[token], expert, layer.activation)
             missing = target[token] - output[token] + activations @ old.T
             layer.set_down(number, refitted_down(old, activations, missing, weight[token], ridge))
             new = layer.experts.down[number].to(inputs)  # as rounded

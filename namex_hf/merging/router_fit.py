@@ -12,7 +12,7 @@ import torch
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .gate import Gate
 from .moe_layer import MoELayer
-from .routing import expert_output, gate_values
+from .routing import expert_output, gate_values, on_tokens
 from .settings import DEFAULTS, FitSettings
 
 
@@ -60,7 +60,8 @@ def output_products(
     chunk = max(1, chunk_bytes // (4 * experts * inputs.shape[1]))
     for start in range(0, count, chunk):
         rows = slice(start, start + chunk)
-        outputs = [expert_output(inputs[rows], layer.expert(k, inputs), layer.activation) for k in range(experts)]
+        each = map(layer.experts.expert, range(experts))
+        outputs = [on_tokens(expert_output, inputs[rows], expert, layer.activation) for expert in each]
         stacked = torch.stack(outputs, dim=1)
         torch.bmm(stacked, stacked.mT, out=gram[rows])
         cross[rows] = (stacked @ target[rows, :, None])[..., 0]

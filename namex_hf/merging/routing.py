@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -68,6 +69,35 @@ def expert_output(inputs: torch.Tensor, expert: Expert, activation: Activation) 
     return _linear(neurons(inputs, expert, activation), expert.down, expert.down_bias)
 
 
+@cache
+def multiplies_bfloat16(kind: str) -> bool:
+    """Whether a kind of device has products of bfloat16 in its hardware. Args: kind, such as ``cpu``."""
+    if kind == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    asks = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return kind == "cpu" and any(getattr(torch.cpu, name, bool)() for name in asks)
+
+
+def on_tokens(
+    function: Callable[[torch.Tensor, Expert, Activation], torch.Tensor],
+    inputs: torch.Tensor,
+    expert: Expert,
+    activation: Activation,
+) -> torch.Tensor:
+    """What `neurons` or `expert_output` gives, in float32.
+
+    An expert in bfloat16 is multiplied in bfloat16, as the model itself does, where the device is made for that: five
+    times as fast on a CPU with AMX. Others are multiplied in float32.
+
+    Args:
+        inputs: float32 ``[tokens, hidden]``.
+        expert: in its own dtype.
+    """
+    if expert.dtype == torch.bfloat16 and multiplies_bfloat16(inputs.device.type):
+        inputs = inputs.bfloat16()
+    return function(inputs, expert.to(inputs), activation).float()
+
+
 def shared_expert_output(
     inputs: torch.Tensor, shared: Mapping[str, torch.Tensor], activation: Activation
 ) -> torch.Tensor:
@@ -102,7 +132,7 @@ def routed_output(
     for number in range(experts.count):
         token, gate = routing.of(number)
         if len(token):
-            answers = expert_output(inputs[token], experts.expert(number).to(inputs), activation)
+            answers = on_tokens(expert_output, inputs[token], experts.expert(number), activation)
             output.index_add_(0, token, gate[:, None] * answers)
             if visit is not None:
                 visit(number, gate, answers)

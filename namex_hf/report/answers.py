@@ -11,7 +11,7 @@ from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText, calibration_text
 from ..checkpoint.bytes import Reader
 from ..errors import CalibrationError
-from ..merging.routing import TokenRouting, expert_output, routed_output
+from ..merging.routing import TokenRouting, expert_output, on_tokens, routed_output
 from .folder import PatchedFolder
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
@@ -75,7 +75,7 @@ def answers(folder: PatchedFolder, tokens: int) -> Answers:
             count = experts.count
             sample = tapped.inputs[::every][:ASKED]
             activation = folder.outline.activation
-            outputs = (expert_output(sample, experts.expert(e).to(sample), activation) for e in range(count))
+            outputs = (on_tokens(expert_output, sample, experts.expert(e), activation) for e in range(count))
             directions = torch.stack([normalize(output, dim=-1).flatten() for output in outputs])
             sampled = len(sample)
             layers[layer] = Layer(directions @ directions.T / sampled, routing.count(count))

@@ -53,11 +53,8 @@ def test_a_folder_gives_its_yaml_files_alone(tmp_path: Path):
 
 def test_values_are_left_out_of_recipes_that_have_no_use_for_them(tmp_path: Path):
     """What no recipe uses, and what means nothing together, stays refused."""
-    groups, both = (
-        {"grouping": ["damage", "outputs"]},
-        {"merge": ["grouped", "narrow"], "keep": [0.5], "fit": ["layer"]},
-    )
-    cells = grid({}, {**both, **groups, "neurons": ["energy"]})
+    both = {"merge": ["grouped", "narrow"], "keep": [0.5], "fit": ["layer"]}
+    cells = grid({}, {**both, "grouping": ["damage", "outputs"], "neurons": ["energy"]})
     assert [(cell.label, cell.unused) for cell in cells] == [
         ("default, merge grouped, grouping damage", ("neurons",)),
         ("default, merge grouped, grouping outputs", ("neurons",)),
