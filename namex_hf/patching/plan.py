@@ -297,13 +297,15 @@ def _check_form(form: str, recipe: Recipe, family: Family, checkpoint: Checkpoin
     if form not in family.forms:
         able = "; ".join(f"{', '.join(one.forms)}, of {name}" for name, one in sorted(FAMILIES.items()) if one.forms)
         raise FamilyError(f"--export-as {form} of a {family.model_type} model; accepted: {able}")
-    if not isinstance(recipe.merge, Grouped) or recipe.own_class or recipe.merge.width is not None:
+    if not isinstance(recipe.merge, Grouped) or recipe.own_class:
         stated = recipe.to_dict()
         raise RecipeError(
-            "--export-as writes a stock checkpoint, with as many experts in every layer, of the width that they had: "
-            "it needs merge 'grouped' without a width, routing 'linear' and budget 'equal'; found "
-            + ", ".join(f"{name}={stated[name]}" for name in ("merge", "width", "routing", "budget"))
+            "--export-as writes a stock checkpoint, with as many experts in every layer: it needs merge 'grouped', "
+            f"routing 'linear' and budget 'equal'; found merge={stated['merge']}, "
+            f"routing={stated['routing']}, budget={stated['budget']}"
         )
+    if recipe.merge.width is not None:
+        raise RecipeError(f"--export-as writes experts of the width that they had; found width={recipe.merge.width}")
     if reason := family.forms[form].refuse(checkpoint.config):
         raise FamilyError(f"--export-as {form}: config.json: {reason}")
 

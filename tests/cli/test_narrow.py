@@ -225,7 +225,7 @@ def test_no_other_form_of_a_deepseek(refused, toys: dict[str, Path]) -> None:
     assert "it needs merge 'grouped'" in said
     assert "found merge=narrow" in said
     both = ["--merge", "grouped", "--experts", "4", "--width", "4", "--export-as", "qwen2_moe"]
-    assert "found merge=grouped, width=4" in refused(toys["deepseek"], *both)
+    assert "found width=4" in refused(toys["deepseek"], *both)
 
 
 JAMBA = {
