@@ -5,10 +5,13 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from torch.nn.functional import pad
 
 from .experts import Expert, Experts, ExpertWeights
 from .gate import Gate
 
+ROWS, FILLED = 1024, 128
+"""Tokens of a product in bfloat16, and what their number is a multiple of: the last ones are filled up with zeros."""
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -93,9 +96,13 @@ def on_tokens(
         inputs: float32 ``[tokens, hidden]``.
         expert: in its own dtype.
     """
-    if expert.dtype == torch.bfloat16 and multiplies_bfloat16(inputs.device.type):
-        inputs = inputs.bfloat16()
-    return function(inputs, expert.to(inputs), activation).float()
+    if expert.dtype != torch.bfloat16 or not multiplies_bfloat16(inputs.device.type):
+        return function(inputs, expert.to(inputs), activation)
+    expert, found = expert.to(inputs.new_empty(0, dtype=torch.bfloat16)), []
+    for rows in inputs.split(ROWS):  # few numbers of rows: the library holds code and memory for each
+        filled = pad(rows.bfloat16(), (0, 0, 0, -len(rows) % FILLED))
+        found.append(function(filled, expert, activation)[: len(rows)].float())
+    return torch.cat(found)
 
 
 def shared_expert_output(
