@@ -1,5 +1,7 @@
 """What a comparison leaves behind: tables, everything in numbers, a page and its picture."""
 
+import base64
+import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,11 +15,14 @@ from ..evaluation.compare_table import markdown, notes, tables
 from ..evaluation.rows import perplexities
 from ..files import write_text
 from ..render import rendered
+from .colours import COLOURS
+from .frontier import frontier
 from .page import POLICY
 
 if TYPE_CHECKING:
     from .pictures import Picture
 
+TEMPLATES = Path(__file__).parents[1] / "templates"
 PAGE, TABLE, NUMBERS = "index.html", "comparison.md", "comparison.json"
 
 
@@ -46,7 +51,7 @@ def page(comparison: Comparison, pictures: Sequence["Picture"]) -> str:
     Args:
         pictures: none where they cannot be drawn; the page is whole without.
     """
-    requests = comparison.plan.requests.items()
+    requests, sort = comparison.plan.requests.items(), (TEMPLATES / "sort.js").read_text("utf-8")
     return rendered(
         "comparison.html",
         title=f"Recipes on {comparison.plan.checkpoint.name}, side by side",
@@ -55,8 +60,16 @@ def page(comparison: Comparison, pictures: Sequence["Picture"]) -> str:
         notes=notes(comparison),
         recipes={name: yaml.safe_dump(one.identity["recipe"], sort_keys=False) for name, one in requests if one.recipe},
         versions=comparison.plan.run["versions"],
-        policy=POLICY,
+        frontier=frontier(comparison),
+        colours=COLOURS,
+        sort=sort,
+        policy=f"{POLICY}; script-src '{hash_of(sort)}'",
     )
+
+
+def hash_of(script: str) -> str:
+    """What a policy names, for the browser to run this script and no other."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def write(comparison: Comparison, out: Path) -> bool:

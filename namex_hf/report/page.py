@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..evaluation.verdict import better
 from ..files import size_text
 from ..record import Report, choices, ratio
 from ..render import rendered
@@ -14,18 +15,22 @@ if TYPE_CHECKING:
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-def summary(report: Report) -> list[str]:
-    """The run in a line: sizes, what was lost, time and memory."""
-    totals = report.totals
-    facts = [f"{size_text(totals['bytes_in'])} to {size_text(totals['bytes_out'])}"]
+def summary(report: Report) -> dict[str, str]:
+    """The run in a few numbers: what is left, what was lost, time and memory."""
+    totals, recipe = report.totals, report.run["recipe"]
+    found = {"bytes": f"{size_text(totals['bytes_in'])} to {size_text(totals['bytes_out'])}"}
+    if recipe["merge"] == "grouped":
+        found["routed experts a layer"] = str(recipe["experts"])
+    if recipe["width"] is not None:
+        found["neurons a routed expert"] = str(recipe["width"])
     if mean := (report.perplexity or {}).get("mean"):
-        facts.append(f"{ratio(mean):.3f} times the perplexity")
+        found["perplexity"] = f"{ratio(mean):.3f} times"
     if answers := report.answers:
-        facts.append(f"{answers['after']} of {answers['problems']} problems answered, before {answers['before']}")
-    facts.append(f"{totals['seconds']:.0f} s")
+        found["exact answers"] = f"{answers['after']} of {answers['problems']}, before {answers['before']}"
+    found["time"] = f"{totals['seconds']:.0f} s"
     if peak := totals.get("peak_resident_bytes"):
-        facts.append(f"{size_text(peak)} of memory")
-    return facts
+        found["memory"] = size_text(peak)
+    return found
 
 
 def page(report: Report, recipe_text: str, pictures: Sequence["Picture"], drawn: bool = True) -> str:
@@ -46,6 +51,7 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"], drawn:
         pictures=pictures,
         drawn=drawn,
         summary=summary(report),
+        hint=better(report.run["recipe"]),
         layers=layer_table(report),
         recipe_text=recipe_text,
         versions=report.versions,

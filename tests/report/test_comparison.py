@@ -10,10 +10,13 @@ import pytest
 from namex_hf.checkpoint.resolve import resolve
 from namex_hf.evaluation.compare import FLOOR, ORIGINAL, Comparison, ComparisonPlan, assemble, make_plan_of
 from namex_hf.evaluation.compare_table import answers, costs, markdown, notes, quality
+from namex_hf.evaluation.equal_bytes import SizedRow
 from namex_hf.evaluation.grid import grid, recipe_files
 from namex_hf.evaluation.rows import row_of
 from namex_hf.evaluation.settings import Settings
 from namex_hf.report.comparison import page, write
+from namex_hf.report.frontier import frontier
+from tests.helpers.browser import browse, needs_browser
 from tests.helpers.measurements import WINDOWS, result
 
 SETTINGS = Settings(dict.fromkeys(WINDOWS, "a text"), 1024, 80)
@@ -112,7 +115,7 @@ def test_what_comes_from_files_is_escaped(tmp_path: Path):
     plan = planned(tmp_path, evil)
     found = replace(measured(plan), failed={evil: evil})
     text = page(found, [])
-    assert "<script" not in text
+    assert text.count("<script") == 1  # that of sorting
     assert text.count("a|b&lt;script&gt;") >= 5
     rows = [line for line in markdown(found).splitlines() if line.startswith("| a")]
     assert rows
@@ -165,3 +168,89 @@ def test_without_a_cell_there_is_a_page_and_no_picture(tmp_path: Path):
     assert write(found, tmp_path) is True
     assert "<img" not in (tmp_path / "index.html").read_text()
     assert not (tmp_path / "comparison.png").exists()
+
+
+# --- answers over bytes ----------------------------------------------------------------------------------------------
+
+
+def with_bytes(found: Comparison) -> Comparison:
+    """Rows of 10, 8, 7 and 6 MB ... and shares that fall, but for one that is below a smaller model's."""
+    sizes = {row.label: 10 - place for place, row in enumerate(row for row in found.rows if row.label != FLOOR)}
+    shares = {10: 0.9, 9: 0.7, 8: 0.8, 7: 0.3, 6: 0.2}
+    rows = [
+        replace(row, exact=shares[sizes[row.label]], costs={**row.costs, "bytes": 1e6 * sizes[row.label]})
+        if row.label in sizes
+        else replace(row, costs={**row.costs, "bytes": 1e6})
+        for row in found.rows
+    ]
+    return replace(found, rows=rows)
+
+
+def test_no_model_of_the_frontier_is_surpassed_by_one_of_as_few_bytes(tmp_path: Path):
+    found = with_bytes(measured(planned(tmp_path)))
+    drawn = frontier(found)
+    assert drawn is not None
+    assert [(point.megabytes, point.exact) for point in drawn.points] == [
+        (10, 90), (9, 70), (8, 80), (7, 30), (6, 20)
+    ]  # fmt: skip
+    assert [point.megabytes for point in drawn.best] == [6, 7, 8, 10]
+    x, y = drawn.x, drawn.y
+    assert x.place(6) < x.place(10)
+    assert y.place(20) > y.place(90)
+    assert drawn.left < x.place(6) < x.place(10) < drawn.right
+    for axis in (x, y):
+        assert 2 <= len(axis.ticks()) <= 7
+        for place, text in axis.ticks():
+            assert place == axis.place(float(text))
+    assert "original: 90.0 % in 10.00 MB" in drawn.words
+
+
+def test_models_of_equal_bytes_are_the_points_where_they_were_measured(tmp_path: Path):
+    found = with_bytes(measured(planned(tmp_path)))
+    sized = [SizedRow(found.rows[0], f"{bits} bit", bits, bits * 10**6) for bits in (16, 8, 4)]
+    drawn = frontier(replace(found, sized=sized))
+    assert drawn is not None
+    assert [point.words for point in drawn.points] == [
+        f"original, {bits} bit: 90.0 % in {bits}.00 MB" for bits in (16, 8, 4)
+    ]
+    assert frontier(replace(found, sized=sized[:1])) is None
+    assert frontier(replace(found, rows=[replace(row, exact=None) for row in found.rows])) is None
+
+
+SORT = """<script>
+window.addEventListener("load", () => {
+  const table = document.querySelectorAll("table")[0];
+  const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
+  const first = () => [...table.querySelectorAll("td:first-child")].map((one) => one.textContent).join("|");
+  const place = [...table.querySelectorAll("th")].findIndex((one) => one.textContent === "exact, %");
+  table.querySelectorAll("th button")[place].click();
+  const rising = first();
+  table.querySelectorAll("th button")[place].click();
+  table.parentNode.scrollLeft = 200;
+  const left = (one) => one.getBoundingClientRect().left;
+  const stuck = Math.abs(left(table.querySelector("td")) - left(table.parentNode)) < 1;
+  document.body.dataset.found = `wide=${wide} stuck=${stuck} rising=${rising} falling=${first()}`;
+});
+</script>"""
+
+
+@needs_browser
+@pytest.mark.parametrize("size", ["500,900", "1280,900"])
+def test_in_a_browser_tables_are_sorted_and_their_first_column_stays(tmp_path: Path, size: str):
+    found = with_bytes(measured(planned(tmp_path)))
+    text = page(found, [])
+    (tmp_path / "page.html").write_text(text)
+    dom, said = browse(tmp_path / "page.html", f"--window-size={size}")
+    assert said == ""  # the policy lets the script of sorting run
+    assert dom.count("<button>") > 10
+    policy = re.search(r'content="(default-src[^"]*)"', text)
+    assert policy is not None
+    (tmp_path / "page.html").write_text(text.replace(policy[1], "").replace("</body>", f"{SORT}</body>"))
+    dom, _ = browse(tmp_path / "page.html", f"--window-size={size}")
+    seen = re.search(r'data-found="wide=(\w+) stuck=(\w+) rising=([^"]*) falling=([^"]*)"', dom)
+    assert seen is not None
+    rows = ["original" if row.label == ORIGINAL else row.title for row in sorted(found.rows, key=lambda one: one.exact)]
+    assert seen[1] == "false"
+    assert seen[2] == "true"
+    assert [one for one in seen[3].split("|") if "perplexity" not in one] == rows
+    assert [one for one in seen[4].split("|") if "perplexity" not in one] == rows[::-1]

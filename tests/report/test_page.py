@@ -2,8 +2,6 @@
 
 import base64
 import re
-import shutil
-import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,10 +16,9 @@ from namex_hf.report.distances import distances
 from namex_hf.report.folder import open_patched
 from namex_hf.report.page import POLICY, page
 from namex_hf.report.pictures import Material, Picture, draw
+from tests.helpers.browser import browse, needs_browser
 
 FORMS = ("qwen2_moe residual", "qwen2_moe calibrated")
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "headless_shell")
-BROWSER = next(filter(None, map(shutil.which, BROWSERS)), None)
 LOOK = """<script>
 window.addEventListener("load", () => {
   const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
@@ -105,6 +102,24 @@ def test_a_perplexity_of_zero_has_no_ratio(patched: dict[str, Path]):
     assert "| prose | 0.00 | 3.00 | nan |" in card(report, {})
 
 
+def test_the_run_is_a_strip_of_numbers_with_a_better_command(patched: dict[str, Path]):
+    """Of fewer experts: how many are left, and what keeps more of the model."""
+    folder = open_patched(patched["qwen2_moe calibrated"])
+    report = folder.report.with_perplexity({"mean": {"before": 2.0, "after": 3.0}})
+    report = replace(report, answers={"problems": 200, "before": 140, "after": 105})
+    text = page(report, "", [])
+    strip = dict(re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", text))
+    recipe = report.run["recipe"]
+    assert strip["routed experts a layer"] == str(recipe["experts"])
+    assert strip["exact answers"] == "105 of 200, before 140"
+    assert strip["perplexity"] == "1.500 times"
+    assert {"bytes", "time", "memory"} < {*strip}
+    assert "neurons a routed expert" not in strip
+    assert "--keep SHARE in place of --merge grouped" in text
+    narrow = replace(report, run={**report.run, "recipe": {**recipe, "merge": "narrow", "width": 40}})
+    assert "<dt>neurons a routed expert</dt><dd>40</dd>" in page(narrow, "", [])
+
+
 def test_a_page_without_pictures_says_so(patched: dict[str, Path]):
     folder = open_patched(patched["qwen2_moe sparse"])
     pictures = draw(Material(replace(folder, cosines={})))
@@ -112,21 +127,7 @@ def test_a_page_without_pictures_says_so(patched: dict[str, Path]):
     assert "has no data to draw" in page(folder.report, folder.recipe.to_yaml(), pictures)
 
 
-def browse(page: Path, *more: str) -> tuple[str, str]:
-    """What the browser made of a page, and what its console said."""
-    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", *more]
-    profile = f"--user-data-dir={page.parent / 'profile'}"
-    ran = subprocess.run(
-        [*command, profile, "--enable-logging=stderr", "--dump-dom", page.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return ran.stdout, "\n".join(line for line in ran.stderr.splitlines() if "CONSOLE" in line)
-
-
-@pytest.mark.skipif(BROWSER is None, reason=f"no browser on this machine: {', '.join(BROWSERS)}")
+@needs_browser
 @pytest.mark.parametrize("form", FORMS)
 def test_a_browser_has_nothing_to_complain_about(
     pages: dict[str, tuple[str, list[Picture]]], tmp_path: Path, form: str
@@ -137,7 +138,7 @@ def test_a_browser_has_nothing_to_complain_about(
     assert said == ""
 
 
-@pytest.mark.skipif(BROWSER is None, reason=f"no browser on this machine: {', '.join(BROWSERS)}")
+@needs_browser
 @pytest.mark.parametrize(("size", "dark"), [("1200,900", False), ("500,900", False), ("1200,900", True)])
 def test_in_a_browser_every_picture_is_there_and_nothing_overflows(
     pages: dict[str, tuple[str, list[Picture]]], tmp_path: Path, size: str, dark: bool

@@ -19,14 +19,13 @@ from matplotlib.figure import Figure
 
 from ...files import write_bytes
 from ..answers import Answers
+from ..colours import COLOURS
 from ..folder import PatchedFolder
 
 INK = "#0b0d12"
 """Of text and axes. No data has this colour: in a vector picture it can be replaced by another ground's ink."""
 PALE = "#e6e9ef"
 """The ink on a dark ground."""
-COLOURS = ("#2f7fd1", "#e08214", "#159a80", "#b35fbf", "#c9483b", "#8a8d91")
-"""Told apart with every kind of colour blindness, on white and on black; lines have their dashes and marks besides."""
 MARKS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (1, 1)))
 DIVERGING = LinearSegmentedColormap.from_list(
