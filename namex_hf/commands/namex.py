@@ -8,7 +8,8 @@ from ..printable import did_you_mean
 from .common import command_parser
 
 COMMANDS = {
-    "patch": "merge the experts of a checkpoint",
+    "patch": "make a checkpoint smaller, or merge its experts",
+    "answers": "let a model write calibration text for itself",
     "compare": "patch one model with several recipes, and score the results",
     "tune": "fine-tune a model on chats, with TRL",
     "score": "score models on lm-eval's tasks",
@@ -31,10 +32,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return status
     parser = command_parser(
         "namex",
-        "Merge the experts of Mixture-of-Experts checkpoints by Nash bargaining.\n\ncommands:\n"
+        "Make Mixture-of-Experts checkpoints smaller, or merge their experts by Nash bargaining.\n\ncommands:\n"
         + "\n".join(f"  {name:<12}{what}" for name, what in COMMANDS.items())
         + "\n\n'namex COMMAND --help' has the options and examples of each.",
-        ("patch tiny --out out/tiny", "inspect out/tiny", "recipes"),
+        ("patch tiny --out out/half --keep 0.5", "inspect out/half", "recipes"),
         usage="COMMAND ...",
     )
     if words and not words[0].startswith("-"):

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .generation import as_chat, greedy_answers
+from .generation import as_chat, generated_answers
 
 PROBLEMS = Path(__file__).parent.parent / "packaged" / "held_out" / "arithmetic.jsonl"
 ANSWER = re.compile(r"####\s*(-?[\d,]+)")
@@ -44,5 +44,5 @@ def exact_answers(
     """
     questions = [problem["question"] for problem in problems]
     prompts = [as_chat(tokenizer, [("user", one)]) if chat else asked(one) for one in questions]
-    found = greedy_answers(model, tokenizer, prompts, new_tokens, batch, chat=chat)
+    found = generated_answers(model, tokenizer, prompts, new_tokens, batch, chat=chat)
     return [final_number(one.text) == final_number(p["answer"]) for one, p in zip(found, problems, strict=True)]

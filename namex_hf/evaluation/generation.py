@@ -1,4 +1,4 @@
-"""Greedy answers, and what is measured of one beside whether it is right: its length, whether it was cut, loops."""
+"""Answers, and what is measured of one beside whether it is right: its length, whether it was cut, loops."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,7 +41,7 @@ class LineEnd(StoppingCriteria):
 
 
 @torch.no_grad()
-def greedy_answers(
+def generated_answers(
     model: Any,
     tokenizer: Any,
     prompts: Sequence[str],
@@ -50,14 +50,16 @@ def greedy_answers(
     *,
     chat: bool = False,
     one_line: bool = False,
+    temperature: float | None = None,
 ) -> list[Answer]:
-    """The greedy answer to each prompt.
+    """The answer to each prompt: greedy, or drawn by torch's own generator.
 
     Args:
         model: a causal language model of transformers; its mode (training or eval) does not change.
         tokenizer: with a token that fills batches; it is set to fill them on the left.
         chat: the prompts are written by the chat template, which writes its own begin-of-text token.
         one_line: an answer ends with its first line.
+        temperature: of drawing; None: greedy.
 
     Raises:
         CheckpointError: the tokenizer gives a token that the embedding has no row for.
@@ -70,13 +72,13 @@ def greedy_answers(
         inputs = tokenizer(part, return_tensors="pt", padding=True, add_special_tokens=not chat).to(model.device)
         check_ids(model, int(inputs.input_ids.max()))
         width = inputs.input_ids.shape[1]
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = {"do_sample": False}
+        if temperature is not None:
+            options = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
         if one_line:
             options["stopping_criteria"] = StoppingCriteriaList([LineEnd(tokenizer, width)])
         with without_balance_loss(model):
-            output = model.generate(
-                **inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=tokenizer.pad_token_id, **options
-            )
+            output = model.generate(**inputs, max_new_tokens=new_tokens, pad_token_id=tokenizer.pad_token_id, **options)
         found += [_answer(row.tolist(), model, tokenizer, new_tokens, one_line) for row in output[:, width:]]
     model.train(training)
     return found

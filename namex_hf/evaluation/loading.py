@@ -31,6 +31,12 @@ def load(folder: str | Path) -> Any:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
+def load_as_stored(folder: str | Path, device: str) -> Any:
+    """A model in the dtype that it is stored in, on a device."""
+    with without_bar():
+        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+
+
 def tokenizer_of(folder: Path) -> Any:
     """The tokenizer of a folder, with a token that fills batches. No remote code is run.
 

@@ -20,7 +20,7 @@ from ..quantising.matrices import Storage, matrices_of
 from ..recipe import Recipe
 from .closeness import window_closeness
 from .equal_bytes import Quantising
-from .generation import as_chat, greedy_answers
+from .generation import as_chat, generated_answers
 from .loading import load, tokenizer_of, without_routed_experts
 from .memory import forget_peak, peak_bytes
 from .perplexity import text_ids, text_losses
@@ -140,7 +140,9 @@ def _answers(
         progress(ProgressEvent(f"problems, {kind}", done=start, total=len(problems)))
         part = problems[start : start + BATCH]
         prompts = [as_chat(tokenizer, one.turns) if chat else one.prompt for one in part]
-        found += greedy_answers(model, tokenizer, prompts, asked.NEW_TOKENS, BATCH, chat=chat, one_line=asked.ONE_LINE)
+        found += generated_answers(
+            model, tokenizer, prompts, asked.NEW_TOKENS, BATCH, chat=chat, one_line=asked.ONE_LINE
+        )
     right = [asked.check(one.text, problem) for one, problem in zip(found, problems, strict=True)]
     return {"right": right, **{name: [getattr(one, name) for one in found] for name in ("tokens", "cut", "loops")}}
 

@@ -7,7 +7,7 @@ from typing import Any
 from ..checkpoint.source import Checkpoint
 from ..files import size_text
 from ..record import Report, ratio
-from .generation import greedy_answers
+from .generation import generated_answers
 from .loading import load, tokenizer_of
 from .problems import packaged
 from .size import size_of
@@ -28,7 +28,7 @@ def answers_before_and_after(before: Path, after: Path) -> dict[str, Any]:
     """
     tokenizer, problems = tokenizer_of(before), packaged.make(0, PROBLEMS)
     prompts = [problem.prompt for problem in problems]
-    old, new = (greedy_answers(load(f), tokenizer, prompts, packaged.NEW_TOKENS, BATCH) for f in (before, after))
+    old, new = (generated_answers(load(f), tokenizer, prompts, packaged.NEW_TOKENS, BATCH) for f in (before, after))
     scores = [
         [float(packaged.check(one.text, problem)) for one, problem in zip(answers, problems, strict=True)]
         for answers in (old, new)

@@ -24,7 +24,7 @@ from namex_hf.evaluation.compare import (
     make_plan_of,
 )
 from namex_hf.evaluation.compare_table import quality
-from namex_hf.evaluation.generation import as_chat, greedy_answers
+from namex_hf.evaluation.generation import as_chat, generated_answers
 from namex_hf.evaluation.grid import Cell, grid, recipe_files
 from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.evaluation.perplexity import perplexities, text_ids
@@ -167,7 +167,7 @@ def test_kinds_of_problems_are_asked_in_place_of_the_packaged_ones(few: Settings
         problems = asked.made()[kind]
         chat = kind == "chats"
         prompts = [as_chat(tokenizer, one.turns) if chat else one.prompt for one in problems]
-        written = greedy_answers(model, tokenizer, prompts, ALL[kind].NEW_TOKENS, chat=chat, one_line=not chat)
+        written = generated_answers(model, tokenizer, prompts, ALL[kind].NEW_TOKENS, chat=chat, one_line=not chat)
         assert measured["right"] == [ALL[kind].check(a.text, b) for a, b in zip(written, problems, strict=True)]
         assert measured["tokens"] == [one.tokens for one in written]
         assert measured["cut"] == [one.cut for one in written]

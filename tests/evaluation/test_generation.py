@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from namex_hf.evaluation.generation import REPEATED, as_chat, greedy_answers, has_loop
+from namex_hf.evaluation.generation import REPEATED, as_chat, generated_answers, has_loop
 
 
 class Writes(torch.nn.Module):
@@ -35,10 +35,10 @@ def test_lengths_and_what_the_limit_cut(tokenizer: Any, several: bool):
     end = tokenizer.eos_token_id
     rows = [[*ids(tokenizer, "abc"), end], ids(tokenizer, "de\nfgh")]
     model = Writes(rows, [end, 7000] if several else end)
-    ended, cut = greedy_answers(model, tokenizer, ["a?", "b?"], len(rows[1]))
+    ended, cut = generated_answers(model, tokenizer, ["a?", "b?"], len(rows[1]))
     assert (ended.text, ended.tokens, ended.cut) == ("abc", len(rows[0]) - 1, False)
     assert (cut.text, cut.tokens, cut.cut) == ("de\nfgh", len(rows[1]), True)
-    ended, line = greedy_answers(model, tokenizer, ["a?", "b?"], len(rows[1]), one_line=True)
+    ended, line = generated_answers(model, tokenizer, ["a?", "b?"], len(rows[1]), one_line=True)
     assert (ended.text, ended.tokens, ended.cut) == ("abc", len(rows[0]) - 1, False)
     assert (line.text, line.tokens, line.cut) == ("de", len(ids(tokenizer, "de")), False)
 
@@ -50,8 +50,8 @@ def test_a_line_ends_generation(model: Any, tokenizer: Any, monkeypatch: pytest.
     bias[newline] = 1e9
     hook = model.get_output_embeddings().register_forward_hook(lambda _, __, logits: logits + bias)
     try:
-        (short,) = greedy_answers(model, tokenizer, ["abc"], 30, one_line=True)
-        (long,) = greedy_answers(model, tokenizer, ["abc"], 30)
+        (short,) = generated_answers(model, tokenizer, ["abc"], 30, one_line=True)
+        (long,) = generated_answers(model, tokenizer, ["abc"], 30)
     finally:
         hook.remove()
     assert (short.text, short.tokens, short.cut, short.loops) == ("", 0, False, False)

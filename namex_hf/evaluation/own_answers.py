@@ -1,0 +1,137 @@
+"""A model's own answers in the chats of a set, as calibration text: what it says, not what others say in its place."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..calibration.chats import Chat
+from ..errors import OutputError
+from ..files import LARGEST_TEXT, parse_json, read_bytes, write_bytes
+from ..progress import ProgressCallback, ProgressEvent, no_progress
+from .generation import as_chat, generated_answers
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What determines the answers, beside the machine."""
+
+    model: str
+    """Fingerprint of the checkpoint."""
+    chats: str
+    """Hash of the set."""
+    answer_tokens: int
+    temperature: float | None
+    """None: greedy."""
+    seed: int
+    batch: int
+    """Chats that are answered together."""
+
+    @property
+    def mark(self) -> str:
+        """Of every line of a file of answers."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
+
+
+def hash_of(chats: Sequence[Chat]) -> str:
+    return hashlib.sha256(json.dumps(chats).encode()).hexdigest()
+
+
+@dataclass
+class AnswerFile:
+    """A ``.jsonl`` file with a chat a line, which `calibration_data` takes; it grows with every batch."""
+
+    path: Path
+    asked: Asked
+
+    def read(self, total: int) -> list[Chat]:
+        """The chats so far: whole batches, without what a kill has cut, which is taken away.
+
+        Args:
+            total: chats of the set.
+
+        Raises:
+            OutputError: the file is of another model, set or choice.
+        """
+        if not self.path.exists():
+            return []
+        lines = read_bytes(self.path, OutputError, LARGEST_TEXT).split(b"\n")[:-1]  # the last has no end
+        records = [parse_json(line, f"{self.path}, line {n}", OutputError) for n, line in enumerate(lines, 1)]
+        if any(not isinstance(one, dict) or one.get("asked") != self.asked.mark for one in records):
+            raise OutputError(
+                f"{self.path} is of another model, other chats or other choices; accepted: a new file, or --overwrite"
+            )
+        whole = len(lines) if len(lines) == total else len(lines) // self.asked.batch * self.asked.batch
+        write_bytes(self.path, b"".join(line + b"\n" for line in lines[:whole]))
+        return [one["messages"] for one in records[:whole]]
+
+    def add(self, chats: Sequence[Chat]) -> None:
+        lines = (json.dumps({"messages": chat, "asked": self.asked.mark}, ensure_ascii=False) for chat in chats)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.writelines(line + "\n" for line in lines)
+
+
+def write_answers(
+    model: Any,
+    tokenizer: Any,
+    chats: Sequence[Chat],
+    file: AnswerFile,
+    tokens: int,
+    progress: ProgressCallback = no_progress,
+) -> int:
+    """Answer chats until the file holds enough tokens, or the set is at its end; returns how many tokens it holds.
+
+    A file that was begun is continued: batches are the same then, and so are the answers.
+
+    Args:
+        model: of transformers, on its device.
+        tokens: of the chats as the tokenizer's template writes them.
+
+    Raises:
+        OutputError: the file is of another model, set or choice.
+        CheckpointError: the chat template fails.
+    """
+    done = file.read(len(chats))
+    count = sum(_length(chat, tokenizer) for chat in done)
+    progress(ProgressEvent("answers", done=min(count, tokens), total=tokens, resumed=True))
+    for start in range(len(done), len(chats), file.asked.batch):
+        if count >= tokens:
+            break
+        answered = own_answers(model, tokenizer, chats[start : start + file.asked.batch], file.asked, start)
+        file.add(answered)
+        count += sum(_length(chat, tokenizer) for chat in answered)
+        progress(ProgressEvent("answers", done=min(count, tokens), total=tokens))
+    return count
+
+
+def own_answers(model: Any, tokenizer: Any, chats: Sequence[Chat], asked: Asked, start: int = 0) -> list[Chat]:
+    """The chats with the model's own answers in the place of the assistant's, turn after turn.
+
+    Args:
+        start: the number of the first chat, for the seed of what is drawn.
+    """
+    torch.manual_seed(asked.seed + start)
+    found: list[Chat] = [[] for _ in chats]
+    for place in range(max(map(len, chats))):
+        waits = []
+        for chat, own in zip(chats, found, strict=True):
+            if place < len(chat) and chat[place]["role"] == "assistant":
+                waits.append(own)
+            elif place < len(chat):
+                own.append(chat[place])
+        prompts = [as_chat(tokenizer, [(turn["role"], turn["content"]) for turn in own]) for own in waits]
+        answers = generated_answers(
+            model, tokenizer, prompts, asked.answer_tokens, asked.batch, chat=True, temperature=asked.temperature
+        )
+        for own, answer in zip(waits, answers, strict=True):
+            own.append({"role": "assistant", "content": answer.text})
+    return found
+
+
+def _length(chat: Chat, tokenizer: Any) -> int:
+    text = as_chat(tokenizer, [(turn["role"], turn["content"]) for turn in chat])
+    return len(tokenizer(text, add_special_tokens=False).input_ids)
