@@ -9,13 +9,13 @@ from .common import command_parser
 
 COMMANDS = {
     "patch": "make a checkpoint smaller, or merge its experts",
-    "answers": "let a model write calibration text for itself",
     "compare": "patch one model with several recipes, and score the results",
     "tune": "fine-tune a model on chats, with TRL",
     "score": "score models on lm-eval's tasks",
     "report": "draw what a patch did",
     "inspect": "say what a checkpoint is",
     "push": "publish a patched folder on the Hub",
+    "answers": "let a model write calibration text for itself",
     "recipes": "list the recipes that come with the package",
     "env": "print versions and devices, for a bug report",
     "completion": "print the completion of a shell",
