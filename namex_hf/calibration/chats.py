@@ -8,6 +8,7 @@ from typing import Any
 from ..errors import CalibrationError
 from ..files import LARGEST_TEXT, parse_json, read_text
 from .hub_source import FORM, hub_rows, is_hub_name
+from .records import turns_of
 
 Chat = list[dict[str, str]]
 """Turns with a ``role`` and a ``content``."""
@@ -17,7 +18,7 @@ MOST = 100_000
 
 
 def read_chats(source: str, seed: int = 0) -> list[Chat]:
-    """The chats of a set in which an assistant answers, each up to its last answer.
+    """The chats of a set in which an assistant answers in words, each up to its last answer.
 
     Args:
         source: ``packaged``, a ``.jsonl`` file with a list of ``messages`` a line, or a Hub data set with such a
@@ -46,12 +47,14 @@ def read_chats(source: str, seed: int = 0) -> list[Chat]:
 
 
 def _chat(record: Any, where: str) -> Chat:
-    turns = record.get("messages") if isinstance(record, dict) else None
+    turns = turns_of(record) if isinstance(record, dict) else None
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise CalibrationError(f"{where}: accepted: a list of 'messages', each with a 'role' and a 'content' of text")
+    if any(turn["content"] is None for turn in turns):  # it calls tools, whose results follow from the call
+        return []
     answers = [place for place, turn in enumerate(turns) if turn["role"] == "assistant"]
     return [{"role": turn["role"], "content": turn["content"]} for turn in turns[: answers[-1] + 1 if answers else 0]]
 
 
 def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and all(isinstance(turn.get(name), str) for name in ("role", "content"))
+    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | None)

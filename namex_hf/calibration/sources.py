@@ -13,6 +13,7 @@ from ..errors import CalibrationError
 from ..files import LARGEST_TEXT, bounded_lines, decoded, open_regular, parse_json, read_bytes
 from ..limited import limited
 from .hub_source import FORM, hub_rows, is_hub_name
+from .records import pair_of, plain_of, tools_of, turns_of
 
 PACKAGED = Path(__file__).parent.parent / "packaged" / "calibration"
 ACCEPTED = f"'packaged', a text file, a .jsonl file, a folder of these, token ids (.npy), or a Hub data set {FORM}"
@@ -88,10 +89,15 @@ def _lines(file: Path, draw: random.Random) -> Iterator[tuple[int, bytes]]:
 def _text(record: Any, tokenizer: Any, where: str) -> str:
     """The text of a record, or its messages as the chat template writes them."""
     fields = record if isinstance(record, Mapping) else {}
-    if isinstance(fields.get("messages"), list):
-        text = _chat(fields["messages"], tokenizer, where)
-    elif isinstance(fields.get("text"), str):
-        text = fields["text"]
+    turns, plain, pair = turns_of(fields), plain_of(fields), pair_of(fields)
+    if turns is None and plain is None and pair and tokenizer.chat_template:
+        turns = [{"role": role, "content": said} for role, said in zip(("user", "assistant"), pair, strict=True)]
+    if turns is not None:
+        text = _chat(turns, tools_of(fields), tokenizer, where)
+    elif plain is not None:
+        text = plain
+    elif pair:
+        text = "\n\n".join(pair)
     else:
         present = ", ".join(fields) or "neither"
         raise CalibrationError(f"{where}: accepted: a list of 'messages' or a 'text'; found: {present}")
@@ -102,12 +108,12 @@ def _text(record: Any, tokenizer: Any, where: str) -> str:
     return text
 
 
-def _chat(messages: list[Any], tokenizer: Any, where: str) -> str:
+def _chat(messages: list[Any], tools: list[Any] | None, tokenizer: Any, where: str) -> str:
     if not tokenizer.chat_template:
         raise CalibrationError(f"{where} is a chat, and the tokenizer has no chat template; accepted then: a 'text'")
     try:
         with limited(f"{where}: the tokenizer's chat template", CalibrationError):
-            return tokenizer.apply_chat_template(messages, tokenize=False)
+            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)
     except CalibrationError:
         raise
     except Exception as error:  # a template is a program: what it raises is no closed set

@@ -144,6 +144,54 @@ def test_messages_are_written_by_the_chat_template(tiny: Any, tmp_path: Path):
     assert text.ids[0].tolist() == [*tiny(said).input_ids, tiny.eos_token_id]
 
 
+QUESTION, ANSWER = (turn["content"] for turn in CHAT)
+SHARED = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"conversations": CHAT},
+        {"conversations": SHARED, "source": "a set"},
+        {"messages": [{**turn, "tool_calls": None} for turn in CHAT]},
+        {"prompt": QUESTION, "completion": ANSWER},
+        {"question": QUESTION, "answer": ANSWER, "level": 3},
+        {"problem": QUESTION, "solution": ANSWER},
+        {"instruction": QUESTION, "output": ANSWER, "input": ""},
+    ],
+    ids=lambda record: "-".join(record),
+)
+def test_the_usual_columns_of_chats_and_answers(tiny: Any, tmp_path: Path, record: dict[str, Any]):
+    source, said = jsonl(tmp_path / "chats.jsonl", record), tiny.apply_chat_template(CHAT, tokenize=False)
+    length = len(tiny(said).input_ids) + 1
+    assert documents(calibration_text(source, tiny, length, length, seed=0), tiny)[0] == tiny.decode(
+        tiny(said).input_ids
+    )
+
+
+def test_an_answer_without_a_chat_template_is_text(letters: Any, tmp_path: Path):
+    source = jsonl(tmp_path / "a.jsonl", {"problem": "one", "solution": "two"}, {"content": "def one(): pass"})
+    found = documents(calibration_text(source, letters, 27, 27, seed=0), letters)
+    assert {*found[:2]} == {"one\n\ntwo", "def one(): pass"}
+
+
+@pytest.mark.parametrize("tools", [list, json.dumps])
+def test_tools_and_their_results_are_written_by_the_chat_template(tiny: Any, tmp_path: Path, tools: Any):
+    """As the template of the tokenizer has them; columns that are empty in a turn are not there."""
+    tool = {"type": "function", "function": {"name": "moo", "parameters": {}}}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "moo"}}]}
+    chat = [{**CHAT[0], "tool_calls": None}, call, {"role": "tool", "content": "Moo!", "tool_calls": None}, CHAT[1]]
+    tiny.chat_template = (
+        "{% for t in tools %}T:{{ t.function.name }} {% endfor %}{% for m in messages %}"
+        "{{ m.role }}:{{ m.content or m.tool_calls[0].function.name }}{% if m.tool_calls is defined %}!{% endif %}|"
+        "{% endfor %}"
+    )
+    said = "T:moo user:Say moo.|assistant:moo!|tool:Moo!|assistant:Moo, said the cow.|"
+    source = jsonl(tmp_path / "a.jsonl", {"messages": chat, "tools": tools([tool])})
+    length = len(tiny(said).input_ids) + 1
+    assert documents(calibration_text(source, tiny, length, length, seed=0), tiny)[0] == said
+
+
 def test_a_novel_is_more_than_its_first_page(letters: Any, tmp_path: Path):
     lines = novel(tmp_path / "novel.md", 2000)
     source = str(tmp_path / "novel.md")
