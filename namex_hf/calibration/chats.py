@@ -57,4 +57,6 @@ def _chat(record: Any, where: str) -> Chat:
 
 
 def _is_turn(turn: Any) -> bool:
-    return isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str | None)
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        return False
+    return "content" in turn and isinstance(turn["content"], str | None)

@@ -164,28 +164,30 @@ SHARED = [{"from": "human", "value": QUESTION}, {"from": "gpt", "value": ANSWER}
 def test_the_usual_columns_of_chats_and_answers(tiny: Any, tmp_path: Path, record: dict[str, Any]):
     source, said = jsonl(tmp_path / "chats.jsonl", record), tiny.apply_chat_template(CHAT, tokenize=False)
     length = len(tiny(said).input_ids) + 1
-    assert documents(calibration_text(source, tiny, length, length, seed=0), tiny)[0] == tiny.decode(
-        tiny(said).input_ids
-    )
+    found = calibration_text(source, tiny, length, length, seed=0)
+    assert found.ids[0].tolist() == [*tiny(said).input_ids, tiny.eos_token_id]
 
 
 def test_an_answer_without_a_chat_template_is_text(letters: Any, tmp_path: Path):
     source = jsonl(tmp_path / "a.jsonl", {"problem": "one", "solution": "two"}, {"content": "def one(): pass"})
-    found = documents(calibration_text(source, letters, 27, 27, seed=0), letters)
+    found = documents(calibration_text(source, letters, 25, 25, seed=0), letters)
     assert {*found[:2]} == {"one\n\ntwo", "def one(): pass"}
 
 
 @pytest.mark.parametrize("tools", [list, json.dumps])
-def test_tools_and_their_results_are_written_by_the_chat_template(tiny: Any, tmp_path: Path, tools: Any):
+def test_tools_and_their_results_are_written_by_the_chat_template(
+    tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tools: Any
+):
     """As the template of the tokenizer has them; columns that are empty in a turn are not there."""
     tool = {"type": "function", "function": {"name": "moo", "parameters": {}}}
     call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": {"name": "moo"}}]}
     chat = [{**CHAT[0], "tool_calls": None}, call, {"role": "tool", "content": "Moo!", "tool_calls": None}, CHAT[1]]
-    tiny.chat_template = (
+    template = (
         "{% for t in tools %}T:{{ t.function.name }} {% endfor %}{% for m in messages %}"
         "{{ m.role }}:{{ m.content or m.tool_calls[0].function.name }}{% if m.tool_calls is defined %}!{% endif %}|"
         "{% endfor %}"
     )
+    monkeypatch.setattr(tiny, "chat_template", template)
     said = "T:moo user:Say moo.|assistant:moo!|tool:Moo!|assistant:Moo, said the cow.|"
     source = jsonl(tmp_path / "a.jsonl", {"messages": chat, "tools": tools([tool])})
     length = len(tiny(said).input_ids) + 1
