@@ -11,7 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 def _environment() -> Environment:
     made = Environment(
         loader=PackageLoader("namex_hf"),
-        autoescape=lambda name: name is not None and name.endswith(".html.jinja"),
+        autoescape=lambda name: name is not None and name.endswith((".html.jinja", ".svg.jinja")),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -27,7 +27,7 @@ def _joined(text: str) -> str:
 
 
 def rendered(template: str, **values: Any) -> str:
-    """A template with its values. In HTML everything is escaped unless it is marked as safe.
+    """A template with its values. In HTML and SVG everything is escaped unless it is marked as safe.
 
     Args:
         template: name of the file, without ``.jinja``.

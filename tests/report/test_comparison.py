@@ -1,6 +1,7 @@
 """What is written of given numbers: tables and their warnings, the page, the picture."""
 
 import re
+import runpy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -215,6 +216,13 @@ def test_models_of_equal_bytes_are_the_points_where_they_were_measured(tmp_path:
     ]
     assert frontier(replace(found, sized=sized[:1])) is None
     assert frontier(replace(found, rows=[replace(row, exact=None) for row in found.rows])) is None
+
+
+def test_the_picture_of_the_docs_is_that_of_their_table() -> None:
+    """`python benchmarks/answers_figure.py` writes it."""
+    found = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "answers_figure.py"))
+    assert len(found["points"]()) >= 16
+    assert found["PICTURE"].read_text("utf-8") == found["picture"]()
 
 
 SORT = """<script>
