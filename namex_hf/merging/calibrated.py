@@ -1,60 +1,41 @@
 """A layer with fewer experts, merged on its activations on calibration text."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Any
 
 import torch
 
-from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe import Grouped
-from ..recipe.choices import ErrorWeights, FitKind
+from ..recipe.choices import FitKind
 from .controls import random_experts, shared_experts
-from .cut import Cut
-from .error_weights import TINY, error_weights
 from .experts import Expert, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from .members import gather, merge_members
-from .moe_layer import MoELayer, Text
+from .moe_layer import MoELayer
 from .record import cosines
 from .refit import refit_downs
+from .rewriting import Rewriting
 from .router_fit import RouterProblem, fit_router, output_products
 from .routing import TokenRouting, expert_output, on_tokens
-from .settings import DEFAULTS, FitSettings
 from .super_experts import super_experts
 from .weightings import ExpertStatistics
-from .whole_fit import WholeFit
 
 
 @dataclass
-class Shrinking:
+class Shrinking(Rewriting[Grouped]):
     """A layer on the way to fewer experts.
 
-    Memory: the K experts in their dtype, three times ``[tokens, hidden]`` beside the text, a copy of the largest group,
-    and what `router_fit.OutputProducts` or, after it, `layer_fit.fit_layer` takes. The latter takes twice
-    ``[tokens, hidden]`` of the shared expert besides. With a width, what `Cut` takes, before the latter.
+    Memory: that of `Rewriting`, the K experts in their dtype, a copy of the largest group, and what
+    `router_fit.OutputProducts` takes, before a fit of the layer.
     """
 
-    source: MoELayer
-    text: Text
-    merge: Grouped
-    seed: int = 0
-    error_weights: ErrorWeights = "none"
     fits: bool = True  # False: merged and refitted alone, whatever the recipe's fit
-    settings: FitSettings = DEFAULTS
-    shared: Callable[[], Mapping[str, torch.Tensor]] = dict  # parts of the shared expert, as `shared_expert_output`
-    progress: ProgressCallback = no_progress
     scores: ExpertStatistics | None = None  # of another run: they stand for the text, of which there is nothing
-    record: dict[str, Any] = field(default_factory=dict)
     gram: torch.Tensor = field(init=False)  # float64 [N, N], of whole experts
     groups: Groups = field(init=False)
     saliency: torch.Tensor | None = None  # float64 [N], once `measure` has run
     peaks: torch.Tensor | None = None  # float64 [N], likewise: the largest entry of each expert's outputs
-    result: MoELayer = field(init=False)
-    stay: torch.Tensor | None = None  # int64 [K, width], neurons that stay, ascending; None: all
-    refitted: dict[str, torch.Tensor] = field(default_factory=dict)  # the shared expert, where it was fitted along
-    shared_output_delta: torch.Tensor | None = None  # float32 [tokens, hidden], change through that fit
 
     @property
     def fit(self) -> FitKind:
@@ -71,11 +52,7 @@ class Shrinking:
         return cosines(self.gram[None])
 
     def run(self) -> tuple[MoELayer, torch.Tensor]:
-        """The layer with fewer experts, and its routed output on the text, with the change of the shared output.
-
-        Raises:
-            NotFiniteError: an expert holds NaN or infinity.
-        """
+        """As `Rewriting.run`."""
         self.gram = grams(self.source.experts, self.source.experts.zeros(), "expert", self.text.inputs.device)[0]
         self.record |= {"usage": self.usage.tolist(), "mass": self.mass.tolist(), "games": []}
         if self.is_source:
@@ -101,7 +78,7 @@ class Shrinking:
                 self.refit(output)
                 self.record_error("down", output)
         if self.merge.width is not None:
-            output = self.narrow(self.merge.width)
+            output = self.narrow()
         if self.fit == "layer":
             self.fit_all()
             output = self.record_error("layer", self.output())
@@ -137,11 +114,6 @@ class Shrinking:
         if self.scores is not None and self.scores.mass is not None:
             return self.scores.mass
         return self.text.routing.mass(len(self.source.router)).cpu()
-
-    @cached_property
-    def weight(self) -> torch.Tensor:
-        """Of errors, ``[tokens]``."""
-        return error_weights(self.error_weights, self.target, self.text.sources)
 
     @cached_property
     def statistics(self) -> ExpertStatistics:
@@ -180,18 +152,6 @@ class Shrinking:
         """Score by which experts are retained: saliency if computed, else token count."""
         scores = self.statistics.usage if self.statistics.saliency is None else self.statistics.saliency
         return float(scores[number])
-
-    def output(self) -> torch.Tensor:
-        output = self.result.output(self.text.inputs, self.result.route(self.text.inputs))
-        return output if self.shared_output_delta is None else output.add_(self.shared_output_delta)
-
-    def record_error(self, stage: str, output: torch.Tensor) -> torch.Tensor:
-        """Record the output's error relative to the target; returns the output."""
-        weight = self.weight[:, None]
-        error, energy = ((weight * part).square().sum() for part in (output - self.target, self.target))
-        self.record["errors"].append({"stage": stage, "error": float(error / energy.clamp(min=TINY))})
-        self.progress(ProgressEvent(stage))
-        return output
 
     def find_groups(self) -> Groups:
         """Which experts become one. A super expert stays alone."""
@@ -285,22 +245,11 @@ class Shrinking:
         self.record["fits"].append(fit)
         result.router.copy_(fitted.router)
 
-    def narrow(self, width: int) -> torch.Tensor:
+    def narrow(self) -> torch.Tensor:
         """Take neurons out of the experts that are left; returns the layer's output."""
         text = replace(self.text, routing=self.result.route(self.text.inputs))
-        places = [place for place, group in enumerate(self.groups) if group[0] in self.protected]
-        choice = width, self.merge.neurons, self.seed, places, self.progress
-        experts, self.stay = Cut(self.result, text, self.weight, *choice).run()
-        self.result = replace(self.result, experts=experts)
+        self.cut(text, [place for place, group in enumerate(self.groups) if group[0] in self.protected])
         return self.record_error("narrowed", self.output())
-
-    def fit_all(self) -> None:
-        """Fit rows, experts and shared expert together to the target; the source's experts are dropped first."""
-        self.source = self.source.without_experts()
-        parts = (self.weight, self.shared, self.settings, self.progress)
-        fit = WholeFit(self.result, self.text, self.target, *parts)
-        self.record["fits"].append(fit.run(self.merge.fit.steps, self.seed))
-        self.refitted, self.shared_output_delta = fit.shared, fit.shared_output_delta
 
     def refit(self, output: torch.Tensor) -> None:
         """Refit every down matrix under the present router. Args: output, changed in place to what it becomes."""

@@ -58,7 +58,7 @@ def shrinking(count: int, of: MoELayer | None = None, loud: float = 1.0, length:
     if operator in ("random", "shared") and not fits:
         fields["fit"] = "router"
     merge = Recipe(merge="grouped", experts=count, **fields).merge
-    return Shrinking(of, text(of, loud, length), merge, seed, "sequence", fits)
+    return Shrinking(of, text(of, loud, length), merge, seed, "sequence", fits=fits)
 
 
 def shared() -> dict[str, torch.Tensor]:
