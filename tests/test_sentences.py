@@ -11,7 +11,8 @@ from markdown_it.token import Token
 ROOT = Path(__file__).parents[1]
 MOST = 25
 """Words of a sentence."""
-END = re.compile(r"(?<!\beq)(?<!\bal)[.!?][)\"']*\s+(?=[^a-z\s])")
+END = re.compile(r"(?<!\beq)(?<!\bal)[.!?][)\"']*\s+(?=[^a-z\s]|[a-z]+[./A-Z])")
+"""A sentence may begin with a name such as llama.cpp or vLLM."""
 WORD = re.compile(r"\w+(?:[-'’.,/]\w+)*")
 """A number with its comma, a name with its point or slash, and a compound are a word each."""
 TREES = re.compile(r":caption: (?:Tutorial|How-to)\n.*?\n\n(.*?)```", re.DOTALL)
