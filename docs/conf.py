@@ -14,7 +14,7 @@ project = "namex_hf"
 root_doc = "docs/index"
 include_patterns = [
     *("docs/*.md", "patches/README.md", "experiments/*/README.md", "namex_hf/packaged/PROVENANCE.md"),
-    *("CHANGELOG.md", "CONTRIBUTING.md"),
+    *("README.md", "CHANGELOG.md", "CONTRIBUTING.md"),
 ]
 exclude_patterns = [".*", "build", "dist", "out", "packaged/work", "tests", "namex_hf/packaged/tiny*"]
 

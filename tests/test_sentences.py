@@ -21,8 +21,9 @@ TREES = re.compile(r":caption: (?:Tutorial|How-to)\n.*?\n\n(.*?)```", re.DOTALL)
 def pages() -> list[Path]:
     """README and the pages of the first two lists in the index."""
     index = ROOT / "docs" / "index.md"
-    listed = [name for names in TREES.findall(index.read_text("utf-8")) for name in names.split()]
-    return [ROOT / "README.md", *((index.parent / f"{name}.md").resolve() for name in listed)]
+    entries = [entry for tree in TREES.findall(index.read_text("utf-8")) for entry in tree.splitlines()]
+    names = [entry.rpartition("<")[2].removesuffix(">") for entry in entries]
+    return [ROOT / "README.md", *((index.parent / f"{name}.md").resolve() for name in names)]
 
 
 def sentences(markdown: str) -> Iterator[str]:
