@@ -45,7 +45,7 @@ types: $(READY)  ## mypy
 	$(BIN)/mypy
 
 docs: $(READY)  ## the documentation as a site, build/docs/docs/index.html; a warning is an error
-	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -c docs . build/docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -qEW --keep-going -c docs . build/docs
 
 check: lint types docs test  ## all four
 
