@@ -6,7 +6,7 @@ NEWEST := .venv-newest
 NEWEST_READY := $(NEWEST)/.ready
 SUITE := -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help demo test test-all test-newest lint types check format clean
+.PHONY: help demo docs test test-all test-newest lint types check format clean
 
 help:  ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -44,7 +44,10 @@ lint: $(READY)  ## ruff: lint and format
 types: $(READY)  ## mypy
 	$(BIN)/mypy
 
-check: lint types test  ## all three
+docs: $(READY)  ## the documentation as a site, build/docs/docs/index.html; a warning is an error
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -qEW --keep-going -c docs . build/docs
+
+check: lint types docs test  ## all four
 
 format: $(READY)  ## mend what the linter can, and format
 	$(BIN)/ruff check --fix .

@@ -12,16 +12,19 @@ class ProgressEvent:
     """What a run has just done. `str` of it is the line for a bar: ``layer 3: fitted, step 50 of 1000``."""
 
     stage: str
+    """What was done, such as ``fitted``."""
     layer: int | None = None
     """The decoder layer, where the stage is one of a layer."""
     step: int = 0
     """Of the ``steps`` of a fit; 0 where the stage is no fit."""
     steps: int = 0
+    """Of a fit, at most."""
     amount: int = 0
-    """Of the run's work: what this event adds to ``done``."""
+    """What this event adds to ``done``."""
     done: int = 0
-    """Of ``total``: bytes of a checkpoint, requests to a model, texts or problems."""
+    """The part of ``total`` that is done, in bytes of a checkpoint, requests to a model, texts or problems."""
     total: int | None = None
+    """All of the run's work; None where that is not known."""
     model: str = ""
     """Label of the model, where a run has several."""
     resumed: bool = False

@@ -1,7 +1,7 @@
 """The exact Nash bargaining solution between experts, by Newton's method.
 
 In Nguyen et al., Expert Merging in Sparse MoE with Nash Bargaining, experts bargain over the update of the base expert.
-In Navon et al. 2022, Multi-Task Learning as a Bargaining ScaledGames, tasks bargain over a gradient step. Both maximise
+In Navon et al. 2022, Multi-Task Learning as a Bargaining Game, tasks bargain over a gradient step. Both maximise
 sum_i p_i log(tau_i . Delta - d_i) over the update Delta. At the solution Delta = sum a_i tau_i up to scale, with
 
     K a = p / a + d,   a > 0,   K_ij = tau_i . tau_j,
@@ -30,13 +30,15 @@ WORST_RESIDUAL = 1e-3
 class NashSolution:
     """Solution of K a = p / a + d for one game or a batch [...] of games of N players.
 
-    weights: float64 [..., N], the raw a (unit: 1 / length of a player's vector). 0 for players outside the game, and
-        for all players without agreement.
-    residual: float64 [...], the certificate: max_i |K a - p / a - d|_i / (p_i / a_i + |d_i|) over the players in the
-        game. It does not depend on the players' scales. 1 without agreement, its limit as a goes to 0.
-    iterations: int64 [...], the number of Newton steps; 0 where no player has a stake, or where the start already
-        shows that there is no agreement.
-    status: 'agreement' or 'no_agreement'; for a batch a flat list of these, in the row-major order of the leading axes.
+    Attributes:
+        weights: float64 [..., N], the raw a (unit: 1 / length of a player's vector). 0 for players outside the game,
+            and for all players without agreement.
+        residual: float64 [...], the certificate: ``max_i |K a - p / a - d|_i / (p_i / a_i + |d_i|)`` over the players
+            in the game. It does not depend on the players' scales. 1 without agreement, its limit as a goes to 0.
+        iterations: int64 [...], the number of Newton steps; 0 where no player has a stake, or where the start already
+            shows that there is no agreement.
+        status: 'agreement' or 'no_agreement'; for a batch a flat list of these, in the row-major order of the leading
+            axes.
     """
 
     weights: Tensor

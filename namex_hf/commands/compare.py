@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-compare") ->
     return run(parser_of(prog), arguments, _compare)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex compare") -> Parser:
     parser = command_parser(
         prog,
         "Patch one model with several recipes, score each result beside the original, and write one table\n"

@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-completion")
     return run(parser_of(prog), arguments, _completion)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex completion") -> Parser:
     parser = command_parser(prog, "Print the completion of a shell.", usage="bash|zsh|fish")
     parser.epilog = (
         'bash, zsh:  eval "$(namex completion bash)"   in ~/.bashrc, or with zsh in ~/.zshrc\n'

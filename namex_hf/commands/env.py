@@ -20,7 +20,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-env") -> int
     return run(parser_of(prog), arguments, _env)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex env") -> Parser:
     parser = command_parser(prog, "Print versions and devices: what a bug report needs.")
     parser.add_argument("--json", action="store_true", help="print JSON")
     return parser

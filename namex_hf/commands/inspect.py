@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-inspect") ->
     return run(parser_of(prog), arguments, _inspect)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex inspect") -> Parser:
     parser = command_parser(prog, "Say what a checkpoint is, without reading its tensors.")
     parser.add_argument("model", metavar="DIR_OR_ID", help=MODEL_HELP)
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")

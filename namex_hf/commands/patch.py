@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-patch") -> i
     return run(parser_of(prog), arguments, _patch)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex patch") -> Parser:
     parser = command_parser(
         prog,
         "Merge the experts of a Mixture-of-Experts checkpoint with NAMEx (Nash bargaining between them).\n"

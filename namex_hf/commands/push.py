@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-push") -> in
     return run(parser_of(prog), arguments, _push)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex push") -> Parser:
     parser = command_parser(
         prog,
         "Publish a patched folder on the Hub, privately by default, once it is known to load.\n"

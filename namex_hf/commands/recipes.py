@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-recipes") ->
     return run(parser_of(prog), arguments, _recipes)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex recipes") -> Parser:
     parser = command_parser(
         prog,
         "List the recipes that come with the package, a line each.\n"

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-report") -> 
     return run(parser_of(prog), arguments, _report)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex report") -> Parser:
     parser = command_parser(
         prog,
         "Draw what a patch did: one HTML page, and every picture as PNG and SVG.\n"

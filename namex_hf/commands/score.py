@@ -30,7 +30,7 @@ The same command goes on where a run was stopped. docs/evaluation.md says what i
 """
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex score") -> Parser:
     made = command_parser(
         prog,
         "Score models on lm-eval's tasks and on the packaged sets, compare each with the model it was\n"

@@ -1,4 +1,4 @@
-"""Widths near the one that a recipe asks for, and which programs take them (docs/clients.md)."""
+"""Widths near the one that a recipe asks for, and which programs take them (docs/quantising.md)."""
 
 from collections.abc import Iterator
 
