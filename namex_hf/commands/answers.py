@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-answers") ->
     return run(parser_of(prog), arguments, _answers)
 
 
-def parser_of(prog: str) -> Parser:
+def parser_of(prog: str = "namex answers") -> Parser:
     parser = command_parser(
         prog,
         "Let a model answer the chats of a set, as calibration text for itself: 'namex patch --calibration-data FILE'\n"
