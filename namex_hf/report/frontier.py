@@ -3,9 +3,11 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import ClassVar, NamedTuple
 
 from ..evaluation.compare import FLOOR, Comparison
+from ..evaluation.rows import Row
 
 TICKS = 6
 
@@ -113,11 +115,17 @@ def _points(comparison: Comparison) -> Iterator[Point]:
     """Of equal bytes, where they were measured; else a model each, and of several seeds the mean."""
     if comparison.sized:
         for one in comparison.sized:
-            if one.row.exact is not None:
-                yield Point(one.row.title, one.weights, one.bytes / 1e6, 100 * one.row.exact)
+            if (share := _share(one.row)) is not None:
+                yield Point(one.row.title, one.weights, one.bytes / 1e6, 100 * share)
         return
     averaged = {(row.line, row.experts) for row in comparison.rows if row.seeds}
     for row in comparison.rows:
         size, alone = row.costs["bytes"], row.seeds is None and (row.line, row.experts) in averaged
-        if row.exact is not None and size and not alone and row.label != FLOOR:
-            yield Point(row.title, "", size / 1e6, 100 * row.exact)
+        if (share := _share(row)) is not None and size and not alone and row.label != FLOOR:
+            yield Point(row.title, "", size / 1e6, 100 * share)
+
+
+def _share(row: Row) -> float | None:
+    """Of problems answered exactly; where only other kinds were asked, the mean over these."""
+    kinds = [measured["right"].value for measured in row.answers.values()]
+    return fmean(kinds) if row.exact is None and kinds else row.exact

@@ -215,7 +215,11 @@ def test_models_of_equal_bytes_are_the_points_where_they_were_measured(tmp_path:
         f"original, {bits} bit: 90.0 % in {bits}.00 MB" for bits in (16, 8, 4)
     ]
     assert frontier(replace(found, sized=sized[:1])) is None
-    assert frontier(replace(found, rows=[replace(row, exact=None) for row in found.rows])) is None
+    without = [replace(row, exact=None) for row in found.rows]
+    others = frontier(replace(found, rows=without))
+    assert others is not None
+    assert others.points[0].exact == 100 * without[0].answers["packaged"]["right"].value  # of kinds that were asked
+    assert frontier(replace(found, rows=[replace(row, answers={}) for row in without])) is None
 
 
 def test_the_picture_of_the_docs_is_that_of_their_table() -> None:
