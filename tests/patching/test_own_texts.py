@@ -75,5 +75,5 @@ def test_events_in_memory(odd, words: Path, fields: dict[str, Any]) -> None:
     ]
     assert {event.total for event in events} == {len(layers)}
     assert [event.layer for event in events] == sorted(event.layer for event in events if event.layer is not None)
-    stages = {event.stage for event in events}
-    assert ("fitted" in stages, "read" in stages) == (bool(fields), bool(fields))
+    read = [event.layer for event in events if event.stage == "read"]
+    assert [*dict.fromkeys(read)] == (layers if fields else [])
