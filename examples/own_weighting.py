@@ -1,7 +1,7 @@
 """Merge by a weighting of your own, and compare it with equal weights: ``python examples/own_weighting.py``.
 
-A weighting gets the Gram matrices of the games of a layer, K[i, j] = tau_i . tau_j over the experts of a group, and
-gives each expert its share. This one gives more to experts that differ less from the others.
+A weighting gets the Gram matrices K[i, j] = tau_i . tau_j of a group of experts, one for each of gate, up and down, and
+gives each expert its share. This one keeps of each group the expert that is nearest to all others, whole.
 """
 
 import argparse
@@ -16,15 +16,16 @@ from namex_hf.merging.weightings import ExpertStatistics, Weights
 from namex_hf.recipe import Game
 
 
-def central(
+def nearest(
     gram: torch.Tensor, game: Game, precision: torch.dtype, statistics: ExpertStatistics | None = None
 ) -> Weights:
-    """Shares by the mean cosine to all experts of the group. Args: as `namex_hf.merging.weightings.Weighting`."""
-    norms = gram.diagonal(dim1=1, dim2=2).sqrt().clamp_min(1e-30)
-    cosines = gram / (norms[:, :, None] * norms[:, None, :])
-    shares = cosines.mean(dim=2).clamp_min(1e-6)
-    games = len(gram)
-    return Weights(shares / shares.sum(dim=1, keepdim=True), ("central",) * games, (None,) * games, (None,) * games)
+    """All for one expert, the same one in every game. Args: as `namex_hf.merging.weightings.Weighting`."""
+    lengths = gram.diagonal(dim1=1, dim2=2)
+    distances = lengths[:, :, None] + lengths[:, None, :] - 2 * gram  # |tau_i - tau_j|^2
+    games, count = gram.shape[:2]
+    shares = torch.zeros(games, count, dtype=torch.float64)
+    shares[:, distances.sum(dim=(0, 2)).argmin()] = 1
+    return Weights(shares, ("nearest",) * games, (None,) * games, (None,) * games)
 
 
 def main() -> None:
@@ -33,10 +34,10 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5, help="share of the experts that stays (default: 0.5)")
     options = parser.parse_args()
 
-    register_weighting("central", central)
+    register_weighting("nearest", nearest)
     folder = resolve(options.model).folder
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for weighting in ("uniform", "central"):
+    for weighting in ("uniform", "nearest"):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         patch_model(model, Recipe(merge="grouped", keep=options.keep, weighting=weighting))
         found = perplexities(model, tokenizer, held_out_texts(), tokens=2048)
