@@ -170,5 +170,5 @@ def _score(options: argparse.Namespace, prog: str) -> int:
 
             from .score_screen import score
         except ModuleNotFoundError as error:
-            raise MissingExtraError(f"scoring ({error})", "eval") from error
+            raise MissingExtraError(f"eval/{prog}" if prog.endswith(".py") else prog, "eval") from error
     return score(options)
