@@ -46,7 +46,7 @@ def run(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Command:
     def started(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
         command = [str(place / "bin" / program), *arguments]
         return subprocess.run(
-            command, cwd=folder, env=own, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120
+            command, cwd=folder, env=own, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=900
         )
 
     return started

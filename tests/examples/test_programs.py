@@ -17,7 +17,7 @@ def said(name: str, folder: Path, *arguments: object) -> str:
     """Standard output of an example that runs in an empty folder, without a network."""
     own = {"PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1", "HF_HOME": str(folder / "hf")}
     command = [sys.executable, str(EXAMPLES / name), *map(str, arguments)]
-    run = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=300)
+    run = subprocess.run(command, cwd=folder, env={**os.environ, **own}, capture_output=True, text=True, timeout=900)
     assert run.returncode == 0, run.stderr
     return run.stdout
 

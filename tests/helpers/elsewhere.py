@@ -45,7 +45,7 @@ def program(name: str, variable: str) -> str:
 def output(*command: str, cwd: Path) -> str:
     """Both streams of a program that ends well."""
     own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    run = subprocess.run(command, cwd=cwd, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600)
+    run = subprocess.run(command, cwd=cwd, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=900)
     text = run.stdout.decode("utf-8", "replace")
     assert run.returncode == 0, text[-3000:]
     return text
