@@ -78,7 +78,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))
     book = nbformat.read(EXAMPLES / "halve_tiny.ipynb", as_version=4)
-    client.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    client.NotebookClient(book, timeout=900, resources={"metadata": {"path": str(tmp_path)}}).execute()
     printed = ["".join(one.get("text", "") for one in cell.outputs) for cell in book.cells if cell.cell_type == "code"]
     assert "layer 4" in printed[1]
     assert "Qwen2MoeForCausalLM with experts of 40 neurons" in printed[2]

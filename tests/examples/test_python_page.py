@@ -22,7 +22,7 @@ def test_the_blocks_run(tmp_path: Path) -> None:
         env={**os.environ, **own},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
     assert run.returncode == 0, run.stderr
     widths = {
