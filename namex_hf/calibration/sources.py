@@ -1,10 +1,10 @@
-"""From what a user names to documents: the packaged text, a file, a folder of files, or a data set of the Hub.
+"""From what a user names or hands over to documents: the packaged text, files, a data set of the Hub, own texts.
 
 A source is an iterator of documents in random order that reads no further than it is asked.
 """
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,11 +18,18 @@ from .records import pair_of, plain_of, tools_of, turns_of
 PACKAGED = Path(__file__).parent.parent / "packaged" / "calibration"
 ACCEPTED = f"'packaged', a text file, a .jsonl file, a folder of these, token ids (.npy), or a Hub data set {FORM}"
 
+OWN_TEXTS = "own texts"
+"""Under this name texts are recorded that a caller hands over."""
+
 Documents = Iterator[str]
+Chat = Sequence[Mapping[str, Any]]
+"""Messages, each with ``role`` and ``content``."""
+Texts = Iterable[str | Chat]
+"""Documents and chats; a `str` alone is none."""
 
 
-def open_sources(source: str, tokenizer: Any, seed: int) -> tuple[str, list[Documents]]:
-    """The name under which ``source`` may be recorded, never a path, and its sources: one a file, one for a data set.
+def open_sources(source: str | Sequence[str | Chat], tokenizer: Any, seed: int) -> tuple[str, list[Documents]]:
+    """The name under which ``source`` may be recorded, never a path, and its sources: one a file, one for all else.
 
     ``packaged`` is the packaged text whatever the working directory has, without its chats where the tokenizer has no
     chat template; a path that exists is no Hub data set.
@@ -32,6 +39,8 @@ def open_sources(source: str, tokenizer: Any, seed: int) -> tuple[str, list[Docu
             bytes that are not UTF-8, lines that are not JSON, records without text or that the chat template refuses.
         MissingExtraError: a Hub data set without the library that reads it.
     """
+    if not isinstance(source, str):
+        return OWN_TEXTS, [_own(source, tokenizer, random.Random(seed))]
     check_source(source)
     if source == "packaged":
         files = [file for file in _files(PACKAGED) if tokenizer.chat_template or file.suffix != ".jsonl"]
@@ -55,6 +64,29 @@ def check_source(source: str) -> None:
 def is_token_ids(source: str) -> bool:
     """Whether calibration data of this name are token ids: the name ends in ``.npy``, in any case of letters."""
     return source.lower().endswith(".npy")
+
+
+def check_texts(texts: Texts) -> list[str | Chat]:
+    """Texts as a list.
+
+    Raises:
+        CalibrationError: one is neither text nor a list of messages.
+    """
+    if isinstance(texts, str):
+        raise CalibrationError("texts is one text; accepted: a list of texts and chats")
+    whole = list(texts)
+    for number, text in enumerate(whole):
+        if not isinstance(text, str | list | tuple):
+            raise CalibrationError(f"texts[{number}] is {type(text).__name__}; accepted: text, or a list of messages")
+    return whole
+
+
+def _own(texts: Sequence[str | Chat], tokenizer: Any, draw: random.Random) -> Documents:
+    order = list(enumerate(texts))
+    draw.shuffle(order)
+    for number, text in order:
+        record = {"text": text} if isinstance(text, str) else {"messages": list(text)}
+        yield _text(record, tokenizer, f"texts[{number}]")
 
 
 def _files(path: Path) -> list[Path]:

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError
-from .sources import Documents, open_sources
+from .sources import Chat, Documents, open_sources
 
 #: Characters of the longest piece of a document, in units of a sequence's tokens: about two sequences of English.
 PIECE = 8
@@ -65,7 +65,9 @@ class CalibrationText:
         return held_out
 
 
-def calibration_text(source: str, tokenizer: Any, tokens: int, length: int, seed: int) -> CalibrationText:
+def calibration_text(
+    source: str | Sequence[str | Chat], tokenizer: Any, tokens: int, length: int, seed: int
+) -> CalibrationText:
     """``tokens // length`` sequences of ``length`` tokens of the text that ``source`` names, fewer where it ends.
 
     The sources (files, or one data set) take turns, in random order, so that each is read under a small budget; one
@@ -76,7 +78,8 @@ def calibration_text(source: str, tokenizer: Any, tokens: int, length: int, seed
 
     Args:
         source: ``packaged``; a text file, a document; a ``.jsonl`` file, a document a line (``{"messages": [...]}`` or
-            ``{"text": ...}``); a folder of such files; or a Hub data set with a column of either name.
+            ``{"text": ...}``); a folder of such files; or a Hub data set with a column of either name. Else texts and
+            chats themselves, of `check_texts`.
         tokenizer: of transformers; its chat template writes the messages.
 
     Raises:
@@ -91,7 +94,8 @@ def calibration_text(source: str, tokenizer: Any, tokens: int, length: int, seed
     packed = [_sequences(one, tokenizer, length, random.Random(seed), tails) for one in documents]
     rows, sources = _in_turn(packed, tails, tokens // length, length)
     if not rows:
-        raise CalibrationError(f"calibration data {source} has {len(tails)} tokens of text; a sequence needs {length}")
+        named = source if isinstance(source, str) else name
+        raise CalibrationError(f"calibration data {named} has {len(tails)} tokens of text; a sequence needs {length}")
     return CalibrationText.of(torch.tensor(rows), torch.tensor(sources), name)
 
 

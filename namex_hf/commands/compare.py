@@ -44,6 +44,7 @@ def parser_of(prog: str = "namex compare") -> Parser:
     parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="tables, page, and a file a cell")
     parser.add_argument(
         "--recipes",
+        "--recipe",
         nargs="+",
         default=[],
         metavar="FILE|NAME",
@@ -52,6 +53,7 @@ def parser_of(prog: str = "namex compare") -> Parser:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument(
         "--texts",
+        "--text",
         nargs="+",
         type=Path,
         default=[],

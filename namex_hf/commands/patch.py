@@ -13,6 +13,7 @@ from ..files import REPORT, locate, read_json
 from ..printable import marked
 from ..recipe import Recipe
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
+from .next_commands import print_next
 from .recipe_options import add_recipe_options, recipe_of
 
 if TYPE_CHECKING:
@@ -103,6 +104,8 @@ def _patch(options: argparse.Namespace) -> int:
         results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
     if options.json:
         print_json(results)
+    elif not (options.quiet or options.dry_run):
+        print_next(options, recipes[0], [one.out for one in each])
     return 0
 
 

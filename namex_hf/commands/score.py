@@ -17,11 +17,11 @@ examples:
       the packaged model and three recipes on the packaged sets: offline, minutes on two cores
   namex score Qwen/Qwen1.5-MoE-A2.7B out/qwen --tasks mmlu,gsm8k,gsm8k:5,arc_challenge,arc_easy
       a model and a patched folder on lm-eval's own tasks, GSM8K without examples and with five
-  namex score deepseek-ai/deepseek-moe-16b-base --tasks mmlu --recipe patches/deepseek-moe-16b/*
-      rows of the paper's table: every recipe is applied below --output_path, then scored
+  namex score deepseek-ai/deepseek-moe-16b-base --tasks mmlu --recipes deepseek-moe-16b/namex-full
+      a row of the paper's table: the recipe is applied below --out, then scored
   namex score --tasks gsm8k --data data --limit 200
       an official task on a local copy of its data set (data/openai/gsm8k, see eval/make_local_gsm8k.py)
-  namex score --tasks none --text book.txt
+  namex score --tasks none --texts book.txt
       perplexity of a text
   accelerate launch --multi_gpu --num_processes 4 eval/zero_shot.py out/qwen --tasks mmlu
       a copy of the model on each of four GPUs; --parallelize spreads one copy over all
@@ -49,11 +49,12 @@ def parser_of(prog: str = "namex score") -> Parser:
     )
     models.add_argument("--models", "--model", nargs="+", default=[], metavar="MODEL", help="the same, by an option")
     models.add_argument(
+        "--recipes",
         "--recipe",
         nargs="*",
-        type=Path,
-        metavar="FILE",
-        help="recipes applied to every model, each a row more (default: without --models those of eval/recipes)",
+        metavar="FILE|NAME",
+        help="recipes applied to every model, each a row more: YAML files, or names of 'namex recipes' "
+        "(default: where no model is named, three for tiny)",
     )
     models.add_argument("--revision", help="branch, tag or commit of a Hub id; the report pins the commit")
     models.add_argument(
@@ -73,7 +74,13 @@ def parser_of(prog: str = "namex score") -> Parser:
         "examples in the prompt, such as gsm8k:5 mmlu:0; none: only --text",
     )
     tasks.add_argument(
-        "--text", nargs="+", type=Path, default=[], metavar="FILE", help="perplexity of text files as well"
+        "--texts",
+        "--text",
+        nargs="+",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="perplexity of text files as well",
     )
     tasks.add_argument(
         "--data",
@@ -98,6 +105,7 @@ def parser_of(prog: str = "namex score") -> Parser:
     tasks.add_argument("--limit", type=_count(1), metavar="N", help="only the first N items of every task")
     how = made.add_argument_group("how")
     how.add_argument(
+        "--out",
         "--output_path",
         "--output-path",
         type=Path,
@@ -158,8 +166,9 @@ def _score(options: argparse.Namespace, prog: str) -> int:
     options.models = [*options.model, *options.models]
     with loading():
         try:
-            import lm_eval  # noqa: F401
-        except ImportError as error:
+            import lm_eval  # noqa: F401  (the first: it says soonest that the extra is missing)
+
+            from .score_screen import score
+        except ModuleNotFoundError as error:
             raise MissingExtraError(f"eval/{prog}" if prog.endswith(".py") else prog, "eval") from error
-        from .score_screen import score
     return score(options)

@@ -24,7 +24,7 @@ from ..evaluation.zero_shot import ZeroShotOptions, ZeroShotRun, is_first
 from ..evaluation.zero_shot_report import CHOICES, markdown, sentence, table
 from ..files import write_text
 from ..printable import marked, printable
-from ..resources import beside
+from ..resources import beside, recipe_path
 
 RECIPES = ("namex-full", "ep-camex", "grouped-12")
 """Of ``eval/recipes``: what is scored where no model is named."""
@@ -36,29 +36,30 @@ def score(options: argparse.Namespace) -> int:
     console = Console(quiet=options.quiet or not is_first())
     device = _device(options.device)
     names = [name for text in options.tasks for name in text.split(",") if name and name != "none"]
-    default = [beside("eval") / "recipes" / f"{name}.yaml" for name in RECIPES]
-    recipes = default if options.recipe is None and not options.models else options.recipe or []
+    recipes = [recipe_path(text, "--recipes") for text in options.recipes or []]
+    if options.recipes is None and not options.models:
+        recipes = [beside("eval") / "recipes" / f"{name}.yaml" for name in RECIPES]
     rows = candidates(options.models or ["tiny"], recipes, options.revision, options.trust_remote_code)
     check_fits(rows, device, options.dtype, options.parallelize)
     with console.status("tasks and their data"):
         tasks = load_tasks(
             names,
-            options.text,
+            options.texts,
             include=beside("eval") / "tasks",
             data=options.data,
             num_fewshot=options.num_fewshot,
             seed=options.seed,
         )
     same = [one.name for one in fields(ZeroShotOptions) if one.name not in ("out", "device")]
-    chosen_options = ZeroShotOptions(options.output_path, device, **{name: getattr(options, name) for name in same})
+    chosen_options = ZeroShotOptions(options.out, device, **{name: getattr(options, name) for name in same})
     paper = Paper(beside("eval") / "paper_tables.json", options.stage)
     report = ZeroShotRun(rows, tasks, chosen_options, paper, lambda title: _progress(title, console)).report()
     if is_first():
         report = replace(report, run={**report.run, "commit": _commit()})
-        write_text(options.output_path / "report.json", report.to_json())
-        write_text(options.output_path / "report.md", markdown(report))
+        write_text(options.out / "report.json", report.to_json())
+        write_text(options.out / "report.md", markdown(report))
         _print(report, console)
-        console.print(f"[bold]{marked(options.output_path / 'report.md')}[/bold]", soft_wrap=True)
+        console.print(f"[bold]{marked(options.out / 'report.md')}[/bold]", soft_wrap=True)
     return 0
 
 

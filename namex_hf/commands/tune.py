@@ -11,11 +11,11 @@ from .common import ended, loading
 DESCRIPTION = """\
 Fine-tune a merged Mixture-of-Experts model on chats, with TRL.
 
-With nothing but --output_dir it works offline: the packaged model `tiny` on the packaged chats, NAMEx-Full beside the
+With nothing but --out it works offline: the packaged model `tiny` on the packaged chats, NAMEx-Full beside the
 original and EP-CAMEx at equal steps and seeds. A run that was killed is continued by the same command.
 
-    namex tune --output_dir out/tuned
-    namex tune --model_name_or_path out/patched --output_dir out/sft \\
+    namex tune --out out/tuned
+    namex tune out/patched --out out/sft \\
         --dataset_name HuggingFaceTB/smoltalk --dataset_config all --use_peft --train_kinds experts router base
 
 docs/training.md has the commands for sharded training, what trains and what it costs. Every option of TRL's SFTConfig

@@ -82,7 +82,7 @@ class ResultLog(dict[str, Any]):
                 self[entry["key"]] = entry["result"]
             elif changed := differing(entry["run"], self._identity):
                 raise OutputError(
-                    f"{path} has results of a run with another {changed}; use --overwrite or another --output_path"
+                    f"{path} has results of a run with another {changed}; use --overwrite or another --out"
                 )
         return whole
 

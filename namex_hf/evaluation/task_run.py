@@ -32,7 +32,7 @@ def finished(folder: Path, identity: Mapping[str, Any], source: Identity) -> dic
         OutputError: it has another run's.
     """
     path = folder / RESULTS
-    advice = "use --overwrite or another --output_path"
+    advice = "use --overwrite or another --out"
     try:
         has_hash = HASH in read_json(path)
     except CheckpointError:

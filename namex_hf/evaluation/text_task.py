@@ -38,9 +38,9 @@ def read_pieces(path: Path) -> list[str]:
     try:
         texts = pieces(read_text(path, TaskError, LARGEST_TEXT))
     except TaskError as error:
-        raise TaskError(f"--text {error}") from error
+        raise TaskError(f"--texts {error}") from error
     if not texts:
-        raise TaskError(f"--text {path} is empty; at least one line of text is needed")
+        raise TaskError(f"--texts {path} is empty; at least one line of text is needed")
     return texts
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bargaining import spectral_radius
+from ..calibration.sources import Texts
 from ..checkpoint.bytes import Reader, copy_file
 from ..checkpoint.companions import carry, companions
 from ..checkpoint.folder import STATE, OutputFolder, list_files
@@ -54,6 +55,7 @@ def patch_checkpoint(
     out: str | Path,
     recipe: Recipe | None = None,
     *,
+    texts: Texts | None = None,
     revision: str | None = None,
     export_as: str | None = None,
     scores: str | Path | None = None,
@@ -70,6 +72,8 @@ def patch_checkpoint(
     Args:
         source: a local folder, the name of a packaged model, or a Hub id.
         out: a folder that is new, empty, or of the same run.
+        texts: calibration text, in the place of what the recipe names: a list of texts, or of chats, each a list of
+            messages. They are part of the run: another list is another run.
         export_as: ``qwen2_moe``: write a grouped DeepSeek-MoE in the stock Qwen2-MoE form.
         scores: a folder that was patched from the same source on the same text. Its scores of experts stand for the
             text, for recipes that weigh experts by it alone (`Recipe.reads_scores_alone`).
@@ -81,11 +85,11 @@ def patch_checkpoint(
     Memory: one layer's experts and, for ``grouped``, up to one layer of merged ones.
 
     Raises:
-        RecipeError, FamilyError, CheckpointError: bad input; no output folder is left.
+        RecipeError, FamilyError, CheckpointError, CalibrationError: bad input; no output folder is left.
         OutputError: the folder cannot be used, or the disk is full (the folder stays and can be continued).
     """
     checkpoint = resolve(source, revision)
-    plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as)
+    plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as, texts=texts)
     return run_plan(plan, Path(out), scores=scores, overwrite=overwrite, verify=verify, progress=progress)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..calibration.sources import Texts
 from ..calibration.text import CalibrationText
 from ..checkpoint.header import TensorSpan
 from ..checkpoint.layout import left_out, outline_in, per_expert
@@ -30,7 +31,7 @@ from .config import patched_config
 from .sized import width_of_size
 from .steps import steps_of
 from .steps.step import LayerForm, Shapes
-from .text import check_text, text_of
+from .text import check_own, check_text, text_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
@@ -259,11 +260,13 @@ def make_plan(
     shard_size: str | int,
     export_as: str | None = None,
     reads_text: bool = True,
+    texts: Texts | None = None,
 ) -> Plan:
     """Check a recipe against a checkpoint's configuration and headers, and read its calibration text.
 
     Args:
         reads_text: False where nothing is to be read but headers.
+        texts: in the place of the text that the recipe names.
 
     Raises:
         CalibrationError: no such text, or no tokenizer to read it with.
@@ -275,6 +278,7 @@ def make_plan(
     family = family_of(checkpoint.config)
     outline = outline_in(checkpoint)
     recipe = check_fit(recipe, outline)
+    check_own(recipe, texts)
     if export_as is not None:
         _check_form(export_as, recipe, family, checkpoint)
     spans = per_expert(checkpoint, outline)
@@ -286,7 +290,7 @@ def make_plan(
         if checkpoint.commit is None:  # of a model on the Hub only headers are here
             check_text(recipe, checkpoint)
         return plan
-    text = text_of(recipe, checkpoint)
+    text = text_of(recipe, checkpoint, texts)
     return replace(plan, text=text, recipe=recipe.with_text(text.name))
 
 

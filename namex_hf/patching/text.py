@@ -5,12 +5,12 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from ..calibration.sources import check_source, is_token_ids
+from ..calibration.sources import Texts, check_source, check_texts, is_token_ids
 from ..calibration.text import CalibrationText, calibration_text
 from ..calibration.token_ids import open_ids, text_of_ids
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
-from ..errors import CalibrationError
+from ..errors import CalibrationError, RecipeError
 from ..families import Config
 from ..recipe import Recipe
 
@@ -26,6 +26,18 @@ def measures(recipe: Recipe) -> bool:
     return recipe.merge.rewrites or recipe.routing.kind == "stable"
 
 
+def check_own(recipe: Recipe, texts: Texts | None) -> None:
+    """Raises:
+    RecipeError: there are texts, and the recipe reads none, or names others.
+    """
+    if texts is None:
+        return
+    if not recipe.needs_text:
+        raise RecipeError("this recipe reads no text; accepted with texts: one that does, such as Recipe(keep=0.5)")
+    if (data := recipe.calibration.data) != "packaged":
+        raise RecipeError(f"recipe field 'calibration_data' is {data!r}; accepted beside texts: no value")
+
+
 def check_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
     """What can be said without reading: that there is a text, and a tokenizer; of token ids what their header says.
 
@@ -39,8 +51,10 @@ def check_text(recipe: Recipe, checkpoint: Checkpoint) -> None:
         raise CalibrationError(f"{checkpoint.name} has {lack}, and {ACCEPTED}")
 
 
-def text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationText:
-    """Read the text that a recipe names. No code of others is run for the tokenizer, which token ids do not need.
+def text_of(recipe: Recipe, checkpoint: Checkpoint, texts: Texts | None = None) -> CalibrationText:
+    """Read the text that a recipe names, or texts in its place.
+
+    No code of others is run for the tokenizer, which token ids do not need.
 
     Raises:
         CalibrationError: the model has no tokenizer, or the text cannot be had.
@@ -54,10 +68,10 @@ def text_of(recipe: Recipe, checkpoint: Checkpoint) -> CalibrationText:
         raise CalibrationError(
             f"{checkpoint.name} has no tokenizer that transformers can open ({type(error).__name__}), and {ACCEPTED}"
         ) from error
-    return text_for(recipe, checkpoint.config, tokenizer)
+    return text_for(recipe, checkpoint.config, tokenizer, texts)
 
 
-def text_for(recipe: Recipe, config: Config, tokenizer: Any = None) -> CalibrationText:
+def text_for(recipe: Recipe, config: Config, tokenizer: Any = None, texts: Texts | None = None) -> CalibrationText:
     """`text_of`, with the tokenizer at hand; None where the recipe names token ids.
 
     Raises:
@@ -70,10 +84,11 @@ def text_for(recipe: Recipe, config: Config, tokenizer: Any = None) -> Calibrati
     if is_token_ids(data):
         text = text_of_ids(Path(data), _vocabulary(config), tokens, length, seed)
     elif tokenizer is None:
-        needs = "calibration=tokenizer, or a recipe with token ids in place of text (calibration_data: ids.npy)"
+        needs = "tokenizer=, or a recipe with token ids in place of text (calibration_data: ids.npy)"
         raise CalibrationError(f"this recipe reads calibration text: patch_model needs {needs}")
     else:
-        text = calibration_text(data, tokenizer, tokens, length, seed)
+        source = data if texts is None else check_texts(texts)
+        text = calibration_text(source, tokenizer, tokens, length, seed)
     if measures(recipe):
         _ = text.held_out  # complains now, not when a fit asks for it
     return text

@@ -1,7 +1,7 @@
 """What a run of fine-tuning takes from its command line: our options and all of TRL's, checked."""
 
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,8 @@ from .libraries import check_libraries
 
 COMPARED = {"original": "smoe", "ep-camex": "ep-camex", "namex": "namex", "camex": "camex"}
 """What can stand beside the main run, with the method of its recipe."""
+NONE = "none"
+MODEL = ("--model_name_or_path", "--model-name-or-path", "--model")
 
 
 @dataclass
@@ -23,11 +25,19 @@ class NamexArguments:
     """What is tuned, and how; the names that TRL has too mean the same."""
 
     model_name_or_path: str | None = field(
-        default=None, metadata={"help": "a folder of namex-patch, a stock checkpoint, a packaged model or a Hub id"}
+        default=None,
+        metadata={
+            "help": "a folder of namex-patch, a stock checkpoint, a packaged model or a Hub id",
+            "aliases": ["--model"],
+        },
     )
     model_revision: str | None = field(default=None, metadata={"help": "branch, tag or commit of a Hub id"})
     recipe: str | None = field(
-        default=None, metadata={"help": "YAML recipe for a stock checkpoint, patched in memory (default: NAMEx-Full)"}
+        default=None,
+        metadata={
+            "help": "for a stock checkpoint, patched in memory: a YAML file, or a name of 'namex recipes' (default: "
+            "NAMEx-Full)"
+        },
     )
     dtype: str = field(default="float32", metadata={"help": "auto, bfloat16, float16 or float32, of the weights"})
     attn_implementation: str | None = field(default=None, metadata={"help": "of transformers, such as sdpa"})
@@ -72,7 +82,7 @@ class NamexArguments:
     compare: list[str] = field(
         default_factory=list,
         metadata={
-            "help": f"train these too, at equal steps and seeds, below --output_dir: {', '.join(COMPARED)}; their "
+            "help": f"train these too, at equal steps and seeds, below --out: {', '.join(COMPARED)}; or none. Their "
             "recipe is the trained one, with its routing and temperature, without fields that their method lacks"
         },
     )
@@ -90,7 +100,9 @@ class NamexArguments:
 class TrainingArguments(SFTConfig):
     """TRL's, with other defaults: the assistant's turns alone count, and chats are packed."""
 
-    output_dir: str | None = field(default=None, metadata={"help": "folder of the result (needed)"})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "folder of the result (needed)", "aliases": ["--out"]}
+    )
     learning_rate: float = field(default=2e-5, metadata={"help": "of AdamW, at its height"})
     assistant_only_loss: bool = field(default=True, metadata={"help": "the loss of the assistant's turns alone"})
     packing: bool = field(default=True, metadata={"help": "several chats a sequence, each attending to itself alone"})
@@ -105,7 +117,7 @@ class TrainingArguments(SFTConfig):
 
     def __post_init__(self) -> None:
         if self.output_dir is None:  # transformers would take a folder of its own choice
-            raise UsageError("--output_dir is needed: the folder of the result")
+            raise UsageError("--out is needed: the folder of the result")
         if self.bf16 is None and not self.fp16:
             self.bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
         self.use_cpu |= not torch.accelerator.is_available()  # else processes on CPUs do not find each other
@@ -120,7 +132,9 @@ def read(arguments: Sequence[str], prog: str, description: str) -> tuple[NamexAr
         UsageError: as of `check`.
     """
     words = list(arguments)
-    if "--config" not in words and "--model_name_or_path" not in words:
+    if words and not words[0].startswith("-"):
+        words.insert(0, "--model")
+    if not {"--config", *MODEL} & {word.partition("=")[0] for word in words}:
         words += ["--config", str(beside("finetune") / "configs" / "tiny.yaml")]
     parser = TrlParser(
         [NamexArguments, TrainingArguments],  # type: ignore[list-item]
@@ -143,7 +157,7 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
         UsageError: naming the argument, what was found and what is accepted.
     """
     if asked.model_name_or_path is None:
-        raise UsageError("--model_name_or_path is needed: a folder, a packaged model or a Hub id")
+        raise UsageError("--model is needed: a folder, a packaged model or a Hub id")
     if asked.bargain_every < 0 or asked.held_out < 2 or asked.lora_r < 1:
         raise UsageError("--bargain_every accepts numbers from 0, --lora_r from 1, --held_out from 2")
     if asked.propagation not in ("stored", "live"):
@@ -151,18 +165,27 @@ def check(asked: NamexArguments, training: TrainingArguments) -> None:
     if asked.stable_stage is not None:
         check_stage_one(asked, training)
     check_kinds(asked.train_kinds, asked.use_peft)
-    for name, found, accepted in (
-        ("compare", asked.compare, COMPARED),
-        ("scores", asked.scores or [], {**MEASURES, "none": ""}),
-    ):
-        for one in found:
-            if one not in accepted:
-                raise UsageError(f"--{name} {one}: accepted: {', '.join(accepted)}")
+    check_named("compare", asked.compare, COMPARED)
+    check_named("scores", asked.scores or [], MEASURES)
+    if asked.compare == [NONE]:
+        asked.compare = []
     if training.push_to_hub:
         raise UsageError("--push_to_hub: the trainer would push its checkpoints; push the finished folder instead")
     if training.trust_remote_code:
         raise UsageError("--trust_remote_code: no code of others is run; accepted: the families of namex_hf")
     check_libraries(training)
+
+
+def check_named(option: str, found: Sequence[str], known: Iterable[str]) -> None:
+    """Raises:
+    UsageError: neither known names nor `NONE` alone.
+    """
+    accepted = (*known, NONE)
+    for one in found:
+        if one not in accepted:
+            raise UsageError(f"--{option} {one}: accepted: {', '.join(accepted)}")
+    if NONE in found and len(found) > 1:
+        raise UsageError(f"--{option} {' '.join(found)}: none stands alone")
 
 
 def check_stage_one(asked: NamexArguments, training: TrainingArguments) -> None:

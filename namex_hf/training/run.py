@@ -11,6 +11,7 @@ from ..evaluation.statistics import MEASURES, difference, value
 from ..evaluation.table import Table
 from ..printable import marked
 from ..recipe import Recipe
+from ..resources import recipe_path
 from .arguments import COMPARED, NamexArguments, TrainingArguments, set_length
 from .chats import check_template, load_chats
 from .plan import Adapter, Choice, measures_for
@@ -28,7 +29,7 @@ def run(asked: NamexArguments, training: TrainingArguments) -> None:
     assert asked.model_name_or_path is not None, "`read` refuses arguments without a model"
     assert training.output_dir is not None, "`read` refuses arguments without a folder"
     console = Console(stderr=True, quiet=training.process_index != 0)
-    recipe = Recipe.from_yaml(asked.recipe) if asked.recipe else None
+    recipe = Recipe.from_yaml(recipe_path(asked.recipe)) if asked.recipe else None
     start = start_from(asked.model_name_or_path, asked.model_revision, recipe)
     if line := left_out_line(start.left_out):
         console.print(line, soft_wrap=True, markup=False)

@@ -148,7 +148,7 @@ def test_every_other_combination_works(odd, words: Path, tmp_path: Path, family:
 
     stored, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not info["missing_keys"] | info["unexpected_keys"] | info["mismatched_keys"]
-    live = patch_model(original, recipe, calibration=tokenizer)
+    live = patch_model(original, recipe, tokenizer=tokenizer)
     again = load_patched(out)
     assert type(stored) is type(live) is type(again)
     held = [{**model.state_dict(), **dict(model.named_buffers())} for model in (stored, live, again)]

@@ -50,7 +50,7 @@ def copied(tmp_path: Path, **changes: object) -> Path:
         (("--tasks", "mmmlu_hard"), "task mmmlu_hard is not known"),
         (("--tasks", "namex_sum"), "task namex_sum is not known; near it: namex_sums"),
         (("--tasks", "namex_sums", "--data", "nowhere"), "--data nowhere is no folder"),
-        (("--text", "nowhere.txt"), "--text nowhere.txt cannot be read (No such file or directory)"),
+        (("--text", "nowhere.txt"), "--texts nowhere.txt cannot be read (No such file or directory)"),
         (("--limit", "0"), "argument --limit: '0'; accepted: a whole number from 1"),
         (("--batch_size", "many"), "argument --batch_size/--batch-size: 'many'; accepted: a whole number from 1"),
         (("--seed", "4294967296"), "argument --seed: '4294967296'; accepted: a whole number from 0 to 4294967295"),

@@ -88,7 +88,7 @@ def test_another_run_is_not_mixed_in(scored: Path, zero_shot: Command) -> None:
     arguments = ("--models", "tiny", "--tasks", "namex_sums", "--output_path", scored)
     other = zero_shot(*arguments, "--limit", "3")
     assert other.status == 2
-    assert "is of a run with another limit; use --overwrite or another --output_path" in other.err
+    assert "is of a run with another limit; use --overwrite or another --out" in other.err
     assert zero_shot(*arguments, "--limit", "3", "--overwrite").status == 0
     assert len(said(scored / "tiny", "namex_sums")) == 3
 
@@ -191,7 +191,7 @@ def test_a_model_that_changed_in_place_is_scored_no_old_scores(zero_shot: Comman
         (source / name).write_bytes(data[:-1] + b"?" if name.endswith(".safetensors") else data + b" ")
         answer = zero_shot(*command)
         assert answer.status == 2, name
-        assert "is of a run with another source; use --overwrite or another --output_path" in answer.err
+        assert "is of a run with another source; use --overwrite or another --out" in answer.err
         assert results.read_bytes() == first
         (source / name).write_bytes(data)
     assert zero_shot(*command).status == 0

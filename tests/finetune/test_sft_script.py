@@ -291,7 +291,7 @@ REFUSED = {
     "dropout on experts": ({"use_peft": True, "lora_dropout": 0.1}, "lora_dropout is 0.1"),
     "a negative number": ({"bargain_every": -1}, "numbers from 0"),
     "nothing to score on": ({"held_out": 0}, "--held_out from 2"),
-    "no model": ({"model_name_or_path": None}, "--model_name_or_path is needed"),
+    "no model": ({"model_name_or_path": None}, "--model is needed"),
     "an unknown comparison": ({"compare": ["smear"]}, "--compare smear"),
     "a comparison with itself": ({"compare": ["original"], "recipe": "RECIPE"}, "the recipe's method is smoe itself"),
     "an unknown score": ({"scores": ["mmlu"]}, "--scores mmlu"),
@@ -347,10 +347,10 @@ def test_a_model_without_a_chat_template(run, tmp_path):
     assert AutoTokenizer.from_pretrained(given.out).chat_template == template.read_text()
 
 
-def test_output_dir_is_needed(call, tmp_path):
+def test_a_folder_is_needed(call, tmp_path):
     code, said = call([], tmp_path / "log")
     assert code == 2
-    assert said.strip().splitlines()[-1] == "sft_smoltalk.py: error: --output_dir is needed: the folder of the result"
+    assert said.strip().splitlines()[-1] == "sft_smoltalk.py: error: --out is needed: the folder of the result"
 
 
 def test_help_teaches(call, tmp_path):

@@ -30,7 +30,7 @@ def load(folder: Path) -> Any:
 
 
 def live(source: Path, recipe: Recipe) -> Any:
-    return patch_model(load(source), recipe, calibration=AutoTokenizer.from_pretrained(source))
+    return patch_model(load(source), recipe, tokenizer=AutoTokenizer.from_pretrained(source))
 
 
 PROBE = torch.randint(3, 53, (2, 9), generator=torch.Generator().manual_seed(3))

@@ -101,7 +101,7 @@ def test_the_loss_that_is_measured_is_that_of_a_model_with_one_layer_merged(monk
 
     monkeypatch.setattr(live_module, "spend", spied)
     with pytest.raises(InterruptedError):
-        patch_model(copy.deepcopy(original), recipe, calibration=tokenizer)
+        patch_model(copy.deepcopy(original), recipe, tokenizer=tokenizer)
     (_, _, text, _), record = kept[0]
     chosen = shorter(text)
     ids, held_out = text.ids[chosen], text.held_out[chosen]
@@ -113,7 +113,7 @@ def test_the_loss_that_is_measured_is_that_of_a_model_with_one_layer_merged(monk
     monkeypatch.setattr(live_module, "text_for", lambda *given: replace(text, ids=ids, sources=sources(text, ids)))
     alone = replace(recipe, budget="equal", fit="none", grouping="damage", curvature="calibrated", align="activations",
                     down="refit", target="layer", calibrate="before")  # fmt: skip
-    merged = patch_model(copy.deepcopy(original), alone, calibration=tokenizer)
+    merged = patch_model(copy.deepcopy(original), alone, tokenizer=tokenizer)
     for entry in record:
         one = copy.deepcopy(original)
         one.model.layers[entry["layer"]] = merged.model.layers[entry["layer"]]

@@ -291,7 +291,7 @@ def test_text_that_cannot_be_had(odd, words: Path, tmp_path: Path) -> None:
     refused(source, tmp_path / "out", recipe_on(few, **fit), CalibrationError, "48 tokens of text; a sequence needs 64")
     one = recipe_on(words, calibration_tokens=100, **fit)
     refused(source, tmp_path / "out", one, CalibrationError, "1 sequences, and no file or data set has two")
-    with pytest.raises(CalibrationError, match="patch_model needs calibration=tokenizer"):
+    with pytest.raises(CalibrationError, match="patch_model needs tokenizer="):
         patch_model(load(source), recipe_on(words, **fit))
 
 

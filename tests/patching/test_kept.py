@@ -534,7 +534,7 @@ def test_a_rank_that_is_too_large(odd, words: Path, tmp_path: Path, changes: dic
     model = load(source)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(RecipeError, match=says):
-        patch_model(model, recipe_on(words, **CURVED, rank=least), calibration=AutoTokenizer.from_pretrained(source))
+        patch_model(model, recipe_on(words, **CURVED, rank=least), tokenizer=AutoTokenizer.from_pretrained(source))
     assert differing(before, model.state_dict()) == []
     assert model.config.model_type == "deepseek"
     most = recipe_on(words, **CURVED, rank=least - 1)
@@ -548,7 +548,7 @@ def test_text_that_cannot_be_had(odd, words: Path, tmp_path: Path, fields: dict[
     for family in FAMILIES:
         bare = odd(family, torch.bfloat16)
         refused(bare, tmp_path / "out", recipe, CalibrationError, "model has no tokenizer, and this recipe reads")
-        with pytest.raises(CalibrationError, match="patch_model needs calibration=tokenizer"):
+        with pytest.raises(CalibrationError, match="patch_model needs tokenizer="):
             patch_model(load(bare), recipe)
     source = odd("deepseek", torch.bfloat16, tokenizer=True)
     nowhere = recipe_on(tmp_path / "no.txt", **fields)

@@ -60,7 +60,7 @@ def test_a_tied_source_gets_a_head(odd, tmp_path: Path, words: Path, family: str
     assert plan.bytes_out == size == index["metadata"]["total_size"]
     assert index["weight_map"].keys() == tensors.keys()
 
-    live = patch_model(load(source), chosen, calibration=AutoTokenizer.from_pretrained(source))
+    live = patch_model(load(source), chosen, tokenizer=AutoTokenizer.from_pretrained(source))
     live.save_pretrained(tmp_path / "memory")
     stored = load(tmp_path / "disk")
     assert stored.lm_head.weight is not stored.model.embed_tokens.weight

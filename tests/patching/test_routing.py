@@ -455,7 +455,7 @@ def test_a_text_of_one_sequence_leaves_none_for_validation(
     model, tokenizer = load(source), AutoTokenizer.from_pretrained(source)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CalibrationError, match=says):
-        patch_model(model, one, calibration=tokenizer)
+        patch_model(model, one, tokenizer=tokenizer)
     assert differing(before, model.state_dict()) == []
 
 
@@ -473,7 +473,7 @@ def test_text_that_cannot_be_had(odd, words: Path, tmp_path: Path, fields: dict[
         refused(bare, tmp_path / "out", recipe, CalibrationError, "model has no tokenizer, and this recipe reads")
         model = load(bare)
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with pytest.raises(CalibrationError, match="patch_model needs calibration=tokenizer"):
+        with pytest.raises(CalibrationError, match="patch_model needs tokenizer="):
             patch_model(model, recipe)
         assert differing(before, model.state_dict()) == []
         assert model.config.model_type == family

@@ -41,7 +41,7 @@ def patched(name: str, how: Recipe) -> tuple[Any, CalibrationText]:
     tokenizer = AutoTokenizer.from_pretrained(resolve(name).folder)
     model = original(name)
     text = text_for(how, model.config.to_dict(), tokenizer)
-    return patch_model(model, how, calibration=tokenizer), text
+    return patch_model(model, how, tokenizer=tokenizer), text
 
 
 @torch.no_grad()

@@ -104,7 +104,7 @@ def test_options_reach_the_model():
 
 def test_a_recipe_that_reads_text_needs_the_tokenizer():
     start = start_from("tiny", recipe=STABLE)
-    with pytest.raises(CalibrationError, match="calibration=tokenizer"):
+    with pytest.raises(CalibrationError, match="needs tokenizer="):
         start.model(None)
     tables = [layer.mlp.stable_router.assignment for layer in start.model(start.tokenizer()).model.layers]
     assert all((table >= 0).any() for table in tables)
