@@ -290,7 +290,7 @@ def print_report(report: Report, original: Checkpoint, out: Path) -> None:
         warning = "" if radius < 1 else " [bold red]warning: 1 or more, the walk of the base does not settle[/bold red]"
         console.print(f"spectral radius of the walk: {radius:.3f} a layer, {over:.3g} over its layers{warning}")
     console.print(
-        f"{size_text(totals['bytes_in'])} in, {size_text(totals['bytes_out'])} out, {totals['seconds']:.1f} s"
+        f"{totals['seconds']:.1f} s"
         + (f", peak memory {size_text(peak)}" if (peak := totals["peak_resident_bytes"]) else "")
         + f": [bold]{marked(out)}[/bold]",
         soft_wrap=True,
