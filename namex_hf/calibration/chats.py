@@ -10,14 +10,14 @@ from ..files import LARGEST_TEXT, parse_json, read_text
 from .hub_source import FORM, hub_rows, is_hub_name
 from .records import turns_of
 
-Chat = list[dict[str, str]]
-"""Turns with a ``role`` and a ``content``."""
+Turns = list[dict[str, str]]
+"""Of a chat, each with a ``role`` and a ``content``."""
 PACKAGED = Path(__file__).parents[1] / "packaged" / "chats" / "train.jsonl"
 MOST = 100_000
 """Chats that are read of a data set."""
 
 
-def read_chats(source: str, seed: int = 0) -> list[Chat]:
+def read_chats(source: str, seed: int = 0) -> list[Turns]:
     """The chats of a set in which an assistant answers in words, each up to its last answer.
 
     Args:
@@ -46,7 +46,7 @@ def read_chats(source: str, seed: int = 0) -> list[Chat]:
     return [chat for number, record in enumerate(records, 1) if (chat := _chat(record, f"{source}, record {number}"))]
 
 
-def _chat(record: Any, where: str) -> Chat:
+def _chat(record: Any, where: str) -> Turns:
     turns = turns_of(record) if isinstance(record, dict) else None
     if not isinstance(turns, list) or not all(map(_is_turn, turns)):
         raise CalibrationError(f"{where}: accepted: a list of 'messages', each with a 'role' and a 'content' of text")

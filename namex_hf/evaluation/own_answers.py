@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..calibration.chats import Chat
+from ..calibration.chats import Turns
 from ..errors import OutputError
 from ..files import LARGEST_TEXT, parse_json, read_bytes, write_bytes
 from ..progress import ProgressCallback, ProgressEvent, no_progress
@@ -37,7 +37,7 @@ class Asked:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:16]
 
 
-def hash_of(chats: Sequence[Chat]) -> str:
+def hash_of(chats: Sequence[Turns]) -> str:
     return hashlib.sha256(json.dumps(chats).encode()).hexdigest()
 
 
@@ -48,7 +48,7 @@ class AnswerFile:
     path: Path
     asked: Asked
 
-    def read(self, total: int) -> list[Chat]:
+    def read(self, total: int) -> list[Turns]:
         """The chats so far: whole batches, without what a kill has cut, which is taken away.
 
         Args:
@@ -69,7 +69,7 @@ class AnswerFile:
         write_bytes(self.path, b"".join(line + b"\n" for line in lines[:whole]))
         return [one["messages"] for one in records[:whole]]
 
-    def add(self, chats: Sequence[Chat]) -> None:
+    def add(self, chats: Sequence[Turns]) -> None:
         lines = (json.dumps({"messages": chat, "asked": self.asked.mark}, ensure_ascii=False) for chat in chats)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
@@ -78,7 +78,7 @@ class AnswerFile:
 def write_answers(
     model: Any,
     tokenizer: Any,
-    chats: Sequence[Chat],
+    chats: Sequence[Turns],
     file: AnswerFile,
     tokens: int,
     progress: ProgressCallback = no_progress,
@@ -108,14 +108,14 @@ def write_answers(
     return count
 
 
-def own_answers(model: Any, tokenizer: Any, chats: Sequence[Chat], asked: Asked, start: int = 0) -> list[Chat]:
+def own_answers(model: Any, tokenizer: Any, chats: Sequence[Turns], asked: Asked, start: int = 0) -> list[Turns]:
     """The chats with the model's own answers in the place of the assistant's, turn after turn.
 
     Args:
         start: the number of the first chat, for the seed of what is drawn.
     """
     torch.manual_seed(asked.seed + start)
-    found: list[Chat] = [[] for _ in chats]
+    found: list[Turns] = [[] for _ in chats]
     for place in range(max(map(len, chats))):
         waits = []
         for chat, own in zip(chats, found, strict=True):
@@ -132,6 +132,6 @@ def own_answers(model: Any, tokenizer: Any, chats: Sequence[Chat], asked: Asked,
     return found
 
 
-def _length(chat: Chat, tokenizer: Any) -> int:
+def _length(chat: Turns, tokenizer: Any) -> int:
     text = as_chat(tokenizer, [(turn["role"], turn["content"]) for turn in chat])
     return len(tokenizer(text, add_special_tokens=False).input_ids)
