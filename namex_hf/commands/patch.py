@@ -35,7 +35,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-patch") -> i
 def parser_of(prog: str = "namex patch") -> Parser:
     parser = command_parser(
         prog,
-        "Make a Mixture-of-Experts checkpoint smaller, or merge its experts with NAMEx (Nash bargaining between them).\n"
+        "Make a Mixture-of-Experts checkpoint smaller, or merge its experts with NAMEx (Nash bargaining).\n"
         "One or two layers are in memory at a time. A run that was killed is continued by the same command.",
         (
             "tiny --out out/tiny",
