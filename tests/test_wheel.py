@@ -77,7 +77,7 @@ def test_it_holds_what_the_repository_holds(wheel: Path) -> None:
 
 def test_everything_comes_from_the_wheel_and_no_extra_is_there(run: Command, place: Path) -> None:
     extras = of_extras_alone()
-    assert {"accelerate", "datasets", "peft", "trl", "lm-eval", "matplotlib", "cvxpy", "ecos", "psutil"} <= extras
+    assert {"accelerate", "datasets", "peft", "trl", "lm-eval", "matplotlib", "cvxpy", "psutil"} <= extras
     done = run("python", "-c", WHERE, *sorted(extras))
     assert done.returncode == 0, done.stderr
     module, models, paths, present = json.loads(done.stdout)

@@ -29,12 +29,12 @@ from .checks import checked_game
 from .existence import Players, Tolerance, agreement_exists
 from .nash import AGREEMENT, NO_AGREEMENT, NashSolution
 
-#: A relative change of the point below this is within ECOS's own accuracy: the procedure ends.
+#: A relative change of the point below this is within Clarabel's own accuracy: the procedure ends.
 STANDSTILL = 1e-7
 
 
 def ccp_bargaining(gram: Tensor, iterations: int = 2, precision: torch.dtype | None = None) -> NashSolution:
-    """Approximate K a = 1 / a, a > 0, by the convex-concave procedure, with cvxpy and ECOS on the CPU, game by game.
+    """Approximate K a = 1 / a, a > 0, by the convex-concave procedure, with cvxpy on the CPU, game by game.
 
     The disagreement point is 0 and all powers are 1: the procedure was published for this case only.
 
@@ -47,11 +47,11 @@ def ccp_bargaining(gram: Tensor, iterations: int = 2, precision: torch.dtype | N
     Returns:
         A `NashSolution`. `residual` is computed as by `nash_bargaining`, max_i |a_i (K a)_i - 1|, but decides nothing:
         weights of any accuracy are returned, 0 without agreement. `status` is decided as there, by the players alone.
-        It is also 'no_agreement' where ECOS finds no point at all. If ECOS fails later, the last point is returned.
-        `iterations` counts the convex problems that were tried.
+        It is also 'no_agreement' where cvxpy's solver finds no point at all. If it fails later, the last point is
+        returned. `iterations` counts the convex problems that were tried.
 
     Raises:
-        MissingExtraError: cvxpy or ECOS is not installed.
+        MissingExtraError: cvxpy is not installed.
         ValueError: iterations < 1, or a Gram matrix that `nash_bargaining` refuses.
     """
     if iterations < 1:
@@ -91,7 +91,6 @@ def ccp_bargaining(gram: Tensor, iterations: int = 2, precision: torch.dtype | N
 
 def _solver() -> ModuleType:
     try:
-        importlib.import_module("ecos")
         return importlib.import_module("cvxpy")
     except ImportError as error:
         raise MissingExtraError("solver ccp", "ccp") from error
@@ -124,11 +123,11 @@ def _procedure(cvxpy: ModuleType, gram: np.ndarray, iterations: int) -> tuple[np
 
 
 def _minimum(cvxpy: ModuleType, problem: object, variable: object) -> np.ndarray | None:
-    """The minimiser, or None where ECOS fails. Reduced accuracy is accepted: the residual shows how good it is."""
+    """The minimiser, or None where the solver fails. Reduced accuracy is accepted: the residual shows how good it is."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cvxpy warns of reduced accuracy
         try:
-            problem.solve(solver=cvxpy.ECOS)  # type: ignore[attr-defined]
+            problem.solve(solver=cvxpy.CLARABEL)  # type: ignore[attr-defined]
         except cvxpy.SolverError:
             return None
     value = variable.value  # type: ignore[attr-defined]

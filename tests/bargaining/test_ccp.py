@@ -20,7 +20,6 @@ BUDGETS = (2, 5, 20, 40, 60)
 @pytest.fixture(scope="module")
 def extra() -> None:
     pytest.importorskip("cvxpy")
-    pytest.importorskip("ecos")
 
 
 with_extra = pytest.mark.usefixtures("extra")
@@ -139,7 +138,7 @@ def test_a_solver_that_fails_leaves_the_last_point(monkeypatch: pytest.MonkeyPat
         def patched(problem, *args, **kwargs):
             calls.append(1)
             if len(calls) > good:
-                raise cvxpy.SolverError("ECOS has had enough")
+                raise cvxpy.SolverError("the solver has had enough")
             return solve(problem, *args, **kwargs)
 
         monkeypatch.setattr(cvxpy.Problem, "solve", patched)
@@ -159,9 +158,8 @@ def test_a_solver_that_fails_leaves_the_last_point(monkeypatch: pytest.MonkeyPat
 # --- input -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", ["cvxpy", "ecos"])
-def test_names_the_extra_that_is_missing(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
+def test_names_the_extra_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "cvxpy", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'namex-hf\[ccp\]'") as caught:
         ccp_bargaining(torch.eye(2))
     assert isinstance(caught.value, NamexError)
