@@ -123,7 +123,7 @@ def _procedure(cvxpy: ModuleType, gram: np.ndarray, iterations: int) -> tuple[np
 
 
 def _minimum(cvxpy: ModuleType, problem: object, variable: object) -> np.ndarray | None:
-    """The minimiser, or None where the solver fails. Reduced accuracy is accepted: the residual shows how good it is."""
+    """The minimiser, or None where the solver fails. Reduced accuracy is accepted: the residual shows it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # cvxpy warns of reduced accuracy
         try:
