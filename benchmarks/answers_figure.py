@@ -21,7 +21,7 @@ def points() -> list[Point]:
     for line in lines[lines.index(next(one for one in lines if one.startswith(BEGINS))) + 2 :]:
         if not line.startswith("|"):
             break
-        title, weights, _, megabytes, _, exact = (cell.strip() for cell in line.strip("|").split("|"))
+        title, weights, _, megabytes, _, exact = (cell.strip().replace("`", "") for cell in line.strip("|").split("|"))
         found.append(Point(title, weights, float(megabytes), float(exact)))
     return found
 

@@ -37,8 +37,8 @@ class Axis:
 
     @classmethod
     def of(cls, values: Sequence[float], begin: float, end: float) -> "Axis":
-        """With a margin around the values."""
-        margin = (max(values) - min(values)) / 12 or abs(values[0]) / 12 or 1
+        """With a margin around the values, in which labels have room."""
+        margin = (max(values) - min(values)) / 7 or abs(values[0]) / 7 or 1
         return cls(min(values) - margin, max(values) + margin, begin, end)
 
     def place(self, value: float) -> float:
