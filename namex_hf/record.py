@@ -76,4 +76,5 @@ def ratio(one: dict[str, float]) -> float:
 def versions(*more: str) -> dict[str, str]:
     """Versions of what the numbers depend on."""
     found = {name: importlib.metadata.version(name) for name in (*LIBRARIES, *more)}
+    found["torch"] = importlib.import_module("torch").__version__  # with its build, which metadata may lack
     return {"namex_hf": __version__, "python": platform.python_version(), **found}

@@ -36,6 +36,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         **required(),
+        "torch": torch.__version__,  # with its build, which metadata may lack
         "devices": [f"cpu ({os.cpu_count()} cores, {torch.get_num_threads()} threads)", *_accelerators(torch)],
     }
 
