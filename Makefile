@@ -23,10 +23,11 @@ $(NEWEST_READY): pyproject.toml constraints.txt
 	$(NEWEST)/bin/pip install --quiet --upgrade --upgrade-strategy eager --constraint $(NEWEST)/torch.txt --editable '.[dev]'
 	touch $(NEWEST_READY)
 
-demo: $(READY)  ## patch the packaged model, compare the methods, let it talk
-	$(BIN)/namex-patch tiny --out out/tiny
+demo: $(READY)  ## halve the packaged model and let it talk; then the paper's merge, and its methods side by side
+	$(BIN)/namex patch tiny --out out/half --keep 0.5
+	$(BIN)/python examples/talk.py out/half
+	$(BIN)/namex patch tiny --out out/tiny
 	$(BIN)/python benchmarks/methods.py --quick
-	$(BIN)/python examples/talk.py out/tiny
 
 test: $(READY)  ## the whole suite, no network and no accelerator needed
 	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python $(SUITE)
