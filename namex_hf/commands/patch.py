@@ -38,8 +38,8 @@ def parser_of(prog: str = "namex patch") -> Parser:
         "Make a Mixture-of-Experts checkpoint smaller, or merge its experts with NAMEx (Nash bargaining).\n"
         "One or two layers are in memory at a time. A run that was killed is continued by the same command.",
         (
-            "tiny --out out/tiny",
             "tiny --out out/half --keep 0.5",
+            "tiny --out out/tiny",
             "Qwen/Qwen1.5-MoE-A2.7B --out out/qwen --recipe qwen1.5-moe-a2.7b/namex-full",
         ),
         usage="MODEL --out DIR [options]",

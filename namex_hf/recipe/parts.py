@@ -222,8 +222,9 @@ class Fit(Part):
 
     kind: FitKind = leaf(
         "none",
-        "grouped: fit to the original on calibration text. router: the router's rows; layer: after that rows, experts "
-        "and the shared expert. A fit makes calibrated merging the default of curvature, align, grouping and down",
+        "grouped, narrow: fit to the original on calibration text. router: the router's rows, of grouped; layer: rows, "
+        "experts and the shared expert. Under grouped a fit makes calibrated merging the default of curvature, align, "
+        "grouping and down",
         name="fit",
     )
     steps: int = leaf(
