@@ -1,5 +1,7 @@
 """``namex-compare`` on the packaged model: what it writes and prints, how it goes on, what it answers to bad input."""
 
+import base64
+import hashlib
 import json
 import re
 import shutil
@@ -135,9 +137,15 @@ def test_the_table_for_documents(made: Path):
     assert "the mean over seeds of calibration text, ± the standard deviation over seeds" in text
 
 
-def test_the_page_fetches_and_runs_nothing(made: Path):
+def test_the_page_fetches_nothing_and_runs_nothing_but_its_sorting(made: Path):
+    """The policy names the one script by its hash, so that a browser runs no other."""
     text = (made / "index.html").read_text()
-    assert not re.findall(r"<script|<iframe|<object|@import|\bon\w+=", text)
+    assert not re.findall(r"<iframe|<object|@import|\bon\w+=", text)
+    (script,) = re.findall(r"<script[^>]*>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', text)
+    assert policy.startswith("default-src 'none';")
+    assert re.findall(r"script-src ([^;]*)", policy) == [f"'sha256-{digest}'"]
     assert all(place.startswith("data:") for place in re.findall(r'(?:src|srcset|href)="([^"]*)"', text))
     for row in ROWS:
         assert f"<td>{row}</td>" in text
