@@ -91,3 +91,20 @@ def test_an_unknown_name():
 
     with pytest.raises(AttributeError, match="no attribute 'patch_modle'"):
         _ = namex_hf.patch_modle
+
+
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "5"}, "5"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")],
+)
+def test_threads_wait_for_a_short_time_unless_the_environment_says_otherwise(given: dict[str, str], found: str) -> None:
+    """It is set before torch is imported, whose threads read it then."""
+    code = (
+        "import os, sys\nfrom namex_hf.commands.common import loading\nassert 'torch' not in sys.modules\n"
+        "with loading():\n    print(os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env={**clean, **given}, capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert ran.stdout.strip() == found

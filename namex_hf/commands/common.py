@@ -34,6 +34,8 @@ MEMORY = re.compile(
     r"can(?:not|'t) allocate memory|not enough memory|out of memory|failed to map segment|std::bad_alloc", re.IGNORECASE
 )
 """How the system and the libraries say that there was none."""
+SPINS = "10000"
+"""On a machine with three times as many processes as cores 50 s in place of over 158 (docs/benchmarks.md)."""
 INTERRUPTED = 128 + signal.SIGINT
 GOES_ON = "stopped; the same command goes on from here"
 MODEL_HELP = f"a local folder, a packaged model ({', '.join(packaged_models())}), or a Hub id USER/NAME"
@@ -227,7 +229,13 @@ def _ours() -> bool:
 
 @contextmanager
 def loading() -> Iterator[None]:
-    """Within `ended`: while a command imports its libraries, Ctrl-C and too little memory end the program at once."""
+    """Within `ended`: while a command imports its libraries, Ctrl-C and too little memory end the program at once.
+
+    Threads of torch wait for each other for a short time only, unless the environment says otherwise: on a busy machine
+    they would take the processor from those that they wait for.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     ours = _ours() and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if ours:
         signal.signal(signal.SIGINT, _leave)
