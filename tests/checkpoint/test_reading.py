@@ -79,12 +79,16 @@ def test_files_of_a_checkpoint(kind: str, name: str, tmp_path: Path, odd: Callab
         if path.name != name:
             (folder / path.name).symlink_to(path)
     KINDS[kind][0](folder / name)
-    with pytest.raises(CheckpointError, match=r"cannot be read|is missing|neither model|is a link that leaves|is no regular file"):
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read|is missing|neither model|is a link that leaves|is no regular file"
+    ):
         open_checkpoint(folder)
 
 
 def test_a_name_with_a_nul() -> None:
-    with pytest.raises(CheckpointError, match=r"a\\x00b cannot be read \((open: )?embedded null (byte|character in path)\)"):
+    with pytest.raises(
+        CheckpointError, match=r"a\\x00b cannot be read \((open: )?embedded null (byte|character in path)\)"
+    ):
         open_regular(Path("a\0b"))
 
 
