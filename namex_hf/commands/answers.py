@@ -73,7 +73,7 @@ def _answers(options: argparse.Namespace) -> int:
         from ..calibration.chats import read_chats
         from ..checkpoint.resolve import resolve
         from ..evaluation.loading import load_as_stored, tokenizer_of
-        from ..evaluation.own_answers import AnswerFile, Asked, hash_of, write_answers
+        from ..evaluation.own_answers import AnswerChoices, AnswerFile, hash_of, write_answers
         from ..patching.device import resolved
 
     checkpoint = resolve(options.model, options.revision)
@@ -82,9 +82,9 @@ def _answers(options: argparse.Namespace) -> int:
         raise UsageError(f"{checkpoint.name}: the tokenizer has no chat template, so the model answers no chats")
     chats = read_chats(options.chats, options.seed)
     choices = options.answer_tokens, options.temperature, options.seed, options.batch
-    file = AnswerFile(options.out, Asked(checkpoint.fingerprint(), hash_of(chats), *choices))
+    file = AnswerFile(options.out, AnswerChoices(checkpoint.fingerprint(), hash_of(chats), *choices))
     if options.overwrite:
-        options.out.unlink(missing_ok=True)
+        file.begin_anew()
     file.read(len(chats))  # which refuses a file of another run before the model is read
     model = load_as_stored(checkpoint.folder, resolved(options.device))
     console = Console(stderr=True, quiet=options.quiet)

@@ -71,7 +71,7 @@ def parser_of(prog: str = "namex score") -> Parser:
         default=list(PACKAGED_TASKS),
         help="lm-eval's tasks and groups, arc for arc_challenge and arc_easy, or "
         f"{', '.join(PACKAGED_TASKS)} (default: these four); TASK:N with N worked "
-        "examples in the prompt, such as gsm8k:5 mmlu:0; none: only --text",
+        "examples in the prompt, such as gsm8k:5 mmlu:0; none: only --texts",
     )
     tasks.add_argument(
         "--texts",

@@ -17,7 +17,7 @@ from .generation import as_chat, generated_answers
 
 
 @dataclass(frozen=True)
-class Asked:
+class AnswerChoices:
     """What determines the answers, beside the machine."""
 
     model: str
@@ -46,7 +46,7 @@ class AnswerFile:
     """A ``.jsonl`` file with a chat a line, which `calibration_data` takes; it grows with every batch."""
 
     path: Path
-    asked: Asked
+    choices: AnswerChoices
 
     def read(self, total: int) -> list[Turns]:
         """The chats so far: whole batches, without what a kill has cut, which is taken away.
@@ -59,18 +59,36 @@ class AnswerFile:
         """
         if not self.path.exists():
             return []
-        lines = read_bytes(self.path, OutputError, LARGEST_TEXT).split(b"\n")[:-1]  # the last has no end
-        records = [parse_json(line, f"{self.path}, line {n}", OutputError) for n, line in enumerate(lines, 1)]
-        if any(not isinstance(one, dict) or one.get("asked") != self.asked.mark for one in records):
+        lines, records = self._records()
+        if any(not isinstance(one, dict) or one.get("choices") != self.choices.mark for one in records):
             raise OutputError(
                 f"{self.path} is of another model, other chats or other choices; accepted: a new file, or --overwrite"
             )
-        whole = len(lines) if len(lines) == total else len(lines) // self.asked.batch * self.asked.batch
+        whole = len(lines) if len(lines) == total else len(lines) // self.choices.batch * self.choices.batch
         write_bytes(self.path, b"".join(line + b"\n" for line in lines[:whole]))
         return [one["messages"] for one in records[:whole]]
 
+    def begin_anew(self) -> None:
+        """Remove the file.
+
+        Raises:
+            OutputError: it is no file of answers.
+        """
+        if not self.path.exists():
+            return
+        if any(not isinstance(one, dict) or "choices" not in one for one in self._records()[1]):
+            raise OutputError(
+                f"{self.path} is no file of namex answers, so it is not overwritten; accepted: a new file"
+            )
+        self.path.unlink()
+
+    def _records(self) -> tuple[list[bytes], list[Any]]:
+        """Whole lines, and what they hold; the last one may have been cut."""
+        lines = read_bytes(self.path, OutputError, LARGEST_TEXT).split(b"\n")[:-1]
+        return lines, [parse_json(line, f"{self.path}, line {n}", OutputError) for n, line in enumerate(lines, 1)]
+
     def add(self, chats: Sequence[Turns]) -> None:
-        lines = (json.dumps({"messages": chat, "asked": self.asked.mark}, ensure_ascii=False) for chat in chats)
+        lines = (json.dumps({"messages": chat, "choices": self.choices.mark}, ensure_ascii=False) for chat in chats)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(line + "\n" for line in lines)
 
@@ -98,23 +116,25 @@ def write_answers(
     done = file.read(len(chats))
     count = sum(_length(chat, tokenizer) for chat in done)
     progress(ProgressEvent("answers", done=min(count, tokens), total=tokens, resumed=True))
-    for start in range(len(done), len(chats), file.asked.batch):
+    for start in range(len(done), len(chats), file.choices.batch):
         if count >= tokens:
             break
-        answered = own_answers(model, tokenizer, chats[start : start + file.asked.batch], file.asked, start)
+        answered = own_answers(model, tokenizer, chats[start : start + file.choices.batch], file.choices, start)
         file.add(answered)
         count += sum(_length(chat, tokenizer) for chat in answered)
         progress(ProgressEvent("answers", done=min(count, tokens), total=tokens))
     return count
 
 
-def own_answers(model: Any, tokenizer: Any, chats: Sequence[Turns], asked: Asked, start: int = 0) -> list[Turns]:
+def own_answers(
+    model: Any, tokenizer: Any, chats: Sequence[Turns], choices: AnswerChoices, start: int = 0
+) -> list[Turns]:
     """The chats with the model's own answers in the place of the assistant's, turn after turn.
 
     Args:
         start: the number of the first chat, for the seed of what is drawn.
     """
-    torch.manual_seed(asked.seed + start)
+    torch.manual_seed(choices.seed + start)
     found: list[Turns] = [[] for _ in chats]
     for place in range(max(map(len, chats))):
         waits = []
@@ -125,7 +145,7 @@ def own_answers(model: Any, tokenizer: Any, chats: Sequence[Turns], asked: Asked
                 own.append(chat[place])
         prompts = [as_chat(tokenizer, [(turn["role"], turn["content"]) for turn in own]) for own in waits]
         answers = generated_answers(
-            model, tokenizer, prompts, asked.answer_tokens, asked.batch, chat=True, temperature=asked.temperature
+            model, tokenizer, prompts, choices.answer_tokens, choices.batch, chat=True, temperature=choices.temperature
         )
         for own, answer in zip(waits, answers, strict=True):
             own.append({"role": "assistant", "content": answer.text})

@@ -98,11 +98,11 @@ def on_tokens(
     """
     if expert.dtype != torch.bfloat16 or not multiplies_bfloat16(inputs.device.type):
         return function(inputs, expert.to(inputs), activation)
-    expert, found = expert.to(inputs.new_empty(0, dtype=torch.bfloat16)), []
+    expert, parts = expert.to(inputs.new_empty(0, dtype=torch.bfloat16)), []
     for rows in inputs.split(ROWS):  # few numbers of rows: the library holds code and memory for each
         filled = pad(rows.bfloat16(), (0, 0, 0, -len(rows) % FILLED))
-        found.append(function(filled, expert, activation)[: len(rows)].float())
-    return torch.cat(found)
+        parts.append(function(filled, expert, activation)[: len(rows)].float())
+    return torch.cat(parts)
 
 
 def shared_expert_output(

@@ -14,7 +14,7 @@ from namex_hf.errors import CalibrationError, OutputError
 from namex_hf.evaluation import own_answers
 from namex_hf.evaluation.generation import as_chat, generated_answers
 from namex_hf.evaluation.loading import load_as_stored, tokenizer_of
-from namex_hf.evaluation.own_answers import AnswerFile, Asked, write_answers
+from namex_hf.evaluation.own_answers import AnswerChoices, AnswerFile, write_answers
 
 Said = pytest.CaptureFixture[str]
 FEW = ("--answer-tokens", "8", "--tokens", "200", "--batch", "2", "--quiet", "--device", "cpu")
@@ -97,7 +97,7 @@ def test_drawn_answers_follow_the_seed(model: Any, tokenizer: Any, tmp_path: Pat
     asked = [[{"role": "user", "content": "Tell me of the sea."}, {"role": "assistant", "content": ""}]] * 2
     files = []
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        file = AnswerFile(tmp_path / f"{name}.jsonl", Asked("m", "c", 12, 1.0, seed, 1))
+        file = AnswerFile(tmp_path / f"{name}.jsonl", AnswerChoices("m", "c", 12, 1.0, seed, 1))
         assert write_answers(model, tokenizer, asked, file, 10**6) > 0
         files.append(chats_in(file.path))
     assert files[0] == files[1] != files[2]
@@ -131,7 +131,15 @@ def test_a_file_of_other_choices_is_not_continued(written: Path, chats: Path, ca
     assert written.read_bytes() == before
     (written.parent / "b.jsonl").write_text("no json\n")
     with pytest.raises(OutputError, match="line 1"):
-        AnswerFile(written.parent / "b.jsonl", Asked("", "", 1, None, 0, 1)).read(1)
+        AnswerFile(written.parent / "b.jsonl", AnswerChoices("", "", 1, None, 0, 1)).read(1)
+
+
+def test_a_file_of_others_is_not_overwritten(chats: Path, tmp_path: Path, capsys: Said) -> None:
+    own = tmp_path / "own.jsonl"
+    own.write_bytes(before := chats.read_bytes())
+    assert ran("tiny", "--out", own, "--chats", chats, *FEW, "--overwrite") == 2
+    assert "is no file of namex answers" in capsys.readouterr().err
+    assert own.read_bytes() == before
 
 
 def test_records_of_another_form_are_named(tmp_path: Path) -> None:
