@@ -12,6 +12,7 @@ from namex_hf.merging import calibrated, whole_fit
 from namex_hf.merging.calibrated import Shrinking
 from namex_hf.merging.controls import random_experts as controls
 from namex_hf.merging.controls import shared_experts
+from namex_hf.merging.cut import of_peak
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
@@ -701,3 +702,17 @@ def test_usual_layers_have_no_super_expert() -> None:
     run = shrinking(3, **PLAIN)
     run.run()
     assert run.record["super_experts"] == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_neurons_of_a_super_experts_peak_stay(seed: int) -> None:
+    """Whatever the choice: by chance a single neuron would seldom be one of them."""
+    of = with_super_expert(1, like=4)
+    whole, _ = shrinking(2, of, **PLAIN, grouping="weights").run()
+    run = shrinking(2, of, **PLAIN, grouping="weights", width=1, neurons="random", seed=seed)
+    run.run()
+    place, inputs = run.groups.index((1,)), run.text.inputs
+    token, _ = whole.route(inputs).of(place)
+    peak = of_peak(neurons(inputs[token], of.experts.expert(1), silu), of.experts.down[1])
+    assert run.stay is not None
+    assert run.stay[place].tolist() == peak[:1].tolist()
