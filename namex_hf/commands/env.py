@@ -54,7 +54,7 @@ def required() -> dict[str, Any]:
     extras: dict[str, dict[str, str]] = {}
     for requirement in requirements:
         match = REQUIREMENT.fullmatch(requirement)
-        if match is None or match["name"] == "namex-hf" or match["extra"] in ("all", "dev"):
+        if match is None or match["name"] == "namex-hf" or match["extra"] in ("all", "dev", "docs"):
             continue
         group = extras.setdefault(match["extra"], {}) if match["extra"] else packages
         group[match["name"]] = _version(match["name"])
