@@ -13,6 +13,7 @@ from .experts import Expert, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from .members import gather, merge_members
 from .moe_layer import MoELayer
+from .moments import TextMoments
 from .record import cosines
 from .refit import refit_downs
 from .rewriting import Rewriting
@@ -248,7 +249,8 @@ class Shrinking(Rewriting[Grouped]):
     def narrow(self) -> torch.Tensor:
         """Take neurons out of the experts that are left; returns the layer's output."""
         text = replace(self.text, routing=self.result.route(self.text.inputs))
-        self.cut(text, [place for place, group in enumerate(self.groups) if group[0] in self.protected])
+        protected = [place for place, group in enumerate(self.groups) if group[0] in self.protected]
+        self.cut(TextMoments(self.source.activation, text, self.weight, protected))
         return self.record_error("narrowed", self.output())
 
     def refit(self, output: torch.Tensor) -> None:

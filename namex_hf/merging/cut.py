@@ -1,6 +1,5 @@
 """Experts of a layer with fewer neurons each: gates and ups as they were, downs that make up for what is gone."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,13 +7,10 @@ from torch import Tensor
 
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from ..recipe.choices import Neurons
-from .experts import Expert, NotFiniteError
-from .moe_layer import MoELayer, Text
-from .neurons import neurons_that_stay, refitted, ridged_moment
-from .routing import neurons, on_tokens
+from .experts import Expert, Experts, NotFiniteError
+from .moments import Moments
+from .neurons import neurons_that_stay, refitted, ridged
 
-CARRIED = 0.1
-"""A neuron carries an output if so much of it, or more, is its own."""
 ROWS = ("gate_proj", "up_proj", "gate_proj.bias", "up_proj.bias")  # one row a neuron
 
 
@@ -22,17 +18,15 @@ ROWS = ("gate_proj", "up_proj", "gate_proj.bias", "up_proj.bias")  # one row a n
 class Cut:
     """What is cut, to which width.
 
-    Memory: the narrower experts in their dtype; one expert in float32, its neurons on its own tokens twice, and four
-    times ``[all, all]`` in float64.
+    Memory: the narrower experts in their dtype; one expert in float32, four times ``[all, all]`` in float64, and what
+    its `Moments` say.
     """
 
-    layer: MoELayer
-    text: Text  # with the routing of this layer
-    weight: Tensor  # [tokens], of errors
+    experts: Experts
+    moments: Moments
     width: int
     neurons: Neurons
     seed: int = 0
-    protected: Collection[int] = ()  # super experts
     progress: ProgressCallback = no_progress
 
     def run(self) -> tuple[Expert, Tensor]:
@@ -41,7 +35,7 @@ class Cut:
         Raises:
             NotFiniteError: an expert holds NaN or infinity.
         """
-        experts, each, stay = self.layer.experts, [], []
+        experts, each, stay = self.experts, [], []
         for number in range(experts.count):
             expert = experts.expert(number)
             chosen, down = self.of_expert(number, expert)
@@ -56,35 +50,18 @@ class Cut:
         With fewer tokens than neurons that stay there is nothing to refit to: the neurons of the largest weights stay,
         and their downs as they are.
         """
-        token, gate = self.text.routing.of(number)
-        own = expert.to(self.text.inputs)
+        moment, peak = self.moments.of(number, expert)
+        own = expert.to(moment)
         for name, matrix in own.items():
             if not matrix.isfinite().all():
                 raise NotFiniteError(number, name)
-        if len(token) < self.width:
+        if self.moments.tokens(number) < self.width:
             sizes = own.down.norm(dim=0) * own.up.norm(dim=1) * (1 if own.gate is None else own.gate.norm(dim=1))
             stay = sizes.topk(self.width).indices.sort().values
             return stay, own.down[:, stay]
-        activations = on_tokens(neurons, self.text.inputs[token], expert, self.layer.activation)
-        always = of_peak(activations, own.down)[: self.width] if number in self.protected else None
-        moment = ridged_moment((gate * self.weight[token])[:, None] * activations)
-        seed = self.seed * self.layer.experts.count + number
-        stay = neurons_that_stay(moment, own.down, self.width, self.neurons, always, seed)
+        moment, seed = ridged(moment), self.seed * self.experts.count + number
+        stay = neurons_that_stay(moment, own.down, self.width, self.neurons, peak[: self.width], seed)
         return stay, refitted(moment, own.down, stay)
-
-
-def of_peak(activations: Tensor, down: Tensor) -> Tensor:
-    """Numbers of the neurons that carry the largest entry of an expert's outputs.
-
-    Args:
-        activations: ``[tokens, width]``, what the down matrix receives.
-        down: ``[hidden, width]``.
-    """
-    outputs = activations @ down.T
-    row, channel = divmod(int(outputs.abs().argmax()), outputs.shape[1])
-    parts = activations[row] * down[channel]
-    carried = parts * outputs[row, channel].sign() >= CARRIED * outputs[row, channel].abs()
-    return carried.nonzero().flatten()
 
 
 def with_neurons(expert: Expert, stay: Tensor, down: Tensor) -> Expert:

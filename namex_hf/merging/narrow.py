@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..recipe import Narrow
 from .moe_layer import MoELayer
+from .moments import TextMoments
 from .rewriting import Rewriting
 from .super_experts import super_experts
 
@@ -23,7 +24,7 @@ class Narrowing(Rewriting[Narrow]):
         self.record |= {"games": [], "errors": [], "fits": []}
         _ = self.weight  # before a cut, as the target is the output of all neurons
         self.result = replace(self.source, router=self.source.router.clone())
-        self.cut(text, self.record["super_experts"])
+        self.cut(TextMoments(self.source.activation, text, self.weight, self.record["super_experts"]))
         self.source = self.source.without_experts()  # which can be freed now, before a fit
         output = self.record_error("narrowed", self.result.output(text.inputs, text.routing))
         if self.merge.fit.kind == "layer":

@@ -67,6 +67,6 @@ def refitted(moment: Tensor, down: Tensor, stay: Tensor) -> Tensor:
     return torch.cholesky_solve(product.T, torch.linalg.cholesky(moment[stay][:, stay])).T
 
 
-def ridged_moment(activations: Tensor) -> Tensor:
-    """H with its ridge, summed in the activations' dtype, float64 ``[all, all]``. Args: activations, z."""
-    return with_ridge((activations.T @ activations).double(), RIDGE)
+def ridged(moment: Tensor) -> Tensor:
+    """H with its ridge, float64. Args: moment, of `moments`."""
+    return with_ridge(moment.double(), RIDGE)

@@ -1,7 +1,7 @@
 """What the merges that make a layer smaller on its activations on calibration text have in common."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Generic, TypeVar
@@ -14,6 +14,7 @@ from ..recipe.choices import ErrorWeights
 from .cut import Cut
 from .error_weights import TINY, error_weights
 from .moe_layer import MoELayer, Text
+from .moments import Moments
 from .settings import DEFAULTS, FitSettings
 from .whole_fit import WholeFit
 
@@ -71,16 +72,11 @@ class Rewriting(ABC, Generic[M]):
         self.progress(ProgressEvent(stage))
         return output
 
-    def cut(self, text: Text, protected: Collection[int]) -> None:
-        """Take neurons out of the result's experts.
-
-        Args:
-            text: with the routing of the result.
-            protected: super experts, by their places in the result.
-        """
+    def cut(self, moments: Moments) -> None:
+        """Take neurons out of the result's experts. Args: moments, of these."""
         assert self.merge.width is not None
-        choice = self.merge.width, self.merge.neurons, self.seed, protected, self.progress
-        experts, self.stay = Cut(self.result, text, self.weight, *choice).run()
+        choice = self.merge.width, self.merge.neurons, self.seed, self.progress
+        experts, self.stay = Cut(self.result.experts, moments, *choice).run()
         self.result = replace(self.result, experts=experts)
 
     def fit_all(self) -> None:

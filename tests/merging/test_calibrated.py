@@ -12,13 +12,13 @@ from namex_hf.merging import calibrated, whole_fit
 from namex_hf.merging.calibrated import Shrinking
 from namex_hf.merging.controls import random_experts as controls
 from namex_hf.merging.controls import shared_experts
-from namex_hf.merging.cut import of_peak
+from namex_hf.merging.moments import of_peak
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from namex_hf.merging.layer_fit import Problem
 from namex_hf.merging.moe_layer import MoELayer, Text
-from namex_hf.merging.neurons import refitted, ridged_moment
+from namex_hf.merging.neurons import refitted, ridged
 from namex_hf.merging.router_fit import RouterProblem
 from namex_hf.merging.routing import neurons
 from namex_hf.merging.settings import FitSettings
@@ -637,7 +637,7 @@ def test_experts_that_are_left_are_cut_like_those_of_a_layer(count: int, operato
         assert torch.equal(result.experts.up[place], before.experts.up[place][stay])
         token, gate = routing.of(place)
         z = (gate * run.weight[token])[:, None] * neurons(run.text.inputs[token], before.experts.expert(place), silu)
-        down = refitted(ridged_moment(z), before.experts.down[place], stay)
+        down = refitted(ridged(z.T @ z), before.experts.down[place], stay)
         np.testing.assert_allclose(result.experts.down[place].numpy(), down.numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(output.numpy(), output_of(result, run.text.inputs), rtol=1e-3, atol=1e-3)
     assert run.record["errors"][1]["error"] == pytest.approx(

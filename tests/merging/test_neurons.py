@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from namex_hf.merging.neurons import RIDGE, ROUNDS, neurons_that_stay, refitted, ridged_moment
+from namex_hf.merging.neurons import RIDGE, ROUNDS, neurons_that_stay, refitted, ridged
 from tests.helpers.mixtures import draws
 from tests.helpers.reference import double
 
@@ -57,7 +57,7 @@ def eliminated(z: torch.Tensor, down: torch.Tensor, width: int) -> list[int]:
 def test_one_a_round_is_what_brute_force_finds(seed: int, width: int, tokens: int) -> None:
     """Errors are those to the output of all neurons: what goes later counts with what went before."""
     z, down = activations(tokens, 12, seed), downs(12, seed)
-    stay = neurons_that_stay(ridged_moment(z), down, width, "second_order")
+    stay = neurons_that_stay(ridged(z.T @ z), down, width, "second_order")
     assert stay.tolist() == eliminated(z, down, width)
 
 
@@ -66,7 +66,7 @@ def test_one_a_round_is_what_brute_force_finds(seed: int, width: int, tokens: in
 def test_the_downs_are_least_squares(seed: int, width: int, tokens: int) -> None:
     """Also with fewer tokens than neurons, where the ridge decides; and whichever neurons stay."""
     z, down = activations(tokens, 12, seed), downs(12, seed)
-    moment = ridged_moment(z)
+    moment = ridged(z.T @ z)
     for stay in (torch.randperm(12, generator=draws(seed))[:width].sort().values, torch.arange(12)):
         found = refitted(moment, down, stay)
         np.testing.assert_allclose(found.numpy(), best_downs(z, down, stay.tolist())[0], rtol=1e-7, atol=1e-8)
@@ -81,14 +81,14 @@ def test_the_downs_are_least_squares(seed: int, width: int, tokens: int) -> None
 def test_energy_is_that_of_what_a_neuron_puts_out(seed: int, width: int) -> None:
     z, down = activations(30, 12, seed), downs(12, seed)
     energy = (with_ridge_rows(z) ** 2).sum(0) * (double(down) ** 2).sum(0)
-    stay = neurons_that_stay(ridged_moment(z), down, width, "energy")
+    stay = neurons_that_stay(ridged(z.T @ z), down, width, "energy")
     assert stay.tolist() == sorted(np.argsort(-energy)[:width].tolist())
 
 
 @pytest.mark.parametrize("neurons", ["second_order", "energy", "random"])
 def test_all_neurons_stay_where_all_may(neurons: str) -> None:
     z = activations(30, 12, 0)
-    assert neurons_that_stay(ridged_moment(z), downs(12, 0), 12, neurons).tolist() == list(range(12))
+    assert neurons_that_stay(ridged(z.T @ z), downs(12, 0), 12, neurons).tolist() == list(range(12))
 
 
 @pytest.mark.parametrize(("width", "kept"), [(2 * ROUNDS + 10, 67), (3 * ROUNDS, 95)])
@@ -97,7 +97,7 @@ def test_several_a_round_come_near_one_a_round(width: int, kept: int) -> None:
     better than of energy. Kept are just as many as asked for, also where the last round is smaller.
     """
     z, down = activations(6 * width, width, 0), downs(width, 0)
-    moment = ridged_moment(z)
+    moment = ridged(z.T @ z)
     assert width // ROUNDS > 1
     assert (width - kept) % (width // ROUNDS) > 0
     at_once = neurons_that_stay(moment, down, kept, "second_order")
@@ -120,7 +120,7 @@ def test_one_of_two_equal_neurons_goes_for_nothing() -> None:
     z, down = activations(200, 12, 0), downs(12, 0)
     z, down = z / z.std(0), down / down.norm(dim=0)
     z[:, 7] = z[:, 3] = 2 * z[:, 3]
-    moment = ridged_moment(z)
+    moment = ridged(z.T @ z)
     stay = neurons_that_stay(moment, down, 11, "second_order")
     (gone,) = set(range(12)) - set(stay.tolist())
     assert gone in (3, 7)
@@ -134,14 +134,15 @@ def test_one_of_two_equal_neurons_goes_for_nothing() -> None:
 def test_the_moment() -> None:
     z = activations(30, 12, 0)
     rows = with_ridge_rows(z)
-    found = ridged_moment(z.float())
+    found = ridged(z.float().T @ z.float())
     assert found.dtype == torch.float64
     np.testing.assert_allclose(found.numpy(), rows.T @ rows, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("neurons", ["second_order", "energy", "random"])
 def test_some_neurons_stay_whatever_their_loss(neurons: str) -> None:
-    moment, down, width = ridged_moment(activations(60, 9, 0)), downs(9, 0), 4
+    z, down, width = activations(60, 9, 0), downs(9, 0), 4
+    moment = ridged(z.T @ z)
     chosen = neurons_that_stay(moment, down, width, neurons).tolist()
     others = [number for number in range(len(moment)) if number not in chosen][:2]
     kept = neurons_that_stay(moment, down, width, neurons, torch.tensor(others)).tolist()
@@ -152,6 +153,7 @@ def test_some_neurons_stay_whatever_their_loss(neurons: str) -> None:
 
 
 def test_random_neurons_follow_the_seed() -> None:
-    moment, down = ridged_moment(activations(40, 12, 0)), downs(12, 0)
+    z, down = activations(40, 12, 0), downs(12, 0)
+    moment = ridged(z.T @ z)
     first, again, other = (neurons_that_stay(moment, down, 6, "random", seed=seed).tolist() for seed in (0, 0, 1))
     assert first == again != other

@@ -1,0 +1,71 @@
+"""Second moments of an expert's neurons: they say which neurons can go, and what the others' downs make up for."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from .experts import Expert
+from .moe_layer import Text
+from .routing import Activation, neurons, on_tokens
+
+CARRIED = 0.1
+"""A neuron carries an output if so much of it, or more, is its own."""
+
+
+class Moments(Protocol):
+    """Of the experts of a layer. They do not depend on the width that experts are cut to."""
+
+    def tokens(self, number: int, /) -> int:
+        """How many tokens an expert received."""
+
+    def of(self, number: int, expert: Expert, /) -> tuple[Tensor, Tensor]:
+        """``H = sum_t z_t z_t^T`` over an expert's tokens, float32 ``[all, all]``, and numbers of neurons that stay.
+
+        z is the gate value times what the down matrix receives. Neurons stay that carry a super expert's largest
+        output; of other experts there are none.
+        """
+
+
+@dataclass(frozen=True)
+class TextMoments:
+    """Measured on calibration text. Memory: one expert's neurons on its own tokens twice, and what is collected."""
+
+    activation: Activation
+    text: Text  # with the routing of the layer whose experts these are
+    weight: Tensor  # [tokens], of errors
+    protected: Collection[int] = ()  # super experts
+    collected: dict[str, Tensor] | None = None  # gets what `of` returns, by number and kind
+
+    def tokens(self, number: int) -> int:
+        return len(self.text.routing.of(number)[0])
+
+    def of(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
+        token, gate = self.text.routing.of(number)
+        width, inputs = expert.down.shape[1], self.text.inputs
+        moment, peak = inputs.new_zeros(width, width), torch.empty(0, dtype=torch.int64, device=inputs.device)
+        if len(token):
+            activations = on_tokens(neurons, inputs[token], expert, self.activation)
+            if number in self.protected:
+                peak = of_peak(activations, expert.down.to(activations))
+            activations *= (gate * self.weight[token])[:, None]
+            moment = activations.T @ activations
+        if self.collected is not None:
+            self.collected |= {f"{number}.moment": moment.cpu(), f"{number}.peak": peak.cpu()}
+        return moment, peak
+
+
+def of_peak(activations: Tensor, down: Tensor) -> Tensor:
+    """Numbers of the neurons that carry the largest entry of an expert's outputs.
+
+    Args:
+        activations: ``[tokens, width]``, what the down matrix receives.
+        down: ``[hidden, width]``.
+    """
+    outputs = activations @ down.T
+    row, channel = divmod(int(outputs.abs().argmax()), outputs.shape[1])
+    parts = activations[row] * down[channel]
+    carried = parts * outputs[row, channel].sign() >= CARRIED * outputs[row, channel].abs()
+    return carried.nonzero().flatten()
