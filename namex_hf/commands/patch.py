@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from pathlib import Path
+from shutil import rmtree
 from sys import stderr
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from ..patching.plan import Plan
 
 BITS = (8, 4, 3, 2)
+MOMENTS = "moments"
+"""Subfolder of several results, while they are made."""
 COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe", "size")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 
@@ -62,6 +65,13 @@ def parser_of(prog: str = "namex patch") -> Parser:
         metavar="DIR",
         help="a result of the same model and text: its scores of experts are used",
     )
+    parser.add_argument(
+        "--moments",
+        type=Path,
+        metavar="DIR",
+        help="narrow with --calibrate before: what the text says of neurons is saved there, and used again for another "
+        "width of the same model and text (several shares do that by themselves)",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity, no pictures")
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to USER/NAME, privately by default")
     parser.add_argument("--public", action="store_true", help="--push-to-hub: for everybody to see")
@@ -83,6 +93,19 @@ def parser_of(prog: str = "namex patch") -> Parser:
 
 def _patch(options: argparse.Namespace) -> int:
     """One result, or one in ``DIR/keep-SHARE`` for each of several shares."""
+    shares = _shares(options)
+    each = [argparse.Namespace(**{**vars(options), "keep": share}) for share in shares]
+    recipes = [recipe_of(one) for one in each]  # which refuses a bad share before anything is done
+    results = _patch_one(each[0], recipes[0]) if len(shares) == 1 else _patch_each(each, recipes)
+    if options.json:
+        print_json(results)
+    elif not (options.quiet or options.dry_run):
+        print_next(options, recipes[0], [one.out for one in each])
+    return 0
+
+
+def _shares(options: argparse.Namespace) -> list[str | None]:
+    """The shares that are asked for; None: the recipe states no share."""
     shares = options.keep or [None]
     if options.bits is not None and options.size is None:
         raise UsageError("--bits says what --size is the size of; found no --size")
@@ -92,21 +115,21 @@ def _patch(options: argparse.Namespace) -> int:
         shares = ["0.5"]  # until the model's numbers are known
     if len(set(shares)) < len(shares):
         raise UsageError(f"--keep {' '.join(shares)}: a share is stated twice")
-    each = [argparse.Namespace(**{**vars(options), "keep": share}) for share in shares]
-    recipes = [recipe_of(one) for one in each]  # which refuses a bad share before anything is done
-    if len(shares) == 1:
-        results = _patch_one(each[0], recipes[0])
-    elif options.push_to_hub is not None:
+    if len(shares) > 1 and options.push_to_hub is not None:
         raise UsageError("--push-to-hub pushes one result: with several shares call namex-push for each folder")
-    else:
-        for one in each:
-            one.out = options.out / f"keep-{one.keep}"
-        results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
-    if options.json:
-        print_json(results)
-    elif not (options.quiet or options.dry_run):
-        print_next(options, recipes[0], [one.out for one in each])
-    return 0
+    return shares
+
+
+def _patch_each(each: list[argparse.Namespace], recipes: list[Recipe]) -> dict[str, Any]:
+    """Several shares, from one reading of the text where the recipes allow it."""
+    out, asked = each[0].out, each[0].moments
+    moments = out / MOMENTS if recipes[0].reads_moments_alone and asked is None else asked
+    for one in each:
+        one.out, one.moments = out / f"keep-{one.keep}", moments
+    results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
+    if moments != asked and not each[0].dry_run:
+        rmtree(moments, ignore_errors=True)
+    return results
 
 
 def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:

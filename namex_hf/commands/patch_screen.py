@@ -74,6 +74,7 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
                 plan,
                 options.out,
                 scores=options.scores,
+                moments=options.moments,
                 overwrite=options.overwrite,
                 verify=options.verify,
                 progress=show,

@@ -1,8 +1,8 @@
 """Second moments of an expert's neurons: they say which neurons can go, and what the others' downs make up for."""
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -29,15 +29,23 @@ class Moments(Protocol):
         """
 
 
+class KnownMoments(Moments, Protocol):
+    """Measured before."""
+
+    @property
+    def record(self) -> Mapping[str, Any]:
+        """What the layer's record said of the text."""
+
+
 @dataclass(frozen=True)
 class TextMoments:
-    """Measured on calibration text. Memory: one expert's neurons on its own tokens twice, and what is collected."""
+    """Measured on calibration text. Memory: one expert's neurons on its own tokens twice."""
 
     activation: Activation
     text: Text  # with the routing of the layer whose experts these are
     weight: Tensor  # [tokens], of errors
     protected: Collection[int] = ()  # super experts
-    collected: dict[str, Tensor] | None = None  # gets what `of` returns, by number and kind
+    save: Callable[[int, Tensor, Tensor], None] | None = None  # gets an expert's number and what `of` returns
 
     def tokens(self, number: int) -> int:
         return len(self.text.routing.of(number)[0])
@@ -52,8 +60,8 @@ class TextMoments:
                 peak = of_peak(activations, expert.down.to(activations))
             activations *= (gate * self.weight[token])[:, None]
             moment = activations.T @ activations
-        if self.collected is not None:
-            self.collected |= {f"{number}.moment": moment.cpu(), f"{number}.peak": peak.cpu()}
+        if self.save is not None:
+            self.save(number, moment, peak)
         return moment, peak
 
 

@@ -1,5 +1,6 @@
 """A layer that keeps every expert and its router, with fewer neurons in each expert."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -8,7 +9,7 @@ from torch import Tensor
 
 from ..recipe import Narrow
 from .moe_layer import MoELayer
-from .moments import TextMoments
+from .moments import KnownMoments, TextMoments
 from .rewriting import Rewriting
 from .super_experts import super_experts
 
@@ -17,6 +18,9 @@ from .super_experts import super_experts
 class Narrowing(Rewriting[Narrow]):
     """A layer on the way to narrower experts. Memory: that of `Rewriting`, and the narrower experts in their dtype."""
 
+    known: KnownMoments | None = None  # they stand for the text, of which there is nothing
+    save: Callable[[int, Tensor, Tensor], None] | None = None  # as `TextMoments`
+
     def run(self) -> tuple[MoELayer, Tensor]:
         """As `Rewriting.run`."""
         text, count = self.text, self.source.experts.count
@@ -24,7 +28,12 @@ class Narrowing(Rewriting[Narrow]):
         self.record |= {"games": [], "errors": [], "fits": []}
         _ = self.weight  # before a cut, as the target is the output of all neurons
         self.result = replace(self.source, router=self.source.router.clone())
-        self.cut(TextMoments(self.source.activation, text, self.weight, self.record["super_experts"]))
+        if self.known is not None:
+            self.record |= self.known.record
+            self.cut(self.known)
+            return self.result, self.target
+        protected = self.record["super_experts"]
+        self.cut(TextMoments(self.source.activation, text, self.weight, protected, self.save))
         self.source = self.source.without_experts()  # which can be freed now, before a fit
         output = self.record_error("narrowed", self.result.output(text.inputs, text.routing))
         if self.merge.fit.kind == "layer":

@@ -16,6 +16,7 @@ from ..progress import FINISHED, ProgressCallback, ProgressEvent, no_progress
 from .carry import added_items, carried_beside, carry_over, packs_of_added, write_added
 from .checkpoint_source import check_finite, checkpoint_source
 from .finite import require_finite_result
+from .moments import MomentsFolder
 from .packs import write_packs
 from .pipeline import Passage, Pipeline
 from .plan import Plan
@@ -27,7 +28,12 @@ logger = logging.getLogger(__name__)
 
 
 def write_checkpoint(
-    plan: Plan, folder: Path, state: State, progress: ProgressCallback, scores: Scores | None = None
+    plan: Plan,
+    folder: Path,
+    state: State,
+    progress: ProgressCallback,
+    scores: Scores | None = None,
+    moments: MomentsFolder | None = None,
 ) -> dict[str, str]:
     """Run the pipeline over a checkpoint and write all shards; returns the weight map (tensor name to file name).
 
@@ -35,6 +41,7 @@ def write_checkpoint(
 
     Args:
         scores: of experts, by layer, in the place of the plan's text.
+        moments: of neurons, likewise where they are complete; else they are saved.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
@@ -42,7 +49,7 @@ def write_checkpoint(
     """
     with Reader(plan.checkpoint.identity.digests) as reader:
         source = checkpoint_source(plan, reader)
-        pipeline = Pipeline(source, plan.recipe, plan.config(), plan.text, scores, plan.counts, progress)
+        pipeline = Pipeline(source, plan.recipe, plan.config(), plan.text, scores, moments, plan.counts, progress)
         write = _write_smaller if plan.recipe.merge.rewrites else _write_carried
         names = write(plan, folder, pipeline, reader, state, progress)
     return {tensor: name for name in names for tensor in read_header(folder / name)}

@@ -38,7 +38,7 @@ from .checkpoint_source import check_finite, checkpoint_source
 from .effort import effort_of
 from .estimate import peak_bytes, space_needed
 from .plan import Plan, make_plan
-from .scores import read_scores
+from .scores import moments_bytes, open_moments, read_scores
 from .state import State
 from .threads import shared_out
 
@@ -59,6 +59,7 @@ def patch_checkpoint(
     revision: str | None = None,
     export_as: str | None = None,
     scores: str | Path | None = None,
+    moments: str | Path | None = None,
     shard_size: str | int = SHARD_SIZE,
     overwrite: bool = False,
     verify: bool = False,
@@ -77,6 +78,8 @@ def patch_checkpoint(
         export_as: ``qwen2_moe``: write a grouped DeepSeek-MoE in the stock Qwen2-MoE form.
         scores: a folder that was patched from the same source on the same text. Its scores of experts stand for the
             text, for recipes that weigh experts by it alone (`Recipe.reads_scores_alone`).
+        moments: a folder for second moments of neurons, of one source and text. They are saved there and, where they
+            are there, stand for the text: results of several widths from one reading (`Recipe.reads_moments_alone`).
         shard_size: of the shards that are written anew; unchanged shards are copied as they are.
         overwrite: make the folder anew, whichever run it is of (never one that is not ours).
         verify: read all files of a folder that is complete, and make it anew where one has another hash.
@@ -90,7 +93,9 @@ def patch_checkpoint(
     """
     checkpoint = resolve(source, revision)
     plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as, texts=texts)
-    return run_plan(plan, Path(out), scores=scores, overwrite=overwrite, verify=verify, progress=progress)
+    return run_plan(
+        plan, Path(out), scores=scores, moments=moments, overwrite=overwrite, verify=verify, progress=progress
+    )
 
 
 def run_plan(
@@ -98,6 +103,7 @@ def run_plan(
     out: Path,
     *,
     scores: str | Path | None = None,
+    moments: str | Path | None = None,
     overwrite: bool = False,
     verify: bool = False,
     progress: ProgressCallback = no_progress,
@@ -107,11 +113,13 @@ def run_plan(
     _keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
     known = None if scores is None else read_scores(Path(scores), plan)
+    measured = None if moments is None else open_moments(Path(moments), plan)
     if not overwrite and folder.complete:
         logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
         return Report.from_file(locate(out, REPORT))
-    folder.check_space(max(0, space_needed(plan) - _present(out)))
+    more = moments_bytes(plan) if measured and not measured.is_complete else 0
+    folder.check_space(max(0, space_needed(plan) + more - _present(out)))
     start = time.perf_counter()
     with folder.claimed(overwrite):
         state = State(out / STATE, plan.checkpoint.identity)
@@ -121,13 +129,17 @@ def run_plan(
         for line in filter(None, (left_out_line(plan.left_out), code_line(plan.checkpoint.folder))):
             logger.warning(line)
         earlier = set(state.shards())
+        if measured is not None and not measured.is_complete:
+            measured.begin()
         try:
             progress = _counting(plan, progress)
             if plan.spends_budget:
                 plan = with_counts(plan, state, progress)
             with shared_out() if plan.text is None else nullcontext():
-                weight_map = write_checkpoint(plan, out, state, progress, known)
+                weight_map = write_checkpoint(plan, out, state, progress, known, measured)
             plan.checkpoint.identity.settle()
+            if measured is not None and not measured.is_complete:
+                measured.end()
         except (CheckpointError, FamilyError, RecipeError):
             folder.remove()
             raise

@@ -12,6 +12,7 @@ from ..merging.propagation import PropagationState
 from ..merging.weightings import ExpertStatistics
 from ..progress import ProgressCallback, ProgressEvent, no_progress, of_layer
 from ..recipe import Grouped, Recipe
+from .moments import MomentsFolder
 from .result import LayerResult, PipelineState
 from .sources import LayerSource
 from .steps import steps_of
@@ -44,6 +45,7 @@ class Pipeline:
     config: Config  # ``config.json`` of the result
     text: CalibrationText | None = None  # None: the recipe reads none
     scores: Mapping[int, ExpertStatistics] | None = None  # by layer: of another run, in the place of the text
+    moments: MomentsFolder | None = None  # likewise, or to be saved there
     counts: Sequence[int] | None = None  # of experts that each MoE layer keeps; None: all keep the recipe's number
     progress: ProgressCallback = no_progress
 
@@ -60,7 +62,7 @@ class Pipeline:
         """
         state = state or PipelineState()
         passage = Passage(state.base)
-        if self.text is not None and self.scores is None:
+        if self.text is not None and self.scores is None and not (self.moments and self.moments.is_complete):
             passage.text = TextPass(self.source, self.recipe, self.text, state)
         for layer in self.source.shape.layers:
             if layer >= state.layer:
@@ -74,12 +76,14 @@ class Pipeline:
             assert isinstance(merge, Grouped)
             merge = replace(merge, experts=self.counts[self.source.shape.layers.index(layer)])
         work = LayerWork(self.source, self.recipe, merge, self.config, layer, progress, passage.base)
+        work.moments = self.moments
         if text is not None:
             text.tap(layer)
             progress(ProgressEvent("read"))
             work.text, work.ids = text.activations(work.mixture), text.text.ids
-        if self.scores is not None:
-            work.scores, work.text = self.scores[layer], Text.nothing(work.mixture, self.recipe.device)
+        elif self.text is not None:
+            work.text = Text.nothing(work.mixture, self.recipe.device)
+            work.scores = None if self.scores is None else self.scores[layer]
         for step in self.steps:
             step(work)
         if text is not None:

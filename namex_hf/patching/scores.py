@@ -1,21 +1,23 @@
-"""Scores of experts that another run measured on the same source and text: several results from one pass over it."""
+"""What another run measured on the same source and text: several results from one reading of it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..checkpoint.identity import differing
-from ..errors import CheckpointError, RecipeError
-from ..files import REPORT, locate
+from ..errors import CheckpointError, OutputError, RecipeError
+from ..files import REPORT, locate, read_json
 from ..merging.weightings import ExpertStatistics
 from ..recipe import Recipe
 from ..record import Report
+from .moments import MOMENTS, MomentsFolder, is_complete
 from .plan import Plan
 
 Scores = dict[int, ExpertStatistics]
 DEPENDS_ON = ("source", "files", "calibration")
-"""Fields of a run on which scores depend, beside when the text is read."""
+"""Fields of a run on which scores and moments depend, beside when the text is read."""
 
 
 def check_reads_scores(recipe: Recipe) -> None:
@@ -45,8 +47,7 @@ def read_scores(folder: Path, plan: Plan) -> Scores:
         raise CheckpointError(f"--scores {folder} has no {REPORT}; accepted: a folder that namex-patch has written")
     report = Report.from_file(path)
     recorded, current = ({name: run.get(name) for name in DEPENDS_ON} for run in (report.run, plan.run))
-    if (difference := differing(recorded, current, plan.checkpoint.identity)) or not difference.proven:
-        raise CheckpointError(f"--scores {folder} was made with another {difference or 'source'}")
+    _check_same(f"--scores {folder} was made", recorded, current, plan)
     when = report.run["recipe"].get("calibrate")
     if when != "before":
         raise CheckpointError(f"--scores {folder} has scores of calibrate {when!r}; accepted: before")
@@ -58,6 +59,11 @@ def read_scores(folder: Path, plan: Plan) -> Scores:
     return scores
 
 
+def _check_same(what: str, recorded: Mapping[str, Any], current: Mapping[str, Any], plan: Plan) -> None:
+    if (difference := differing(recorded, current, plan.checkpoint.identity)) or not difference.proven:
+        raise CheckpointError(f"{what} with another {difference or 'source'}")
+
+
 def _scores(record: dict[str, Any]) -> ExpertStatistics:
     usage, mass, saliency, peaks = (
         None if (values := record.get(name)) is None else torch.tensor(values, dtype=torch.float64)
@@ -65,3 +71,33 @@ def _scores(record: dict[str, Any]) -> ExpertStatistics:
     )
     assert usage is not None
     return ExpertStatistics(usage, saliency, mass, peaks)
+
+
+def open_moments(folder: Path, plan: Plan) -> MomentsFolder:
+    """The moments of a plan's source and text, or a folder where they can be saved.
+
+    Raises:
+        RecipeError: the recipe needs more of the text than moments.
+        CheckpointError: these are of another source, text, or device.
+        OutputError: the folder holds something else.
+    """
+    recipe = plan.recipe
+    if not recipe.reads_moments_alone:
+        stated = ", ".join(f"{name}={recipe.to_dict()[name]}" for name in ("merge", "fit", "calibrate", "routing"))
+        raise RecipeError(
+            "--moments stands for the text where neurons are chosen by the original's activations alone: merge "
+            f"'narrow', calibrate 'before', fit 'none' and routing 'linear'; found {stated}"
+        )
+    run = {name: plan.run[name] for name in DEPENDS_ON}
+    run |= {"error_weights": recipe.calibration.error_weights, "device": plan.device}
+    if (folder / MOMENTS).is_file():
+        _check_same(f"--moments {folder} were measured", read_json(folder / MOMENTS), run, plan)
+    elif folder.exists() and any(folder.iterdir()):
+        raise OutputError(f"--moments {folder} holds other files; accepted: a new folder, or one of --moments")
+    return MomentsFolder(folder, run, is_complete(folder, plan.shape.layers), recipe.device)
+
+
+def moments_bytes(plan: Plan) -> int:
+    """Of the moments of all experts."""
+    shape = plan.shape
+    return 4 * len(shape.layers) * shape.experts * shape.width**2

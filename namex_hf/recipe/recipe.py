@@ -140,6 +140,12 @@ class Recipe(Part):
         before = self.needs_text and self.calibration.when == "before" and self.routing.kind == "linear"
         return before and isinstance(self.merge, Grouped) and self.merge.weighs_alone
 
+    @property
+    def reads_moments_alone(self) -> bool:
+        """Whether the moments of neurons that another run measured do in the place of the text."""
+        before = self.calibration.when == "before" and self.routing.kind == "linear"
+        return before and isinstance(self.merge, Narrow) and self.merge.fit.kind == "none"
+
     def with_text(self, name: str) -> "Recipe":
         """The same with the name of the calibration text that was read."""
         return replace(self, calibration=replace(self.calibration, data=name))

@@ -1,14 +1,29 @@
 """``merge: narrow``: every expert and the router stay, and of each expert the neurons that matter most."""
 
+from functools import partial
+from typing import Any
+
 from ...merging.layer_fit import fit_memory
 from ...merging.narrow import Narrowing
 from ...recipe import Narrow
 from .rewrite import Rewrite, cut_memory
-from .step import Sizes
+from .step import LayerWork, Sizes
 
 
 class NarrowExperts(Rewrite):
     kind = Narrowing
+
+    def __call__(self, work: LayerWork) -> None:
+        super().__call__(work)
+        if work.moments is not None and not work.moments.is_complete:
+            work.moments.finish(work.layer, work.record)
+
+    def more(self, work: LayerWork) -> dict[str, Any]:
+        if work.moments is None:
+            return {}
+        if work.moments.is_complete:
+            return {"known": work.moments.layer(work.layer)}
+        return {"save": partial(work.moments.save, work.layer)}
 
     def memory(self, sizes: Sizes) -> int:
         """The narrower layer, one expert and its neurons on its tokens, its moments, or what a fit holds."""

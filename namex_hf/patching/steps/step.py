@@ -15,6 +15,7 @@ from ...recipe import Grouped, Narrow, Recipe, Residual, Soft
 from ...recipe.choices import Calibrate
 from ...recipe.merges import Nothing
 from ..finite import require_finite_result
+from ..moments import MomentsFolder
 from ..result import LayerResult, MadeExperts, PipelineState, Tensors
 from ..sources import LayerSource
 
@@ -35,6 +36,7 @@ class LayerWork:
     text: Text | None = None  # what the layer receives; None: no text is read
     ids: torch.Tensor | None = None  # of the text, ``[sequences, length]``
     scores: ExpertStatistics | None = None  # of another run, in the place of the text
+    moments: MomentsFolder | None = None  # likewise, or to be saved there
 
     record: dict[str, Any] = field(default_factory=dict)
     statistics: Tensors = field(default_factory=dict)

@@ -1,0 +1,84 @@
+"""Moments of neurons that a run measured on its text: results of other widths from the same reading."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..checkpoint.shard import write_tensors
+from ..files import read_checked, write_checked, write_text
+from ..merging.experts import Expert
+
+MOMENTS, RECORD, COMPLETE = "moments.json", "record.json", "complete"
+RECORDED = ("usage", "mass", "peaks", "super_experts")
+
+
+@dataclass(frozen=True)
+class SavedMoments:
+    """Of a layer, as `merging.moments.Moments`. One expert's are read at a time."""
+
+    folder: Path
+    record: dict[str, Any]
+    device: str
+
+    def tokens(self, number: int) -> int:
+        return int(self.record["usage"][number])
+
+    def of(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
+        saved = load_file(_file(self.folder, number), device=self.device)
+        return saved["moment"], saved["peak"]
+
+
+@dataclass(frozen=True)
+class MomentsFolder:
+    """A folder of moments: a subfolder a layer, a file an expert, ``4 width^2`` bytes each.
+
+    Args:
+        run: what they depend on.
+        is_complete: whether all were there when this run began: then no text is read, and nothing is written.
+    """
+
+    folder: Path
+    run: dict[str, Any]
+    is_complete: bool
+    device: str
+
+    def begin(self) -> None:
+        """Make the folder, and say of which run it is."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / COMPLETE).unlink(missing_ok=True)
+        write_text(self.folder / MOMENTS, json.dumps(self.run, indent=1))
+
+    def end(self) -> None:
+        """Take down that all are saved; a run that is killed before reads the text again, and records its errors."""
+        write_text(self.folder / COMPLETE, "")
+
+    def layer(self, layer: int) -> SavedMoments:
+        folder = _layer_folder(self.folder, layer)
+        return SavedMoments(folder, read_checked(folder / RECORD), self.device)
+
+    def save(self, layer: int, number: int, moment: Tensor, peak: Tensor) -> None:
+        file = _file(_layer_folder(self.folder, layer), number)
+        write_tensors(file, {"moment": moment.cpu(), "peak": peak.cpu()}, {})
+
+    def finish(self, layer: int, record: dict[str, Any]) -> None:
+        """Take down that all of a layer's are saved. Args: record, the layer's in the report."""
+        write_checked(_layer_folder(self.folder, layer) / RECORD, {name: record[name] for name in RECORDED})
+
+
+def is_complete(folder: Path, layers: Iterable[int]) -> bool:
+    """Whether the moments of all layers are there."""
+    records = (_layer_folder(folder, layer) / RECORD for layer in layers)
+    return (folder / COMPLETE).is_file() and all(map(read_checked, records))
+
+
+def _layer_folder(folder: Path, layer: int) -> Path:
+    return folder / f"layer-{layer:05d}"
+
+
+def _file(folder: Path, number: int) -> Path:
+    return folder / f"{number:05d}.safetensors"

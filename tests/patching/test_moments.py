@@ -1,0 +1,120 @@
+"""``moments=``: neurons are chosen by what another run of the same source and text measured, at any width."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from namex_hf import Recipe, patch_checkpoint
+from namex_hf.errors import CheckpointError, OutputError, RecipeError
+from namex_hf.record import Report
+from tests.helpers.checkpoints import all_files, moe_layers, read_config, read_tensors, settled_files, write_folder
+from tests.helpers.killing import Killing, run, start
+from tests.helpers.recipes import WIDE
+from tests.helpers.toy_models import add_tokenizer
+
+TOKENS = 512
+
+
+def recipe_on(words: Path, width: int, **fields: Any) -> Recipe:
+    text = {"calibration_data": str(words), "calibration_tokens": TOKENS, "calibrate": "before"}
+    return Recipe(merge="narrow", width=width, **{**text, **fields})
+
+
+def without_report(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in settled_files(folder).items() if "report" not in name}
+
+
+def with_loud_neuron(source: Path, folder: Path) -> Path:
+    """A copy with a super expert in the last layer, of which a neuron answers a thousand times as loud."""
+    tensors = read_tensors(source)
+    name = max(name for name in tensors if name.endswith("experts.2.down_proj.weight"))
+    tensors[name] = tensors[name].clone()
+    tensors[name][:, 5] *= 1000
+    add_tokenizer(write_folder(folder, read_config(source), tensors))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"neurons": "energy", "error_weights": "sequence"}, {"neurons": "random"}], ids=str
+)
+def test_several_widths_from_one_reading(
+    odd: Callable[..., Path], words: Path, tmp_path: Path, family: str, fields: dict[str, Any]
+) -> None:
+    """Each as the run of its width alone; the text passes through the model once, and errors are not measured."""
+    source = with_loud_neuron(odd(family, torch.bfloat16, tokenizer=True, **WIDE), tmp_path / "in")
+    moments = tmp_path / "moments"
+    told: list[str] = []
+    first = patch_checkpoint(source, tmp_path / "first", recipe_on(words, 16, **fields), moments=moments)
+    for width in (9, 20):
+        out, own = tmp_path / f"{width}", tmp_path / f"{width}-alone"
+        recipe = recipe_on(words, width, **fields)
+        again = patch_checkpoint(source, out, recipe, moments=moments, progress=lambda event: told.append(str(event)))
+        alone = patch_checkpoint(source, own, recipe)
+        assert without_report(out) == without_report(own)
+        for layers in (first.layers, alone.layers):
+            for name in ("usage", "mass", "peaks", "super_experts"):
+                assert [layer[name] for layer in again.layers] == [layer[name] for layer in layers]
+        assert all(layer["errors"] for layer in alone.layers)
+        assert all(layer["errors"] == [] for layer in again.layers)
+    assert any(layer["super_experts"] == [2] for layer in first.layers)
+    assert told
+    assert not any(what.endswith(": read") for what in told)
+
+
+def test_moments_of_something_else_are_refused(odd: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    source, out, moments = odd("deepseek", torch.bfloat16, tokenizer=True), tmp_path / "out", tmp_path / "moments"
+    patch_checkpoint(source, tmp_path / "first", recipe_on(words, 4), moments=moments)
+    other = Path(shutil.copytree(source, tmp_path / "other"))
+    (other / "generation_config.json").write_text('{"top_k": 3}')
+    kept = all_files(moments)
+
+    def refused(match: str, recipe: Recipe, of: Path = source, folder: Path = moments) -> None:
+        with pytest.raises((CheckpointError, RecipeError, OutputError), match=match):
+            patch_checkpoint(of, out, recipe, moments=folder)
+        assert not out.exists()
+        assert all_files(moments) == kept
+
+    refused("measured with another calibration$", recipe_on(words, 3, seed=1))
+    refused("measured with another error_weights$", recipe_on(words, 3, error_weights="source"))
+    refused("measured with another source", recipe_on(words, 3), of=other)
+    refused("holds other files; accepted: a new folder", recipe_on(words, 3), folder=tmp_path / "first")
+    for more in ({"calibrate": "after"}, {"fit": "layer", "fit_steps": 5}):
+        refused("found merge=narrow, fit=", recipe_on(words, 3, **more))
+    refused("found merge=residual", Recipe())
+
+
+def test_a_run_that_is_killed_while_it_measures(long_checkpoint: Path, words: Path, tmp_path: Path) -> None:
+    """Moments count as complete once their run is through: the same command ends like the undisturbed run."""
+    recipe = recipe_on(words, 4)
+    folders = [tmp_path / name for name in ("undisturbed", "killed")]
+    run(long_checkpoint, folders[0] / "out", recipe, moments=folders[0] / "moments")
+    for what in ("layer 3: narrowed", "layer 12"):
+        process = start(
+            long_checkpoint, folders[1] / "out", recipe, moments=folders[1] / "moments", progress=Killing(what)
+        )
+        process.join()
+        assert process.exitcode == -9
+        assert not (folders[1] / "moments" / "complete").exists()
+    run(long_checkpoint, folders[1] / "out", recipe, moments=folders[1] / "moments")
+    undisturbed, killed = (folder.rglob("*") for folder in folders)
+    assert [path.read_bytes() for path in sorted(killed) if path.suffix == ".safetensors"] == [
+        path.read_bytes() for path in sorted(undisturbed) if path.suffix == ".safetensors"
+    ]
+    first, second = (Report.from_file(folder / "out" / "namex" / "report.json").layers for folder in folders)
+    assert [layer["errors"] for layer in first] == [layer["errors"] for layer in second]
+
+
+def test_moments_that_are_lost_are_measured_again(odd: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    source, moments = odd("qwen2_moe", torch.bfloat16, tokenizer=True), tmp_path / "moments"
+    patch_checkpoint(source, tmp_path / "first", recipe_on(words, 4), moments=moments)
+    kept = {name: data for name, (data, _) in all_files(moments).items()}
+    layer = moe_layers(read_config(source))[-1]
+    (moments / f"layer-{layer:05d}" / "record.json").write_text("{}")
+    report = patch_checkpoint(source, tmp_path / "second", recipe_on(words, 3), moments=moments)
+    assert all(layer["errors"] for layer in report.layers)
+    assert {name: data for name, (data, _) in all_files(moments).items()} == kept
