@@ -29,7 +29,7 @@ from ..evaluation.routing import routing_on_held_out
 from ..evaluation.table import facts
 from ..evaluation.verdict import answers_before_and_after, verdict
 from ..files import size_text
-from ..patching.effort import Effort, effort_of, measured_speed
+from ..patching.effort import Effort, effort_of
 from ..patching.estimate import peak_bytes
 from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
@@ -51,7 +51,8 @@ LINE_SECONDS = 10  # between two lines of layers, at least: short runs print non
 def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console) -> Report:
     """Carry the plan out: with a bar on a terminal, elsewhere with a line a layer where layers take their time."""
     columns = (TextColumn("{task.description:>16}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), ToGo())
-    if effort := effort_of(plan):
+    effort = effort_of(plan)
+    if effort and (effort.steps or effort.seconds(plan) * len(plan.shape.layers) >= FORECAST_SECONDS):
         console.print(_said(effort, plan), soft_wrap=True)
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
@@ -220,11 +221,11 @@ def draw(out: Path, size: int, report: Report, console: Console) -> None:
 
 
 def _said(effort: Effort, plan: Plan) -> str:
-    """What the fit of whole layers will take at least."""
-    seconds, layers = effort.seconds(measured_speed(plan)), len(plan.shape.layers)
+    """What fitting or narrowing the layers will take at least."""
+    what = f"fitted, each in {effort.steps} steps," if effort.steps else "narrowed, each in"
     return (
-        f"{layers} layers fitted, each in {effort.steps} steps, {effort.operations / 1e12:.3g} T operations: at least "
-        f"{_time(seconds)} a layer at the speed that such products have here; "
+        f"{len(plan.shape.layers)} layers {what} {effort.operations / 1e12:.3g} T operations: at least "
+        f"{_time(effort.seconds(plan))} a layer at the speed that such products have here; "
         f"about {size_text(peak_bytes(plan))} of memory"
     )
 
@@ -252,8 +253,8 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
         del table["routed parameters that stay"]
     if what["calibration_tokens"]:
         table["calibration text"] = f"{what['calibration_tokens']} tokens of {recipe.calibration.data}, not read yet"
-    if what["fit"]:
-        table["fit"] = _said(what["fit"], plan)
+    if effort := what["effort"]:
+        table["time"] = _said(effort, plan)
     if what["curvature_parameters"]:
         table["trainable curvature"] = _counts(what["curvature_parameters"])
     table["disk needed / free"] = f"{size_text(what['space_needed'])} / {size_text(what['free'])}"

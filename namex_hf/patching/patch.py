@@ -281,7 +281,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "carried": _carried(plan.checkpoint),
         "calibration_tokens": plan.recipe.calibration.tokens if plan.recipe.needs_text else None,
         "curvature_parameters": plan.curvature_parameters,
-        "fit": effort_of(plan),
+        "effort": effort_of(plan),
         "device": plan.recipe.device,
     }
 

@@ -12,6 +12,7 @@ from namex_hf.checkpoint.resolve import local_folder, resolve
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.commands import patch, patch_screen, report
 from namex_hf.evaluation.loading import load
+from namex_hf.files import read_json
 from namex_hf.quantising.matrices import matrices_of
 from tests.helpers.checkpoints import read_config, settled_files
 from tests.helpers.toy_models import VOCAB
@@ -104,6 +105,22 @@ def test_several_shares_are_a_folder_each(tmp_path: Path, capsys: Said) -> None:
         assert ran("tiny", "--out", tmp_path / "new", "--keep", *wrong) == 2
         assert answer in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_several_shares_from_one_reading(tmp_path: Path, capsys: Said) -> None:
+    """Without the layers below being narrowed first, what the first share measured does for the others."""
+    out, moments = tmp_path / "out", tmp_path / "moments"
+    flags = ("--keep", "0.75", "0.5", "--calibrate", "before", "--calibration-tokens", "4096", "--quiet")
+    assert ran("tiny", "--out", out, *flags) == 0
+    assert ran("tiny", "--out", tmp_path / "again", *flags, "--moments", moments) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["keep-0.5", "keep-0.75"]
+    assert (moments / "complete").is_file()
+    flags = tuple(flag for flag in flags if flag != "0.75")
+    assert ran("tiny", "--out", tmp_path / "alone", *flags) == 0
+    for folder in (out, tmp_path / "again"):
+        assert settled_files(folder / "keep-0.5") == settled_files(tmp_path / "alone")
+        first, second = (read_json(folder / f"keep-{share}" / "namex" / "report.json") for share in (0.75, 0.5))
+        assert [len(layer["errors"]) for report in (first, second) for layer in report["layers"]] == [1] * 5 + [0] * 5
 
 
 def test_a_size_is_the_largest_width_below_it(tmp_path: Path, capsys: Said) -> None:

@@ -119,7 +119,7 @@ def test_a_recipe_by_its_name(capsys: Said, toy: Path, tmp_path: Path):
     command = ["patch", toy, "--out", tmp_path / "out", "--recipe", "qwen1.5-moe-a2.7b/grouped-30-namex-full"]
     assert "recipe field 'experts' is 30; this model has 8" in complaint(capsys, *command)
     what = json.loads(said(capsys, *command, "--experts", 4, "--dry-run", "--json"))
-    assert (what["layers"], what["experts"], what["kept"], what["fit"]) == (3, 8, 4, None)
+    assert (what["layers"], what["experts"], what["kept"], what["effort"]) == (3, 8, 4, None)
     assert not (tmp_path / "out").exists()
 
 

@@ -12,12 +12,12 @@ from namex_hf.merging import calibrated, whole_fit
 from namex_hf.merging.calibrated import Shrinking
 from namex_hf.merging.controls import random_experts as controls
 from namex_hf.merging.controls import shared_experts
-from namex_hf.merging.moments import of_peak
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.grouping import groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
 from namex_hf.merging.layer_fit import Problem
 from namex_hf.merging.moe_layer import MoELayer, Text
+from namex_hf.merging.moments import of_peak
 from namex_hf.merging.neurons import refitted, ridged
 from namex_hf.merging.router_fit import RouterProblem
 from namex_hf.merging.routing import neurons

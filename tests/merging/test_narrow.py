@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from namex_hf.merging.moments import of_peak
 from namex_hf.merging.experts import NotFiniteError
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.moe_layer import MoELayer, Text
+from namex_hf.merging.moments import of_peak
 from namex_hf.merging.narrow import Narrowing
 from namex_hf.merging.neurons import RIDGE
 from namex_hf.merging.routing import TokenRouting

@@ -1,4 +1,4 @@
-"""What a fit of whole layers takes, against products that are counted."""
+"""What a layer takes, against products that are counted."""
 
 import pytest
 import torch
@@ -8,8 +8,10 @@ from namex_hf.checkpoint.resolve import resolve
 from namex_hf.merging.experts import ExpertWeights
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.layer_fit import FitParameters, Problem
+from namex_hf.merging.moe_layer import MoELayer, Text
+from namex_hf.merging.narrow import Narrowing
 from namex_hf.merging.settings import FitSettings
-from namex_hf.patching.effort import effort_of, measured_speed
+from namex_hf.patching.effort import Effort, effort_of, measured_speed
 from namex_hf.patching.estimate import space_needed
 from namex_hf.patching.plan import Plan, make_plan
 from namex_hf.recipe import Recipe
@@ -47,7 +49,6 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     assert effort is not None
     checks = FitSettings.checked_tokens / FitSettings.check_every / BATCH
     assert effort.operations == pytest.approx(STEPS * (7 + 3 * checks) * products)
-    assert effort.seconds(effort.operations / 5) == pytest.approx(5)
 
 
 def test_room_for_the_shared_experts() -> None:
@@ -57,10 +58,45 @@ def test_room_for_the_shared_experts() -> None:
     assert space_needed(plan) - space_needed(plan_of(8, "router")) == stored > 0
 
 
+@pytest.mark.parametrize("neurons", ["second_order", "energy"])
+def test_operations_are_those_of_a_cut(neurons: str) -> None:
+    """As torch counts them, but for the small products among neurons that go together, and for what is no product."""
+    recipe = Recipe(keep=0.5, neurons=neurons, calibration_tokens=4096)
+    plan = make_plan(resolve("tiny"), recipe, "5GB", reads_text=False)
+    shape, tokens = plan.shape, 4096
+    router, inputs = torch.randn(shape.experts, shape.hidden), torch.randn(tokens, shape.hidden)
+    experts = ExpertWeights.of(lambda name: torch.randn(shape.experts, *shape.of(name)))
+    layer = MoELayer(experts, router, Gate(shape.top_k), torch.nn.functional.silu)
+    sequences = torch.zeros(8, dtype=torch.int64)
+    text = Text(inputs, layer.route(inputs), sequences, sequences.bool())
+    with FlopCounterMode(display=False) as counted:
+        Narrowing(layer, text, plan.recipe.merge).run()
+    effort = effort_of(plan)
+    assert effort is not None
+    assert effort.answers == pytest.approx(2 * tokens * shape.top_k * shape.hidden * (5 * 80 + 3 * 40))
+    assert counted.get_total_flops() == pytest.approx(effort.operations, rel=0.01)
+
+
 def test_nothing_where_no_layer_is_fitted() -> None:
     assert effort_of(plan_of(8, "router")) is None
     assert effort_of(plan_of(16)) is None
 
 
-def test_the_speed_is_one() -> None:
-    assert 1e6 < measured_speed(plan_of(8)) < 1e15
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_speed_is_one(dtype: torch.dtype) -> None:
+    assert 1e6 < measured_speed("cpu", 64, 80, 128, dtype) < 1e15
+
+
+def test_seconds_are_operations_over_the_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def speed(*args: object) -> float:
+        asked.append(args)
+        return 100.0 if args[-1] == torch.bfloat16 else 10.0
+
+    monkeypatch.setattr("namex_hf.patching.effort.measured_speed", speed)
+    monkeypatch.setattr("namex_hf.patching.effort.multiplies_bfloat16", lambda kind: True)
+    plan = plan_of(8)
+    assert Effort(50.0, steps=2).seconds(plan) == 5
+    assert Effort(50.0, answers=40.0).seconds(plan) == pytest.approx(1.4)
+    assert asked[0][:4] == ("cpu", max(1, BATCH * 4 // 8), 80, 128)
