@@ -72,6 +72,12 @@ def parser_of(prog: str = "namex patch") -> Parser:
         help="narrow with --calibrate before: what the text says of neurons is saved there, and used again for another "
         "width of the same model and text (several shares do that by themselves)",
     )
+    parser.add_argument(
+        "--like",
+        type=Path,
+        metavar="DIR",
+        help="in place of text: what --moments has saved there of another model of this shape, such as the base model",
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress, no table, no perplexity, no pictures")
     parser.add_argument("--push-to-hub", metavar="REPO", help="push the result to USER/NAME, privately by default")
     parser.add_argument("--public", action="store_true", help="--push-to-hub: for everybody to see")
@@ -115,6 +121,8 @@ def _shares(options: argparse.Namespace) -> list[str | None]:
         shares = ["0.5"]  # until the model's numbers are known
     if len(set(shares)) < len(shares):
         raise UsageError(f"--keep {' '.join(shares)}: a share is stated twice")
+    if options.like is not None and options.moments is not None:
+        raise UsageError("--like reads what --moments has saved of another model: one of the two")
     if len(shares) > 1 and options.push_to_hub is not None:
         raise UsageError("--push-to-hub pushes one result: with several shares call namex-push for each folder")
     return shares
@@ -123,7 +131,8 @@ def _shares(options: argparse.Namespace) -> list[str | None]:
 def _patch_each(each: list[argparse.Namespace], recipes: list[Recipe]) -> dict[str, Any]:
     """Several shares, from one reading of the text where the recipes allow it."""
     out, asked = each[0].out, each[0].moments
-    moments = out / MOMENTS if recipes[0].reads_moments_alone and asked is None else asked
+    shares_them = recipes[0].reads_moments_alone and asked is None and each[0].like is None
+    moments = out / MOMENTS if shares_them else asked
     for one in each:
         one.out, one.moments = out / f"keep-{one.keep}", moments
     results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
@@ -155,7 +164,8 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
     if options.size is not None:
         recipe = _of_size(checkpoint, recipe, options)
-    plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, reads_text=not options.dry_run)
+    how = {"reads_text": not options.dry_run, "like": options.like}
+    plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, **how)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)

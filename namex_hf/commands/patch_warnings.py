@@ -24,7 +24,7 @@ def width_line(plan: Plan) -> str | None:
 
 def tokens_lines(plan: Plan) -> Iterator[str]:
     """How much of the text a routed expert receives, where that matters."""
-    if plan.recipe.merge.rewrites and plan.recipe.needs_text:
+    if plan.recipe.merge.rewrites and plan.reads_text:
         yield f"text: a routed expert receives {_tokens(plan)}"
 
 
@@ -36,7 +36,7 @@ def _tokens(plan: Plan) -> str:
 def text_lines(plan: Plan) -> Iterator[str]:
     """What is wrong with the calibration text of a recipe that rewrites experts."""
     recipe, shape = plan.recipe, plan.shape
-    if not (recipe.merge.rewrites and recipe.needs_text):
+    if not (recipe.merge.rewrites and plan.reads_text):
         return
     if recipe.calibration.data == "packaged" and plan.checkpoint.name not in packaged_models():
         yield (

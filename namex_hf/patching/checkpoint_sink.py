@@ -77,7 +77,7 @@ def _write_smaller(
 ) -> list[str]:
     """Shards with other experts: with text all layers come first, as each depends on those below it."""
     check_finite(plan, progress)
-    if plan.text is None:
+    if not plan.recipe.needs_text:
         layers = LazyLayers(plan, pipeline, state, progress)
         return write_packs(plan, folder, reader, layers.items, state, progress)
     save(plan, pipeline, state, progress)

@@ -54,17 +54,14 @@ def _of_fit(plan: Plan) -> Effort:
 
 def _of_cut(plan: Plan) -> Effort:
     """Outputs before and after, neurons and their moments on each expert's tokens; then which go, and new downs."""
-    shape, width = plan.shape, plan.width
+    shape, width, merge = plan.shape, plan.width, plan.recipe.merge
+    assert isinstance(merge, Narrow)
     hidden, before = shape.hidden, shape.width
     received = plan.tokens * shape.top_k
     answers = 2.0 * received * hidden * (FORWARD * (before + width) + 2 * before)
     moments = 2.0 * received * before**2
-    chosen = 2.0 * before**2 * (hidden + 3 * (before - width)) if _is_second_order(plan) else 0.0
+    chosen = 2.0 * before**2 * (hidden + 3 * (before - width)) if merge.neurons == "second_order" else 0.0
     return Effort(answers + moments + shape.experts * (chosen + 2.0 * hidden * before * width), answers)
-
-
-def _is_second_order(plan: Plan) -> bool:
-    return isinstance(plan.recipe.merge, Narrow) and plan.recipe.merge.neurons == "second_order"
 
 
 @cache

@@ -10,8 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ..checkpoint.shard import write_tensors
-from ..files import read_checked, write_checked, write_text
+from ..errors import CheckpointError, RecipeError
+from ..families import MoeShape
+from ..files import read_checked, read_json, write_checked, write_text
 from ..merging.experts import Expert
+from ..recipe import Recipe
 
 MOMENTS, RECORD, COMPLETE = "moments.json", "record.json", "complete"
 RECORDED = ("usage", "mass", "peaks", "super_experts")
@@ -68,6 +71,40 @@ class MomentsFolder:
     def finish(self, layer: int, record: dict[str, Any]) -> None:
         """Take down that all of a layer's are saved. Args: record, the layer's in the report."""
         write_checked(_layer_folder(self.folder, layer) / RECORD, {name: record[name] for name in RECORDED})
+
+
+def check_reads_moments(recipe: Recipe, option: str) -> None:
+    """Raises:
+    RecipeError: the recipe needs more of the text than moments.
+    """
+    if not recipe.reads_moments_alone:
+        stated = ", ".join(f"{name}={recipe.to_dict()[name]}" for name in ("merge", "fit", "calibrate", "routing"))
+        raise RecipeError(
+            f"{option} stands for the text where neurons are chosen by the original's activations alone: merge "
+            f"'narrow', calibrate 'before', fit 'none' and routing 'linear'; found {stated}"
+        )
+
+
+def shape_record(shape: MoeShape) -> dict[str, Any]:
+    """Of a model, what another must have too that is cut by the same moments."""
+    return {"layers": list(shape.layers), "experts": shape.experts, "hidden": shape.hidden, "width": shape.width}
+
+
+def moments_of_another(folder: Path, recipe: Recipe, shape: MoeShape) -> MomentsFolder:
+    """The moments of another model, or of another text.
+
+    Raises:
+        RecipeError: the recipe needs more than moments.
+        CheckpointError: they are not all there, or of a model of another shape.
+    """
+    check_reads_moments(recipe, "--like")
+    if not is_complete(folder, shape.layers):
+        raise CheckpointError(f"--like {folder} has no moments of all layers; accepted: a folder filled by --moments")
+    run, wanted = read_json(folder / MOMENTS), shape_record(shape)
+    for name, number in wanted.items():
+        if (found := run["shape"][name]) != number:
+            raise CheckpointError(f"--like {folder} is of a model with {name} {found}; this one has {number}")
+    return MomentsFolder(folder, run, True, recipe.device)
 
 
 def is_complete(folder: Path, layers: Iterable[int]) -> bool:

@@ -58,6 +58,7 @@ def patch_checkpoint(
     texts: Texts | None = None,
     revision: str | None = None,
     export_as: str | None = None,
+    like: str | Path | None = None,
     scores: str | Path | None = None,
     moments: str | Path | None = None,
     shard_size: str | int = SHARD_SIZE,
@@ -76,6 +77,8 @@ def patch_checkpoint(
         texts: calibration text, in the place of what the recipe names: a list of texts, or of chats, each a list of
             messages. They are part of the run: another list is another run.
         export_as: ``qwen2_moe``: write a grouped DeepSeek-MoE in the stock Qwen2-MoE form.
+        like: a folder that ``moments`` of another model of this shape has filled, such as the base model of this one.
+            They stand for the text.
         scores: a folder that was patched from the same source on the same text. Its scores of experts stand for the
             text, for recipes that weigh experts by it alone (`Recipe.reads_scores_alone`).
         moments: a folder for second moments of neurons, of one source and text. They are saved there and, where they
@@ -92,7 +95,8 @@ def patch_checkpoint(
         OutputError: the folder cannot be used, or the disk is full (the folder stays and can be continued).
     """
     checkpoint = resolve(source, revision)
-    plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as, texts=texts)
+    like = None if like is None else Path(like)
+    plan = make_plan(checkpoint, recipe or Recipe(), shard_size, export_as, texts=texts, like=like)
     return run_plan(
         plan, Path(out), scores=scores, moments=moments, overwrite=overwrite, verify=verify, progress=progress
     )
@@ -113,7 +117,7 @@ def run_plan(
     _keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
     known = None if scores is None else read_scores(Path(scores), plan)
-    measured = None if moments is None else open_moments(Path(moments), plan)
+    measured = plan.like if moments is None else open_moments(Path(moments), plan)
     if not overwrite and folder.complete:
         logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
@@ -135,7 +139,7 @@ def run_plan(
             progress = _counting(plan, progress)
             if plan.spends_budget:
                 plan = with_counts(plan, state, progress)
-            with shared_out() if plan.text is None else nullcontext():
+            with nullcontext() if plan.recipe.needs_text else shared_out():
                 weight_map = write_checkpoint(plan, out, state, progress, known, measured)
             plan.checkpoint.identity.settle()
             if measured is not None and not measured.is_complete:
@@ -279,7 +283,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "free": shutil.disk_usage(place).free,
         "peak_bytes": peak_bytes(plan),
         "carried": _carried(plan.checkpoint),
-        "calibration_tokens": plan.recipe.calibration.tokens if plan.recipe.needs_text else None,
+        "calibration_tokens": plan.recipe.calibration.tokens if plan.reads_text else None,
         "curvature_parameters": plan.curvature_parameters,
         "effort": effort_of(plan),
         "device": plan.recipe.device,

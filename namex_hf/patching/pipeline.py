@@ -62,7 +62,8 @@ class Pipeline:
         """
         state = state or PipelineState()
         passage = Passage(state.base)
-        if self.text is not None and self.scores is None and not (self.moments and self.moments.is_complete):
+        known = self.scores is not None or (self.moments is not None and self.moments.is_complete)
+        if self.text is not None and not known:
             passage.text = TextPass(self.source, self.recipe, self.text, state)
         for layer in self.source.shape.layers:
             if layer >= state.layer:
@@ -81,7 +82,7 @@ class Pipeline:
             text.tap(layer)
             progress(ProgressEvent("read"))
             work.text, work.ids = text.activations(work.mixture), text.text.ids
-        elif self.text is not None:
+        elif self.recipe.needs_text:  # it is known what the text says
             work.text = Text.nothing(work.mixture, self.recipe.device)
             work.scores = None if self.scores is None else self.scores[layer]
         for step in self.steps:

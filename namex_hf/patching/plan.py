@@ -28,6 +28,7 @@ from ..recipe import Fit, Grouped, Narrow, Recipe, Smaller, Soft
 from ..recipe.choices import FitKind
 from .check import check_fit
 from .config import patched_config
+from .moments import MomentsFolder, moments_of_another
 from .sized import width_of_size
 from .steps import steps_of
 from .steps.step import LayerForm, Shapes
@@ -48,6 +49,7 @@ class Plan:
     export_as: str | None = None
     text: CalibrationText | None = None
     counts: tuple[int, ...] | None = None  # routed experts that each MoE layer keeps, once a budget is spent
+    like: MomentsFolder | None = None  # of another model of this shape: they stand for the text
 
     @property
     def family(self) -> Family:
@@ -86,6 +88,7 @@ class Plan:
             "shard_size": self.shard_size,
             "export_as": self.export_as,
             **({"calibration": {"name": text.name, "sha256": text.sha256, "tokens": text.tokens}} if text else {}),
+            **({"like": self.like.run} if self.like else {}),
         }
 
     @property
@@ -121,9 +124,14 @@ class Plan:
         return self.recipe.merge.fit
 
     @property
+    def reads_text(self) -> bool:
+        return self.recipe.needs_text and self.like is None
+
+    @property
     def tokens(self) -> int:
-        """Of the calibration text: those that were read, else those that are asked for."""
-        return self.text.tokens if self.text else self.recipe.calibration.tokens or 0
+        """Of the calibration text: those that were read, else those that are asked for; 0 where none is read."""
+        asked = self.recipe.calibration.tokens if self.reads_text else None
+        return self.text.tokens if self.text else asked or 0
 
     @property
     def width(self) -> int:
@@ -261,12 +269,14 @@ def make_plan(
     export_as: str | None = None,
     reads_text: bool = True,
     texts: Texts | None = None,
+    like: Path | None = None,
 ) -> Plan:
     """Check a recipe against a checkpoint's configuration and headers, and read its calibration text.
 
     Args:
         reads_text: False where nothing is to be read but headers.
         texts: in the place of the text that the recipe names.
+        like: a folder of the moments of another model of this shape, in the place of any text.
 
     Raises:
         CalibrationError: no such text, or no tokenizer to read it with.
@@ -284,6 +294,8 @@ def make_plan(
     spans = per_expert(checkpoint, outline)
     check_block(checkpoint.config, outline)
     plan = Plan(checkpoint, outline, recipe, spans, _bytes(shard_size), export_as)
+    if like is not None:
+        return replace(plan, like=moments_of_another(like, recipe, outline.shape))
     if not recipe.needs_text:
         return plan
     if not reads_text:

@@ -12,7 +12,7 @@ from ..files import REPORT, locate, read_json
 from ..merging.weightings import ExpertStatistics
 from ..recipe import Recipe
 from ..record import Report
-from .moments import MOMENTS, MomentsFolder, is_complete
+from .moments import MOMENTS, MomentsFolder, check_reads_moments, is_complete, shape_record
 from .plan import Plan
 
 Scores = dict[int, ExpertStatistics]
@@ -82,13 +82,8 @@ def open_moments(folder: Path, plan: Plan) -> MomentsFolder:
         OutputError: the folder holds something else.
     """
     recipe = plan.recipe
-    if not recipe.reads_moments_alone:
-        stated = ", ".join(f"{name}={recipe.to_dict()[name]}" for name in ("merge", "fit", "calibrate", "routing"))
-        raise RecipeError(
-            "--moments stands for the text where neurons are chosen by the original's activations alone: merge "
-            f"'narrow', calibrate 'before', fit 'none' and routing 'linear'; found {stated}"
-        )
-    run = {name: plan.run[name] for name in DEPENDS_ON}
+    check_reads_moments(recipe, "--moments")
+    run = {name: plan.run[name] for name in DEPENDS_ON} | {"shape": shape_record(plan.shape)}
     run |= {"error_weights": recipe.calibration.error_weights, "device": plan.device}
     if (folder / MOMENTS).is_file():
         _check_same(f"--moments {folder} were measured", read_json(folder / MOMENTS), run, plan)

@@ -11,7 +11,15 @@ import torch
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import CheckpointError, OutputError, RecipeError
 from namex_hf.record import Report
-from tests.helpers.checkpoints import all_files, moe_layers, read_config, read_tensors, settled_files, write_folder
+from tests.helpers.checkpoints import (
+    all_files,
+    differing,
+    moe_layers,
+    read_config,
+    read_tensors,
+    settled_files,
+    write_folder,
+)
 from tests.helpers.killing import Killing, run, start
 from tests.helpers.recipes import WIDE
 from tests.helpers.toy_models import add_tokenizer
@@ -118,3 +126,43 @@ def test_moments_that_are_lost_are_measured_again(odd: Callable[..., Path], word
     report = patch_checkpoint(source, tmp_path / "second", recipe_on(words, 3), moments=moments)
     assert all(layer["errors"] for layer in report.layers)
     assert {name: data for name, (data, _) in all_files(moments).items()} == kept
+
+
+def test_a_model_is_cut_like_another(odd: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    """By the moments of a model of the same shape, without a tokenizer; downs are the model's own."""
+    first = odd("qwen2_moe", torch.bfloat16, tokenizer=True, **WIDE)
+    moments, folders = tmp_path / "moments", [tmp_path / name for name in ("same", "quiet")]
+    recipe = recipe_on(words, 16)
+    patch_checkpoint(first, tmp_path / "out", recipe, moments=moments)
+    for folder, factor in zip(folders, (1, 0.5), strict=True):
+        tensors = read_tensors(first)
+        write_folder(
+            folder,
+            read_config(first),
+            {n: t * factor if n.endswith("down_proj.weight") else t for n, t in tensors.items()},
+        )
+    same, quiet = (
+        patch_checkpoint(folder, tmp_path / f"{folder.name}-out", recipe, like=moments) for folder in folders
+    )
+    expected, tensors = read_tensors(tmp_path / "out"), read_tensors(tmp_path / "same-out")
+    assert differing(expected, tensors) == []
+    halved = read_tensors(tmp_path / "quiet-out")
+    assert all(torch.equal(halved[n], t / 2 if n.endswith("down_proj.weight") else t) for n, t in expected.items())
+    assert "calibration" not in same.run
+    assert same.run["like"] == quiet.run["like"]
+    assert patch_checkpoint(folders[0], tmp_path / "same-out", recipe, like=moments) == same
+
+
+def test_what_cannot_be_cut_like_another(odd: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    source, out, moments = odd("qwen2_moe", torch.bfloat16, tokenizer=True), tmp_path / "out", tmp_path / "moments"
+    patch_checkpoint(source, tmp_path / "first", recipe_on(words, 4), moments=moments)
+
+    def refused(match: str, recipe: Recipe, of: Path = source, folder: Path = moments) -> None:
+        with pytest.raises((CheckpointError, RecipeError), match=match):
+            patch_checkpoint(of, out, recipe, like=folder)
+        assert not out.exists()
+
+    refused("--like stands for the text .*calibrate=after", recipe_on(words, 3, calibrate="after"))
+    refused("has no moments of all layers", recipe_on(words, 3), folder=tmp_path / "first")
+    wide = odd("qwen2_moe", torch.bfloat16, tokenizer=True, **WIDE)
+    refused("is of a model with width 8; this one has 24", recipe_on(words, 3), of=wide)
