@@ -6,10 +6,10 @@ nothing uses it ("'x' belongs to ...", made from the structure); and values that
 
 import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cache
 from types import NoneType, UnionType
-from typing import Any, ClassVar, Literal, NamedTuple, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, NamedTuple, Self, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from ..errors import RecipeError
 from ..printable import did_you_mean
@@ -193,6 +193,10 @@ class Part:
 
     def _set(self, attribute: str, value: Any) -> None:
         object.__setattr__(self, attribute, value)
+
+    def filled(self, **values: Any) -> Self:
+        """A copy in which fields that are None have these values."""
+        return replace(self, **{name: value for name, value in values.items() if getattr(self, name) is None})
 
     def _fill(self, **values: Any) -> None:
         """Set the fields that are None."""

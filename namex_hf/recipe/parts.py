@@ -29,6 +29,8 @@ CCP_ITERATIONS = 2
 """Convex problems a game under solver ``ccp``."""
 TOKENS = 65536
 """Of calibration text, where nothing asks for more."""
+STORED = {"calibration_tokens": TOKENS, "calibrate": "after"}
+"""What recipes imply that read text, but for narrow ones; stored whether text is read or not."""
 BASES = re.compile(r"shared|first|mean|index:[0-9]{1,9}")
 
 
@@ -201,11 +203,6 @@ class Curvature(Part):
         shown=("curvature", "down"),
     )
 
-    def filled(self, **values: object) -> "Curvature":
-        """A copy in which fields that are None have these values."""
-        stated = {name: value for name in ("kind", "align", "rank") if (value := getattr(self, name)) is not None}
-        return Curvature(ridge=self.ridge, **{**values, **stated})
-
     @property
     def measured(self) -> bool:
         """Whether second moments of inputs on calibration text are the curvature."""
@@ -293,7 +290,10 @@ class Calibration(Part):
         within=count_to(1 << 40),
     )
     when: Calibrate = leaf(
-        "after", "statistics of a layer taken after or before the layers below it are patched", name="calibrate"
+        None,
+        "statistics of a layer taken after or before the layers below it are patched (default: after; narrow without a "
+        "fit: before, so that several shares need one reading)",
+        name="calibrate",
     )
     error_weights: ErrorWeights = leaf(
         "none",

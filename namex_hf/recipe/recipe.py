@@ -17,7 +17,7 @@ from ..printable import did_you_mean
 from .choices import MergeKind
 from .merges import SEGMENT, Merge, Nothing, Residual, Soft
 from .part import Leaf, Part, Range, Rule, Spec, all_leaves, build, leaf, leaves_of, parts_of
-from .parts import CCP_ITERATIONS, TOKENS, Calibration, Routing
+from .parts import CCP_ITERATIONS, STORED, Calibration, Routing
 from .smaller import Grouped, Narrow
 
 VERSION = 3
@@ -111,7 +111,7 @@ class Recipe(Part):
         values = {**{name: one.default for name, one in FIELDS.items()}, **self.flat()}
         values["ccp_iterations"] = values["ccp_iterations"] or CCP_ITERATIONS
         if not isinstance(self.merge, Narrow):
-            values["calibration_tokens"] = values["calibration_tokens"] or TOKENS
+            values |= {name: values[name] or value for name, value in STORED.items()}
         return {name: values[name] for name in FIELDS if name != "device"}
 
     def to_stored(self) -> dict[str, Any]:
@@ -160,8 +160,12 @@ class Recipe(Part):
     def imply(self) -> None:
         if self.routing.kind == "cosine" and self.routing.temperature is None:
             self._set("routing", replace(self.routing, temperature="entropy" if self.needs_text else "norms"))
-        if self.calibration.tokens is None and self.needs_text and not isinstance(self.merge, Narrow):
-            self._set("calibration", replace(self.calibration, tokens=TOKENS))
+        if not self.needs_text:
+            return
+        when, tokens = STORED["calibrate"], STORED["calibration_tokens"]
+        if isinstance(self.merge, Narrow):
+            when, tokens = "before" if self.merge.fit.kind == "none" else when, None
+        self._set("calibration", self.calibration.filled(when=when, tokens=tokens))
 
     def unused(self) -> Iterator[str]:
         if not self.needs_text:
@@ -187,8 +191,9 @@ class Recipe(Part):
         kind: type[Merge] = MERGES[stated.pop("merge", None) or implied]
         if kind is Residual and stated.get("method") == "smoe":
             kind = Nothing
-        if kind is not Narrow and stated.get("calibration_tokens") == TOKENS:  # stored whether text is read or not
-            del stated["calibration_tokens"]
+        for name, value in STORED.items() if kind is not Narrow else ():
+            if stated.get(name) == value:
+                del stated[name]
         self._set("merge", build(kind, stated))
         for attribute, part in parts_of(Recipe).items():
             self._set(attribute, build(part, stated))
