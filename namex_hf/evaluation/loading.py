@@ -7,22 +7,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
-from transformers.utils import logging
 
 from .. import models  # noqa: F401  (registers the classes that the folders need)
 from ..checkpoint.tokenizer import open_tokenizer
-
-
-@contextmanager
-def without_bar() -> Iterator[None]:
-    """Inside this context transformers shows no progress bar of its own."""
-    had_bar = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had_bar:
-            logging.enable_progress_bar()
+from ..models.loading import without_bar
 
 
 def load(folder: str | Path) -> Any:

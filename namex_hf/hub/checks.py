@@ -15,9 +15,9 @@ from ..checkpoint.layout import left_out, left_out_line, outline_in, per_expert
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..checkpoint.tokenizer_code import tokenizer_code
 from ..errors import CheckpointError, PublishError
-from ..evaluation.loading import without_bar
 from ..files import CARD, REPORT, locate, read_text
 from ..models import load_patched, remote_code
+from ..models.loading import without_bar
 from ..record import Report
 from ..report.card_metadata import read_block
 from ..report.rebuild import has_recipe_alone, rebuild

@@ -1,5 +1,6 @@
 """Second moments of an expert's neurons: they say which neurons can go, and what the others' downs make up for."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -63,6 +64,24 @@ class TextMoments:
         if self.save is not None:
             self.save(number, moment, peak)
         return moment, peak
+
+
+@dataclass(frozen=True)
+class ChosenNeurons:
+    """Moments of experts of which the neurons with the largest scores stay, a super expert's before these."""
+
+    moments: Moments
+    scores: Tensor  # [N, all]
+    width: int
+
+    def tokens(self, number: int) -> int:
+        return self.moments.tokens(number)
+
+    def of(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
+        moment, peak = self.moments.of(number, expert)
+        scores = self.scores[number].to(moment)
+        scores[peak] = math.inf
+        return moment, scores.topk(self.width).indices.sort().values
 
 
 def of_peak(activations: Tensor, down: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..recipe import Narrow
 from .moe_layer import MoELayer
-from .moments import KnownMoments, TextMoments
+from .moments import ChosenNeurons, KnownMoments, Moments, TextMoments
 from .rewriting import Rewriting
 from .super_experts import super_experts
 
@@ -20,6 +20,7 @@ class Narrowing(Rewriting[Narrow]):
 
     known: KnownMoments | None = None  # they stand for the text, of which there is nothing
     save: Callable[[int, Tensor, Tensor], None] | None = None  # as `TextMoments`
+    gradients: Tensor | None = None  # [N, all], scores of neurons under ``neurons: gradient``
 
     def run(self) -> tuple[MoELayer, Tensor]:
         """As `Rewriting.run`."""
@@ -33,7 +34,11 @@ class Narrowing(Rewriting[Narrow]):
             self.cut(self.known)
             return self.result, self.target
         protected = self.record["super_experts"]
-        self.cut(TextMoments(self.source.activation, text, self.weight, protected, self.save))
+        moments: Moments = TextMoments(self.source.activation, text, self.weight, protected, self.save)
+        if self.gradients is not None:
+            assert self.merge.width is not None
+            moments = ChosenNeurons(moments, self.gradients, self.merge.width)
+        self.cut(moments)
         self.source = self.source.without_experts()  # which can be freed now, before a fit
         output = self.record_error("narrowed", self.result.output(text.inputs, text.routing))
         if self.merge.fit.kind == "layer":

@@ -26,16 +26,19 @@ def neurons_that_stay(
 
     ``energy``: those of the largest ``H_jj |d_j|^2``. ``second_order``: the neuron goes whose loss is least while the
     others' downs make up for it, ``|d_j|^2 / [H^-1]_jj`` (Hassibi & Stork 1993); then D and H^-1 are those of the rest,
-    and so on. ``random``: a control.
+    and so on. ``random``: a control. ``gradient``: none but ``always``.
 
     Args:
         moment: H with its ridge, float64 ``[all, all]``.
         down: D, ``[hidden, all]``.
-        always: numbers of at most ``width`` neurons that stay whatever their loss.
+        always: numbers of at most ``width`` neurons that stay whatever their loss, ascending.
         seed: of ``random``.
 
     Memory: three times ``moment``, and twice in float32, under ``second_order``.
     """
+    if always is not None and len(always) == width:
+        return always
+    assert neurons != "gradient"
     stays = torch.zeros(len(moment), dtype=torch.bool, device=moment.device)
     stays[[] if always is None else always] = True
     if neurons != "second_order":

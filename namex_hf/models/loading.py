@@ -1,13 +1,28 @@
 """Open a folder that this package patched."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.utils import logging
 
 from ..errors import CheckpointError
 
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Inside this context transformers shows no progress bar of its own."""
+    had_bar = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had_bar:
+            logging.enable_progress_bar()
 
 
 def load_patched(path: str | Path, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ from ..progress import FINISHED, ProgressCallback, ProgressEvent, no_progress
 from .carry import added_items, carried_beside, carry_over, packs_of_added, write_added
 from .checkpoint_source import check_finite, checkpoint_source
 from .finite import require_finite_result
+from .gradients import gradients_of
 from .moments import MomentsFolder
 from .packs import write_packs
 from .pipeline import Passage, Pipeline
@@ -49,7 +50,17 @@ def write_checkpoint(
     """
     with Reader(plan.checkpoint.identity.digests) as reader:
         source = checkpoint_source(plan, reader)
-        pipeline = Pipeline(source, plan.recipe, plan.config(), plan.text, scores, moments, plan.counts, progress)
+        pipeline = Pipeline(
+            source,
+            plan.recipe,
+            plan.config(),
+            plan.text,
+            scores,
+            moments,
+            gradients_of(plan),
+            counts=plan.counts,
+            progress=progress,
+        )
         write = _write_smaller if plan.recipe.merge.rewrites else _write_carried
         names = write(plan, folder, pipeline, reader, state, progress)
     return {tensor: name for name in names for tensor in read_header(folder / name)}

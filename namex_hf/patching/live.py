@@ -19,6 +19,7 @@ from ..recipe import Grouped, Recipe
 from .budget import spend
 from .check import check_fit
 from .config import patched_config
+from .gradients import gradients_of_live
 from .model_sink import write_model
 from .pipeline import Pipeline
 from .result import LayerResult
@@ -75,7 +76,8 @@ def patch_model(
     if text is not None and isinstance(recipe.merge, Grouped) and recipe.merge.budget == "damage":
         counts = [layer["experts"] for layer in spend(source, recipe, text, count)]
     patched = patched_config(model.config.to_dict(), outline, recipe)
-    pipeline = Pipeline(source, recipe, patched, text, counts=counts, progress=count)
+    gradients = gradients_of_live(model, outline, text, recipe)
+    pipeline = Pipeline(source, recipe, patched, text, gradients=gradients, counts=counts, progress=count)
     with shared_out() if text is None else nullcontext():
         write_model(model, outline, recipe, count.layers(pipeline.run()))
     model.config.namex = recipe.to_stored()

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
+
 from ..calibration.text import CalibrationText
 from ..families import Config
 from ..merging.moe_layer import Text
@@ -46,6 +48,7 @@ class Pipeline:
     text: CalibrationText | None = None  # None: the recipe reads none
     scores: Mapping[int, ExpertStatistics] | None = None  # by layer: of another run, in the place of the text
     moments: MomentsFolder | None = None  # likewise, or to be saved there
+    gradients: Mapping[int, torch.Tensor] | None = None  # by layer, scores of neurons ``[N, width]``
     counts: Sequence[int] | None = None  # of experts that each MoE layer keeps; None: all keep the recipe's number
     progress: ProgressCallback = no_progress
 
@@ -78,6 +81,7 @@ class Pipeline:
             merge = replace(merge, experts=self.counts[self.source.shape.layers.index(layer)])
         work = LayerWork(self.source, self.recipe, merge, self.config, layer, progress, passage.base)
         work.moments = self.moments
+        work.gradients = None if self.gradients is None else self.gradients[layer]
         if text is not None:
             text.tap(layer)
             progress(ProgressEvent("read"))

@@ -17,6 +17,7 @@ from ..checkpoint.header import TensorSpan
 from ..checkpoint.layout import left_out, outline_in, per_expert
 from ..checkpoint.shard import Item
 from ..checkpoint.source import Checkpoint
+from ..defaults import SMALL_BYTES
 from ..errors import FamilyError, RecipeError, UsageError
 from ..families import FAMILIES, Family, MoeShape, Reexpression, family_of
 from ..families.check import check_block
@@ -294,6 +295,11 @@ def make_plan(
     spans = per_expert(checkpoint, outline)
     check_block(checkpoint.config, outline)
     plan = Plan(checkpoint, outline, recipe, spans, _bytes(shard_size), export_as)
+    if recipe.needs_gradients and plan.size > SMALL_BYTES:
+        raise RecipeError(
+            "neurons 'gradient' holds the whole model and its gradients in memory: accepted for models up to "
+            f"{size_text(SMALL_BYTES)}; found {size_text(plan.size)}"
+        )
     if like is not None:
         return replace(plan, like=moments_of_another(like, recipe, outline.shape))
     if not recipe.needs_text:

@@ -144,7 +144,13 @@ class Recipe(Part):
     def reads_moments_alone(self) -> bool:
         """Whether the moments of neurons that another run measured do in the place of the text."""
         before = self.calibration.when == "before" and self.routing.kind == "linear"
-        return before and isinstance(self.merge, Narrow) and self.merge.fit.kind == "none"
+        narrows = isinstance(self.merge, Narrow) and self.merge.fit.kind == "none" and not self.needs_gradients
+        return before and narrows
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether the whole model is in memory once, for the loss's gradients."""
+        return isinstance(self.merge, Narrow) and self.merge.neurons == "gradient"
 
     def with_text(self, name: str) -> "Recipe":
         """The same with the name of the calibration text that was read."""

@@ -42,7 +42,8 @@ class Smaller(Merge):
         "second_order",
         "grouped with a width, narrow: how the neurons that stay are chosen on calibration text. second_order: one "
         "goes after another, each time the one whose loss the others' down_proj makes up for best; energy: those of "
-        "the largest outputs stay; random: a control. down_proj is refitted in closed form in any case",
+        "the largest outputs stay; gradient: those on which the loss depends most, under narrow, of small models; "
+        "random: a control. down_proj is refitted in closed form in any case",
         belongs="belongs to a 'width'",
         shown=("merge", "width"),
     )
@@ -152,6 +153,11 @@ class Grouped(Smaller):
             "'width' narrows experts that were merged or kept, as many in every layer: 'operator' is merge or keep, "
             "'budget' equal",
             ("width", "operator", "budget"),
+        ),
+        Rule(
+            lambda merge: merge.neurons == "gradient",
+            "neurons 'gradient' are those of the original's experts: it needs merge 'narrow'",
+            ("merge", "neurons"),
         ),
         Rule(
             lambda merge: merge.grouping == "none" and merge.operator != "keep",

@@ -52,6 +52,7 @@ AROUND: dict[str, dict[str, Any]] = {
 AROUND_FIELD: dict[tuple[str, str], dict[str, Any]] = {
     ("metric", "calibrated"): FITTED,
     ("neurons", "random"): NARROW,
+    ("neurons", "gradient"): NARROW,
     ("operator", "shared"): FITTED,
     ("budget", "damage"): FITTED,
     ("grouping", "none"): KEPT,
@@ -313,6 +314,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'keep' belongs": {"keep": 0.5, "merge": "residual"},
     "'error_weights' belongs": {"error_weights": "source", **SOFT, "align": "activations"},
     "'width' narrows experts": {**FITTED, "width": 8, "budget": "damage"},
+    "neurons 'gradient' are those": {**FITTED, "width": 8, "neurons": "gradient"},
     "'neurons' belongs": {"neurons": "energy", **GROUPED},
     "method 'smoe' merges nothing": {"method": "smoe", "merge": "grouped"},
     "method 'namex' reuses weights": {"method": "namex", **GROUPED},

@@ -20,7 +20,7 @@ class NarrowExperts(Rewrite):
 
     def more(self, work: LayerWork) -> dict[str, Any]:
         if work.moments is None:
-            return {}
+            return {"gradients": work.gradients}
         if work.moments.is_complete:
             return {"known": work.moments.layer(work.layer)}
         return {"save": partial(work.moments.save, work.layer)}

@@ -37,6 +37,7 @@ class LayerWork:
     ids: torch.Tensor | None = None  # of the text, ``[sequences, length]``
     scores: ExpertStatistics | None = None  # of another run, in the place of the text
     moments: MomentsFolder | None = None  # likewise, or to be saved there
+    gradients: torch.Tensor | None = None  # [N, width], scores of neurons
 
     record: dict[str, Any] = field(default_factory=dict)
     statistics: Tensors = field(default_factory=dict)
