@@ -18,7 +18,8 @@ PARTS = {
     "shares": ("--keep", 0.75, 0.25, "--fit", "none", "layer"),
     "half-fewer": (*FEWER, "--keep", 0.5, "--seed", 0, 1, 2),
     "shares-fewer": (*FEWER, "--keep", 0.75, 0.25),
-    "random": ("--keep", 0.5, "--neurons", "random", "--fit", "none", "layer", "--seed", 0, 1, 2),
+    "controls": ("--keep", 0.5, "--neurons", "energy", "gradient", "random", "--seed", 0, 1, 2),
+    "text": ("--keep", 0.5, "--fit", "none", "layer", "--calibration-tokens", 1024, 4096, 16384, 262144),
 }
 
 
