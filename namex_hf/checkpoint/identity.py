@@ -281,7 +281,7 @@ class RunDifference:
         return bool(self.fields)
 
     def __str__(self) -> str:
-        return " and ".join(self.fields)
+        return " and ".join("list of files" if name == "files" else name for name in self.fields)
 
 
 def differing(

@@ -21,7 +21,7 @@ class Point(NamedTuple):
     exact: float  # per cent of the problems
 
     @property
-    def words(self) -> str:
+    def label(self) -> str:
         name = f"{self.title}, {self.weights}" if self.weights else self.title
         return f"{name}: {self.exact:.1f} % in {self.megabytes:.2f} MB"
 
@@ -80,7 +80,7 @@ class Frontier:
         return list(dict.fromkeys(point.title for point in self.points))
 
     @property
-    def best(self) -> list[Point]:
+    def pareto_front(self) -> list[Point]:
         """Those that no other one of as few bytes surpasses, by rising bytes."""
         found: list[Point] = []
         for point in sorted(self.points, key=lambda one: (one.megabytes, -one.exact)):
@@ -90,8 +90,8 @@ class Frontier:
 
     @property
     def steps(self) -> str:
-        """The line along `best`, as an SVG path."""
-        places = [(self.x.place(point.megabytes), self.y.place(point.exact)) for point in self.best]
+        """The line along `pareto_front`, as an SVG path."""
+        places = [(self.x.place(point.megabytes), self.y.place(point.exact)) for point in self.pareto_front]
         begin, *others = places
         return f"M{begin[0]} {begin[1]}" + "".join(f"H{x}V{y}" for x, y in others) + f"H{self.right}"
 
@@ -100,9 +100,9 @@ class Frontier:
         return f"c{self.titles.index(title) % self.colours}"
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """What the picture says, for those who do not see it."""
-        return f"{len(self.points)} models. Best of their bytes: {'; '.join(point.words for point in self.best)}."
+        return f"{len(self.points)} models. Best of their bytes: {'; '.join(point.label for point in self.pareto_front)}."
 
 
 def frontier(comparison: Comparison) -> Frontier | None:

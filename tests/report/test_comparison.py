@@ -194,7 +194,7 @@ def test_no_model_of_the_frontier_is_surpassed_by_one_of_as_few_bytes(tmp_path: 
     assert [(point.megabytes, point.exact) for point in drawn.points] == [
         (10, 90), (9, 70), (8, 80), (7, 30), (6, 20)
     ]  # fmt: skip
-    assert [point.megabytes for point in drawn.best] == [6, 7, 8, 10]
+    assert [point.megabytes for point in drawn.pareto_front] == [6, 7, 8, 10]
     x, y = drawn.x, drawn.y
     assert x.place(6) < x.place(10)
     assert y.place(20) > y.place(90)
@@ -203,7 +203,7 @@ def test_no_model_of_the_frontier_is_surpassed_by_one_of_as_few_bytes(tmp_path: 
         assert 2 <= len(axis.ticks()) <= 7
         for place, text in axis.ticks():
             assert place == axis.place(float(text))
-    assert "original: 90.0 % in 10.00 MB" in drawn.words
+    assert "original: 90.0 % in 10.00 MB" in drawn.description
 
 
 def test_models_of_equal_bytes_are_the_points_where_they_were_measured(tmp_path: Path):
@@ -211,7 +211,7 @@ def test_models_of_equal_bytes_are_the_points_where_they_were_measured(tmp_path:
     sized = [SizedRow(found.rows[0], f"{bits} bit", bits, bits * 10**6) for bits in (16, 8, 4)]
     drawn = frontier(replace(found, sized=sized))
     assert drawn is not None
-    assert [point.words for point in drawn.points] == [
+    assert [point.label for point in drawn.points] == [
         f"original, {bits} bit: 90.0 % in {bits}.00 MB" for bits in (16, 8, 4)
     ]
     assert frontier(replace(found, sized=sized[:1])) is None
