@@ -211,7 +211,7 @@ def _dry_run(plan: "Plan", options: argparse.Namespace, console: "Console") -> d
     from .patch_screen import print_dry_run
     from .patch_warnings import text_lines, tokens_lines
 
-    what = describe(plan, options.out)
+    what = describe(plan, options.out, saves_moments=options.moments is not None)
     if not options.json:
         print_dry_run(what, plan)
     for line in (*tokens_lines(plan), *text_lines(plan)):

@@ -29,12 +29,14 @@ def text_memory(plan: Plan) -> int:
     return held + (measuring_memory(shape) if plan.spends_budget else 0)
 
 
-def space_needed(plan: Plan) -> int:
+def space_needed(plan: Plan, saves_moments: bool = False) -> int:
     """Bytes on disk at the fullest moment of a run: the result, each layer's base, the state, and a margin."""
-    state = 2 * plan.all_added_bytes
+    shape, state = plan.shape, 2 * plan.all_added_bytes
+    if saves_moments:
+        state += 4 * len(shape.layers) * shape.experts * shape.width**2
     if plan.recipe.needs_text:  # the stream twice while one replaces the other, and so that of the original
         streams = 4 if aims_at_model(plan.recipe) else 2
-        state += 4 * streams * plan.recipe.calibration.tokens * plan.shape.hidden
+        state += 4 * streams * plan.recipe.calibration.tokens * shape.hidden
         if plan.recipe.merge.rewrites:  # all new layers
             state += plan.routed_bytes_out + plan.shared_bytes
     return plan.bytes_out + state + MARGIN

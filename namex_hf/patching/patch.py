@@ -38,7 +38,7 @@ from .checkpoint_source import check_finite, checkpoint_source
 from .effort import effort_of
 from .estimate import peak_bytes, space_needed
 from .plan import Plan, make_plan
-from .scores import moments_bytes, open_moments, read_scores
+from .scores import open_moments, read_scores
 from .state import State
 from .threads import shared_out
 
@@ -122,8 +122,8 @@ def run_plan(
         logger.info("%s is complete", out)
         shutil.rmtree(out / STATE, ignore_errors=True)
         return Report.from_file(locate(out, REPORT))
-    more = moments_bytes(plan) if measured and not measured.is_complete else 0
-    folder.check_space(max(0, space_needed(plan) + more - _present(out)))
+    saves_moments = measured is not None and not measured.is_complete
+    folder.check_space(max(0, space_needed(plan, saves_moments) - _present(out)))
     start = time.perf_counter()
     with folder.claimed(overwrite):
         state = State(out / STATE, plan.checkpoint.identity)
@@ -133,7 +133,7 @@ def run_plan(
         for line in filter(None, (left_out_line(plan.left_out), code_line(plan.checkpoint.folder))):
             logger.warning(line)
         earlier = set(state.shards())
-        if measured is not None and not measured.is_complete:
+        if measured is not None and saves_moments:
             measured.begin()
         try:
             progress = _counting(plan, progress)
@@ -142,7 +142,7 @@ def run_plan(
             with nullcontext() if plan.recipe.needs_text else shared_out():
                 weight_map = write_checkpoint(plan, out, state, progress, known, measured)
             plan.checkpoint.identity.settle()
-            if measured is not None and not measured.is_complete:
+            if measured is not None and saves_moments:
                 measured.end()
         except (CheckpointError, FamilyError, RecipeError):
             folder.remove()
@@ -266,7 +266,7 @@ def _write_companions(plan: Plan, out: Path, state: State, report: Report, weigh
     write_text(out / CARD, card(report, config, out, plan.checkpoint.folder))
 
 
-def describe(plan: Plan, out: Path) -> dict[str, Any]:
+def describe(plan: Plan, out: Path, saves_moments: bool = False) -> dict[str, Any]:
     """What a run would do, for ``--dry-run``."""
     place = out
     while not place.exists():
@@ -279,7 +279,7 @@ def describe(plan: Plan, out: Path) -> dict[str, Any]:
         "share": plan.experts * plan.width / (plan.shape.experts * plan.shape.width),
         "bytes_in": plan.checkpoint.size,
         "bytes_out": plan.bytes_out,
-        "space_needed": space_needed(plan),
+        "space_needed": space_needed(plan, saves_moments),
         "free": shutil.disk_usage(place).free,
         "peak_bytes": peak_bytes(plan),
         "carried": _carried(plan.checkpoint),

@@ -90,9 +90,3 @@ def open_moments(folder: Path, plan: Plan) -> MomentsFolder:
     elif folder.exists() and any(folder.iterdir()):
         raise OutputError(f"--moments {folder} holds other files; accepted: a new folder, or one of --moments")
     return MomentsFolder(folder, run, is_complete(folder, plan.shape.layers), recipe.device)
-
-
-def moments_bytes(plan: Plan) -> int:
-    """Of the moments of all experts."""
-    shape = plan.shape
-    return 4 * len(shape.layers) * shape.experts * shape.width**2

@@ -102,7 +102,9 @@ class Frontier:
     @property
     def description(self) -> str:
         """What the picture says, for those who do not see it."""
-        return f"{len(self.points)} models. Best of their bytes: {'; '.join(point.label for point in self.pareto_front)}."
+        return (
+            f"{len(self.points)} models. Best of their bytes: {'; '.join(point.label for point in self.pareto_front)}."
+        )
 
 
 def frontier(comparison: Comparison) -> Frontier | None:
