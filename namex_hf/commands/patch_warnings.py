@@ -2,23 +2,21 @@
 
 from collections.abc import Iterator
 
+from ..patching.config import IMPLEMENTATION, ROW_BYTES, takes_grouped_products
 from ..patching.plan import Plan
 from ..patching.sized import ENOUGH_EQUATIONS, TOKENS_A_NEURON, fitted_equations
 from ..recipe import Narrow
 from ..resources import packaged_models
 
-ROW_BYTES = 16  # of a matrix's rows: torch.nn.functional.grouped_mm takes multiples of this
-
 
 def width_line(plan: Plan) -> str | None:
-    """What to do with a width that the grouped products of torch do not take, in the dtype of the experts."""
-    dtype = plan.expert_spans(plan.shape.layers[0])[0].dtype
-    multiple = ROW_BYTES // dtype.itemsize
-    if plan.width == plan.shape.width or plan.width % multiple == 0:
+    """What a width means that the grouped products of torch do not take, in the dtype of the experts."""
+    dtype = plan.expert_dtype
+    if plan.width == plan.shape.width or takes_grouped_products(plan.width, dtype):
         return None
     return (
-        f"width {plan.width} is no multiple of {multiple}, which grouped products of {str(dtype)[6:]} need: load the "
-        "result with experts_implementation='eager'"
+        f"width {plan.width} is no multiple of {ROW_BYTES // dtype.itemsize}, which grouped products of "
+        f"{str(dtype)[6:]} need: config.json asks for {IMPLEMENTATION} 'eager', which is slower"
     )
 
 

@@ -2,10 +2,16 @@
 
 from typing import Any
 
+import torch
+
 from ..checkpoint.rope import both_forms
 from ..families import LAYER_EXPERTS, Config, without_prediction
 from ..families.outline import Outline
 from ..recipe import Grouped, Merge, Recipe, Smaller
+
+IMPLEMENTATION = "experts_implementation"
+"""Field by which transformers chooses the products of experts."""
+ROW_BYTES = 16  # of a matrix's rows: torch.nn.functional.grouped_mm takes multiples of this
 
 
 def patched_config(
@@ -41,6 +47,11 @@ def smaller_fields(
     if isinstance(merge, Smaller) and merge.width is not None:
         fields |= family.with_width(config, merge.width, outline.padded_width(merge.width))
     return fields
+
+
+def takes_grouped_products(width: int, dtype: torch.dtype) -> bool:
+    """Whether grouped products, the default of transformers, take experts of a width."""
+    return width * dtype.itemsize % ROW_BYTES == 0
 
 
 def by_decoder_layer(counts: tuple[int, ...], layers: tuple[int, ...], depth: int) -> list[int]:

@@ -29,7 +29,7 @@ class Effort:
         tokens = FitSettings.batch if self.steps else plan.tokens
         rows = min(ROWS, max(1, tokens * min(plan.shape.top_k, plan.experts) // plan.experts))
         speed = partial(measured_speed, plan.recipe.device, rows, *plan.shape.of("up_proj"))
-        dtype = plan.expert_spans(plan.shape.layers[0])[0].dtype
+        dtype = plan.expert_dtype
         if dtype != torch.bfloat16 or not multiplies_bfloat16(plan.device):
             dtype = torch.float32
         return self.answers / speed(dtype) + (self.operations - self.answers) / speed(torch.float32)

@@ -15,10 +15,10 @@ from ..families import Family, family_of
 from ..families.check import check_block
 from ..families.outline import outline_of
 from ..progress import FINISHED, ProgressCallback, ProgressEvent, no_progress
-from ..recipe import Grouped, Recipe
+from ..recipe import Grouped, Recipe, Smaller
 from .budget import spend
 from .check import check_fit
-from .config import patched_config
+from .config import patched_config, takes_grouped_products
 from .gradients import gradients_of_live
 from .model_sink import write_model
 from .pipeline import Pipeline
@@ -80,6 +80,9 @@ def patch_model(
     pipeline = Pipeline(source, recipe, patched, text, gradients=gradients, counts=counts, progress=count)
     with shared_out() if text is None else nullcontext():
         write_model(model, outline, recipe, count.layers(pipeline.run()))
+    width = recipe.merge.width if isinstance(recipe.merge, Smaller) else None
+    if width and not takes_grouped_products(width, source.dtype(outline.shape.layers[0])):
+        model.set_experts_implementation("eager")
     model.config.namex = recipe.to_stored()
     return model
 

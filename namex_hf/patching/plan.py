@@ -28,7 +28,7 @@ from ..models.soft_kronecker import kronecker_parameters
 from ..recipe import Fit, Grouped, Narrow, Recipe, Smaller, Soft
 from ..recipe.choices import FitKind
 from .check import check_fit
-from .config import patched_config
+from .config import IMPLEMENTATION, patched_config, takes_grouped_products
 from .moments import MomentsFolder, moments_of_another
 from .sized import width_of_size
 from .steps import steps_of
@@ -169,6 +169,11 @@ class Plan:
     def expert_spans(self, layer: int) -> list[TensorSpan]:
         return [self.spans[name] for name in self.outline.experts(layer)]
 
+    @property
+    def expert_dtype(self) -> torch.dtype:
+        """Of the routed experts, as far as the first layer shows."""
+        return self.expert_spans(self.shape.layers[0])[0].dtype
+
     def layer_bytes(self, layer: int) -> int:
         """Bytes of the routed experts of a layer."""
         return sum(span.size for span in self.expert_spans(layer))
@@ -251,11 +256,14 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """``config.json`` of the result."""
-        foreign = ("auto_map", "_name_or_path")  # code of others, and a path on the machine where it was saved
+        # Code of others, a path on the machine where it was saved, and what another width needed.
+        foreign = ("auto_map", "_name_or_path", IMPLEMENTATION)
         config = {name: value for name, value in self.checkpoint.config.items() if name not in foreign}
         config = patched_config(config, self.outline, self.recipe, self.counts)
         if self.form:
             config = self.form.config(config)
+        if self.width != self.shape.width and not takes_grouped_products(self.width, self.expert_dtype):
+            config[IMPLEMENTATION] = "eager"
         code = remote_code(config["model_type"])
         if code.auto_map:
             config["auto_map"] = dict(code.auto_map)

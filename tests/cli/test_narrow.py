@@ -8,15 +8,17 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from namex_hf import Recipe, patch_model
 from namex_hf.checkpoint.resolve import local_folder, resolve
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.commands import patch, patch_screen, report
-from namex_hf.evaluation.loading import load
+from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.files import read_json
 from namex_hf.quantising.matrices import matrices_of
 from tests.helpers.checkpoints import read_config, settled_files
 from tests.helpers.toy_models import VOCAB
 
+ON_PACKAGED = {"merge": "narrow", "calibration_tokens": 4096}
 NARROW = ("--merge", "narrow", "--calibration-tokens", "4096")
 Said = pytest.CaptureFixture[str]
 
@@ -195,20 +197,27 @@ def test_the_packaged_text_is_for_the_packaged_models(tmp_path: Path, capsys: Sa
 
 @pytest.mark.parametrize(("width", "warned"), [(40, False), (44, True)])
 def test_widths_that_need_another_implementation(tmp_path: Path, capsys: Said, width: int, warned: bool) -> None:
-    """What the warning says holds: in the file's bfloat16 the default refuses, and the loop that is named works."""
+    """What the note says holds: in the file's bfloat16 grouped products refuse, so the folder asks for the loop."""
     out = tmp_path / "out"
     assert ran("tiny", "--out", out, *NARROW, "--width", width, "--dry-run") == 0
     said = " ".join(capsys.readouterr().err.split())
-    line = f"width {width} is no multiple of 8, which grouped products of bfloat16 need: load the result with"
-    assert (f"{line} experts_implementation='eager'" in said) == warned
+    line = f"width {width} is no multiple of 8, which grouped products of bfloat16 need: config.json asks for"
+    assert (f"{line} experts_implementation 'eager', which is slower" in said) == warned
     assert ran("tiny", "--out", out, *NARROW, "--width", width, "--quiet") == 0
     ids = torch.arange(3, 20)[None]
-    assert AutoModelForCausalLM.from_pretrained(out, experts_implementation="eager")(ids).logits.isfinite().all()
+    assert AutoModelForCausalLM.from_pretrained(out)(ids).logits.isfinite().all()
+    assert (read_config(out).get("experts_implementation") == "eager") == warned
     if warned:
         with pytest.raises(RuntimeError, match="16 bytes"):
-            AutoModelForCausalLM.from_pretrained(out)(ids)
-    else:
-        assert AutoModelForCausalLM.from_pretrained(out)(ids).logits.isfinite().all()
+            AutoModelForCausalLM.from_pretrained(out, experts_implementation="grouped_mm")(ids)
+    model = patch_model(
+        AutoModelForCausalLM.from_pretrained(local_folder("tiny")),
+        Recipe(width=width, **ON_PACKAGED),
+        tokenizer_of(local_folder("tiny")),
+    )
+    assert model(ids).logits.isfinite().all()
+    assert ran(out, "--out", tmp_path / "again", *NARROW, "--width", 24, "--quiet") == 0
+    assert "experts_implementation" not in read_config(tmp_path / "again")
 
 
 @pytest.mark.parametrize(
