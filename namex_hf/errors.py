@@ -61,5 +61,10 @@ class MissingExtraError(NamexError):
     """A choice that needs packages which are not installed; the message names the extra that brings them."""
 
     def __init__(self, what: str, extra: str):
-        super().__init__(f"{what} needs packages of an extra: pip install 'namex-hf[{extra}]'")
+        super().__init__(f"{what} needs packages of an extra: {install(extra)}")
         self.extra = extra
+
+
+def install(extra: str) -> str:
+    """The command that installs an extra."""
+    return f"pip install 'namex-hf[{extra}]', in a clone pip install '.[{extra}]'"

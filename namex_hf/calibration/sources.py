@@ -66,6 +66,11 @@ def is_token_ids(source: str) -> bool:
     return source.lower().endswith(".npy")
 
 
+def is_own_text(source: str) -> bool:
+    """Whether calibration data of this name are a file or a folder of texts here."""
+    return source != "packaged" and not is_token_ids(source) and Path(source).exists()
+
+
 def check_texts(texts: Texts) -> list[str | Chat]:
     """Texts as a list.
 

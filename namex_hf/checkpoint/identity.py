@@ -6,7 +6,7 @@ offsets. Tensors are hashed while a run reads them; only the others are read for
 
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -276,12 +276,18 @@ class RunDifference:
     """The files of the source with other bytes."""
     proven: bool = True
     """Whether the record proves all other files of the source equal."""
+    inside: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Of fields that are mappings, the keys that differ."""
 
     def __bool__(self) -> bool:
         return bool(self.fields)
 
     def __str__(self) -> str:
-        return " and ".join("list of files" if name == "files" else name for name in self.fields)
+        return " and ".join(map(self._said, self.fields))
+
+    def _said(self, name: str) -> str:
+        keys = self.inside.get(name)
+        return f"{name} ({', '.join(keys)})" if keys else "list of files" if name == "files" else name
 
 
 def differing(
@@ -299,12 +305,20 @@ def differing(
         digests: as for `Identity.changed`.
     """
     fields = {key for key in {*recorded, *current} - {"files"} if recorded.get(key) != current.get(key)}
+    inside = {key: _keys(recorded.get(key), current.get(key)) for key in fields}
     before, now = recorded.get("files"), current.get("files")
     if not isinstance(before, Mapping) or not isinstance(now, Mapping):
-        return RunDifference(tuple(sorted(fields | ({"files"} if before != now else set()))))
+        return RunDifference(tuple(sorted(fields | ({"files"} if before != now else set()))), inside=inside)
     if identity is not None:
         files, proven = identity.changed(before, digests)
     else:
         files = [name for name in sorted({*before, *now}) if not same_bytes(before.get(name), now.get(name))]
         proven = True
-    return RunDifference(tuple(sorted(fields | ({"source"} if files else set()))), tuple(files), proven)
+    return RunDifference(tuple(sorted(fields | ({"source"} if files else set()))), tuple(files), proven, inside)
+
+
+def _keys(before: Any, now: Any) -> tuple[str, ...]:
+    """The keys of two mappings whose values differ; none of other values."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return ()
+    return tuple(sorted(name for name in {*before, *now} if before.get(name) != now.get(name)))

@@ -35,6 +35,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..errors import CheckpointError, NamexError
 from ..families import family_of
 from ..files import BEFORE_0_2, CARD, CONFIG, INDEX, RECIPE, REPORT, SCORES, SINGLE, read_json
+from ..printable import did_you_mean
 from ..resources import PACKAGED, packaged_models
 from .companions import companions, is_companion
 from .header import DTYPES, TensorSpan
@@ -85,8 +86,11 @@ def local_folder(source: str | Path) -> Path | None:
     if Path(source).is_dir():
         return Path(source)
     if not _is_hub_id(str(source)) or Path(source).exists():
-        names = ", ".join(packaged_models())
-        raise CheckpointError(f"MODEL {source}: accepted: a folder, a packaged model ({names}), or a Hub id USER/NAME")
+        names, hint = ", ".join(packaged_models()), did_you_mean(source, packaged_models())
+        raise CheckpointError(
+            f"MODEL {source}: no such folder; accepted: a folder, a packaged model ({names}), or a Hub id "
+            f"USER/NAME{hint}"
+        )
     return None
 
 
@@ -228,5 +232,5 @@ def _failed(error: Exception, revision: str | None, offline: str) -> str:
         return f"{messages[0].format(revision=revision)} (the Hub answered {answer_of(root)})"
     if offline and isinstance(error, LocalEntryNotFoundError):
         extent = "only partly" if isinstance(error, IncompleteSnapshotError) else "not"
-        return f"is {extent} in the local cache, and {_no_hub(offline)}"
+        return f"is no folder here, it is {extent} in the local cache of the Hub, and {_no_hub(offline)}"
     return f"cannot be fetched: {why(error)}"

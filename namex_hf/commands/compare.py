@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..defaults import KINDS, PROBLEM_SEED, PROBLEM_SEEDS, QUANTISERS, SCORED_TOKENS, WORD_PROBLEMS
-from ..errors import UsageError
+from ..errors import UsageError, install
 from ..evaluation.grid import field_options, grid, recipe_files
 from ..printable import marked, printable
 from ..recipe import Recipe
@@ -167,7 +167,7 @@ def _compare(options: argparse.Namespace) -> int:
     elif not options.quiet:
         print_tables(comparison)
         if not drawn:
-            console.print("no picture: it needs the extra 'report', pip install 'namex-hf[report]'", markup=False)
+            console.print(f"no picture: it needs the extra 'report': {install('report')}", markup=False)
         Console().print(f"[bold]{marked(options.out / PAGE)}[/bold]", soft_wrap=True)
     for label, reason in comparison.failed.items():
         print(printable(f"namex-compare: {label} failed: {reason}"), file=sys.stderr)

@@ -20,7 +20,7 @@ def print_next(options: argparse.Namespace, recipe: Recipe, folders: Sequence[Pa
         options: of the run.
         folders: its results.
     """
-    lines = [compare_with(options, recipe, folders[0]), ("score", *map(str, folders))]
+    lines = [compare_with(options, recipe, folders[0]), ("score", *map(str, folders), options.model)]
     if options.push_to_hub is None:
         lines.append(("push", str(folders[0]), "--repo", "USER/NAME", "--dry-run"))
     for number, words in enumerate(lines):

@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from shutil import rmtree
 from sys import stderr
@@ -147,11 +148,13 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         from huggingface_hub.utils import disable_progress_bars
         from rich.console import Console
 
+        from ..calibration.sources import is_own_text
         from ..checkpoint.folder import OutputFolder
         from ..checkpoint.layout import left_out_line
         from ..checkpoint.resolve import peek, resolve
         from ..checkpoint.tokenizer_code import code_line
         from ..hub.publish import checked_target, publish
+        from ..patching.device import is_there
         from ..patching.patch import run_plan
         from ..patching.plan import make_plan
         from ..patching.scores import check_reads_scores
@@ -162,18 +165,23 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         disable_progress_bars()  # of downloads
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
+    if options.dry_run and recipe.device != "auto" and not is_there(recipe.device):
+        console.print(f"no device {marked(recipe.device)} here: checked for the CPU", soft_wrap=True)
+        recipe = replace(recipe, device="cpu")
     if options.size is not None:
         recipe = _of_size(checkpoint, recipe, options)
-    how = {"reads_text": not options.dry_run, "like": options.like}
+    reads_text = not options.dry_run or (checkpoint.commit is None and is_own_text(recipe.calibration.data))
+    how = {"reads_text": reads_text, "like": options.like}
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, **how)
-    for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
-        console.print(line, soft_wrap=True, markup=False)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.scores is not None:
         check_reads_scores(plan.recipe)
+    # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
+    unknown = options.dry_run and (checkpoint.commit is not None or (plan.reads_text and plan.text is None))
+    folder.check(options.overwrite or unknown)
+    for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
+        console.print(line, soft_wrap=True, markup=False)
     if options.dry_run:
-        # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
-        folder.check(options.overwrite or checkpoint.commit is not None or recipe.needs_text)
         return _dry_run(plan, options, console)
     if not options.overwrite and folder.complete:
         run_plan(plan, options.out)

@@ -33,6 +33,7 @@ from ..patching.effort import Effort, effort_of
 from ..patching.estimate import peak_bytes
 from ..patching.patch import rewrite_report, run_plan
 from ..patching.plan import Plan
+from ..patching.text_pass import streams_memory
 from ..printable import marked
 from ..progress import FINISHED, ProgressEvent
 from ..record import Report, choices
@@ -217,17 +218,32 @@ def draw(out: Path, size: int, report: Report, console: Console) -> None:
         reason = str(error) if isinstance(error, NamexError) else f"{type(error).__name__}: {error}"
         console.print(f"no pictures: {marked(reason)}; once that is mended: {later}", soft_wrap=True)
         return
-    console.print(f"pictures: [bold]{marked(page)}[/bold]", soft_wrap=True)
+    console.print(f"page: [bold]{marked(page)}[/bold]", soft_wrap=True)
 
 
 def _said(effort: Effort, plan: Plan) -> str:
     """What fitting or narrowing the layers will take at least."""
-    what = f"fitted, each in {effort.steps} steps," if effort.steps else "narrowed, each in"
+    what = f"fitted, each in {effort.steps} steps and" if effort.steps else "narrowed, each in"
     return (
         f"{len(plan.shape.layers)} layers {what} {effort.operations / 1e12:.3g} T operations: at least "
         f"{_time(effort.seconds(plan))} a layer at the speed that such products have here; "
         f"about {size_text(peak_bytes(plan))} of memory"
     )
+
+
+def _text(asked: int, plan: Plan) -> str:
+    if plan.text is None:
+        return f"{asked} tokens of {plan.recipe.calibration.data}, not read yet"
+    rest = asked - plan.text.tokens  # sequences are whole
+    less = "" if rest < plan.text.ids.shape[1] else f"; it has no more, {asked} were asked for"
+    return f"{plan.text.tokens} tokens of {plan.text.name}{less}"
+
+
+def _memory(what: dict[str, Any], plan: Plan) -> str:
+    """With the part that less text makes smaller."""
+    hidden = streams_memory(plan.recipe, plan.shape) if plan.reads_text else 0
+    more = f", {size_text(hidden)} of it the text on its way (--calibration-tokens)" if hidden else ""
+    return size_text(what["peak_bytes"]) + more
 
 
 def _time(seconds: float) -> str:
@@ -245,21 +261,22 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
         "device of the arithmetic": what["device"],
         "bytes in": size_text(what["bytes_in"]),
         "bytes out": size_text(what["bytes_out"]),
-        "peak memory (estimate)": size_text(what["peak_bytes"]),
+        "peak memory (estimate)": _memory(what, plan),
     }
     if what["width"] == plan.shape.width:
         del table["neurons a routed expert"]
     if not recipe.merge.rewrites:
         del table["routed parameters that stay"]
     if what["calibration_tokens"]:
-        table["calibration text"] = f"{what['calibration_tokens']} tokens of {recipe.calibration.data}, not read yet"
+        table["calibration text"] = _text(what["calibration_tokens"], plan)
     if effort := what["effort"]:
         table["time"] = _said(effort, plan)
     if what["curvature_parameters"]:
         table["trainable curvature"] = _counts(what["curvature_parameters"])
     table["disk needed / free"] = f"{size_text(what['space_needed'])} / {size_text(what['free'])}"
     table["files carried over"] = ", ".join(what["carried"]) or "none"
-    Console().print(facts(table, "dry run: nothing was read but headers, nothing was written"))
+    read = "headers and the text" if plan.text else "headers"
+    Console().print(facts(table, f"dry run: nothing was read but {read}, nothing was written"))
     if recipe.merge.kind == "narrow":
         Console().print(
             width_table(plan).screen("widths near this one, and what takes them", ["GGUF types of down_proj"])
@@ -292,7 +309,7 @@ def print_report(report: Report, original: Checkpoint, out: Path) -> None:
         warning = "" if radius < 1 else " [bold red]warning: 1 or more, the walk of the base does not settle[/bold red]"
         console.print(f"spectral radius of the walk: {radius:.3f} a layer, {over:.3g} over its layers{warning}")
     console.print(
-        f"{totals['seconds']:.1f} s"
+        f"patched in {totals['seconds']:.1f} s"
         + (f", peak memory {size_text(peak)}" if (peak := totals["peak_resident_bytes"]) else "")
         + f": [bold]{marked(out)}[/bold]",
         soft_wrap=True,

@@ -27,8 +27,9 @@ def tokens_lines(plan: Plan) -> Iterator[str]:
 
 
 def _tokens(plan: Plan) -> str:
-    tokens = plan.tokens * plan.shape.top_k / plan.shape.experts
-    return f"{tokens:,.0f} tokens on average, {tokens / plan.shape.width:.1f} for each of its neurons"
+    tokens, width = plan.tokens * plan.shape.top_k / plan.shape.experts, plan.shape.width
+    stay = f", {tokens / plan.width:.1f} for each that stays" if plan.width < width else ""
+    return f"{tokens:,.0f} tokens on average, {tokens / width:.1f} for each of its {width} neurons{stay}"
 
 
 def text_lines(plan: Plan) -> Iterator[str]:
@@ -49,5 +50,5 @@ def text_lines(plan: Plan) -> Iterator[str]:
                 f"warning: {plan.tokens:,} tokens are {equations:.1f} equations for each number that is fitted; below "
                 f"{ENOUGH_EQUATIONS} a fit may bring nothing: about {enough:,.0f} tokens are needed"
             )
-    elif isinstance(recipe.merge, Narrow) and plan.tokens * shape.top_k < TOKENS_A_NEURON * shape.experts * shape.width:
+    if isinstance(recipe.merge, Narrow) and plan.tokens * shape.top_k < TOKENS_A_NEURON * shape.experts * shape.width:
         yield f"warning: little text, {_tokens(plan)}; {TOKENS_A_NEURON} for each are enough"

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import logging
 import os
+import shlex
 import subprocess
 import warnings
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from ..errors import UsageError
-from ..evaluation.candidates import candidates
+from ..evaluation.candidates import candidates, lacking_originals
 from ..evaluation.checks import check_fits
 from ..evaluation.paper import Paper
 from ..evaluation.tasks import load_tasks
@@ -59,6 +60,9 @@ def score(options: argparse.Namespace) -> int:
         write_text(options.out / "report.json", report.to_json())
         write_text(options.out / "report.md", markdown(report))
         _print(report, console)
+        for name in lacking_originals(rows):
+            more = shlex.join(("namex", "score", *(options.models or ["tiny"]), name))
+            console.print(f"beside the model that it was made of: {printable(more)}", soft_wrap=True, markup=False)
         console.print(f"[bold]{marked(options.out / 'report.md')}[/bold]", soft_wrap=True)
     return 0
 

@@ -184,6 +184,14 @@ def _origin(row: Candidate) -> Origin | None:
     return Origin(source.get("fingerprint"), run.get("files"), (run.get("data"), run.get("training")))
 
 
+def lacking_originals(rows: list[Candidate]) -> list[str]:
+    """Names of the models that some of the rows were made of and that are in no row."""
+    folders = [row.checkpoint.folder for row in rows if row.plan is None and row.original is None]
+    reports = [read_json(path) for folder in folders if (path := locate(folder, REPORT)).is_file()]
+    sources = [source for report in reports if isinstance(source := report.get("source"), dict)]
+    return list(dict.fromkeys(name for source in sources if isinstance(name := source.get("name"), str)))
+
+
 def _original_of(row: Candidate, models: list[Candidate]) -> str | None:
     """Label of the model that a folder was made of, as its report says."""
     origin = _origin(row)

@@ -44,7 +44,7 @@ def family_of(config: Config) -> Family:
             f"model_type {model_type!r}: this model is patched already; accepted: the original, of {supported}"
         )
     raise FamilyError(
-        f"model_type {model_type!r} is not a supported family; accepted: {supported}; this is {_kind(config)}; "
+        f"model_type {model_type!r} is not a supported family: this is {_kind(config)}; accepted: {supported}; "
         "docs/families.md says how to add a family"
     )
 

@@ -18,13 +18,20 @@ def on_device(recipe: Recipe) -> Recipe:
         RecipeError: this machine has no such device.
     """
     device = resolved(recipe.device)
-    try:
-        torch.ones((), device=device).item()
-    except (RuntimeError, AssertionError) as error:  # torch's answers to a device it has not
+    if not is_there(device):
         raise RecipeError(
             f"recipe field 'device' is {device!r}; accepted: a torch device that this machine has, such as cpu, or auto"
-        ) from error
+        )
     return replace(recipe, device=device)
+
+
+def is_there(device: str) -> bool:
+    """Whether this machine has a torch device."""
+    try:
+        torch.ones((), device=device).item()
+    except (RuntimeError, AssertionError):  # torch's answers to a device it has not
+        return False
+    return True
 
 
 def resolved(device: str) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 from ..checkpoint.layout import left_out, left_out_line, outline_in, per_expert
 from ..checkpoint.source import Checkpoint
 from ..families.outline import FUSED
+from ..record import choices
 
 ADDED = {
     ".base_expert.": "base experts",
@@ -40,7 +41,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         "model": checkpoint.name,
         "commit": checkpoint.commit or "none (local)",
         "family": outline.family.model_type,
-        "patched": ", ".join(str(recipe.get(name)) for name in ("merge", "method", "routing")) if recipe else "no",
+        "patched": choices(recipe) if recipe else "no",
         **({"recipe": ", ".join(f"{name}={value}" for name, value in recipe.items())} if recipe else {}),
         "layers": f"{config['num_hidden_layers']}, of which {len(shape.layers)} are MoE",
         "experts a layer": f"{counts} of width {shape.width}, top-{shape.top_k}",

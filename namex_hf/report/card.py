@@ -48,6 +48,7 @@ def card(report: Report, config: dict[str, Any], folder: Path | None = None, sou
         title=_title(report, folder),
         source=_source(report),
         unmerged=is_unmerged(recipe),
+        stock=not str(config.get("model_type")).startswith("namex_"),
         grouped=merge if isinstance(merge, Grouped) and recipe["method"] != "smoe" else None,
         place=PLACE,
         opens_tokenizer=folder is None or (has_tokenizer(folder) and not foreign),

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..defaults import PICTURE_TOKENS, SMALL_BYTES
-from ..errors import CheckpointError, UsageError
+from ..errors import CheckpointError, UsageError, install
 from ..files import PAGE, PICTURES, REPORT, write_text
 from .answers import Answers, answers
 from .distances import distances
@@ -69,7 +69,7 @@ def _drawing(
     try:
         from .pictures import Material, draw
     except ImportError:
-        console.print("no pictures: they need the extra 'report', pip install 'namex-hf[report]'", markup=False)
+        console.print(f"no pictures: they need the extra 'report': {install('report')}", markup=False)
         return list
     with console.status("the experts answer to text"):
         answered = _answered(folder, tokens, console)

@@ -41,7 +41,7 @@ def test_of_a_recipe_that_is_no_share(lines: Lines, toy: Path, tmp_path: Path) -
     assert (compare.model, compare.out) == (str(toy), Path(f"{out}-compared"))
     (cell,) = grid(recipe_files([Path(name) for name in compare.recipes]), field_options(vars(compare)))
     assert (cell.recipe.merge.kind, cell.recipe.to_dict()["experts"]) == ("grouped", 3)
-    assert score.model == [str(out)]
+    assert score.model == [str(out), str(toy)]
     assert (push.folder, push.dry_run) == (out, True)
 
 
@@ -53,7 +53,7 @@ def test_of_several_shares(lines: Lines, odd, words: Path, tmp_path: Path) -> No
     cells = grid(recipe_files([]), field_options(vars(compare)))
     assert [cell.recipe.merge.keep for cell in cells] == [0.75, 0.5, 0.25]
     assert {cell.recipe.calibration.data for cell in cells} == {str(words)}
-    assert score.model == [str(out / "keep-0.5"), str(out / "keep-0.25")]
+    assert score.model == [str(out / "keep-0.5"), str(out / "keep-0.25"), str(source)]
 
 
 @pytest.mark.parametrize("flag", ["--quiet", "--json", "--dry-run"])
