@@ -105,7 +105,7 @@ def test_from_a_model_to_the_hub(run: Command, namex: Callable[..., str]) -> Non
     assert (drawn.returncode, Path(drawn.stdout.strip())) == (0, Path("page/report.html"))
     for said in (done.stderr, drawn.stderr):
         assert [line for line in said.splitlines() if "namex-hf[" in line] == [
-            "no pictures: they need the extra 'report', pip install 'namex-hf[report]'"
+            "no pictures: they need the extra 'report': pip install 'namex-hf[report]', in a clone pip install '.[report]'"
         ]
     assert "model.safetensors" in namex("push", "half", "--repo", "u/n", "--dry-run")
 
@@ -129,4 +129,4 @@ def test_a_comparison(run: Command) -> None:
 def test_what_needs_an_extra_names_it_in_one_line(run: Command, arguments: tuple[str, ...], extra: str) -> None:
     done = run("namex", *arguments)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
-    assert done.stderr.endswith(f"pip install 'namex-hf[{extra}]'\n")
+    assert done.stderr.endswith(f"pip install 'namex-hf[{extra}]', in a clone pip install '.[{extra}]'\n")

@@ -154,7 +154,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         from ..checkpoint.resolve import peek, resolve
         from ..checkpoint.tokenizer_code import code_line
         from ..hub.publish import checked_target, publish
-        from ..patching.device import is_there
+        from ..patching.device import ACCELERATORS, is_there
         from ..patching.patch import run_plan
         from ..patching.plan import make_plan
         from ..patching.scores import check_reads_scores
@@ -165,7 +165,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         disable_progress_bars()  # of downloads
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
-    if options.dry_run and recipe.device != "auto" and not is_there(recipe.device):
+    if options.dry_run and recipe.device.split(":")[0] in ACCELERATORS and not is_there(recipe.device):
         console.print(f"no device {marked(recipe.device)} here: checked for the CPU", soft_wrap=True)
         recipe = replace(recipe, device="cpu")
     if options.size is not None:

@@ -1,6 +1,7 @@
 """namex-patch and namex-report with ``merge: narrow``, on a packaged model and on toys."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from namex_hf.checkpoint.resolve import local_folder, resolve
 from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.commands import patch, patch_screen, report
 from namex_hf.evaluation.loading import load, tokenizer_of
+from namex_hf.evaluation.perplexity import held_out_texts
 from namex_hf.files import read_json
 from namex_hf.quantising.matrices import matrices_of
 from tests.helpers.checkpoints import read_config, settled_files
@@ -187,6 +189,34 @@ def test_too_little_text_is_said(tmp_path: Path, capsys: Said, flags: tuple[str,
     said = " ".join(capsys.readouterr().err.split())
     assert all(line in said for line in lines)
     assert ("warning" in said) == bool(lines)
+
+
+@pytest.mark.parametrize("fit", [(), ("--fit", "layer")])
+def test_the_dry_run_reads_own_text(
+    tmp_path: Path, capsys: Said, monkeypatch: pytest.MonkeyPatch, fit: tuple[str, ...]
+) -> None:
+    """What the text has is told, as far as it was asked for, and that it is little; the folder's own run is known."""
+    monkeypatch.setenv("COLUMNS", "200")
+    text = tmp_path / "own.txt"
+    text.write_text(held_out_texts()["prose"][:15_000], "utf-8")
+    flags = ("--out", tmp_path / "out", "--keep", "0.5", "--calibration-data", text, *fit)
+    assert ran("tiny", *flags, "--dry-run") == 0
+    said = capsys.readouterr()
+    tokens = int(re.search(r"(\d+) tokens of own.txt; it has no more, 65536 were asked for", said.out)[1])
+    assert 2 * 512 <= tokens < 20_000
+    assert f"a routed expert receives {tokens * 4 / 16:,.0f} tokens on average" in said.err
+    assert "warning: little text" in said.err
+    assert ("equations for each number that is fitted" in said.err) == bool(fit)
+    assert ran("tiny", *flags, "--calibration-tokens", "1024", "--dry-run") == 0
+    assert "1024 tokens of own.txt " in capsys.readouterr().out
+
+
+def test_a_dry_run_for_a_device_that_is_elsewhere(tmp_path: Path, capsys: Said) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one here")
+    assert ran("tiny", "--out", tmp_path / "out", "--keep", "0.5", "--device", "cuda", "--dry-run") == 0
+    assert "no device cuda here: checked for the CPU" in capsys.readouterr().err
+    assert ran("tiny", "--out", tmp_path / "out", "--keep", "0.5", "--device", "cuda") == 2
 
 
 def test_the_packaged_text_is_for_the_packaged_models(tmp_path: Path, capsys: Said) -> None:

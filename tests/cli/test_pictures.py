@@ -46,7 +46,7 @@ def files(folder: Path) -> dict[str, tuple[bytes, int]]:
 def test_they_are_drawn_with_the_perplexity_and_linked_by_the_card(speaking: Path, tmp_path: Path, capsys: Said):
     out = tmp_path / "out"
     assert ran(speaking, "--out", out) == 0
-    assert f"pictures: {out}/namex/pictures/report.html" in capsys.readouterr().err
+    assert f"page: {out}/namex/pictures/report.html" in capsys.readouterr().err
     page, card = (out / "namex/pictures" / "report.html").read_text(), (out / "README.md").read_text()
     after = json.loads((out / "namex/report.json").read_text())["perplexity"]["mean"]["after"]
     assert f"{after:.2f}" in page
@@ -85,7 +85,7 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert ran(toy, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "no pictures: they need the extra 'report', pip install 'namex-hf[report]'\n" in said
+    assert "no pictures: they need the extra 'report': pip install 'namex-hf[report]', in a clone pip install '.[report]'\n" in said
     page = (tmp_path / "out" / PICTURES / PAGE).read_text()
     assert "<p>No pictures: they need the extra 'report'.</p>" in page
     assert "<h2>Layers</h2>" in page

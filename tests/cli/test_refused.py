@@ -186,7 +186,7 @@ def test_output_folders(refused, toy: Path, tmp_path: Path):
 def test_another_run_on_a_finished_folder(refused, toy: Path, tmp_path: Path):
     assert patch.main([str(toy), "--out", str(tmp_path / "out"), "--quiet"]) == 0
     for flags in ((), ("--dry-run",)):
-        assert "another recipe; use --overwrite" in refused(toy, "--gamma", "0.5", *flags)
+        assert "another recipe (gamma); use --overwrite" in refused(toy, "--gamma", "0.5", *flags)
 
 
 def test_an_interrupt_is_no_traceback(

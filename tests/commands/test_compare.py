@@ -278,7 +278,7 @@ def test_without_matplotlib_the_rest_is_written(
     for path in copied.glob("comparison.*"):
         path.unlink()
     assert ran(SOURCE, "--recipes", recipes / "nash.yaml", *given, "--seed", 0, 1, "--out", copied) == 0
-    assert "no picture: it needs the extra 'report', pip install 'namex-hf[report]'" in capsys.readouterr().err
+    assert "no picture: it needs the extra 'report': pip install 'namex-hf[report]'" in capsys.readouterr().err
     assert {path.name for path in copied.glob("comparison.*")} == {"comparison.json", "comparison.md"}
     assert "<img" not in (copied / "index.html").read_text()
 
