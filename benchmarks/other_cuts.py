@@ -249,7 +249,10 @@ def fewer(model: Any, layers: dict[int, Layer], recipe: Recipe, tokenizer: Any, 
     experts = round(share * first.mixture.experts.count)
     width = round(first.width * first.mixture.experts.count / experts)
     fields = {"calibration_tokens": recipe.calibration.tokens, "calibrate": "before", "device": recipe.device}
-    return patch_model(copy.deepcopy(model), Recipe.from_yaml(REAP, experts=experts, width=width, **fields), tokenizer)
+    smaller = Recipe.from_yaml(REAP, experts=experts, width=width, **fields)
+    patched = patch_model(copy.deepcopy(model), smaller, tokenizer)
+    patched.set_experts_implementation("eager")  # the default takes no width of 53
+    return patched
 
 
 def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[], Any]]:
