@@ -19,7 +19,6 @@ command.
 import argparse
 import copy
 import json
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,7 +36,7 @@ from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.evaluation.measure import scores
 from namex_hf.evaluation.perplexity import held_out_texts
 from namex_hf.evaluation.settings import Settings
-from namex_hf.evaluation.statistics import Groups, paired, perplexity_change
+from namex_hf.evaluation.statistics import changes, paired, standard_error, value
 from namex_hf.evaluation.table import Table
 from namex_hf.families.outline import outline_of
 from namex_hf.merging.error_weights import TINY
@@ -78,6 +77,11 @@ class Layer:
         count = self.mixture.experts.count
         return torch.arange(count).repeat_interleave(len(self.together) // count)
 
+    @property
+    def usage(self) -> Tensor:
+        """Tokens of each expert, int64 ``[N]``."""
+        return self.text.routing.count(self.mixture.experts.count)
+
     @cached_property
     def down(self) -> Tensor:
         """``[hidden, all]``."""
@@ -88,10 +92,6 @@ class Layer:
     def moment(self, joint: bool) -> Tensor:
         """H of all neurons, or with zeros between those of two experts, ``[all, all]``."""
         return self.together if joint else self.together * (self.expert[:, None] == self.expert)
-
-    def tensors(self, down: Tensor) -> Tensor:
-        """Downs ``[hidden, all]`` as the model has them, ``[N, hidden, neurons]``."""
-        return down.unflatten(1, (self.mixture.experts.count, -1)).permute(1, 0, 2)
 
 
 def layers_on_text(model: Any, recipe: Recipe, tokenizer: Any) -> dict[int, Layer]:
@@ -188,8 +188,11 @@ def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str) -> An
     for number, layer in layers.items():
         down, stay = torch.zeros_like(layer.down), kept[number]
         down[:, stay] = refitted(layer.moment(joint), layer.down, stay).float()
-        set_expert_weights(model, number, "down_proj", layer.tensors(down))
-        print(f"  layer {number} keeps", layer.expert[stay].bincount(minlength=layer.mixture.experts.count).tolist())
+        of_each = down.unflatten(1, (layer.mixture.experts.count, -1)).permute(1, 0, 2)
+        set_expert_weights(model, number, "down_proj", of_each)
+        left = layer.expert[stay].bincount(minlength=layer.mixture.experts.count)
+        active = float((left * layer.usage).sum() / layer.usage.sum() / layer.width)
+        print(f"  layer {number}: {active:.2f} times the active neurons of `equal`, by expert", left.tolist())
     return model
 
 
@@ -230,13 +233,11 @@ def merged_expert(layer: Layer, number: int, moment: Tensor, stays: Tensor, alik
     gate, up = own["gate_proj"].clone(), own.up.clone()
     gate[stay], up[stay] = share @ gate, (share * cosine.sign().T) @ up
     new = own.of(lambda name: {"gate_proj": gate, "up_proj": up}.get(name, torch.zeros_like(own.down)), own)
-    token, value = layer.text.routing.of(number)
-    before, after = (
-        value[:, None] * on_tokens(neurons, layer.text.inputs[token], one, layer.mixture.activation)
-        for one in (own, new)
-    )
-    after = after[:, stay]
-    ridge = RIDGE * (before.square().sum(0).mean()).double()
+    token, gates = layer.text.routing.of(number)
+    inputs, activation = layer.text.inputs[token], layer.mixture.activation
+    before = gates[:, None] * on_tokens(neurons, inputs, own, activation)
+    after = (gates[:, None] * on_tokens(neurons, inputs, new, activation))[:, stay]
+    ridge = RIDGE * before.square().sum(0).mean().double()
     product = own.down.double() @ (before.T @ after).double() + ridge * own.down[:, stay]
     second = (after.T @ after).double() + ridge * torch.eye(len(stay))
     new.down[:, stay] = torch.linalg.solve(second, product.T).T.float()
@@ -283,20 +284,15 @@ def table_of(found: dict[str, dict[str, Any]]) -> Table:
     table = Table(["", "mean", "worst", "times `equal`", "exact, %", "points to `equal`", "p"], [])
     before, equal = ([*found[name]["losses"].values()] for name in ("original", "equal"))
     for name, row in found.items():
-        losses, right = row["losses"], row["right"]
-        ratios = {domain: ratio([old], [losses[domain]])[0] for domain, old in zip(losses, before, strict=True)}
-        worst, answers = max(ratios, key=ratios.__getitem__), paired(right, found["equal"]["right"])
-        cells = [f"{ratio(before, [*losses.values()])[0]:.4f}", f"{ratios[worst]:.3f} {worst}"]
-        cells += ["{:.4f} ± {:.4f}".format(*ratio(equal, [*losses.values()])), f"{100 * fmean(right):.1f}"]
+        losses, right = [*row["losses"].values()], row["right"]
+        more, apart = changes(losses, before), changes(losses, equal)
+        ratio, worst = max((value("text", [each]), domain) for each, domain in zip(more, row["losses"], strict=True))
+        answers = paired(right, found["equal"]["right"])
+        cells = [f"{value('text', more):.4f}", f"{ratio:.3f} {worst}"]
+        cells += [f"{value('text', apart):.4f} ± {standard_error('text', apart):.4f}", f"{100 * fmean(right):.1f}"]
         cells += [f"{100 * answers.mean:+.1f} ± {100 * answers.stderr:.1f}", f"{answers.p:.2f}"]
         table.rows.append([name, *cells])
     return table
-
-
-def ratio(before: Groups, after: Groups) -> tuple[float, float]:
-    """Of perplexities, with its standard error."""
-    change = perplexity_change(before, after)
-    return change["after"] / change["before"], change.get("ratio_stderr", math.nan)
 
 
 @torch.no_grad()
