@@ -5,7 +5,8 @@ another way, by the original's activations on the same calibration text, beside 
 
 * `experts`: a common threshold on the loss says how many neurons each expert of a layer keeps.
 * `layers`: one threshold for all layers; losses are relative to the energy of the layer's routed output.
-* `joint`: one H for the neurons of all experts of a layer, so that downs make up for other experts, too.
+* `joint`: one H for the neurons of all experts of a layer, so that downs make up for other experts, too. `joint-refit`: only
+  they do, neurons are chosen as in `equal`.
 * `joint-experts`, `joint-layers`: both.
 * `merged`: a neuron that goes is merged into the one that stays whose activations are most like its own. `merged-alike`
   does so where the cosine is `ALIKE` or more; other neurons are dropped.
@@ -182,9 +183,14 @@ def set_expert_weights(model: Any, number: int, name: str, value: Tensor) -> Non
     model.get_parameter(outline_of(model.config.to_dict()).fused(number, name)).copy_(value)
 
 
-def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str) -> Any:
-    """A copy of the model with zeros for neurons that go. Args: as `those_that_stay`."""
-    model, kept = copy.deepcopy(model), those_that_stay(layers, joint, span)
+def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str, chosen_alone: bool = False) -> Any:
+    """A copy of the model with zeros for neurons that go.
+
+    Args:
+        joint, span: as `those_that_stay`.
+        chosen_alone: only the refit is joint.
+    """
+    model, kept = copy.deepcopy(model), those_that_stay(layers, joint and not chosen_alone, span)
     for number, layer in layers.items():
         down, stay = torch.zeros_like(layer.down), kept[number]
         down[:, stay] = refitted(layer.moment(joint), layer.down, stay).float()
@@ -270,6 +276,7 @@ def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[]
         "experts": partial(on_text, emulated, False, "layer"),
         "layers": partial(on_text, emulated, False, "model"),
         "joint": partial(on_text, emulated, True, "expert"),
+        "joint-refit": partial(on_text, emulated, True, "expert", True),
         "joint-experts": partial(on_text, emulated, True, "layer"),
         "joint-layers": partial(on_text, emulated, True, "model"),
         "merged": partial(on_text, merged, 0.0),
