@@ -5,8 +5,8 @@ another way, by the original's activations on the same calibration text, beside 
 
 * `experts`: a common threshold on the loss says how many neurons each expert of a layer keeps.
 * `layers`: one threshold for all layers; losses are relative to the energy of the layer's routed output.
-* `joint`: one H for the neurons of all experts of a layer, so that downs make up for other experts, too. `joint-refit`: only
-  they do, neurons are chosen as in `equal`.
+* `joint`: one H for the neurons of all experts of a layer, so that downs make up for other experts, too.
+* `joint-refit`: neurons are chosen as in `equal`, and only the downs are refitted so.
 * `joint-experts`, `joint-layers`: both.
 * `merged`: a neuron that goes is merged into the one that stays whose activations are most like its own. `merged-alike`
   does so where the cosine is `ALIKE` or more; other neurons are dropped.
