@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from namex_hf import __version__
+from namex_hf.errors import install
 from tests.helpers.wheel import ROOT, build, environment_with, of_extras_alone
 
 pytest.importorskip("hatchling", reason="the wheel is built with hatchling, which the extra 'dev' brings")
@@ -105,7 +106,7 @@ def test_from_a_model_to_the_hub(run: Command, namex: Callable[..., str]) -> Non
     assert (drawn.returncode, Path(drawn.stdout.strip())) == (0, Path("page/report.html"))
     for said in (done.stderr, drawn.stderr):
         assert [line for line in said.splitlines() if "namex-hf[" in line] == [
-            "no pictures: they need the extra 'report': pip install 'namex-hf[report]', in a clone pip install '.[report]'"
+            f"no pictures: they need the extra 'report': {install('report')}"
         ]
     assert "model.safetensors" in namex("push", "half", "--repo", "u/n", "--dry-run")
 

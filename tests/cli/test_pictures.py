@@ -10,6 +10,7 @@ import pytest
 from namex_hf import load_patched
 from namex_hf.commands import patch, patch_screen
 from namex_hf.commands import report as command
+from namex_hf.errors import install
 from namex_hf.files import PAGE, PICTURES
 from tests.helpers.process import SERVER
 from tests.helpers.toy_models import save_toy
@@ -85,7 +86,7 @@ def test_without_matplotlib_the_extra_is_named(
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert ran(toy, "--out", tmp_path / "out") == 0
     said = capsys.readouterr().err
-    assert "no pictures: they need the extra 'report': pip install 'namex-hf[report]', in a clone pip install '.[report]'\n" in said
+    assert f"no pictures: they need the extra 'report': {install('report')}\n" in said
     page = (tmp_path / "out" / PICTURES / PAGE).read_text()
     assert "<p>No pictures: they need the extra 'report'.</p>" in page
     assert "<h2>Layers</h2>" in page
