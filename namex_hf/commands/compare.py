@@ -167,7 +167,7 @@ def _compare(options: argparse.Namespace) -> int:
     elif not options.quiet:
         print_tables(comparison)
         if not drawn:
-            console.print(f"no picture: it needs the extra 'report': {install('report')}", markup=False)
+            console.print(f"no picture: it needs the extra 'report': {install('report')}", soft_wrap=True, markup=False)
         Console().print(f"[bold]{marked(options.out / PAGE)}[/bold]", soft_wrap=True)
     for label, reason in comparison.failed.items():
         print(printable(f"namex-compare: {label} failed: {reason}"), file=sys.stderr)

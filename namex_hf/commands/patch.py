@@ -155,7 +155,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         from ..checkpoint.tokenizer_code import code_line
         from ..hub.publish import checked_target, publish
         from ..patching.device import ACCELERATORS, is_there
-        from ..patching.patch import run_plan
+        from ..patching.patch import keep_apart, run_plan
         from ..patching.plan import make_plan
         from ..patching.scores import check_reads_scores
         from .patch_warnings import width_line
@@ -177,6 +177,7 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     if options.scores is not None:
         check_reads_scores(plan.recipe)
     # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
+    keep_apart(checkpoint, options.out)
     unknown = options.dry_run and (checkpoint.commit is not None or (plan.reads_text and plan.text is None))
     folder.check(options.overwrite or unknown)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):

@@ -13,7 +13,7 @@ from ..checkpoint.folder import OutputFolder, fault, read_run
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..defaults import SHARD_SIZE
 from ..errors import CalibrationError, CheckpointError, RecipeError
-from ..patching.patch import _keep_apart as keep_apart
+from ..patching.patch import keep_apart
 from ..patching.plan import make_plan
 from ..patching.text import measures, text_of
 from ..progress import ProgressCallback, ProgressEvent

@@ -5,7 +5,6 @@ from typing import Any
 from ..checkpoint.layout import left_out, left_out_line, outline_in, per_expert
 from ..checkpoint.source import Checkpoint
 from ..families.outline import FUSED
-from ..record import choices
 
 ADDED = {
     ".base_expert.": "base experts",
@@ -34,6 +33,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         kinds[known.get(name, added)] += span.size
     recipe = config.get("namex")
     recipe = recipe if isinstance(recipe, dict) else {}
+    named = ("merge", "routing") if recipe.get("merge") == "narrow" else ("merge", "method", "routing")
     counts = shape.experts if shape.counts is None else ", ".join(map(str, shape.counts))
     foreign = left_out_line(left_out(checkpoint, spans))
     fused = any(outline.in_class(name) == outline.fused(shape.layers[0], FUSED[0]) for name in checkpoint.spans)
@@ -41,7 +41,7 @@ def inspection(checkpoint: Checkpoint) -> dict[str, Any]:
         "model": checkpoint.name,
         "commit": checkpoint.commit or "none (local)",
         "family": outline.family.model_type,
-        "patched": choices(recipe) if recipe else "no",
+        "patched": ", ".join(str(recipe.get(name)) for name in named) if recipe else "no",
         **({"recipe": ", ".join(f"{name}={value}" for name, value in recipe.items())} if recipe else {}),
         "layers": f"{config['num_hidden_layers']}, of which {len(shape.layers)} are MoE",
         "experts a layer": f"{counts} of width {shape.width}, top-{shape.top_k}",

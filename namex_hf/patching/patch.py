@@ -114,7 +114,7 @@ def run_plan(
 ) -> Report:
     """Carry out a checked plan. See `patch_checkpoint`."""
     folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
-    _keep_apart(plan.checkpoint, out)
+    keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
     known = None if scores is None else read_scores(Path(scores), plan)
     measured = plan.like if moments is None else open_moments(Path(moments), plan)
@@ -188,7 +188,10 @@ def _present(out: Path) -> int:
     return sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if out.is_dir() else 0
 
 
-def _keep_apart(checkpoint: Checkpoint, out: Path) -> None:
+def keep_apart(checkpoint: Checkpoint, out: Path) -> None:
+    """Raises:
+    OutputError: the output folder is the model's own, or inside it or around it.
+    """
     source, target = checkpoint.folder.resolve(), out.resolve()
     if target == source or source in target.parents or target in source.parents:
         raise OutputError(f"--out {out} is the model's own folder, or inside it or around it; another folder is needed")

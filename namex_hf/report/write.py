@@ -69,7 +69,7 @@ def _drawing(
     try:
         from .pictures import Material, draw
     except ImportError:
-        console.print(f"no pictures: they need the extra 'report': {install('report')}", markup=False)
+        console.print(f"no pictures: they need the extra 'report': {install('report')}", soft_wrap=True, markup=False)
         return list
     with console.status("the experts answer to text"):
         answered = _answered(folder, tokens, console)

@@ -163,23 +163,30 @@ def test_the_bar_names_layer_and_stage(
         assert f"layer 2: {stage} " in said
 
 
-def test_the_dry_run_reads_no_tensor_and_no_text(
-    speaking: Path, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("own", [False, True], ids=["packaged text", "own text"])
+def test_the_dry_run_reads_no_tensor_and_own_text_alone(
+    speaking: Path,
+    prose: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    own: bool,
 ):
     def no(*_: object, **__: object) -> None:
         raise AssertionError("something was read")
 
     for name in ("read", "read_into", "copy", "expect"):
         monkeypatch.setattr(Reader, name, no)
-    monkeypatch.setattr(patching_text, "calibration_text", no)
-    monkeypatch.setattr(patching_text.AutoTokenizer, "from_pretrained", no)
+    if not own:
+        monkeypatch.setattr(patching_text, "calibration_text", no)
+        monkeypatch.setattr(patching_text.AutoTokenizer, "from_pretrained", no)
     monkeypatch.setenv("COLUMNS", "400")  # the temporary folder's name may be long
     before = set(tmp_path.rglob("*"))
-    assert ran(speaking, "--out", tmp_path / "out", *FIT, "--calibration-data", prose, "--dry-run") == 0
+    flags = ("--calibration-data", prose) if own else ()
+    assert ran(speaking, "--out", tmp_path / "out", *FIT, *flags, "--dry-run") == 0
     said = flat(capsys.readouterr().out)
     assert "calibration text" in said
-    assert "1024 tokens of" in said
-    assert "prose.txt" in said
+    assert ("1024 tokens of prose.txt │" if own else "1024 tokens of packaged, not read yet") in said
     assert set(tmp_path.rglob("*")) == before
 
 
@@ -296,7 +303,7 @@ def test_damage_that_only_reading_finds(refused, speaking: Path, tmp_path: Path)
 
 def test_another_text_on_a_finished_folder(refused, speaking: Path, tmp_path: Path):
     assert ran(speaking, "--out", tmp_path / "out", *FIT, "--quiet") == 0
-    assert "another calibration and recipe; use --overwrite" in refused(speaking, *FIT, "--seed", "1")
+    assert "another calibration (sha256) and recipe (seed); use --overwrite" in refused(speaking, *FIT, "--seed", "1")
     assert ran(speaking, "--out", tmp_path / "out", *FIT, "--seed", "1", "--quiet", "--overwrite") == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["namex"]["seed"] == 1
 
@@ -317,7 +324,7 @@ def test_what_a_fit_of_layers_takes_is_said_beforehand(
     assert "layers fitted" not in "".join(capsys.readouterr())
     assert ran(speaking, "--out", tmp_path / "layer", *flags, "--fit", "layer") == 0
     said = flat("".join(capsys.readouterr()))
-    assert re.search(r"3 layers fitted, each in 3 steps, [\d.e-]+ T operations: at least 0 s a layer", said)
+    assert re.search(r"3 layers fitted, each in 3 steps and [\d.e-]+ T operations: at least 0 s a layer", said)
     recipe = Recipe(merge="grouped", experts=3, fit="layer", fit_steps=3, calibration_tokens=1024)
     peak = peak_bytes(make_plan(resolve(str(speaking)), recipe, "5GB", reads_text=False))
     assert f"about {peak / 1e6:.2f} MB of memory" in said

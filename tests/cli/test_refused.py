@@ -118,7 +118,10 @@ def test_a_file_is_no_model(refused, tmp_path: Path, toy: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"model_type": "llama"}, "'llama' is not a supported family; accepted: deepseek, deepseek_v2"),
+        (
+            {"model_type": "llama"},
+            "'llama' is not a supported family: this is a mixture of experts; accepted: deepseek, deepseek_v2",
+        ),
         ({"model_type": None}, "None is not a supported family"),
         ({"model_type": ["qwen2_moe"]}, "is not a supported family"),
         ({"model_type": "namex_qwen2_moe"}, "this model is patched already"),
