@@ -120,7 +120,7 @@ def test_a_file_is_no_model(refused, tmp_path: Path, toy: Path, monkeypatch: pyt
     [
         (
             {"model_type": "llama"},
-            "'llama' is not a supported family: this is a mixture of experts; accepted: deepseek, deepseek_v2",
+            "'llama' is not a supported family: this is a mixture of experts; accepted: deepseek",
         ),
         ({"model_type": None}, "None is not a supported family"),
         ({"model_type": ["qwen2_moe"]}, "is not a supported family"),

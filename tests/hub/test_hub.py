@@ -111,7 +111,7 @@ def test_a_commit_can_be_asked_for(hub: Hub, publish: Publish, online: Command, 
 def test_an_unsupported_family_costs_a_configuration(hub: Hub, publish: Publish, online: Command, tmp_path: Path):
     publish("me/llama", model_type="llama")
     answer = online("namex-patch", "me/llama", "--out", tmp_path / "out")
-    assert_refused(answer, "'llama' is not a supported family; accepted: deepseek, deepseek_v2")
+    assert_refused(answer, "'llama' is not a supported family: this is a mixture of experts; accepted: deepseek")
     assert {request.file for request in hub.log} == {"config.json"}
     assert not (tmp_path / "out").exists()
 
