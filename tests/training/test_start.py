@@ -204,7 +204,8 @@ def test_no_such_model(tmp_path: Path):
 def test_another_family(tmp_path: Path, namex: dict[str, Any] | None):
     change_config(save_toy(tmp_path / "toy"), model_type="llama", namex=namex)
     with pytest.raises(
-        FamilyError, match=r"^model_type 'llama' is not a supported family; accepted: deepseek, deepseek_v2"
+        FamilyError,
+        match=r"^model_type 'llama' is not a supported family: this is a mixture of experts; accepted: deepseek",
     ):
         start_from(str(tmp_path / "toy"))
 
