@@ -39,7 +39,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "namex-patch") -> i
 def parser_of(prog: str = "namex patch") -> Parser:
     parser = command_parser(
         prog,
-        "Make a Mixture-of-Experts checkpoint smaller, or merge its experts with NAMEx (Nash bargaining).\n"
+        "Make a Mixture-of-Experts checkpoint smaller (--keep, --size), or merge its experts with NAMEx\n"
+        "(Nash bargaining, the default, which makes nothing smaller).\n"
         "One or two layers are in memory at a time. A run that was killed is continued by the same command.",
         (
             "tiny --out out/half --keep 0.5",
