@@ -257,9 +257,7 @@ def fewer(model: Any, layers: dict[int, Layer], recipe: Recipe, tokenizer: Any, 
     width = round(first.width * first.mixture.experts.count / experts)
     fields = {"calibration_tokens": recipe.calibration.tokens, "calibrate": "before", "device": recipe.device}
     smaller = Recipe.from_yaml(REAP, experts=experts, width=width, **fields)
-    patched = patch_model(copy.deepcopy(model), smaller, tokenizer)
-    patched.set_experts_implementation("eager")  # the default takes no width of 53
-    return patched
+    return patch_model(copy.deepcopy(model), smaller, tokenizer)
 
 
 def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[], Any]]:
