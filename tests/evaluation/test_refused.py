@@ -45,7 +45,7 @@ def copied(tmp_path: Path, **changes: object) -> Path:
     [
         (
             ("--models", "tinny"),
-            "MODEL tinny: accepted: a folder, a packaged model (tiny, tiny-deepseek, tiny-qwen3), or a Hub id",
+            "MODEL tinny: no such folder; accepted: a folder, a packaged model (tiny, tiny-deepseek, tiny-qwen3)",
         ),
         (("--tasks", "mmmlu_hard"), "task mmmlu_hard is not known"),
         (("--tasks", "namex_sum"), "task namex_sum is not known; near it: namex_sums"),

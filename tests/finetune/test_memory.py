@@ -332,8 +332,8 @@ def test_devices_are_those_of_what_is_sharded(script):
     [
         (
             ["nowhere"],
-            "MODEL nowhere: accepted: a folder, a packaged model (tiny, tiny-deepseek, tiny-qwen3), or a Hub id "
-            "USER/NAME, or a shape by name (qwen1.5-moe-a2.7b, deepseek-moe-16b)",
+            "MODEL nowhere: no such folder; accepted: a folder, a packaged model (tiny, tiny-deepseek, tiny-qwen3), or "
+            "a Hub id USER/NAME, or a shape by name (qwen1.5-moe-a2.7b, deepseek-moe-16b)",
         ),
         (["--strategy", "zero1"], "strategy is 'zero1'; accepted: one, fsdp2, zero3, lora"),
         (["--devices", "0"], "devices is 0; accepted: a whole number from 1"),

@@ -150,7 +150,7 @@ def test_a_source_that_changed_in_place(run, tmp_path):
     assert "is complete" in run(tmp_path / "out", **short).said
     for path, what in (
         (source / "chat_template.jinja", "source"),
-        (template, "training"),
+        (template, "training (chat_template_path)"),
         (source / "model.safetensors", "source"),
     ):
         data = path.read_bytes()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -125,15 +126,15 @@ def test_another_text_is_another_run(long_checkpoint: Path, tmp_path: Path, word
     shutil.copy(words, same)
     killed(long_checkpoint, out, recipe, "layer 2: down")
     others = {
-        "calibration": replace(recipe, calibration_data=str(other)),
-        "calibration and recipe": replace(recipe, seed=1),
-        "calibration and recipe ": replace(recipe, calibration_tokens=1024),
-        "recipe": replace(recipe, calibrate="before", target=None),
+        "calibration (sha256)": replace(recipe, calibration_data=str(other)),
+        "calibration (sha256) and recipe (seed)": replace(recipe, seed=1),
+        "calibration (sha256, tokens) and recipe (calibration_tokens)": replace(recipe, calibration_tokens=1024),
+        "recipe (calibrate)": replace(recipe, calibrate="before", target=None),
     }
     for _ in range(2):
         before = all_files(out)
         for what, another in others.items():
-            with pytest.raises(OutputError, match=f"belongs to a run with another {what.strip()};"):
+            with pytest.raises(OutputError, match=re.escape(f"belongs to a run with another {what};")):
                 patch_checkpoint(long_checkpoint, out, another, **OPTIONS)
         assert all_files(out) == before
         patch_checkpoint(long_checkpoint, out, replace(recipe, calibration_data=str(same)), **OPTIONS)

@@ -58,7 +58,7 @@ def test_scores_of_something_else_are_refused(odd: Callable[..., Path], words: P
         assert not out.exists()
 
     refused("has no saliency of every layer", recipe_on(words, 3, **KEPT))
-    refused("was made with another calibration$", recipe_on(words, 3, weighting="usage", seed=1))
+    refused(r"was made with another calibration \(sha256\)$", recipe_on(words, 3, weighting="usage", seed=1))
     refused("was made with another source", recipe_on(words, 3, weighting="usage"), of=other)
     refused("has scores of calibrate 'after'", recipe_on(words, 3, **KEPT), scores=tmp_path / "after")
     refused("has no namex/report.json", recipe_on(words, 3, **KEPT), scores=tmp_path)

@@ -446,7 +446,9 @@ def test_a_data_set_of_the_hub_without_a_network(monkeypatch: pytest.MonkeyPatch
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "datasets", None)  # what an import finds where it is not installed
-    with pytest.raises(MissingExtraError, match=r"^reading chats needs .*: pip install 'namex-hf\[train\]'$"):
+    with pytest.raises(
+        MissingExtraError, match=r"^reading chats needs .*: pip install 'namex-hf\[train\]', in a clone"
+    ):
         load_chats(None, None, SPLITS, 1, 0)
 
 
