@@ -71,8 +71,8 @@ def parser_of(prog: str = "namex patch") -> Parser:
         "--moments",
         type=Path,
         metavar="DIR",
-        help="narrow with --calibrate before: what the text says of neurons is saved there, and used again for another "
-        "width of the same model and text (several shares do that by themselves)",
+        help="narrow without a fit: what the text says of neurons is saved there, and used again for another width of "
+        "the same model and text (several shares do that by themselves)",
     )
     parser.add_argument(
         "--like",
@@ -177,8 +177,8 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     if options.scores is not None:
         check_reads_scores(plan.recipe)
-    # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
     keep_apart(checkpoint, options.out)
+    # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
     unknown = options.dry_run and (checkpoint.commit is not None or (plan.reads_text and plan.text is None))
     folder.check(options.overwrite or unknown)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):

@@ -79,8 +79,7 @@ class ChosenNeurons:
 
     def of(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
         moment, peak = self.moments.of(number, expert)
-        scores = self.scores[number].to(moment)
-        scores[peak] = math.inf
+        scores = self.scores[number].to(moment).index_fill(0, peak, math.inf)
         return moment, scores.topk(self.width).indices.sort().values
 
 
