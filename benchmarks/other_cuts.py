@@ -137,7 +137,7 @@ def moments(mixture: MoELayer, text: Text, protected: list[int]) -> tuple[Tensor
     return together, always
 
 
-def way_down(layer: Layer, joint: bool, least: int) -> tuple[Tensor, Tensor]:
+def elimination_order(layer: Layer, joint: bool, least: int) -> tuple[Tensor, Tensor]:
     """The order in which neurons go, one at a time as in `neurons_that_stay`, and what each costs.
 
     Args:
@@ -162,10 +162,12 @@ def way_down(layer: Layer, joint: bool, least: int) -> tuple[Tensor, Tensor]:
     return torch.tensor(order), torch.tensor(losses)
 
 
-def those_that_stay(layers: dict[int, Layer], joint: bool, span: str) -> dict[int, Tensor]:
+def remaining_neurons(layers: dict[int, Layer], joint: bool, span: str) -> dict[int, Tensor]:
     """Neurons that stay, of all of a layer, ascending. Args: span, what has its fair share: expert, layer or model."""
     gone = {number: len(one.together) - one.width * one.mixture.experts.count for number, one in layers.items()}
-    ways = {number: way_down(one, joint, one.width if span == "expert" else 0) for number, one in layers.items()}
+    ways = {
+        number: elimination_order(one, joint, one.width if span == "expert" else 0) for number, one in layers.items()
+    }
     if span == "model":  # a neuron goes no earlier than those before it, though it may cost less
         costs = {number: losses.cummax(0).values / layers[number].energy for number, (_, losses) in ways.items()}
         threshold = torch.cat([*costs.values()]).sort().values[sum(gone.values()) - 1]
@@ -187,10 +189,10 @@ def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str, chose
     """A copy of the model with zeros for neurons that go.
 
     Args:
-        joint, span: as `those_that_stay`.
+        joint, span: as `remaining_neurons`.
         chosen_alone: only the refit is joint.
     """
-    model, kept = copy.deepcopy(model), those_that_stay(layers, joint and not chosen_alone, span)
+    model, kept = copy.deepcopy(model), remaining_neurons(layers, joint and not chosen_alone, span)
     for number, layer in layers.items():
         down, stay = torch.zeros_like(layer.down), kept[number]
         down[:, stay] = refitted(layer.moment(joint), layer.down, stay).float()
@@ -204,7 +206,7 @@ def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str, chose
 
 def merged(model: Any, layers: dict[int, Layer], alike: float) -> Any:
     """A copy of the model whose neurons that go are merged. Args: alike, the least cosine."""
-    model, kept = copy.deepcopy(model), those_that_stay(layers, joint=False, span="expert")
+    model, kept = copy.deepcopy(model), remaining_neurons(layers, joint=False, span="expert")
     for number, layer in layers.items():
         new = []
         for one in range(layer.mixture.experts.count):
@@ -284,15 +286,15 @@ def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[]
     }
 
 
-def table_of(found: dict[str, dict[str, Any]]) -> Table:
+def table_of(rows: dict[str, dict[str, Any]]) -> Table:
     """Ratios to the original; differences to `equal` with their standard errors, item by item."""
     table = Table(["", "mean", "worst", "times `equal`", "exact, %", "points to `equal`", "p"], [])
-    before, equal = ([*found[name]["losses"].values()] for name in ("original", "equal"))
-    for name, row in found.items():
+    before, equal = ([*rows[name]["losses"].values()] for name in ("original", "equal"))
+    for name, row in rows.items():
         losses, right = [*row["losses"].values()], row["right"]
         more, apart = changes(losses, before), changes(losses, equal)
         ratio, worst = max((value("text", [each]), domain) for each, domain in zip(more, row["losses"], strict=True))
-        answers = paired(right, found["equal"]["right"])
+        answers = paired(right, rows["equal"]["right"])
         cells = [f"{value('text', more):.4f}", f"{ratio:.3f} {worst}"]
         cells += [f"{value('text', apart):.4f} ± {standard_error('text', apart):.4f}", f"{100 * fmean(right):.1f}"]
         cells += [f"{100 * answers.mean:+.1f} ± {100 * answers.stderr:.1f}", f"{answers.p:.2f}"]
@@ -316,7 +318,7 @@ def main() -> None:
     if unknown := {*(options.only or ())} - {*rows}:
         parser.error(f"no row {', '.join(unknown)}; accepted: {', '.join(rows)}")
     options.out.mkdir(parents=True, exist_ok=True)
-    found = {}
+    scored_rows = {}
     for name in ["original", "equal", *(one for one in options.only or rows if one not in ("original", "equal"))]:
         file = options.out / f"{folder.name}-{options.tokens}-{options.problems}-{name}.json"
         if not file.exists():
@@ -326,9 +328,9 @@ def main() -> None:
             row = {"losses": scored["losses"], "right": scored["answers"][KIND]["right"], "seconds": seconds}
             file.write_text(json.dumps(row))
             print(f"{name}: {seconds} s", flush=True)
-        found[name] = json.loads(file.read_text())
+        scored_rows[name] = json.loads(file.read_text())
     title = f"{folder.name}, {options.tokens} tokens of text, {options.problems} problems of the seed '{SEED}'"
-    print(title, "", *table_of(found).markdown(numbers=True), sep="\n")
+    print(title, "", *table_of(scored_rows).markdown(numbers=True), sep="\n")
 
 
 if __name__ == "__main__":

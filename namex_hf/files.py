@@ -24,6 +24,8 @@ OURS = "namex"
 """The folder of all that this package adds."""
 RECIPE, REPORT, SCORES = f"{OURS}/recipe.yaml", f"{OURS}/report.json", f"{OURS}/scores.json"
 STATISTICS, PICTURES, PAGE = f"{OURS}/statistics.safetensors", f"{OURS}/pictures", "report.html"
+MOMENTS = "moments.json"
+"""In a folder of moments, what they depend on."""
 BEFORE_0_2 = {
     RECIPE: "namex_recipe.yaml",
     REPORT: "namex_report.json",

@@ -283,9 +283,9 @@ class RunDifference:
         return bool(self.fields)
 
     def __str__(self) -> str:
-        return " and ".join(map(self._said, self.fields))
+        return " and ".join(map(self._label, self.fields))
 
-    def _said(self, name: str) -> str:
+    def _label(self, name: str) -> str:
         keys = self.inside.get(name)
         return f"{name} ({', '.join(keys)})" if keys else "list of files" if name == "files" else name
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..defaults import SHARD_SIZE
 from ..errors import UsageError
-from ..files import REPORT, locate, read_json
+from ..files import MOMENTS, REPORT, locate, read_json
 from ..printable import marked
 from ..recipe import Recipe
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..patching.plan import Plan
 
 BITS = (8, 4, 3, 2)
-MOMENTS = "moments"
+SHARED = ".moments"
 """Subfolder of several results, while they are made."""
 COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe", "size")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
@@ -132,14 +132,15 @@ def _shares(options: argparse.Namespace) -> list[str | None]:
 
 def _patch_each(each: list[argparse.Namespace], recipes: list[Recipe]) -> dict[str, Any]:
     """Several shares, from one reading of the text where the recipes allow it."""
-    out, asked = each[0].out, each[0].moments
-    shares_them = recipes[0].reads_moments_alone and asked is None and each[0].like is None
-    moments = out / MOMENTS if shares_them else asked
+    out, moments = each[0].out, each[0].moments
+    is_own = recipes[0].reads_moments_alone and moments is None and each[0].like is None
+    if is_own:
+        moments = out / SHARED
     for one in each:
         one.out, one.moments = out / f"keep-{one.keep}", moments
     results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
-    if moments != asked and not each[0].dry_run:
-        rmtree(moments, ignore_errors=True)
+    if is_own and not each[0].dry_run and (moments / MOMENTS).is_file():  # else it is not ours
+        rmtree(moments)
     return results
 
 

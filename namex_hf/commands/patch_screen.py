@@ -54,7 +54,7 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
     columns = (TextColumn("{task.description:>16}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), ToGo())
     effort = effort_of(plan)
     if effort and (effort.steps or effort.seconds(plan) * len(plan.shape.layers) >= FORECAST_SECONDS):
-        console.print(_said(effort, plan), soft_wrap=True)
+        console.print(_effort_line(effort, plan), soft_wrap=True)
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("patching", total=None, end=None)
@@ -221,7 +221,7 @@ def draw(out: Path, size: int, report: Report, console: Console) -> None:
     console.print(f"page: [bold]{marked(page)}[/bold]", soft_wrap=True)
 
 
-def _said(effort: Effort, plan: Plan) -> str:
+def _effort_line(effort: Effort, plan: Plan) -> str:
     """What fitting or narrowing the layers will take at least."""
     what = f"fitted, each in {effort.steps} steps and" if effort.steps else "narrowed, each in"
     return (
@@ -231,11 +231,11 @@ def _said(effort: Effort, plan: Plan) -> str:
     )
 
 
-def _text(asked: int, plan: Plan) -> str:
+def _text(requested: int, plan: Plan) -> str:
     if plan.text is None:
-        return f"{asked} tokens of {plan.recipe.calibration.data}, not read yet"
-    rest = asked - plan.text.tokens  # sequences are whole
-    less = "" if rest < plan.text.ids.shape[1] else f"; it has no more, {asked} were asked for"
+        return f"{requested} tokens of {plan.recipe.calibration.data}, not read yet"
+    rest = requested - plan.text.tokens  # sequences are whole
+    less = "" if rest < plan.text.ids.shape[1] else f"; it has no more, {requested} were asked for"
     return f"{plan.text.tokens} tokens of {plan.text.name}{less}"
 
 
@@ -270,7 +270,7 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
     if what["calibration_tokens"]:
         table["calibration text"] = _text(what["calibration_tokens"], plan)
     if effort := what["effort"]:
-        table["time"] = _said(effort, plan)
+        table["time"] = _effort_line(effort, plan)
     if what["curvature_parameters"]:
         table["trainable curvature"] = _counts(what["curvature_parameters"])
     table["disk needed / free"] = f"{size_text(what['space_needed'])} / {size_text(what['free'])}"

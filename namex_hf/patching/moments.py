@@ -12,11 +12,11 @@ from torch import Tensor
 from ..checkpoint.shard import write_tensors
 from ..errors import CheckpointError, RecipeError
 from ..families import MoeShape
-from ..files import read_checked, read_json, write_checked, write_text
+from ..files import MOMENTS, read_checked, read_json, write_checked, write_text
 from ..merging.experts import Expert
 from ..recipe import Recipe
 
-MOMENTS, RECORD, COMPLETE = "moments.json", "record.json", "complete"
+RECORD, COMPLETE = "record.json", "complete"
 RECORDED = ("usage", "mass", "peaks", "super_experts")
 
 
@@ -100,10 +100,10 @@ def moments_of_another(folder: Path, recipe: Recipe, shape: MoeShape) -> Moments
     check_reads_moments(recipe, "--like")
     if not is_complete(folder, shape.layers):
         raise CheckpointError(f"--like {folder} has no moments of all layers; accepted: a folder filled by --moments")
-    run, wanted = read_json(folder / MOMENTS), shape_record(shape)
-    for name, number in wanted.items():
-        if (found := run["shape"][name]) != number:
-            raise CheckpointError(f"--like {folder} is of a model with {name} {found}; this one has {number}")
+    run, expected = read_json(folder / MOMENTS), shape_record(shape)
+    for name, number in expected.items():
+        if (recorded := run["shape"][name]) != number:
+            raise CheckpointError(f"--like {folder} is of a model with {name} {recorded}; this one has {number}")
     return MomentsFolder(folder, run, True, recipe.device)
 
 

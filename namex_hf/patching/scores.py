@@ -8,11 +8,11 @@ import torch
 
 from ..checkpoint.identity import differing
 from ..errors import CheckpointError, OutputError, RecipeError
-from ..files import REPORT, locate, read_json
+from ..files import MOMENTS, REPORT, locate, read_json
 from ..merging.weightings import ExpertStatistics
 from ..recipe import Recipe
 from ..record import Report
-from .moments import MOMENTS, MomentsFolder, check_reads_moments, is_complete, shape_record
+from .moments import MomentsFolder, check_reads_moments, is_complete, shape_record
 from .plan import Plan
 
 Scores = dict[int, ExpertStatistics]

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from other_cuts import emulated, layers_on_text, merged, those_that_stay, way_down
+from other_cuts import elimination_order, emulated, layers_on_text, merged, remaining_neurons
 
 from namex_hf import Recipe, patch_model
 from namex_hf.merging.neurons import neurons_that_stay
@@ -49,7 +49,7 @@ def test_nothing_merged_is_a_cut(model, layers):
 
 def test_an_expert_alone_chooses_as_in_the_package(layers):
     layer = next(iter(layers.values()))
-    order, losses = way_down(layer, joint=False, least=0)
+    order, losses = elimination_order(layer, joint=False, least=0)
     assert len(order) == len(losses) == len(layer.together)
     mine = (layer.expert == 0).nonzero().flatten()
     own = [one for one in order.tolist() if one in mine]
@@ -61,7 +61,7 @@ def test_an_expert_alone_chooses_as_in_the_package(layers):
 @pytest.mark.parametrize("joint", [False, True])
 @pytest.mark.parametrize("span", ["expert", "layer", "model"])
 def test_half_of_the_neurons_stay(layers, joint, span):
-    kept = those_that_stay(layers, joint, span)
+    kept = remaining_neurons(layers, joint, span)
     numbers = torch.stack([layers[n].expert[stay].bincount(minlength=8) for n, stay in kept.items()])
     assert numbers.sum() == len(layers) * 8 * 4
     assert span == "model" or (numbers.sum(1) == 8 * 4).all()

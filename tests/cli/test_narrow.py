@@ -116,6 +116,11 @@ def test_several_shares_from_one_reading(tmp_path: Path, capsys: Said) -> None:
     out, moments = tmp_path / "out", tmp_path / "moments"
     flags = ("--keep", "0.75", "0.5", "--calibrate", "before", "--calibration-tokens", "4096", "--quiet")
     assert ran("tiny", "--out", out, *flags) == 0
+    (out / ".moments").mkdir()
+    (out / ".moments" / "mine.txt").write_text("not of this package")
+    assert ran("tiny", "--out", out, *flags) == 0
+    assert (out / ".moments" / "mine.txt").is_file()
+    shutil.rmtree(out / ".moments")
     assert ran("tiny", "--out", tmp_path / "again", *flags, "--moments", moments) == 0
     assert sorted(path.name for path in out.iterdir()) == ["keep-0.5", "keep-0.75"]
     assert (moments / "complete").is_file()
