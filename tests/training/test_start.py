@@ -192,9 +192,7 @@ def test_a_recipe_that_does_not_fit(name: str, recipe: Recipe, message: str):
 
 
 def test_no_such_model(tmp_path: Path):
-    with pytest.raises(
-        CheckpointError, match=r"^MODEL tinny: no such folder; accepted: a folder, a packaged model \(tiny, tiny-deep"
-    ):
+    with pytest.raises(CheckpointError, match=r"^MODEL tinny: no such folder; .* did you mean 'tiny'\?$"):
         start_from("tinny")
     with pytest.raises(CheckpointError, match=r"^--revision main belongs to a Hub id; tiny is a local folder$"):
         start_from("tiny", "main")
