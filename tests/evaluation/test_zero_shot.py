@@ -108,7 +108,7 @@ def test_a_patched_folder_is_compared_with_the_model_it_was_made_of(zero_shot: C
     )
     assert answer.status == 0, answer.err
     report = ZeroShotReport.from_json((tmp_path / "o" / "report.json").read_text())
-    assert "beside the model that it was made of" not in answer.err
+    assert "beside the model that it was made of" not in answer.out
     assert report.model("patched").original == "tiny"
     assert report.model("patched").recipe is not None
     assert report.model("patched").recipe["method"] == "namex-full"
@@ -116,7 +116,7 @@ def test_a_patched_folder_is_compared_with_the_model_it_was_made_of(zero_shot: C
     alone = zero_shot(
         "--models", tmp_path / "patched", "--tasks", "namex_sums", "--limit", "3", "--out", tmp_path / "a"
     )
-    assert f"beside the model that it was made of: namex score {tmp_path}/patched tiny\n" in alone.err
+    assert f"beside the model that it was made of: namex score {tmp_path}/patched tiny\n" in alone.out
 
 
 def test_a_result_of_a_result_is_compared_with_that(zero_shot: Command, tmp_path: Path) -> None:
