@@ -24,7 +24,16 @@ window.addEventListener("load", () => {
   const wide = document.documentElement.scrollWidth > document.documentElement.clientWidth;
   const empty = [...document.images].filter((one) => !one.complete || !one.naturalWidth || !one.clientHeight);
   const dark = document.images[0].currentSrc !== document.images[0].src;
-  document.body.dataset.found = `overflow=${wide} empty=${empty.length} images=${document.images.length} dark=${dark}`;
+  const values = [...document.querySelectorAll(".values")];
+  const under = values.filter((one) => {
+    one.scrollIntoView();
+    const mark = one.querySelector("rect").getBoundingClientRect();
+    const hit = document.elementFromPoint(mark.x + mark.width / 2, mark.y + mark.height / 2);
+    return one.contains(hit) && hit.textContent.length > 3;
+  });
+  const named = values.length > 0 && under.length === values.length;
+  document.body.dataset.found =
+    `overflow=${wide} empty=${empty.length} images=${document.images.length} dark=${dark} named=${named}`;
 });
 </script>"""
 
@@ -150,4 +159,4 @@ def test_in_a_browser_every_picture_is_there_and_nothing_overflows(
     dom, _ = browse(tmp_path / "report.html", f"--window-size={size}", *ground)
     found = re.search(r'data-found="([^"]*)"', dom)
     assert found is not None
-    assert found[1] == f"overflow=false empty=0 images={len(pictures)} dark={str(dark).lower()}"
+    assert found[1] == f"overflow=false empty=0 images={len(pictures)} dark={str(dark).lower()} named=true"

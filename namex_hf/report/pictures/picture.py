@@ -21,6 +21,7 @@ from ...files import write_bytes
 from ..answers import Answers
 from ..colours import COLOURS
 from ..folder import PatchedFolder
+from .hover import Spot, spots
 
 INK = "#0b0d12"
 """Of text and axes. No data has this colour: in a vector picture it can be replaced by another ground's ink."""
@@ -102,6 +103,11 @@ class Picture:
         """As an address that holds the picture, in ink for a ``light`` or a ``dark`` ground."""
         content = self.svg(PALE if ground == "dark" else INK)
         return f"data:image/svg+xml;base64,{base64.b64encode(content).decode()}"
+
+    @property
+    def values(self) -> list[Spot]:
+        """For a page to show where the pointer is."""
+        return spots(self.figure)
 
     def write(self, folder: Path) -> None:
         """As ``.png``, and as ``.svg`` on white."""

@@ -2,10 +2,10 @@
 
 import math
 
-import numpy as np
 import torch
 
 from ..folder import PatchedFolder
+from .hover import HIDDEN
 from .picture import COLOURS, MARKS, Material, Picture, figure, from_zero, layers_below, legend_below, line_style, plain
 
 BOTH = "the router, which is the original's"
@@ -31,11 +31,14 @@ def picture(material: Material) -> Picture | None:
     drawn = figure(3.2)
     left, right = drawn.subplots(1, 2)
     for index, (when, shares) in enumerate((("before", before), ("after", after))):
-        for layer, counts in shares.items():
-            relative = (len(counts) * counts / counts.sum().clamp(min=1)).numpy()
-            places = np.full(len(relative), layer + (0.3 * (index - 0.5) if after else 0))
-            style = line_style(index) | {"linestyle": "none", "alpha": 0.6}
-            left.plot(places, relative, **style, label=names[when] if layer == min(shares) else None)
+        style = line_style(index) | {"linestyle": "none", "alpha": 0.6}
+        relative = {layer: len(counts) * counts / counts.sum().clamp(min=1) for layer, counts in shares.items()}
+        for expert in range(max(map(len, relative.values()), default=0)):
+            values = {layer: float(one[expert]) for layer, one in relative.items() if expert < len(one)}
+            places = [layer + (0.3 * (index - 0.5) if after else 0) for layer in values]
+            left.plot(places, [*values.values()], **style, label=f"{HIDDEN}{names[when]}, expert {expert}")
+        if relative:
+            left.plot([], [], **style, label=names[when])
     for index, (name, values) in enumerate(entropies.items()):
         right.plot(list(values), list(values.values()), color=COLOURS[index], marker=MARKS[index], label=name)
     left.axhline(1, color="#8a8d91", linestyle="--", linewidth=1)
