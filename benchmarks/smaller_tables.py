@@ -13,12 +13,16 @@ from namex_hf.commands.compare import main as compare
 MODELS = ("tiny", "tiny-deepseek", "tiny-qwen3")
 RECIPES = Path(__file__).parent / "recipes"
 FEWER = ("--recipes", RECIPES / "ours" / "namex-full.yaml", RECIPES / "peers" / "reap.yaml", "--fit", "layer")
+CHOICES = ("--problem-seed", "choices")  # problems that no other part has
 PARTS = {
     "half": ("--keep", 0.5, "--fit", "none", "layer", "--seed", 0, 1, 2),
     "shares": ("--keep", 0.75, 0.25, "--fit", "none", "layer"),
     "half-fewer": (*FEWER, "--keep", 0.5, "--seed", 0, 1, 2),
     "shares-fewer": (*FEWER, "--keep", 0.75, 0.25),
     "controls": ("--keep", 0.5, "--neurons", "energy", "gradient", "random", "--seed", 0, 1, 2),
+    "random": ("--keep", 0.75, 0.25, "--neurons", "random"),
+    "weights": ("--keep", 0.5, "--fit", "layer", "--error-weights", "none", "sequence", *CHOICES),
+    "before": ("--keep", 0.5, "--calibrate", "after", "before", *CHOICES),
     "text": ("--keep", 0.5, "--fit", "none", "layer", "--calibration-tokens", 1024, 4096, 16384, 262144),
 }
 

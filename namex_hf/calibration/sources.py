@@ -56,6 +56,12 @@ def check_source(source: str) -> None:
     """Raises:
     CalibrationError: nothing that is accepted, as far as can be said without reading it.
     """
+    model, _, chats = source.partition(":")
+    if model == "self" and not Path(source).exists():
+        command = "namex answers MODEL --out answers.jsonl" + (f" --chats {chats}" if chats else "")
+        raise CalibrationError(
+            f"calibration data {source}: a model's own answers are made first, by {command}; accepted then: that file"
+        )
     on_hub = is_hub_name(source) and not is_token_ids(source)
     if not source or not (source == "packaged" or Path(source).exists() or on_hub):
         raise CalibrationError(f"calibration data {source}: no such file or folder; accepted: {ACCEPTED}")

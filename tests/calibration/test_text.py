@@ -408,6 +408,12 @@ def test_what_names_nothing(letters: Any, source: str):
         calibration_text(source, letters, 10, 10, seed=0)
 
 
+@pytest.mark.parametrize(("source", "more"), [("self", ""), ("self:me/chats:all", " --chats me/chats:all")])
+def test_own_answers_have_a_command(letters: Any, source: str, more: str):
+    with pytest.raises(CalibrationError, match=f"by namex answers MODEL --out answers.jsonl{more};"):
+        calibration_text(source, letters, 10, 10, seed=0)
+
+
 @pytest.mark.parametrize(("tokens", "length"), [(63, 64), (0, 64), (10, 0), (10, -1), (-1, -2)])
 def test_numbers_that_leave_no_sequence(letters: Any, tokens: int, length: int):
     with pytest.raises(CalibrationError, match=f"{tokens} calibration tokens, and sequences of {length}; accepted"):
