@@ -12,7 +12,7 @@ from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..errors import CalibrationError, RecipeError
 from ..families import Config
-from ..recipe import Recipe
+from ..recipe import Narrow, Recipe
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
 ACCEPTED = (
@@ -23,7 +23,9 @@ ACCEPTED = (
 
 def measures(recipe: Recipe) -> bool:
     """Whether some of the text is held out, to choose or to measure on."""
-    return recipe.merge.rewrites or recipe.routing.kind == "stable"
+    merge = recipe.merge
+    fits = merge.fit.kind != "none" if isinstance(merge, Narrow) else merge.rewrites
+    return fits or recipe.routing.kind == "stable"
 
 
 def check_own(recipe: Recipe, texts: Texts | None) -> None:

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.checkpoint.resolve import resolve
-from namex_hf.errors import CheckpointError
+from namex_hf.errors import CalibrationError, CheckpointError
 from namex_hf.patching.estimate import MARGIN, space_needed
 from namex_hf.patching.plan import make_plan
 from tests.helpers.checkpoints import (
@@ -104,6 +104,18 @@ def test_a_width_that_divides_adds_nothing(odd, words: Path, tmp_path: Path) -> 
         {n: t for n, t in read_tensors(f).items() if ".shared_experts." in n} for f in (source, tmp_path / "out")
     )
     assert differing(before, after) == []
+
+
+def test_a_single_sequence_is_enough_without_a_fit(odd, words: Path, tmp_path: Path) -> None:
+    """Nothing is chosen on text that was held back; a fit needs some."""
+    source = odd("qwen2_moe", DTYPE, tokenizer=True, **WIDE)
+    one = tmp_path / "one.npy"
+    np.save(one, np.arange(64, dtype=np.int32) % 50)
+    fields = {"calibration_data": str(one), "calibration_tokens": 64}
+    report, _ = patched(source, tmp_path / "out", words, **fields)
+    assert report.run["calibration"]["tokens"] == 64
+    with pytest.raises(CalibrationError, match="so none can be held back"):
+        patched(source, tmp_path / "fitted", words, fit="layer", **fields)
 
 
 @FORMS
