@@ -23,7 +23,8 @@ PARTS = {
     "random": ("--keep", 0.75, 0.25, "--neurons", "random"),
     "weights": ("--keep", 0.5, "--fit", "layer", "--error-weights", "none", "sequence", *CHOICES),
     "before": ("--keep", 0.5, "--calibrate", "after", "before", *CHOICES),
-    "text": ("--keep", 0.5, "--fit", "none", "layer", "--calibration-tokens", 1024, 4096, 16384, 262144),
+    "text": ("--keep", 0.5, "--fit", "none", "layer", "--calibration-tokens", 4096, 16384, 262144),
+    "least-text": ("--keep", 0.5, "--calibration-tokens", 1024),  # too little for a fit, which holds some back
 }
 
 
