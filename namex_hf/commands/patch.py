@@ -141,6 +141,10 @@ def _patch_each(each: list[argparse.Namespace], recipes: list[Recipe]) -> dict[s
     results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
     if is_own and not each[0].dry_run and (moments / MOMENTS).is_file():  # else it is not ours
         rmtree(moments)
+    if each[0].dry_run and not each[0].json:
+        from .patch_screen import print_room
+
+        print_room([*results.values()])
     return results
 
 

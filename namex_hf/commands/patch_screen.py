@@ -283,6 +283,12 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
         )
 
 
+def print_room(each: list[dict[str, Any]]) -> None:
+    """What several results need on the disk, one after another."""
+    needed = sum(one["bytes_out"] for one in each) + max(one["space_needed"] - one["bytes_out"] for one in each)
+    Console().print(f"all {len(each)}: disk needed / free: {size_text(needed)} / {size_text(each[0]['free'])}")
+
+
 def print_report(report: Report, original: Checkpoint, out: Path) -> None:
     console, recipe = Console(), report.run["recipe"]
     if report.layers:

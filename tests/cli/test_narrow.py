@@ -15,7 +15,7 @@ from namex_hf.checkpoint.source import open_checkpoint
 from namex_hf.commands import patch, patch_screen, report
 from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.evaluation.perplexity import held_out_texts
-from namex_hf.files import read_json
+from namex_hf.files import read_json, size_text
 from namex_hf.quantising.matrices import matrices_of
 from tests.helpers.checkpoints import read_config, settled_files
 from tests.helpers.toy_models import VOCAB
@@ -109,6 +109,16 @@ def test_several_shares_are_a_folder_each(tmp_path: Path, capsys: Said) -> None:
         assert ran("tiny", "--out", tmp_path / "new", "--keep", *wrong) == 2
         assert answer in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_a_dry_run_of_several_shares_says_the_room_for_all(tmp_path: Path, capsys: Said) -> None:
+    flags = ("tiny", "--out", tmp_path / "out", "--keep", "0.75", "0.5", "--dry-run")
+    assert ran(*flags, "--json") == 0
+    each = json.loads(capsys.readouterr().out).values()
+    state = max(one["space_needed"] - one["bytes_out"] for one in each)
+    assert ran(*flags) == 0
+    needed = size_text(state + sum(one["bytes_out"] for one in each))
+    assert f"all 2: disk needed / free: {needed} / " in capsys.readouterr().out
 
 
 def test_several_shares_from_one_reading(tmp_path: Path, capsys: Said) -> None:
