@@ -236,7 +236,7 @@ def outline(config: Mapping[str, Any], recipe: Recipe | None = None) -> Outline:
         original_family(raw)
     else:
         outline, recipe = outline_of(raw), recipe or Recipe()
-        check_fit(recipe, outline)
+        recipe = check_fit(recipe, outline)
         raw = patched_config(raw, outline, recipe)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))

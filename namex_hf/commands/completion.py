@@ -51,8 +51,10 @@ def words_after(words: Sequence[str]) -> list[str]:
         return list(COMMANDS)
     if words[0] not in COMMANDS:
         return []
-    parser: Parser = import_module(f".{words[0]}", __package__).parser_of(f"namex {words[0]}")
-    options = parser.options
+    parser_of = getattr(import_module(f".{words[0]}", __package__), "parser_of", None)
+    if parser_of is None:  # TRL reads the options
+        return []
+    options = parser_of(f"namex {words[0]}").options
     option = options.get(words[-1])
     if option is None or option.nargs == 0:
         models = packaged_models() if words[0] in ("patch", "compare", "inspect") else []

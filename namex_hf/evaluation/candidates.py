@@ -85,7 +85,7 @@ def check_code(checkpoint: Checkpoint, trust_remote_code: bool) -> None:
     """
     config = checkpoint.config
     auto_map = config.get("auto_map")
-    references = [text for text in (auto_map or {}).values() if isinstance(text, str)]
+    references = [text for text in (auto_map.values() if isinstance(auto_map, dict) else ()) if isinstance(text, str)]
     files = sorted({text.split(".")[0] + ".py" for text in references if "--" not in text})
     missing = [file for file in files if not (checkpoint.folder / file).is_file()]
     if trust_remote_code and missing:

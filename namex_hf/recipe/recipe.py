@@ -98,7 +98,7 @@ class Recipe(Part):
         recipe = cls._from(values if version > 1 else from_version_1(values), registered=False)
         weighed = version < 3 and isinstance(recipe.merge, Grouped) and recipe.needs_text
         if weighed:  # as every fit did before there was a choice
-            return replace(recipe, calibration=replace(recipe.calibration, error_weights="sequence"))
+            return cls._from({**recipe.to_dict(), "error_weights": "sequence"}, registered=False)
         return recipe
 
     @classmethod

@@ -18,16 +18,19 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def summary(report: Report) -> dict[str, str]:
     """The run in a few numbers: what is left, what was lost, time and memory."""
     totals, recipe = report.totals, report.run["recipe"]
-    found = {"bytes": f"{size_text(totals['bytes_in'])} to {size_text(totals['bytes_out'])}"}
+    found = {}
+    if "bytes_in" in totals:  # not of a trained folder, nor of one whose report was rebuilt
+        found["bytes"] = f"{size_text(totals['bytes_in'])} to {size_text(totals['bytes_out'])}"
     if recipe["merge"] == "grouped":
         found["routed experts a layer"] = str(recipe["experts"])
-    if recipe["width"] is not None:
+    if recipe.get("width") is not None:  # release 0.1.0 had no widths
         found["neurons a routed expert"] = str(recipe["width"])
     if mean := (report.perplexity or {}).get("mean"):
         found["perplexity"] = f"{ratio(mean):.3f} times"
     if answers := report.answers:
         found["exact answers"] = f"{answers['after']} of {answers['problems']}, before {answers['before']}"
-    found["time"] = f"{totals['seconds']:.0f} s"
+    if totals["seconds"] is not None:
+        found["time"] = f"{totals['seconds']:.0f} s"
     if peak := totals.get("peak_resident_bytes"):
         found["memory"] = size_text(peak)
     return found

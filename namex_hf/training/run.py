@@ -39,7 +39,7 @@ def run(asked: NamexArguments, training: TrainingArguments) -> None:
     if training.chat_template_path is None:
         check_template(start.tokenizer(), start.checkpoint.name)
     splits = asked.dataset_train_split, asked.dataset_test_split
-    seed = training.data_seed or training.seed
+    seed = training.seed if training.data_seed is None else training.data_seed
     chats = load_chats(asked.dataset_name, asked.dataset_config, splits, asked.held_out, seed)
     choice = choice_of(asked, training, start)
 

@@ -7,7 +7,6 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.distributed.fsdp import is_fsdp_enabled
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
-from transformers.utils import logging
 
 from ..checkpoint.companions import has_tokenizer
 from ..checkpoint.folder import check_whole
@@ -19,9 +18,11 @@ from ..errors import TrainingError, UsageError
 from ..families import original_family
 from ..families.outline import outline_of
 from ..models import load_patched
+from ..models.loading import without_bar
 from ..patching.check import check_fit
 from ..patching.config import patched_config
 from ..patching.live import fit_for_others, patch_model
+from ..patching.sized import sized
 from ..recipe import Recipe
 
 
@@ -96,9 +97,8 @@ class Start:
         Raises:
             NamexError: tensors or text are missing.
         """
-        folder, had_bar = self.checkpoint.folder, logging.is_progress_bar_enabled()
-        logging.disable_progress_bar()
-        try:
+        folder = self.checkpoint.folder
+        with without_bar():
             if self.patched:
                 return self._untied(load_patched(folder, **options))
             if is_deepspeed_zero3_enabled() or is_fsdp_enabled():
@@ -107,9 +107,6 @@ class Start:
                     "read (zero3_init_flag, fsdp_cpu_ram_efficient_loading); accepted: a folder of namex-patch"
                 )
             model = AutoModelForCausalLM.from_pretrained(folder, **options)
-        finally:
-            if had_bar:
-                logging.enable_progress_bar()
         patch_model(model, self.recipe, tokenizer if self.recipe.needs_text else None)
         model.name_or_path = model.config._name_or_path = self.checkpoint.name
         return model
@@ -151,6 +148,7 @@ def start_from(name: str, revision: str | None = None, recipe: Recipe | None = N
     outline = outline_in(checkpoint)
     if not patched:
         check_fit(recipe, outline)
+        recipe = sized(recipe, outline.shape)
     foreign = left_out(checkpoint, per_expert(checkpoint, outline))
     return Start(checkpoint, recipe, patched, tuple(foreign))
 

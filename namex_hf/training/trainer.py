@@ -1,6 +1,7 @@
 """TRL's `SFTTrainer` for patched models: checkpoints with fused experts, the bargain between steps, and counts."""
 
 import json
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -18,6 +19,7 @@ from .bargain import BargainCallback
 from .generation import carried_settings
 from .stable_moe import StageOne
 
+NUMBERED = re.compile(r"checkpoint-(\d+)")
 STATE, SEAL = "trainer_state.json", "namex_seal.json"
 """Last files of a checkpoint: the trainer's state, then the sizes and hashes of all files."""
 
@@ -139,8 +141,8 @@ def last_checkpoint(folder: Path) -> str | None:
 
     A checkpoint of the last step is skipped: transformers would take another step from there.
     """
-    numbered = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True)
-    for path in numbered:
+    numbered = {int(match[1]): path for path in folder.glob("checkpoint-*") if (match := NUMBERED.fullmatch(path.name))}
+    for _, path in sorted(numbered.items(), reverse=True):
         listed = read_checked(path / SEAL)
         if isinstance(listed, dict) and STATE in listed and listed == _files(path, listed):
             state = json.loads((path / STATE).read_text("utf-8"))

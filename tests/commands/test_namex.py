@@ -184,6 +184,7 @@ def test_words_that_may_follow():
     assert words_after(["patch", "--recipe"]) == sorted(RECIPES)
     assert words_after(["patch", "tiny", "--out"]) == []  # a folder, which the shell completes
     assert words_after(["nothing"]) == []
+    assert [name for name in COMMANDS if not words_after([name])] == ["tune"]
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")

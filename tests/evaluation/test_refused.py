@@ -171,6 +171,12 @@ def test_remote_code_that_is_missing(zero_shot: Command, tmp_path: Path) -> None
     assert answer.status == 0, answer.err
 
 
+def test_code_that_is_named_in_another_form_is_nobodys(zero_shot: Command, tmp_path: Path) -> None:
+    folder = copied(tmp_path, model_type="foreign", auto_map=["code.Config"])
+    line = refused(zero_shot, tmp_path / "out", "--models", folder)
+    assert "model_type 'foreign' is known neither to transformers nor to namex_hf, and there is no auto_map" in line
+
+
 def test_code_of_others_is_not_run_unasked(zero_shot: Command, tmp_path: Path) -> None:
     folder = copied(tmp_path, model_type="foreign", auto_map={"AutoConfig": "code.Config"})
     (folder / "code.py").write_text("raise SystemExit('run')")

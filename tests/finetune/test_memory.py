@@ -258,6 +258,14 @@ def test_a_patched_model_has_its_own_recipe():
         outline({**raw("tiny"), "namex": {"merge": "soft"}}, Recipe())
 
 
+@pytest.mark.parametrize("share", [{"keep": 0.5}, {"merge": "grouped", "keep": 0.5}])
+def test_a_share_is_what_stays(share):
+    def routed(recipe):
+        return sum(part.size for part in outline(raw("tiny"), recipe).parts if part.kind == "experts")
+
+    assert 2 * routed(Recipe(**share)) == routed(Recipe(method="smoe"))
+
+
 def test_refused_models_and_recipes():
     with pytest.raises(FamilyError, match="model_type 'llama' is not a supported family"):
         outline({"model_type": "llama"})

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from namex_hf import Recipe, load_patched, patch_checkpoint, patch_model
 from namex_hf.checkpoint.resolve import PACKAGED
+from namex_hf.report.write import write_pictures
 from namex_hf.training.bargain import distance, rebargain
 from namex_hf.training.gathered import base_of
 from namex_hf.training.trainer import last_checkpoint
@@ -188,6 +189,20 @@ def test_a_damaged_checkpoint_is_passed_over(plain, tmp_path, name):
         data[len(data) // 2] ^= 1
         (folder / "checkpoint-4" / name).write_bytes(bytes(data) if damage is None else damage)
         assert last_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+def test_a_folder_of_another_name_is_no_checkpoint(plain, tmp_path):
+    folder = Path(shutil.copytree(plain.out, tmp_path / "out"))
+    (folder / "checkpoint-old").mkdir()
+    (folder / "checkpoint-4").rename(folder / "checkpoint-4-of-before")
+    assert last_checkpoint(folder) == str(folder / "checkpoint-2")
+
+
+def test_a_trained_folder_is_drawn(plain, tmp_path):
+    page = write_pictures(plain.out, tmp_path / "pictures", tokens=0).read_text()
+    assert "The training run" in page
+    assert "<dt>time</dt>" in page
+    assert "<dt>bytes</dt>" not in page
 
 
 def test_soft_with_a_trainable_curvature_from_a_patched_folder(run, tmp_path):

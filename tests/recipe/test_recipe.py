@@ -977,5 +977,6 @@ def test_what_0_1_0_stored_opens(fields: dict[str, Any]):
 def test_a_stored_weighting_need_not_be_installed():
     stored = {**Recipe(**GROUPED, weighting="usage").to_stored(), "weighting": "of-others"}
     assert Recipe.from_stored(stored).to_stored() == stored
+    assert Recipe.from_stored({**stored, "recipe_version": 2}).to_stored() == {**stored, "error_weights": "sequence"}
     with pytest.raises(RecipeError, match="'weighting' is 'of-others'; accepted: nash, uniform, usage, saliency"):
         Recipe.from_dict({**GROUPED, "weighting": "of-others"})

@@ -14,6 +14,7 @@ from namex_hf.checkpoint.folder import fault
 from namex_hf.commands.push import main as push
 from namex_hf.errors import CheckpointError
 from namex_hf.report.folder import open_patched
+from namex_hf.report.write import write_pictures
 from namex_hf.training.bargain import rebargain
 
 
@@ -69,6 +70,13 @@ def test_it_can_be_pushed_and_its_card_says_what_is_not_known(tmp_path: Path, ca
     (folder / "training_args.bin").unlink()  # it does not go up, and is not missed
     assert fault(folder, verify=True) is None
     assert (folder / "model.safetensors.index.json").is_file()
+
+
+def test_it_is_drawn(tmp_path: Path):
+    folder, _ = saved(tmp_path, "tiny", Recipe())
+    page = write_pictures(folder, tokens=0)
+    assert "How alike the experts are" in page.read_text()
+    assert "<dt>time</dt>" not in page.read_text()
 
 
 def test_a_card_that_is_there_stays(tmp_path: Path):

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from namex_hf.recipe import Recipe, read_yaml
-from namex_hf.training.arguments import COMPARED
+from namex_hf.training import run
+from namex_hf.training.arguments import COMPARED, read
 from namex_hf.training.rivals import left_out, rival
 
 ROOT = Path(__file__).parents[2]
@@ -38,6 +39,21 @@ def expected(recipe: Recipe, method: str) -> Recipe:
         gone += ("operator", *(["grouping"] if recipe.to_dict()["grouping"] == "none" else []))
     fields = {name: value for name, value in recipe.to_dict().items() if name not in gone}
     return Recipe(**fields | {"method": method})
+
+
+@pytest.mark.parametrize(("words", "seed"), [((), 42), (("--data_seed", "0"), 0), (("--seed", "3"), 3)])
+def test_chats_are_chosen_by_a_seed_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: Any, seed: int
+):
+    class Chosen(Exception):
+        pass
+
+    def chosen(*arguments: Any) -> None:
+        raise Chosen(arguments[-1])
+
+    monkeypatch.setattr(run, "load_chats", chosen)
+    with pytest.raises(Chosen, match=f"^{seed}$"):
+        run.run(*read(["--output_dir", str(tmp_path), *words], "namex tune", ""))
 
 
 def test_there_are_recipes_of_every_kind():

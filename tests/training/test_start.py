@@ -82,6 +82,18 @@ def test_the_outline_is_the_model_without_its_numbers(name: str, recipe: str):
     assert model.name_or_path == model.config._name_or_path == name  # not where the package lies
 
 
+@pytest.mark.parametrize("share", [{"keep": 0.5}, {"merge": "grouped", "keep": 0.5}])
+def test_a_share_is_a_number_of_the_model(share: dict[str, Any]):
+    """Of neurons or of experts: the run stores it, and its outline has the sizes that its model has."""
+    start = start_from("tiny", recipe=Recipe(**share))
+    stored = start.recipe.to_dict()
+    assert (stored["keep"], stored["width"], stored["experts"]) == (
+        None,
+        *((None, 8) if "merge" in share else (40, None)),
+    )
+    assert shapes(start.outline()) == shapes(start.model(start.tokenizer()))
+
+
 def test_in_memory_as_out_of_core(patched: dict[str, Path]):
     for name, folder in patched.items():
         recipe = RECIPES.get(name, STABLE)
