@@ -72,7 +72,7 @@ def _answers(options: argparse.Namespace) -> int:
 
         from ..calibration.chats import read_chats
         from ..checkpoint.resolve import resolve
-        from ..evaluation.loading import load_as_stored, tokenizer_of
+        from ..evaluation.loading import load, tokenizer_of
         from ..evaluation.own_answers import AnswerChoices, AnswerFile, hash_of, write_answers
         from ..patching.device import resolved
 
@@ -86,7 +86,7 @@ def _answers(options: argparse.Namespace) -> int:
     if options.overwrite:
         file.begin_anew()
     file.read(len(chats))  # which refuses a file of another run before the model is read
-    model = load_as_stored(checkpoint.folder, resolved(options.device))
+    model = load(checkpoint.folder, "auto").to(resolved(options.device))
     console = Console(stderr=True, quiet=options.quiet)
     columns = (*Progress.get_default_columns()[:-1], TimeRemainingColumn())
     with Progress(*columns, console=console, disable=options.quiet or not console.is_terminal) as shown:

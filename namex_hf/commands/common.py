@@ -65,8 +65,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         for text in sys.argv[1:] if args is None else args:
-            if trouble := unusable(text):
-                self.error(f"argument {text}: {trouble}")
+            if "\0" in text:
+                self.error(f"argument {text}: it has a NUL in it")
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                self.error(f"argument {text}: it is not UTF-8")
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
@@ -128,17 +132,6 @@ def run(parser: Parser, arguments: Sequence[str] | None, command: Callable[[argp
     """Parse and carry a command out; returns the exit status."""
     options = parser.parse_args(arguments)
     return ended(parser.prog, lambda: command(options))
-
-
-def unusable(text: str) -> str | None:
-    """Why no name of a file can be this argument; None where one can."""
-    if "\0" in text:
-        return "it has a NUL in it"
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "it is not UTF-8"
-    return None
 
 
 def ended(

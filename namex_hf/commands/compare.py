@@ -157,7 +157,8 @@ def _compare(options: argparse.Namespace) -> int:
     checkpoint = resolve_model(options.model, options.revision, family_of)
     with console.status("checking recipes, reading calibration text"):
         plan = make_plan_of(checkpoint, chosen, cells, quantisers, gptq_text(options.gptq_data, options.gptq_tokens))
-    with Shown(len(plan.requests), options.jobs, console) as shown:
+    shown = Shown(len(plan.requests), options.jobs, console)
+    with shown.progress:
         comparison = compare(
             plan, options.out, RunOptions(options.jobs, options.keep_models, options.overwrite), shown.show
         )

@@ -30,13 +30,6 @@ class Shown:
         self.seconds: list[float] = []
         self.done = 0
 
-    def __enter__(self) -> "Shown":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.progress.stop()
-
     def show(self, event: ProgressEvent) -> None:
         """A model was known, began, went on, or ended."""
         if event.stage == KNOWN:

@@ -2,8 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
             while pace.announced and warnings:
                 console.print(warnings.pop(0), soft_wrap=True, markup=False)
 
-        with _memory_named(plan):
+        try:
             report = run_plan(
                 plan,
                 options.out,
@@ -81,6 +80,11 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
                 verify=options.verify,
                 progress=show,
             )
+        except Exception as error:
+            if reason := of_memory(error):
+                needed = f"this run needs about {size_text(peak_bytes(plan))} beside the libraries"
+                raise CheckpointError(f"{reason}; {needed}") from error
+            raise
     for line in warnings:
         console.print(line, soft_wrap=True, markup=False)
     return report
@@ -157,20 +161,6 @@ class Pace:
         self.printed = self.layer_begin
         to_go = f", {_time(self.left)} to go" if self.left else ""
         return f"{event}: {self.seconds:.1f} s, {self.layers - self.to_come} of {self.layers} layers{to_go}"
-
-
-@contextmanager
-def _memory_named(plan: Plan) -> Iterator[None]:
-    """Raises:
-    CheckpointError: there was too little memory; it says how much this plan needs.
-    """
-    try:
-        yield
-    except Exception as error:
-        if reason := of_memory(error):
-            needed = f"this run needs about {size_text(peak_bytes(plan))} beside the libraries"
-            raise CheckpointError(f"{reason}; {needed}") from error
-        raise
 
 
 def score(checkpoint: Checkpoint, out: Path, report: Report, console: Console) -> Report:

@@ -9,7 +9,6 @@ from typing import Any
 
 from ..errors import RecipeError
 from ..recipe import FIELDS, Recipe, read_yaml
-from ..recipe.part import Leaf
 
 SUFFIXES = (".yaml", ".yml")
 DEFAULT = "default"
@@ -93,15 +92,6 @@ def _files(path: Path) -> list[Path]:
     return [path]
 
 
-def converted(spec: Leaf, texts: Sequence[str]) -> list[Any]:
-    """Values of a recipe's field as the command line gives them.
-
-    Raises:
-        RecipeError: one of another kind.
-    """
-    return list(dict.fromkeys(map(spec.parse, texts)))
-
-
 def grid(files: Mapping[str, Path], options: Mapping[str, Sequence[Any]]) -> list[Cell]:
     """Every recipe with every combination of values, which go over what the files say.
 
@@ -174,7 +164,7 @@ def field_options(namespace: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Values by field of a parsed command line, in the order of a recipe's fields; only what was given.
 
     Raises:
-        RecipeError: as of `converted`.
+        RecipeError: a value of another kind.
     """
     specs = [spec for spec in FIELDS.values() if namespace.get(spec.name) is not None]
-    return {spec.name: converted(spec, namespace[spec.name]) for spec in specs}
+    return {spec.name: list(dict.fromkeys(map(spec.parse, namespace[spec.name]))) for spec in specs}

@@ -1,4 +1,4 @@
-"""Models as they are measured: in float32, with a tokenizer that fills batches, without parts that do not count."""
+"""Models as they are measured: their dtype, a tokenizer that fills batches, and without parts that do not count."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +13,10 @@ from ..checkpoint.tokenizer import open_tokenizer
 from ..models.loading import without_bar
 
 
-def load(folder: str | Path) -> Any:
-    """A model in float32 on the CPU."""
+def load(folder: str | Path, dtype: Any = torch.float32) -> Any:
+    """A model on the CPU. Args: dtype, ``auto`` for that in which it is stored."""
     with without_bar():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-
-
-def load_as_stored(folder: str | Path, device: str) -> Any:
-    """A model in the dtype that it is stored in, on a device."""
-    with without_bar():
-        return AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval().to(device)
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
 
 def tokenizer_of(folder: Path) -> Any:

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from ..checkpoint.identity import differing
-from ..errors import CheckpointError, OutputError
-from ..files import HASH, hash_bytes, read_json
+from ..errors import OutputError
+from ..files import HASH, hash_bytes
 
 MODELS = "models"
 """Folder beside the results with the models that were patched to be scored."""
@@ -33,14 +33,6 @@ def unsealed(values: Any) -> dict[str, Any] | None:
     """The values that `sealed` was given; None where they are damaged."""
     digest = values.pop(HASH, None) if isinstance(values, dict) else None
     return values if digest is not None and digest == sealed(values)[HASH] else None
-
-
-def read_sealed(path: Path) -> dict[str, Any] | None:
-    """`unsealed` values of a file of JSON; None where it is missing or damaged."""
-    try:
-        return unsealed(read_json(path))
-    except CheckpointError:
-        return None
 
 
 class ResultLog(dict[str, Any]):

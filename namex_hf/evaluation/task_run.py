@@ -16,7 +16,7 @@ from ..errors import CheckpointError, OutputError, TaskError
 from ..files import HASH, hash_bytes, hash_file, read_json, write_text
 from .language_model import NamexLM
 from .samples import RESULTS, SAMPLES
-from .store import ResultLog, read_sealed, sealed
+from .store import ResultLog, sealed, unsealed
 from .tasks import LoadedTask
 
 ANSWERS = "answers"
@@ -34,12 +34,12 @@ def finished(folder: Path, identity: Mapping[str, Any], source: Identity) -> dic
     path = folder / RESULTS
     advice = "use --overwrite or another --out"
     try:
-        has_hash = HASH in read_json(path)
+        stored = read_json(path)
     except CheckpointError:
         return None  # none, or damaged: the log has the responses
-    if not has_hash:
+    if HASH not in stored:
         raise OutputError(f"{path} is of a release before 0.2.0; {advice}")
-    results = read_sealed(path)
+    results = unsealed(stored)
     if results is None or any(_hash_of(folder / name) != known for name, known in results["samples"].items()):
         return None
     if changed := differing(results["run"], json.loads(json.dumps(identity)), source):

@@ -31,19 +31,6 @@ def pieces(text: str, size: int = PIECE) -> list[str]:
     return parts + (["\n\n".join(paragraphs)] if paragraphs else [])
 
 
-def read_pieces(path: Path) -> list[str]:
-    """Raises:
-    TaskError: no such file, too large, not UTF-8, or nothing in it.
-    """
-    try:
-        texts = pieces(read_text(path, TaskError, LARGEST_TEXT))
-    except TaskError as error:
-        raise TaskError(f"--texts {error}") from error
-    if not texts:
-        raise TaskError(f"--texts {path} is empty; at least one line of text is needed")
-    return texts
-
-
 def as_dataset(texts: list[str], **_: Any) -> DatasetDict:
     """Documents of one column, ``text``, as the split ``test``."""
     return DatasetDict({"test": Dataset.from_dict({"text": texts})})
@@ -64,9 +51,14 @@ def text_task(path: Path) -> dict[str, Any]:
     """The task of one file, named ``text_STEM``.
 
     Raises:
-        TaskError: as of `read_pieces`.
+        TaskError: no such file, too large, not UTF-8, or nothing in it.
     """
-    texts = read_pieces(path)
+    try:
+        texts = pieces(read_text(path, TaskError, LARGEST_TEXT))
+    except TaskError as error:
+        raise TaskError(f"--texts {error}") from error
+    if not texts:
+        raise TaskError(f"--texts {path} is empty; at least one line of text is needed")
     return {
         "task": "text_" + re.sub(r"\W+", "_", path.stem),
         "custom_dataset": lambda **_: as_dataset(texts),

@@ -9,19 +9,18 @@ import torch
 from ..errors import FamilyError
 from ..merging.gate import Gate
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 Config = Mapping[str, Any]
 MAX_LAYERS, MAX_SIZE = 10_000, 1 << 31
 """Upper bounds of the number of layers, and of every other whole number in a configuration."""
-SIZES = {
-    "vocab_size": 1,
-    "intermediate_size": 1,
-    "num_attention_heads": 1,
-    "num_key_value_heads": 1,
-    "head_dim": 1,
-    "max_position_embeddings": 1,
-}
-"""Whole numbers for which a class has a default, each with its least value."""
+SIZES = (
+    "vocab_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+"""Whole numbers from 1 for which a class has a default."""
 LAYER_EXPERTS = "layer_experts"
 """Field of a patched model's configuration: the number of experts of each layer, where layers differ."""
 
@@ -135,10 +134,10 @@ class Family:
             FamilyError: a field is missing or is not a whole number in its range, or the model is not supported.
         """
         required = ("num_hidden_layers", "hidden_size", self.width_field, self.top_k_field, self.experts_field)
-        least = dict.fromkeys((*required, *self.needs), 1)
-        stated = {name: low for name, low in SIZES.items() if config.get(name) is not None}
-        stated |= {name: low for name, low in self.optional.items() if name in config}
-        for name, lowest in (least | stated).items():
+        stated = (name for name in SIZES if config.get(name) is not None)
+        least = dict.fromkeys((*required, *self.needs, *stated), 1)
+        least |= {name: low for name, low in self.optional.items() if name in config}
+        for name, lowest in least.items():
             value, most = self.number(config, name), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
             if not isinstance(value, int) or isinstance(value, bool) or not lowest <= value <= most:
                 raise FamilyError(

@@ -69,7 +69,8 @@ def check_folder(folder: Path, verify: bool = False) -> CheckedFolder:
     _check_code(checkpoint)
     if current_code(checkpoint):
         notes.append("the code of the model's class is from an earlier release; the current code replaces it")
-    card = _check_card(folder / CARD)
+    card = read_text(folder / CARD, PublishError)
+    check_metadata(card, folder / CARD)
     large = [shard.name for shard in checkpoint.shards if shard.stat().st_size > LARGEST_FILE]
     if large:
         raise PublishError(f"{large[0]} is larger than 50 GB, which the Hub does not take; patch with --shard-size 5GB")
@@ -110,13 +111,6 @@ def _check_code(checkpoint: Checkpoint) -> None:
     for file in code.files:
         if not (checkpoint.folder / file.name).is_file():
             raise PublishError(f"{checkpoint.folder} lacks {file.name}, which the model's class needs without namex_hf")
-
-
-def _check_card(path: Path) -> str:
-    """The card's text, with valid metadata."""
-    text = read_text(path, PublishError)
-    check_metadata(text, path)
-    return text
 
 
 def check_metadata(text: str, path: Path) -> None:

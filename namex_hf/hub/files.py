@@ -196,10 +196,3 @@ def summarised(left_out: dict[str, str]) -> dict[str, str]:
     return {
         f"{top} ({len(names)} files)" if len(names) > 1 else names[0]: reason for (top, reason), names in groups.items()
     }
-
-
-def holds(file: Upload, secret: str) -> bool:
-    """Whether a file to push, other than weights, contains `secret`."""
-    if file.path.suffix == ".safetensors":
-        return False
-    return secret.encode() in file.path.read_bytes()

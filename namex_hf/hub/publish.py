@@ -52,8 +52,7 @@ def send(selection: Selection, card: str, target: Target, quiet: bool) -> None:
     """Push, and print the address."""
     if quiet or not sys.stderr.isatty():
         disable_progress_bars()
-    result = push(selection, card, target)
-    print(printable(f"{result.address} ({'private' if result.private else 'public'}, commit {result.commit})"))
+    print(printable(push(selection, card, target)))
 
 
 def show(console: Console, checked: CheckedFolder, selection: Selection, target: Target) -> None:

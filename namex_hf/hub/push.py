@@ -19,13 +19,14 @@ from ..report.card_metadata import put_block, read_block, usable
 from ..report.card_text import put_section
 from ..scrub import scrubbed
 from .client import client
-from .files import Selection, holds
+from .files import Selection
 
 STALE = re.compile(
     rf"[^/]+\.safetensors|{re.escape(INDEX)}|[^/]+\.py|({OURS}|{BEFORE_0_2[PICTURES]}|{TEMPLATES})/.+|"
     rf"{re.escape(EVAL_RESULTS_FOLDER)}/[^/]+shot\.yaml|" + "|".join(map(re.escape, BEFORE_0_2.values()))
 )
 """Files of an earlier push that a push deletes, unless it replaces them: old weights would be loaded."""
+MESSAGE = "Push with namex_hf"
 PULL_REQUEST = re.compile(r"refs/pr/\d+")
 
 
@@ -39,23 +40,13 @@ class Target:
     revision: str | None = None
     """A branch, created if it is missing, or ``refs/pr/N``; None: the main branch."""
     pull_request: bool = False
-    message: str = "Push with namex_hf"
 
     def __post_init__(self) -> None:
         if self.pull_request and self.revision is not None:
             raise PublishError("--pull-request is made to the main branch; it does not go with --revision")
 
 
-@dataclass(frozen=True)
-class Published:
-    """The result of a push."""
-
-    address: str
-    private: bool
-    commit: str
-
-
-def push(selection: Selection, card: str, target: Target) -> Published:
+def push(selection: Selection, card: str, target: Target) -> str:
     """Create the repository if it is missing, and send the files that it does not have yet.
 
     The files are sent from a temporary folder of links, so that the folder itself does not change.
@@ -64,12 +55,16 @@ def push(selection: Selection, card: str, target: Target) -> Published:
         selection: files of a checked folder.
         card: replaces the folder's card; its snippet gets the repository's name.
 
+    Returns:
+        A line that says where the model is.
+
     Raises:
         PublishError: the repository holds another model, is public without consent, or cannot be written to; or the Hub
             or the network fails. The same call then continues.
     """
+    token = get_token()
     for file in selection.files:
-        if (token := get_token()) and holds(file, token):
+        if token and file.path.suffix != ".safetensors" and token.encode() in file.path.read_bytes():
             raise PublishError(f"{file.path} holds the token that is in use; take it out first")
     with client(target.repo) as api, tempfile.TemporaryDirectory(prefix="namex-push-") as staged:
         _ready(api, target)
@@ -86,12 +81,13 @@ def push(selection: Selection, card: str, target: Target) -> Published:
             revision=target.revision,
             create_pr=target.pull_request,
             delete_patterns=[escape(name) for name in names if STALE.fullmatch(name)],
-            commit_message=target.message,
+            commit_message=MESSAGE,
         )
         address = f"{api.endpoint}/{target.repo}"
         if target.revision is not None:
             address += f"/tree/{target.revision}"
-        return Published(scrubbed(commit.pr_url or address), private, commit.oid)
+        seen_by = "private" if private else "public"
+        return f"{scrubbed(commit.pr_url or address)} ({seen_by}, commit {commit.oid})"
 
 
 def check_access(repo: str) -> None:

@@ -113,11 +113,15 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return (one[:, :, None] == other[:, None, :]).any(-1).float().mean(-1)
 
 
+def entropy(counts: torch.Tensor) -> float:
+    """Entropy of shares ``[N]`` over that of equal shares: 1 balanced, 0 all on one; 1 for a single expert."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(-(shares * shares.log()).sum() / math.log(len(counts))) if len(counts) > 1 else 1.0
+
+
 def load_entropy(index: torch.Tensor, experts: int) -> float:
-    """Entropy of the experts' shares of all slots over that of equal shares: 1 balanced, 0 all on one expert."""
-    shares = index.flatten().bincount(minlength=experts).double()
-    shares = shares[shares > 0] / shares.sum()
-    return float(-(shares * shares.log()).sum() / math.log(experts)) if experts > 1 else 1.0
+    """`entropy` of the experts' shares of all slots. Args: index, experts of every token, ``[tokens, top_k]``."""
+    return entropy(index.flatten().bincount(minlength=experts).double())
 
 
 def comparison(linear: torch.Tensor, chosen: torch.Tensor, experts: int) -> dict[str, Any]:

@@ -30,6 +30,8 @@ class Merge(Part):
     """What all merges answer."""
 
     kind: ClassVar[MergeKind]
+    rewrites: ClassVar[bool] = False
+    """Whether the result has other routed experts, fewer or smaller."""
     method: Method = leaf(
         "namex-full",
         "how weights and base come about. namex-full: a Nash bargain in every layer; namex: one at the first layer "
@@ -53,11 +55,6 @@ class Merge(Part):
     @property
     def propagates(self) -> bool:
         """Whether the base expert goes on from layer to layer."""
-        return False
-
-    @property
-    def rewrites(self) -> bool:
-        """Whether the result has other routed experts, fewer or smaller."""
         return False
 
     def steps(self, on_text: bool) -> Iterator[str]:

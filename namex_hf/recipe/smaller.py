@@ -25,6 +25,7 @@ from .parts import Curvature, Fit, GroupGame
 class Smaller(Merge):
     """Routed experts become fewer or smaller."""
 
+    rewrites: ClassVar[bool] = True
     fit: Fit = Fit()
     keep: float | None = leaf(
         None,
@@ -47,10 +48,6 @@ class Smaller(Merge):
         belongs="belongs to a 'width'",
         shown=("merge", "width"),
     )
-
-    @property
-    def rewrites(self) -> bool:
-        return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,6 +52,7 @@ def page(comparison: Comparison, pictures: Sequence["Picture"]) -> str:
         pictures: none where they cannot be drawn; the page is whole without.
     """
     requests, sort = comparison.plan.requests.items(), (TEMPLATES / "sort.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(sort.encode()).digest()).decode()  # the browser runs this script alone
     return rendered(
         "comparison.html",
         title=f"Recipes on {comparison.plan.checkpoint.name}, side by side",
@@ -63,13 +64,8 @@ def page(comparison: Comparison, pictures: Sequence["Picture"]) -> str:
         frontier=frontier(comparison),
         colours=COLOURS,
         sort=sort,
-        policy=f"{POLICY}; script-src '{hash_of(sort)}'",
+        policy=f"{POLICY}; script-src 'sha256-{digest}'",
     )
-
-
-def hash_of(script: str) -> str:
-    """What a policy names, for the browser to run this script and no other."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def write(comparison: Comparison, out: Path) -> bool:

@@ -14,7 +14,7 @@ NAME = "generation_config.json"
 
 
 @contextmanager
-def carried_settings(model: Any, source: Path | None, out: Path) -> Iterator[None]:
+def carried_settings(model: Any, source: Path, out: Path) -> Iterator[None]:
     """Inside this context `model` is saved to `out` without generation settings; at its end `source` gives them.
 
     transformers reads settings that it refuses to write (such as a temperature without sampling), and the trainer
@@ -30,7 +30,7 @@ def carried_settings(model: Any, source: Path | None, out: Path) -> Iterator[Non
         yield
     finally:
         model.generation_config = settings
-    file = next((path for path in companions(source) if path.name == NAME), None) if source is not None else None
+    file = next((path for path in companions(source) if path.name == NAME), None)
     if file is not None:
         write_bytes(out / NAME, file.read_bytes())
     elif settings is not None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from trl import SFTConfig
 
+from ..defaults import SMALL_BYTES
 from ..errors import TrainingError
 from ..files import hash_file
 from .choice import check_present, lora
@@ -26,21 +27,12 @@ VOLATILE = {
 
 
 @dataclass(frozen=True)
-class Adapter:
-    """A low-rank adapter, trained in place of the parameters."""
-
-    rank: int
-    alpha: int
-    dropout: float
-
-
-@dataclass(frozen=True)
 class Choice:
     """The user's choice of trained parameters and of scores."""
 
     kinds: tuple[str, ...]
     adapter: Any
-    """An `Adapter`, or None."""
+    """Keyword arguments of `lora`: a low-rank adapter is trained in place of the parameters; or None."""
     bargain_every: int
     measures: tuple[str, ...]
     model_options: dict[str, Any]
@@ -52,10 +44,15 @@ class Choice:
 
     def record(self) -> dict[str, Any]:
         """The choice as plain values, for the identity of a run."""
-        adapter = None if self.adapter is None else vars(self.adapter)
         options = {name: str(option) for name, option in self.model_options.items()}
         more = {name: True for name in ("live", "stage_one") if getattr(self, name)}
-        return {"kinds": list(self.kinds), "adapter": adapter, "bargain_every": self.bargain_every, **more, **options}
+        return {
+            "kinds": list(self.kinds),
+            "adapter": self.adapter,
+            "bargain_every": self.bargain_every,
+            **more,
+            **options,
+        }
 
 
 def changed_arguments(arguments: SFTConfig, live: bool = False) -> dict[str, Any]:
@@ -94,12 +91,12 @@ def plan_training(start: Start, choice: Choice) -> Choice:
         check_first_base(start.recipe)
     if choice.adapter is not None:
         kinds = tuple(kind for kind in kinds if kind not in ("embeddings", "norms"))
-        adapter = lora(outline, kinds, **vars(choice.adapter), carry_base=bool(every) or live)
+        adapter = lora(outline, kinds, **choice.adapter, carry_base=bool(every) or live)
     return replace(choice, kinds=kinds, adapter=adapter, bargain_every=every, live=live)
 
 
-def measures_for(size: int, requested: Sequence[str] | None, largest: int) -> tuple[str, ...]:
+def measures_for(size: int, requested: Sequence[str] | None) -> tuple[str, ...]:
     """The measures of a run: those requested; by default all for a small model, else chats alone."""
     if requested is not None:
         return () if list(requested) == ["none"] else tuple(requested)
-    return ("chats", "text", "problems") if size <= largest else ("chats",)
+    return ("chats", "text", "problems") if size <= SMALL_BYTES else ("chats",)

@@ -14,14 +14,11 @@ from ..recipe import Recipe
 from ..resources import recipe_path
 from .arguments import COMPARED, NamexArguments, TrainingArguments, set_length
 from .chats import check_template, load_chats
-from .plan import Adapter, Choice, measures_for
+from .plan import Choice, measures_for
 from .rivals import left_out, rival
 from .scores import verdict
 from .start import Start, dtype_of, start_from
 from .tune import scores_of, tune
-
-SCORED_BYTES = 256 << 20
-"""A checkpoint up to this size is scored on text and word problems too, unless told otherwise."""
 
 
 def run(asked: NamexArguments, training: TrainingArguments) -> None:
@@ -69,11 +66,12 @@ def _check_compared(asked: NamexArguments, start: Start) -> None:
 
 def choice_of(asked: NamexArguments, training: TrainingArguments, start: Start) -> Choice:
     """What trains, how, and what is measured."""
-    adapter = Adapter(asked.lora_r, asked.lora_alpha, asked.lora_dropout) if asked.use_peft else None
+    lora = {"rank": asked.lora_r, "alpha": asked.lora_alpha, "dropout": asked.lora_dropout}
+    adapter = lora if asked.use_peft else None
     options: dict[str, Any] = {"dtype": dtype_of(asked.dtype), **(training.model_init_kwargs or {})}  # type: ignore[dict-item]
     if asked.attn_implementation:
         options["attn_implementation"] = asked.attn_implementation
-    measures = measures_for(start.checkpoint.size, asked.scores, SCORED_BYTES)
+    measures = measures_for(start.checkpoint.size, asked.scores)
     live, stage_one = asked.propagation == "live", asked.stable_stage == 1
     return Choice(tuple(asked.train_kinds), adapter, asked.bargain_every, measures, options, live, stage_one)
 

@@ -68,7 +68,7 @@ class NamexTrainer(SFTTrainer):
     (`from_pretrained` reads both layouts.)
 
     Args:
-        recipe: recipe of the model; None: no bargain.
+        recipe: recipe of the model.
         bargain_every: optimiser steps between two bargains; 0: no bargain.
         source: folder of the checkpoint that training begins with, whose generation settings are copied.
     """
@@ -76,16 +76,16 @@ class NamexTrainer(SFTTrainer):
     def __init__(
         self,
         *args: Any,
-        recipe: Recipe | None = None,
-        bargain_every: int = 0,
-        source: Path | None = None,
+        recipe: Recipe,
+        bargain_every: int,
+        source: Path,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
         self.source, self.label_tokens = source, LabelTokens()
         self.add_callback(self.label_tokens)
         self.bargain = None
-        if recipe is not None and bargain_every:
+        if bargain_every:
             self.bargain = BargainCallback(recipe, bargain_every)
             self.add_callback(self.bargain)
 

@@ -13,7 +13,7 @@ from namex_hf.commands import answers as command
 from namex_hf.errors import CalibrationError, OutputError
 from namex_hf.evaluation import own_answers
 from namex_hf.evaluation.generation import as_chat, generated_answers
-from namex_hf.evaluation.loading import load_as_stored, tokenizer_of
+from namex_hf.evaluation.loading import load, tokenizer_of
 from namex_hf.evaluation.own_answers import AnswerChoices, AnswerFile, write_answers
 
 Said = pytest.CaptureFixture[str]
@@ -28,7 +28,7 @@ def ran(*arguments: object) -> int:
 
 @pytest.fixture(scope="module")
 def model() -> Any:
-    return load_as_stored(TINY, "cpu")
+    return load(TINY, "auto")
 
 
 @pytest.fixture

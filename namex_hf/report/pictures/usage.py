@@ -1,9 +1,8 @@
 """How evenly tokens are spread over the experts, before and after."""
 
-import math
-
 import torch
 
+from ...merging.routers import entropy
 from ..folder import PatchedFolder
 from .hover import HIDDEN
 from .picture import COLOURS, MARKS, Material, Picture, figure, from_zero, layers_below, legend_below, line_style, plain
@@ -60,12 +59,6 @@ def picture(material: Material) -> Picture | None:
         else " The text goes through this model's routed experts alone."
     )
     return Picture("6-usage", "Who gets the tokens", line, drawn)
-
-
-def entropy(counts: torch.Tensor) -> float:
-    """Entropy of shares ``[N]`` over that of equal shares: 1 balanced, 0 all on one; 1 for a single expert."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(-(shares * shares.log()).sum() / math.log(len(counts))) if len(counts) > 1 else 1.0
 
 
 def _entropies(
