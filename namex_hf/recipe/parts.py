@@ -22,7 +22,7 @@ from .choices import (
     Solver,
     Temperature,
 )
-from .momentum import parse_momentum
+from .momentum import complex_beta
 from .part import FACTOR, Part, Range, Rule, count_to, leaf
 
 CCP_ITERATIONS = 2
@@ -166,7 +166,7 @@ class Propagation(Part):
             RecipeError: a beta of another form, or of modulus 1 or more.
         """
         try:
-            return parse_momentum(self.momentum, self.beta).complex_beta
+            return complex_beta(self.momentum, self.beta)
         except ValueError as error:
             raise RecipeError(f"recipe field 'beta'{str(error).removeprefix('beta')}") from error
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from namex_hf.merging.momentum import buffer_names, momentum_step
-from namex_hf.recipe.momentum import Momentum, parse_momentum
+from namex_hf.recipe.momentum import complex_beta
 
 SHAPES = {"gate_proj": (3, 4), "up_proj": (3, 4), "down_proj": (4, 3)}
 LAYERS = 8
@@ -31,12 +31,12 @@ def normal(seed: int, name: str) -> torch.Tensor:
     return torch.randn(SHAPES[name], generator=generator)
 
 
-def walk(momentum: Momentum, gamma: float, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+def walk(beta: complex, gamma: float, seed: int = 0) -> list[dict[str, torch.Tensor]]:
     """Bases after each layer. A layer pulls to a target of its own: Delta = target - E_m."""
     base, buffers, passed = {name: normal(seed, name) for name in SHAPES}, {}, []
     for layer in range(LAYERS):
         step = {name: normal(seed + layer + 1, name) - base[name] for name in SHAPES}
-        base, buffers = momentum_step(base, step, buffers, gamma, momentum.complex_beta)
+        base, buffers = momentum_step(base, step, buffers, gamma, beta)
         passed.append(base)
     return passed
 
@@ -86,14 +86,14 @@ def assert_equal_walks(found: list[dict[str, torch.Tensor]], wanted: list[dict[s
 @quick
 @given(moduli, phases, gammas, seeds)
 def test_complex_equals_complex128(modulus: float, phase: float, gamma: float, seed: int) -> None:
-    found = walk(parse_momentum("complex", f"{modulus},{phase}"), gamma, seed)
+    found = walk(complex_beta("complex", f"{modulus},{phase}"), gamma, seed)
     assert_equal_walks(found, literal(complex_product, cmath.rect(modulus, phase), gamma, seed, components=2))
 
 
 @quick
 @given(st.floats(-0.99, 0.99), gammas, seeds)
 def test_real_equals_complex128(beta: float, gamma: float, seed: int) -> None:
-    found = walk(parse_momentum("complex", beta), gamma, seed)
+    found = walk(complex_beta("complex", repr(beta)), gamma, seed)
     assert_equal_walks(found, literal(complex_product, complex(beta), gamma, seed, components=2))
 
 
@@ -102,12 +102,12 @@ def test_real_equals_complex128(beta: float, gamma: float, seed: int) -> None:
 def test_quaternion_equals_four_buffers(direction, modulus: float, gamma: float, seed: int) -> None:
     length = math.hypot(*direction) or 1.0
     beta = tuple(modulus * part / length for part in direction)
-    found = walk(Momentum("quaternion", beta), gamma, seed)
+    found = walk(complex_beta("quaternion", ",".join(map(repr, beta))), gamma, seed)
     assert_equal_walks(found, literal(hamilton_product, beta, gamma, seed, components=4))
 
 
 def test_quaternion_of_the_paper() -> None:
-    found = walk(parse_momentum("quaternion"), 0.5)
+    found = walk(complex_beta("quaternion"), 0.5)
     assert_equal_walks(found, literal(hamilton_product, (0.8, 0.3, 0.3, 0.3), 0.5, 0, components=4))
     real = literal(hamilton_product, (0.8, 0.0, 0.0, 0.0), 0.5, 0, components=4)
     assert np.abs(found[-1]["up_proj"].numpy() - real[-1]["up_proj"]).max() > 0.01  # the other parts do count
@@ -116,16 +116,16 @@ def test_quaternion_of_the_paper() -> None:
 @quick
 @given(moduli, phases, gammas, seeds)
 def test_a_phase_and_its_negative_are_one_algorithm(modulus: float, phase: float, gamma: float, seed: int) -> None:
-    there = walk(parse_momentum("complex", f"{modulus},{phase}"), gamma, seed)
-    back = walk(parse_momentum("complex", f"{modulus},{-phase}"), gamma, seed)
+    there = walk(complex_beta("complex", f"{modulus},{phase}"), gamma, seed)
+    back = walk(complex_beta("complex", f"{modulus},{-phase}"), gamma, seed)
     assert all(torch.equal(a[name], b[name]) for a, b in zip(there, back, strict=True) for name in SHAPES)
 
 
 @quick
 @given(gammas, seeds)
 def test_none_is_a_beta_of_zero_and_the_plain_step(gamma: float, seed: int) -> None:
-    none = walk(parse_momentum("none"), gamma, seed)
-    for zero in (parse_momentum("complex", "0"), Momentum("quaternion", (0.0, 0.0, 0.0, 0.0))):
+    none = walk(complex_beta("none"), gamma, seed)
+    for zero in (complex_beta("complex", "0"), complex_beta("quaternion", "0,0,0,0")):
         assert all(torch.equal(a[n], b[n]) for a, b in zip(none, walk(zero, gamma, seed), strict=True) for n in SHAPES)
     assert_equal_walks(none, literal(lambda beta, mu: 0 * mu, 0.0, gamma, seed, components=1))
 
@@ -145,16 +145,16 @@ def test_none_is_a_beta_of_zero_and_the_plain_step(gamma: float, seed: int) -> N
     ],
 )
 def test_buffers_survive_a_file(kind: str, beta: str | None, parts: list[str], tmp_path: Path) -> None:
-    momentum = parse_momentum(kind, beta)
+    momentum = complex_beta(kind, beta)
     base = {name: normal(0, name) for name in SHAPES}
     kept, reread = {}, {}
     names = {f"momentum.{part}.{name}" for part in parts for name in SHAPES}
     straight = resumed = base
     for layer in range(3):
         step = {name: normal(layer + 1, name) for name in SHAPES}
-        straight, kept = momentum_step(straight, step, kept, 0.7, momentum.complex_beta)
-        resumed, reread = momentum_step(resumed, step, reread, 0.7, momentum.complex_beta)
-        assert set(kept) == set(buffer_names(SHAPES, momentum.complex_beta)) == names
+        straight, kept = momentum_step(straight, step, kept, 0.7, momentum)
+        resumed, reread = momentum_step(resumed, step, reread, 0.7, momentum)
+        assert set(kept) == set(buffer_names(SHAPES, momentum)) == names
         assert all(buffer.dtype == torch.float32 for buffer in kept.values())
         save_file(reread, tmp_path / "buffers.safetensors")
         reread = load_file(tmp_path / "buffers.safetensors")
@@ -164,12 +164,12 @@ def test_buffers_survive_a_file(kind: str, beta: str | None, parts: list[str], t
 
 @pytest.mark.parametrize("kind", ["none", "complex", "quaternion"])
 def test_arguments_are_left_alone_and_shared_with_nothing(kind: str) -> None:
-    momentum = parse_momentum(kind)
+    momentum = complex_beta(kind)
     base, step = ({name: normal(seed, name) for name in SHAPES} for seed in (0, 1))
     buffers: dict[str, torch.Tensor] = {}
     for _ in range(2):
         before = [{name: tensor.clone() for name, tensor in some.items()} for some in (base, step, buffers)]
-        next_base, next_buffers = momentum_step(base, step, buffers, 1.0, momentum.complex_beta)
+        next_base, next_buffers = momentum_step(base, step, buffers, 1.0, momentum)
         for some, copy in zip((base, step, buffers), before, strict=True):
             assert set(some) == set(copy)
             assert all(torch.equal(some[name], copy[name]) for name in copy)
@@ -181,9 +181,9 @@ def test_arguments_are_left_alone_and_shared_with_nothing(kind: str) -> None:
 def test_refuses_buffers_of_another_momentum() -> None:
     base = {name: normal(0, name) for name in SHAPES}
     _, buffers = momentum_step(base, base, {}, 1.0, 0.9 + 0j)
-    for other in (parse_momentum("quaternion"), parse_momentum("none")):
+    for other in (complex_beta("quaternion"), complex_beta("none")):
         with pytest.raises(ValueError, match=r"momentum\.real\.gate_proj"):
-            momentum_step(base, base, buffers, 1.0, other.complex_beta)
+            momentum_step(base, base, buffers, 1.0, other)
     del buffers["momentum.real.up_proj"]
     with pytest.raises(ValueError, match=r"buffers are .* accepted are .*up_proj"):
         momentum_step(base, base, buffers, 1.0, 0.9 + 0j)
@@ -204,8 +204,7 @@ def test_refuses_steps_of_other_matrices() -> None:
         ("none", None, 0),
         ("complex", None, 0.9),
         ("complex", "0.9", 0.9),
-        ("complex", 0.9, 0.9),
-        ("complex", 0, 0),
+        ("complex", "0", 0),
         ("complex", "-0.5", -0.5),
         ("complex", " 0.9 , 0.2618 ", cmath.rect(0.9, 0.2618)),
         ("complex", "0.9,-0.5236", cmath.rect(0.9, -0.5236)),
@@ -213,15 +212,8 @@ def test_refuses_steps_of_other_matrices() -> None:
         ("quaternion", "0.1,-0.2,0.3,0.4", complex(0.1, 0.29**0.5)),
     ],
 )
-def test_parses(kind: str, beta: str | float | None, expected: complex) -> None:
-    momentum = parse_momentum(kind, beta)
-    assert momentum.kind == kind
-    assert momentum.complex_beta == pytest.approx(expected, abs=1e-15)
-    assert momentum.modulus == pytest.approx(abs(expected), abs=1e-15)
-
-
-def test_a_quaternion_keeps_its_four_numbers() -> None:
-    assert parse_momentum("quaternion", "0.1,-0.2,0.3,0.4") == Momentum("quaternion", (0.1, -0.2, 0.3, 0.4))
+def test_parses(kind: str, beta: str | None, expected: complex) -> None:
+    assert complex_beta(kind, beta) == pytest.approx(expected, abs=1e-15)
 
 
 @pytest.mark.parametrize(
@@ -230,7 +222,7 @@ def test_a_quaternion_keeps_its_four_numbers() -> None:
         ("complex", "1", r"'1', of modulus 1; .*below 1"),
         ("complex", "-1.5", r"'-1.5', of modulus 1.5"),
         ("complex", "1,0.3", r"'1,0.3', of modulus 1;"),
-        ("complex", 1.25, r"'1.25', of modulus 1.25"),
+        ("complex", "1.25", r"'1.25', of modulus 1.25"),
         ("quaternion", "0.8,0.4,0.4,0.4", r"of modulus 1.05"),
         ("quaternion", "1,0,0,0", r"of modulus 1;"),
         ("complex", "", r"'';.*one real number"),
@@ -241,33 +233,10 @@ def test_a_quaternion_keeps_its_four_numbers() -> None:
         ("complex", "-0.9,0.3", r"'-0.9,0.3'.*modulus and radians"),
         ("complex", "0.9,0.2,0.1", r"'0.9,0.2,0.1'"),
         ("complex", "0.8,0.3,0.3,0.3", r"momentum complex accepts"),
-        ("complex", True, r"'True'"),
-        ("complex", [0.9, 0.2], r"\[0.9, 0.2\]"),
         ("quaternion", "0.9", r"'0.9';.*four numbers"),
         ("quaternion", "0.9,0.2618", r"four numbers"),
-        ("none", "0.9", r"'0.9'; momentum none accepts no beta"),
-        ("octonion", None, r"'octonion'; accepted are none, complex, quaternion"),
-        ("octonion", "0.9", r"'octonion'; accepted are none, complex, quaternion"),
     ],
 )
-def test_refuses(kind: str, beta: str | float | None, message: str) -> None:
+def test_refuses(kind: str, beta: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        parse_momentum(kind, beta)
-
-
-@pytest.mark.parametrize(
-    ("kind", "beta"),
-    [
-        ("octonion", 0j),
-        ("none", 0.5),
-        ("complex", 1j),
-        ("complex", complex(math.nan, 0)),
-        ("complex", (0.8, 0.3, 0.3, 0.3)),
-        ("quaternion", 0.9),
-        ("quaternion", (0.8, 0.3, 0.3)),
-        ("quaternion", (0.8, 0.6, 0.0, 0.0)),
-    ],
-)
-def test_cannot_be_built_wrongly(kind: str, beta: complex | tuple) -> None:
-    with pytest.raises(ValueError, match=r"accepted|accepts"):
-        Momentum(kind, beta)
+        complex_beta(kind, beta)
