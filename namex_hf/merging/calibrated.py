@@ -35,8 +35,6 @@ class Shrinking(Rewriting[Grouped]):
     scores: ExpertStatistics | None = None  # of another run: they stand for the text, of which there is nothing
     gram: torch.Tensor = field(init=False)  # float64 [N, N], of whole experts
     groups: Groups = field(init=False)
-    saliency: torch.Tensor | None = None  # float64 [N], once `measure` has run
-    peaks: torch.Tensor | None = None  # float64 [N], likewise: the largest entry of each expert's outputs
 
     @property
     def fit(self) -> FitKind:
@@ -91,18 +89,6 @@ class Shrinking(Rewriting[Grouped]):
         if self.text.target is None or self.is_source:
             return self.measure()
         return self.text.target
-
-    def measure(self) -> torch.Tensor:
-        """The source's routed output. On the way every expert's saliency, the mean over its tokens of gate value times
-        norm of the output, and the largest entry of its outputs."""
-        self.saliency = saliency = torch.zeros(len(self.source.router), dtype=torch.float64)
-        self.peaks = peaks = torch.zeros_like(saliency)
-
-        def visit(number: int, gate: torch.Tensor, outputs: torch.Tensor) -> None:
-            saliency[number] = float((gate * outputs.norm(dim=1)).double().mean())
-            peaks[number] = float(outputs.abs().max())
-
-        return self.source.output(self.text.inputs, self.text.routing, visit)
 
     @property
     def usage(self) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Experts of a layer with fewer neurons each: gates and ups as they were, downs that make up for what is gone."""
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,6 +29,7 @@ class Cut:
     neurons: Neurons
     seed: int = 0
     progress: ProgressCallback = no_progress
+    scores: Tensor | None = None  # [N, all], under ``neurons: gradient``
 
     def run(self) -> tuple[Expert, Tensor]:
         """All experts, and the numbers of the neurons that stay, int64 ``[N, width]``, ascending.
@@ -48,19 +50,20 @@ class Cut:
         """The neurons of an expert that stay, and its down matrix for them.
 
         With fewer tokens than neurons that stay there is nothing to refit to: the neurons of the largest weights stay,
-        and their downs as they are.
+        a super expert's before these, and their downs as they are.
         """
-        moment, peak = self.moments.of(number, expert)
-        own = expert.to(moment)
+        moment, carry = self.moments.of(number, expert)
+        own, carry = expert.to(moment), carry[: self.width]
         for name, matrix in own.items():
             if not matrix.isfinite().all():
                 raise NotFiniteError(number, name)
         if self.moments.tokens(number) < self.width:
             sizes = own.down.norm(dim=0) * own.up.norm(dim=1) * (1 if own.gate is None else own.gate.norm(dim=1))
-            stay = sizes.topk(self.width).indices.sort().values
+            stay = sizes.index_fill(0, carry, math.inf).topk(self.width).indices.sort().values
             return stay, own.down[:, stay]
-        moment, seed = ridged(moment), self.seed * self.experts.count + number
-        stay = neurons_that_stay(moment, own.down, self.width, self.neurons, peak[: self.width], seed)
+        moment, seed = ridged(moment), (self.seed * self.experts.count + number) % (1 << 63)
+        scores = None if self.scores is None else self.scores[number].to(moment)
+        stay = neurons_that_stay(moment, own.down, self.width, self.neurons, carry, seed, scores)
         return stay, refitted(moment, own.down, stay)
 
 

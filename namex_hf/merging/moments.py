@@ -1,6 +1,5 @@
 """Second moments of an expert's neurons: they say which neurons can go, and what the others' downs make up for."""
 
-import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -25,8 +24,8 @@ class Moments(Protocol):
     def of(self, number: int, expert: Expert, /) -> tuple[Tensor, Tensor]:
         """``H = sum_t z_t z_t^T`` over an expert's tokens, float32 ``[all, all]``, and numbers of neurons that stay.
 
-        z is the gate value times what the down matrix receives. Neurons stay that carry a super expert's largest
-        output; of other experts there are none.
+        z is the gate value and the weight of errors times what the down matrix receives. Neurons stay that carry a
+        super expert's largest output; of other experts there are none.
         """
 
 
@@ -64,23 +63,6 @@ class TextMoments:
         if self.save is not None:
             self.save(number, moment, peak)
         return moment, peak
-
-
-@dataclass(frozen=True)
-class ChosenNeurons:
-    """Moments of experts of which the neurons with the largest scores stay, a super expert's before these."""
-
-    moments: Moments
-    scores: Tensor  # [N, all]
-    width: int
-
-    def tokens(self, number: int) -> int:
-        return self.moments.tokens(number)
-
-    def of(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
-        moment, peak = self.moments.of(number, expert)
-        scores = self.scores[number].to(moment).index_fill(0, peak, math.inf)
-        return moment, scores.topk(self.width).indices.sort().values
 
 
 def of_peak(activations: Tensor, down: Tensor) -> Tensor:

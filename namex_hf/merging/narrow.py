@@ -4,12 +4,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import torch
 from torch import Tensor
 
 from ..recipe import Narrow
 from .moe_layer import MoELayer
-from .moments import ChosenNeurons, KnownMoments, Moments, TextMoments
+from .moments import KnownMoments, TextMoments
 from .rewriting import Rewriting
 from .super_experts import super_experts
 
@@ -34,11 +33,8 @@ class Narrowing(Rewriting[Narrow]):
             self.cut(self.known)
             return self.result, self.target
         protected = self.record["super_experts"]
-        moments: Moments = TextMoments(self.source.activation, text, self.weight, protected, self.save)
-        if self.gradients is not None:
-            assert self.merge.width is not None
-            moments = ChosenNeurons(moments, self.gradients, self.merge.width)
-        self.cut(moments)
+        moments = TextMoments(self.source.activation, text, self.weight, protected, self.save)
+        self.cut(moments, self.gradients)
         self.source = self.source.without_experts()  # which can be freed now, before a fit
         output = self.record_error("narrowed", self.result.output(text.inputs, text.routing))
         if self.merge.fit.kind == "layer":
@@ -49,11 +45,7 @@ class Narrowing(Rewriting[Narrow]):
     @cached_property
     def target(self) -> Tensor:
         """The source's routed output. On the way the largest entry of each expert's outputs is recorded."""
-        peaks = torch.zeros(self.source.experts.count)
-
-        def visit(number: int, gate: Tensor, outputs: Tensor) -> None:
-            peaks[number] = float(outputs.abs().max())
-
-        output = self.source.output(self.text.inputs, self.text.routing, visit)
-        self.record |= {"peaks": peaks.tolist(), "super_experts": super_experts(peaks)}
+        output = self.measure()
+        assert self.peaks is not None
+        self.record |= {"peaks": self.peaks.tolist(), "super_experts": super_experts(self.peaks)}
         return output

@@ -20,32 +20,39 @@ ROUNDS = 64
 
 
 def neurons_that_stay(
-    moment: Tensor, down: Tensor, width: int, neurons: Neurons, always: Tensor | None = None, seed: int = 0
+    moment: Tensor,
+    down: Tensor,
+    width: int,
+    neurons: Neurons,
+    always: Tensor | None = None,
+    seed: int = 0,
+    scores: Tensor | None = None,
 ) -> Tensor:
     """Numbers of the neurons that stay, ascending, int64 ``[width]``.
 
     ``energy``: those of the largest ``H_jj |d_j|^2``. ``second_order``: the neuron goes whose loss is least while the
     others' downs make up for it, ``|d_j|^2 / [H^-1]_jj`` (Hassibi & Stork 1993); then D and H^-1 are those of the rest,
-    and so on. ``random``: a control. ``gradient``: none but ``always``.
+    and so on. ``gradient``: those of the largest ``scores``. ``random``: a control.
 
     Args:
         moment: H with its ridge, float64 ``[all, all]``.
         down: D, ``[hidden, all]``.
         always: numbers of at most ``width`` neurons that stay whatever their loss, ascending.
-        seed: of ``random``.
+        seed: of ``random``, from 0 to 2**63 - 1.
+        scores: of ``gradient``, ``[all]``.
 
     Memory: three times ``moment``, and twice in float32, under ``second_order``.
     """
     if always is not None and len(always) == width:
         return always
-    assert neurons != "gradient"
     stays = torch.zeros(len(moment), dtype=torch.bool, device=moment.device)
     stays[[] if always is None else always] = True
     if neurons != "second_order":
         if neurons == "energy":
             scores = moment.diagonal() * down.double().square().sum(0)
-        else:
+        elif neurons == "random":
             scores = torch.rand(len(moment), generator=torch.Generator().manual_seed(seed)).to(moment.device)
+        assert scores is not None
         return scores.masked_fill(stays, math.inf).topk(width).indices.sort().values
     # In place and at full size: rows of neurons that are gone become zeros. float32 chooses as float64 does.
     products = down.float().T @ down.float()
@@ -71,5 +78,5 @@ def refitted(moment: Tensor, down: Tensor, stay: Tensor) -> Tensor:
 
 
 def ridged(moment: Tensor) -> Tensor:
-    """H with its ridge, float64. Args: moment, of `moments`."""
+    """H with its ridge, float64. Args: moment, of `Moments.of`."""
     return with_ridge(moment.double(), RIDGE)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-from namex_hf.merging import calibrated, whole_fit
+from namex_hf.merging import calibrated, rewriting
 from namex_hf.merging.calibrated import Shrinking
 from namex_hf.merging.controls import random_experts as controls
 from namex_hf.merging.controls import shared_experts
@@ -293,14 +293,14 @@ def test_a_fit_of_the_layer_ends_below_what_it_began_with() -> None:
 def test_what_the_layer_is_fitted_to(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All tokens, weighted, and what is wanted of them, the shared expert's own answer besides; the last sequence held
     out; steps and seed as stated."""
-    fit, seen = whole_fit.fit_layer, []
+    fit, seen = rewriting.fit_layer, []
 
     def spy(problem: Problem, experts, router, beside, steps: int, seed: int, advance):
         assert all(torch.equal(beside[part], tensor) for part, tensor in shared().items())
         seen.append((problem, steps, seed))
         return fit(problem, experts, router, beside, steps, seed, advance)
 
-    monkeypatch.setattr(whole_fit, "fit_layer", spy)
+    monkeypatch.setattr(rewriting, "fit_layer", spy)
     run, wanted = aiming(count, of=mixture(renormalises=True), loud=5.0, seed=4, **WHOLE)
     run.shared = shared
     run.run()

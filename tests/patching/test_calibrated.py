@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from namex_hf import Recipe, patch_checkpoint, patch_model
 from namex_hf.errors import CalibrationError, CheckpointError, FamilyError
-from namex_hf.merging import whole_fit
+from namex_hf.merging import rewriting
 from namex_hf.patching import checkpoint_source
 from namex_hf.patching.text import text_for
 from namex_hf.progress import ProgressEvent
@@ -368,7 +368,7 @@ def test_the_source_s_experts_are_gone_when_a_layer_is_fitted(
 ) -> None:
     """They are the largest part of what a layer takes."""
     alive: list[weakref.ref[torch.Tensor]] = []
-    read, fit, fits = checkpoint_source.read_experts, whole_fit.fit_layer, []
+    read, fit, fits = checkpoint_source.read_experts, rewriting.fit_layer, []
 
     def watched(*given: Any) -> dict[str, torch.Tensor]:
         experts = read(*given)
@@ -380,7 +380,7 @@ def test_the_source_s_experts_are_gone_when_a_layer_is_fitted(
         return fit(*given)
 
     monkeypatch.setattr(checkpoint_source, "read_experts", watched)
-    monkeypatch.setattr(whole_fit, "fit_layer", spy)
+    monkeypatch.setattr(rewriting, "fit_layer", spy)
     source = odd("qwen2_moe", torch.bfloat16, tokenizer=True)
     patch_checkpoint(source, tmp_path / "out", recipe_on(words, fit="layer"))
     assert len(alive) == 9

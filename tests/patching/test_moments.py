@@ -10,7 +10,6 @@ import torch
 
 from namex_hf import Recipe, patch_checkpoint
 from namex_hf.errors import CheckpointError, OutputError, RecipeError
-from namex_hf.merging.moments import ChosenNeurons
 from namex_hf.record import Report
 from tests.helpers.checkpoints import (
     all_files,
@@ -167,20 +166,3 @@ def test_what_cannot_be_cut_like_another(odd: Callable[..., Path], words: Path, 
     refused("has no moments of all layers", recipe_on(words, 3), folder=tmp_path / "first")
     wide = odd("qwen2_moe", torch.bfloat16, tokenizer=True, **WIDE)
     refused("is of a model with width 8; this one has 24", recipe_on(words, 3), of=wide)
-
-
-def test_chosen_neurons_begin_with_those_of_a_super_expert() -> None:
-    """Those that carry its largest output stay whatever their score; the scores themselves are not changed."""
-
-    class Fixed:
-        def tokens(self, number: int) -> int:
-            return 9
-
-        def of(self, number: int, expert: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            return torch.eye(5), torch.tensor([1] if number else [], dtype=torch.int64)
-
-    scores = torch.tensor([[3.0, 0.0, 2.0, 1.0, 4.0]] * 2)
-    expert: Any = None
-    chosen = ChosenNeurons(Fixed(), scores, 2)
-    assert [chosen.of(number, expert)[1].tolist() for number in (0, 1)] == [[0, 4], [1, 4]]
-    assert scores[1].tolist() == [3, 0, 2, 1, 4]
