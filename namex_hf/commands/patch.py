@@ -123,8 +123,6 @@ def _shares(options: argparse.Namespace) -> list[str | None]:
         shares = ["0.5"]  # until the model's numbers are known
     if len(set(shares)) < len(shares):
         raise UsageError(f"--keep {' '.join(shares)}: a share is stated twice")
-    if options.like is not None and options.moments is not None:
-        raise UsageError("--like reads what --moments has saved of another model: one of the two")
     if len(shares) > 1 and options.push_to_hub is not None:
         raise UsageError("--push-to-hub pushes one result: with several shares call namex-push for each folder")
     return shares
@@ -136,6 +134,8 @@ def _patch_each(each: list[argparse.Namespace], recipes: list[Recipe]) -> dict[s
     is_own = recipes[0].reads_moments_alone and moments is None and each[0].like is None
     if is_own:
         moments = out / SHARED
+        if each[0].overwrite and (moments / MOMENTS).is_file() and not each[0].dry_run:
+            rmtree(moments)  # of another text, perhaps
     for one in each:
         one.out, one.moments = out / f"keep-{one.keep}", moments
     results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}

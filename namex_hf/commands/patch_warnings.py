@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 
-from ..patching.config import IMPLEMENTATION, ROW_BYTES, takes_grouped_products
+from ..patching.config import GROUPED_MULTIPLE, IMPLEMENTATION, takes_grouped_products
 from ..patching.plan import Plan
 from ..patching.sized import ENOUGH_EQUATIONS, TOKENS_A_NEURON, fitted_equations
 from ..recipe import Narrow
@@ -10,13 +10,12 @@ from ..resources import packaged_models
 
 
 def width_line(plan: Plan) -> str | None:
-    """What a width means that the grouped products of torch do not take, in the dtype of the experts."""
-    dtype = plan.expert_dtype
-    if plan.width == plan.shape.width or takes_grouped_products(plan.width, dtype):
+    """What a width means that the grouped products of torch do not take."""
+    if plan.width == plan.shape.width or takes_grouped_products(plan.width):
         return None
     return (
-        f"width {plan.width} is no multiple of {ROW_BYTES // dtype.itemsize}, which grouped products of "
-        f"{str(dtype)[6:]} need: config.json asks for {IMPLEMENTATION} 'eager', which is slower"
+        f"width {plan.width} is no multiple of {GROUPED_MULTIPLE}, which grouped products of bfloat16 need: "
+        f"config.json asks for {IMPLEMENTATION} 'eager', which is slower"
     )
 
 

@@ -2,8 +2,6 @@
 
 from typing import Any
 
-import torch
-
 from ..checkpoint.rope import both_forms
 from ..families import LAYER_EXPERTS, Config, without_prediction
 from ..families.outline import Outline
@@ -11,7 +9,9 @@ from ..recipe import Grouped, Merge, Recipe, Smaller
 
 IMPLEMENTATION = "experts_implementation"
 """Field by which transformers chooses the products of experts."""
-ROW_BYTES = 16  # of a matrix's rows: torch.nn.functional.grouped_mm takes multiples of this
+GROUPED_MULTIPLE = (
+    8  # of widths: torch.nn.functional.grouped_mm takes rows of 16 bytes, which are 8 numbers of bfloat16
+)
 
 
 def patched_config(
@@ -49,9 +49,9 @@ def smaller_fields(
     return fields
 
 
-def takes_grouped_products(width: int, dtype: torch.dtype) -> bool:
-    """Whether grouped products, the default of transformers, take experts of a width."""
-    return width * dtype.itemsize % ROW_BYTES == 0
+def takes_grouped_products(width: int) -> bool:
+    """Whether grouped products, the default of transformers, take experts of a width, in whatever dtype."""
+    return width % GROUPED_MULTIPLE == 0
 
 
 def by_decoder_layer(counts: tuple[int, ...], layers: tuple[int, ...], depth: int) -> list[int]:

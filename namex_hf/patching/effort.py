@@ -26,8 +26,9 @@ class Effort:
 
     def seconds(self, plan: Plan) -> float:
         """At the speed that such products have here."""
-        tokens = FitSettings.batch if self.steps else plan.tokens
-        rows = min(ROWS, max(1, tokens * min(plan.shape.top_k, plan.experts) // plan.experts))
+        tokens, rows = FitSettings.batch if self.steps else plan.tokens, ROWS
+        if tokens:  # else products are of squares alone
+            rows = min(ROWS, max(1, tokens * min(plan.shape.top_k, plan.experts) // plan.experts))
         speed = partial(measured_speed, plan.recipe.device, rows, *plan.shape.of("up_proj"))
         dtype = plan.expert_dtype
         if dtype != torch.bfloat16 or not multiplies_bfloat16(plan.device):

@@ -47,9 +47,10 @@ def neuron_gradients(model: Any, outline: Outline, text: CalibrationText, device
     model.to(device).eval().requires_grad_(False)
     downs = {layer: block.experts.down_proj.requires_grad_(True) for layer, block in blocks.items()}
     scores = {layer: torch.zeros(down.shape[0], down.shape[2], device=device) for layer, down in downs.items()}
+    model.config.output_router_logits = False  # else the balance loss is in the loss
     for ids in text.ids.to(device).split(1):
         with torch.enable_grad():
-            loss = model(input_ids=ids, labels=ids).loss
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         gradients = torch.autograd.grad(loss, list(downs.values()))
         for (layer, down), gradient in zip(downs.items(), gradients, strict=True):
             scores[layer] += (gradient * down.detach()).sum(1).square()

@@ -81,7 +81,7 @@ def patch_model(
     with shared_out() if text is None else nullcontext():
         write_model(model, outline, recipe, count.layers(pipeline.run()))
     width = recipe.merge.width if isinstance(recipe.merge, Smaller) else None
-    if width and not takes_grouped_products(width, source.dtype(outline.shape.layers[0])):
+    if width and not takes_grouped_products(width):
         model.set_experts_implementation("eager")
     model.config.namex = recipe.to_stored()
     return model

@@ -1,22 +1,24 @@
 """Moments of neurons that a run measured on its text: results of other widths from the same reading."""
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..checkpoint.identity import hash_weights
 from ..checkpoint.shard import write_tensors
 from ..errors import CheckpointError, RecipeError
 from ..families import MoeShape
-from ..files import MOMENTS, read_checked, read_json, write_checked, write_text
+from ..files import HASH, MOMENTS, read_checked, read_json, write_checked, write_text
 from ..merging.experts import Expert
 from ..recipe import Recipe
 
 RECORD, COMPLETE = "record.json", "complete"
+HASHES = "hashes"
 RECORDED = ("usage", "mass", "peaks", "super_experts")
 
 
@@ -27,12 +29,16 @@ class SavedMoments:
     folder: Path
     record: dict[str, Any]
     device: str
+    hashes: dict[str, str]
 
     def tokens(self, number: int) -> int:
         return int(self.record["usage"][number])
 
     def of(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
-        saved = load_file(_file(self.folder, number), device=self.device)
+        file = _file(self.folder, number)
+        if not file.is_file() or hash_weights(file) != self.hashes.get(file.name):
+            raise CheckpointError(f"{file} is not as it was written; make the moments anew, in a new folder")
+        saved = load_file(file, device=self.device)
         return saved["moment"], saved["peak"]
 
 
@@ -49,6 +55,7 @@ class MomentsFolder:
     run: dict[str, Any]
     is_complete: bool
     device: str
+    hashes: dict[Path, str] = field(default_factory=dict)  # of the files that this run has written
 
     def begin(self) -> None:
         """Make the folder, and say of which run it is."""
@@ -62,15 +69,21 @@ class MomentsFolder:
 
     def layer(self, layer: int) -> SavedMoments:
         folder = _layer_folder(self.folder, layer)
-        return SavedMoments(folder, read_checked(folder / RECORD), self.device)
+        record = read_checked(folder / RECORD)
+        return SavedMoments(folder, {name: record[name] for name in RECORDED}, self.device, record.get(HASHES, {}))
 
     def save(self, layer: int, number: int, moment: Tensor, peak: Tensor) -> None:
         file = _file(_layer_folder(self.folder, layer), number)
-        write_tensors(file, {"moment": moment.cpu(), "peak": peak.cpu()}, {})
+        write_tensors(file, {"moment": moment.cpu(), "peak": peak.cpu()}, {}, self._written)
 
     def finish(self, layer: int, record: dict[str, Any]) -> None:
         """Take down that all of a layer's are saved. Args: record, the layer's in the report."""
-        write_checked(_layer_folder(self.folder, layer) / RECORD, {name: record[name] for name in RECORDED})
+        folder = _layer_folder(self.folder, layer)
+        hashes = {path.name: written for path, written in self.hashes.items() if path.parent == folder}
+        write_checked(folder / RECORD, {**{name: record[name] for name in RECORDED}, HASHES: hashes})
+
+    def _written(self, path: Path, listed: Mapping[str, Any]) -> None:
+        self.hashes[path] = listed[HASH]
 
 
 def check_reads_moments(recipe: Recipe, option: str) -> None:

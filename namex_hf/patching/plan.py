@@ -180,8 +180,8 @@ class Plan:
 
     @property
     def shared_bytes(self) -> int:
-        """Bytes of all layers' shared experts, where they are fitted along; else 0."""
-        if self.fits != "layer":
+        """Bytes of all layers' shared experts, where they are fitted along or padded; else 0."""
+        if self.fits != "layer" and not self.padding_bytes:
             return 0
         names = [name for layer in self.shape.layers for name in self.outline.shared(layer).values()]
         return sum(self.span(name).size for name in names) + self.padding_bytes
@@ -262,7 +262,7 @@ class Plan:
         config = patched_config(config, self.outline, self.recipe, self.counts)
         if self.form:
             config = self.form.config(config)
-        if self.width != self.shape.width and not takes_grouped_products(self.width, self.expert_dtype):
+        if self.width != self.shape.width and not takes_grouped_products(self.width):
             config[IMPLEMENTATION] = "eager"
         code = remote_code(config["model_type"])
         if code.auto_map:

@@ -134,7 +134,11 @@ def test_several_shares_from_one_reading(tmp_path: Path, capsys: Said) -> None:
     assert ran("tiny", "--out", tmp_path / "again", *flags, "--moments", moments) == 0
     assert sorted(path.name for path in out.iterdir()) == ["keep-0.5", "keep-0.75"]
     assert (moments / "complete").is_file()
-    flags = tuple(flag for flag in flags if flag != "0.75")
+    shutil.copytree(moments, tmp_path / "killed" / ".moments")
+    flags = tuple("2048" if flag == "4096" else flag for flag in flags)
+    assert ran("tiny", "--out", tmp_path / "killed", *flags) == 2  # of another text
+    assert ran("tiny", "--out", tmp_path / "killed", *flags, "--overwrite") == 0
+    flags = tuple("4096" if flag == "2048" else flag for flag in flags if flag != "0.75")
     assert ran("tiny", "--out", tmp_path / "alone", *flags) == 0
     for folder in (out, tmp_path / "again"):
         assert settled_files(folder / "keep-0.5") == settled_files(tmp_path / "alone")

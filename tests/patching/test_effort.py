@@ -10,7 +10,9 @@ from namex_hf.merging.gate import Gate
 from namex_hf.merging.layer_fit import FitParameters, Problem
 from namex_hf.merging.moe_layer import MoELayer, Text
 from namex_hf.merging.narrow import Narrowing
+from namex_hf.merging.routing import ROWS
 from namex_hf.merging.settings import FitSettings
+from namex_hf.patching import effort
 from namex_hf.patching.effort import Effort, effort_of, measured_speed
 from namex_hf.patching.estimate import space_needed
 from namex_hf.patching.plan import Plan, make_plan
@@ -49,6 +51,31 @@ def test_operations_are_those_of_a_step(kept: int) -> None:
     assert effort is not None
     checks = FitSettings.checked_tokens / FitSettings.check_every / BATCH
     assert effort.operations == pytest.approx(STEPS * (7 + 3 * checks) * products)
+
+
+@pytest.mark.parametrize("tokens", [0, 100])
+def test_speed_is_that_of_products_of_as_many_rows(tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without text only squares of matrices are multiplied, which is faster than a row at a time."""
+    rows: list[int] = []
+
+    def speed(device: str, tokens: int, *more: object) -> float:
+        rows.append(tokens)
+        return 1.0
+
+    monkeypatch.setattr(effort, "measured_speed", speed)
+    plan = make_plan(resolve("tiny"), Recipe(keep=0.5), "5GB", reads_text=False)
+    monkeypatch.setattr(Plan, "tokens", tokens)
+    Effort(1.0).seconds(plan)
+    assert {*rows} == {25 if tokens else ROWS}
+
+
+def test_padded_shared_experts_are_in_the_state_too() -> None:
+    """Without a fit; where they are not padded they stay where they are."""
+    for width, is_padded in ((48, True), (40, False)):
+        plan = make_plan(resolve("tiny-deepseek"), Recipe(width=width, merge="narrow"), "5GB", reads_text=False)
+        stored = sum(span.size for name, span in plan.spans.items() if ".mlp.shared_expert" in name)
+        assert plan.shared_bytes == (stored + plan.padding_bytes if is_padded else 0)
+        assert (plan.padding_bytes > 0) == is_padded
 
 
 def test_room_for_the_shared_experts() -> None:

@@ -66,6 +66,15 @@ def test_scores_are_changes_of_the_loss(odd, words: Path, family: str) -> None:
     np.testing.assert_allclose(found, losses, rtol=1e-3)
 
 
+def test_a_balance_loss_has_no_part_in_the_scores(odd, words: Path) -> None:
+    text, model = text_and_model(odd("qwen2_moe", torch.float32, tokenizer=True, **WIDE), recipe_on(words))
+    outline = outline_of(model.config.to_dict())
+    scores = neuron_gradients(model, outline, text, "cpu")
+    model.config.output_router_logits, model.config.router_aux_loss_coef = True, 10.0
+    again = neuron_gradients(model, outline, text, "cpu")
+    assert all(torch.equal(again[layer], one) for layer, one in scores.items())
+
+
 @pytest.mark.parametrize("family", ["qwen2_moe", "deepseek"])
 def test_neurons_of_the_largest_scores_stay(odd, words: Path, tmp_path: Path, family: str) -> None:
     """On disk as in memory; an expert with few tokens keeps those of the largest weights."""

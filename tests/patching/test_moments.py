@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from namex_hf import Recipe, patch_checkpoint
-from namex_hf.errors import CheckpointError, OutputError, RecipeError
+from namex_hf.checkpoint.resolve import resolve
+from namex_hf.errors import CheckpointError, OutputError, RecipeError, UsageError
+from namex_hf.patching.estimate import peak_bytes, space_needed
+from namex_hf.patching.plan import make_plan
 from namex_hf.record import Report
 from tests.helpers.checkpoints import (
     all_files,
@@ -126,6 +129,38 @@ def test_moments_that_are_lost_are_measured_again(odd: Callable[..., Path], word
     report = patch_checkpoint(source, tmp_path / "second", recipe_on(words, 3), moments=moments)
     assert all(layer["errors"] for layer in report.layers)
     assert {name: data for name, (data, _) in all_files(moments).items()} == kept
+
+
+@pytest.mark.parametrize("lost", [True, False])
+def test_a_damaged_file_of_moments_is_refused(
+    odd: Callable[..., Path], words: Path, tmp_path: Path, lost: bool
+) -> None:
+    source, moments = odd("qwen2_moe", torch.bfloat16, tokenizer=True), tmp_path / "moments"
+    patch_checkpoint(source, tmp_path / "first", recipe_on(words, 4), moments=moments)
+    file = max(moments.rglob("*.safetensors"))
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.unlink() if lost else file.write_bytes(data)
+    for option in ("moments", "like"):
+        with pytest.raises(CheckpointError, match=f"{file.name} is not as it was written"):
+            patch_checkpoint(source, tmp_path / "out", recipe_on(words, 3), **{option: moments})
+        assert not (tmp_path / "out").exists()
+
+
+def test_moments_are_saved_or_taken_from_another(odd: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    source, folder = odd("qwen2_moe", torch.bfloat16, tokenizer=True), tmp_path / "moments"
+    patch_checkpoint(source, tmp_path / "first", recipe_on(words, 4), moments=folder)
+    with pytest.raises(UsageError, match="--like reads what --moments has saved"):
+        patch_checkpoint(source, tmp_path / "out", recipe_on(words, 4), moments=folder, like=folder)
+
+
+def test_without_text_no_room_is_kept_for_it(odd: Callable[..., Path], words: Path, tmp_path: Path) -> None:
+    source, folder, recipe = odd("qwen2_moe", torch.bfloat16, tokenizer=True), tmp_path / "moments", recipe_on(words, 4)
+    patch_checkpoint(source, tmp_path / "first", recipe, moments=folder)
+    plan, like = (make_plan(resolve(str(source)), recipe, "5GB", like=one) for one in (None, folder))
+    assert plan.tokens == TOKENS
+    assert space_needed(plan) - space_needed(like) == 2 * 4 * TOKENS * plan.shape.hidden
+    assert peak_bytes(plan) - peak_bytes(like) > 4 * 4 * TOKENS * plan.shape.hidden
 
 
 def test_a_model_is_cut_like_another(odd: Callable[..., Path], words: Path, tmp_path: Path) -> None:
