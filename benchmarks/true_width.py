@@ -80,7 +80,7 @@ def make(folder: Path, layers: int, experts: int, shards: int, vocabulary: int =
     for number in range(shards):
         part, name = items[number * size : (number + 1) * size], f"model-{number + 1:05d}-of-{shards:05d}.safetensors"
         with Reader() as reader:
-            write_shard(folder / name, part, reader, {"format": "pt"})
+            write_shard(folder / name, part, reader)
         weight_map |= {one.name: name for one in part}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 

@@ -7,7 +7,7 @@ alone.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ CHUNK_BYTES = 4 * 2**20
 
 def domain_gram(
     experts: Tensor | Sequence[Tensor],
-    base: Tensor,
+    base: Tensor | None,
     chunk_bytes: int = CHUNK_BYTES,
     device: torch.device | str | None = None,
 ) -> Tensor:
@@ -29,6 +29,7 @@ def domain_gram(
         experts: [N, D...], or a sequence of N tensors [D...] (memory-mapped tensors need not be stacked). Any floating
             dtype; read chunk by chunk, never converted as a whole.
         base: [D...], the base expert E_m. It is not rounded to the experts' dtype: pass it in float32 if it is a mean.
+            None: a base of zero.
         chunk_bytes: size of the working buffer, in bytes.
         device: device that multiplies the chunks; by default that of the experts.
 
@@ -43,14 +44,21 @@ def domain_gram(
     Raises:
         ValueError: no experts, shapes of experts and base that differ, a dtype that is not floating, chunk_bytes < 1.
     """
-    return _stream(experts, base, chunk_bytes, device)
+    _check(experts, base, chunk_bytes)
+    target = torch.device(device) if device is not None else experts[0].device
+    double = any(t.dtype == torch.float64 for t in (*experts, *(() if base is None else (base,))))
+    dtype = torch.float64 if double else torch.float32
+    total = _UpperGram(len(experts), dtype, target)
+    for _, chunk in chunks(experts, base, dtype, target, chunk_bytes):
+        total.add(chunk)
+    return total.symmetric()
 
 
 def gram_of(
     vectors: Tensor | Sequence[Tensor], chunk_bytes: int = CHUNK_BYTES, device: torch.device | str | None = None
 ) -> Tensor:
     """Gram matrix float64 [N, N] of the vectors [N, D...] themselves: `domain_gram` with a base of zero."""
-    return _stream(vectors, None, chunk_bytes, device)
+    return domain_gram(vectors, None, chunk_bytes, device)
 
 
 def cosine(gram: Tensor) -> Tensor:
@@ -78,33 +86,37 @@ def _check(experts: Tensor | Sequence[Tensor], base: Tensor | None, chunk_bytes:
         raise ValueError(f"chunk_bytes is {chunk_bytes}; at least 1 is needed")
 
 
-def _stream(
-    experts: Tensor | Sequence[Tensor], base: Tensor | None, chunk_bytes: int, device: torch.device | str | None
-) -> Tensor:
-    _check(experts, base, chunk_bytes)
-    target = torch.device(device) if device is not None else experts[0].device
-    double = any(t.dtype == torch.float64 for t in (*experts, *(() if base is None else (base,))))
-    dtype = torch.float64 if double else torch.float32
-    stacked = experts.detach().flatten(1) if isinstance(experts, Tensor) else None
-    flat = [] if stacked is not None else [expert.detach().flatten() for expert in experts]
-    flat_base = None if base is None else base.detach().flatten()
+def chunks(
+    vectors: Tensor | Sequence[Tensor],
+    base: Tensor | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Columns, and the vectors minus the base there, ``[N, columns]`` in one buffer that is filled again and again.
 
-    count, width = len(experts), experts[0].numel()
+    Args:
+        vectors, base: as the experts and the base of `domain_gram`; None: a base of zero.
+        dtype, device: of the buffer.
+    """
+    # Stacked tensors are one strided copy a chunk in the place of N.
+    stacked = vectors.detach().flatten(1) if isinstance(vectors, Tensor) else None
+    flat = [] if stacked is not None else [vector.detach().flatten() for vector in vectors]
+    origin = None if base is None else base.detach().flatten()
+    count, width = len(vectors), vectors[0].numel()
     columns = max(1, min(width, chunk_bytes // (count * dtype.itemsize)))
-    buffer = torch.empty(count, columns, dtype=dtype, device=target)
-    total = _UpperGram(count, dtype, target)
+    buffer = torch.empty(count, columns, dtype=dtype, device=device)
     for start in range(0, width, columns):
-        stop = min(start + columns, width)
-        chunk = buffer[:, : stop - start]
+        place = slice(start, min(start + columns, width))
+        chunk = buffer[:, : place.stop - start]
         if stacked is not None:
-            chunk.copy_(stacked[:, start:stop])
+            chunk.copy_(stacked[:, place])
         else:
             for row, vector in zip(chunk, flat, strict=True):
-                row.copy_(vector[start:stop])
-        if flat_base is not None:
-            chunk.sub_(flat_base[start:stop].to(target, dtype))
-        total.add(chunk)
-    return total.symmetric()
+                row.copy_(vector[place])
+        if origin is not None:
+            chunk.sub_(origin[place].to(device, dtype))
+        yield place, chunk
 
 
 class _UpperGram:

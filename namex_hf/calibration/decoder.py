@@ -110,10 +110,7 @@ class Decoder:
         module = self._layers[index]
         try:
             self._materialise(module, self._outline.decoder_layers[index])
-            tap, shape = self._taps.get(index), self._outline.shape
-            top_k = shape.gate.top_k if tap is None else min(shape.gate.top_k, shape.experts_of(index))
-            linear = self._outline.family.linear
-            yield DecoderLayer(index, module, tap, top_k, linear, self._frame, self._batches)
+            yield DecoderLayer(self, index)
         finally:
             module.to("meta")
 
@@ -219,7 +216,7 @@ class Decoder:
     def _materialise(self, module: nn.Module, name: str) -> None:
         restore_buffers(self._model, module, self._device)
         weights = {
-            key: self._tensor(empty.shape, f"{name}.{key}").to(self._device, _dtype_of(empty))
+            key: self._tensor(empty.shape, f"{name}.{key}").to(self._device, empty.dtype)
             for key, empty in module.state_dict().items()
         }
         module.load_state_dict(weights, assign=True)
@@ -237,25 +234,15 @@ class Decoder:
         return tensor
 
 
-def _dtype_of(empty: Tensor) -> torch.dtype:
-    return torch.float32 if empty.is_floating_point() else empty.dtype
-
-
 class DecoderLayer:
     """A decoder layer that is in memory, lent by `Decoder.layer`. Hidden states are float32, on any device."""
 
-    def __init__(
-        self,
-        index: int,
-        module: nn.Module,
-        tap: "_Tap | None",
-        top_k: int,
-        linear: bool,
-        frame: Frame,
-        batches: Callable[[Tensor], Iterator[slice]],
-    ) -> None:
-        self._index, self._module, self._tap, self._top_k = index, module, tap, top_k
-        self._linear, self._frame, self._batches = linear, frame, batches
+    def __init__(self, decoder: Decoder, index: int) -> None:
+        outline, tap = decoder._outline, decoder._taps.get(index)
+        top_k = outline.shape.gate.top_k
+        self._top_k = top_k if tap is None else min(top_k, outline.shape.experts_of(index))
+        self._index, self._module, self._tap, self._linear = index, decoder._layers[index], tap, outline.family.linear
+        self._frame, self._batches = decoder._frame, decoder._batches
 
     @property
     def is_mixture(self) -> bool:

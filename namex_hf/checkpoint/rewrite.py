@@ -9,8 +9,6 @@ from .bytes import Reader
 from .shard import Item, write_index, write_shard
 from .source import Checkpoint
 
-METADATA = {"format": "pt"}
-
 
 def rewrite(checkpoint: Checkpoint, left_out: tuple[str, ...], folder: Path) -> None:
     """Rewrite weights, index and report in a folder of links to the files of a checkpoint.
@@ -28,9 +26,7 @@ def rewrite(checkpoint: Checkpoint, left_out: tuple[str, ...], folder: Path) -> 
             places = sorted((span.begin, name) for name, span in spans.items() if span.file == shard)
             items = [Item.of(name, spans[name]) for _, name in places]
             if items:
-                write_shard(
-                    folder / shard.name, items, reader, METADATA, lambda path, entry: listed.update({path.name: entry})
-                )
+                write_shard(folder / shard.name, items, reader, lambda path, entry: listed.update({path.name: entry}))
             else:
                 emptied.append(shard.name)
     write_index(folder, {name: span.file.name for name, span in spans.items()}, sum(s.size for s in spans.values()))

@@ -3,7 +3,7 @@
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +18,7 @@ from .header import NAMES, TensorSpan
 from .identity import combined
 
 AHEAD = 6
+METADATA = {"format": "pt"}
 Source = TensorSpan | Callable[[], torch.Tensor]
 
 
@@ -44,8 +45,8 @@ def write_shard(
     path: Path,
     items: Sequence[Item],
     reader: Reader,
-    metadata: dict[str, str],
     record: Record | None = None,
+    metadata: Mapping[str, str] = METADATA,
 ) -> None:
     """Write a safetensors file atomically: under a temporary name, then sync and rename.
 
@@ -77,13 +78,16 @@ def write_shard(
 
 
 def write_tensors(
-    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str], record: Record | None = None
+    path: Path,
+    tensors: dict[str, torch.Tensor],
+    record: Record | None = None,
+    metadata: Mapping[str, str] = METADATA,
 ) -> None:
     """`write_shard` of tensors in memory. A full disk is an OSError, unlike in the safetensors library."""
     path.parent.mkdir(exist_ok=True)
     items = [Item(name, tensor.dtype, tuple(tensor.shape), partial(_same, tensor)) for name, tensor in tensors.items()]
     with Reader() as reader:
-        write_shard(path, items, reader, metadata, record)
+        write_shard(path, items, reader, record, metadata)
 
 
 def shard_names(count: int) -> list[str]:
@@ -108,8 +112,8 @@ def _same(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
-def _header(items: Sequence[Item], metadata: dict[str, str]) -> bytes:
-    header: dict[str, object] = {"__metadata__": metadata}
+def _header(items: Sequence[Item], metadata: Mapping[str, str]) -> bytes:
+    header: dict[str, object] = {"__metadata__": {**metadata}}
     position = 0
     for item in items:
         offsets = [position, position + item.size]

@@ -1,6 +1,5 @@
 """A layer with fewer experts, merged on its activations on calibration text."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -8,6 +7,7 @@ import torch
 
 from ..recipe import Grouped
 from ..recipe.choices import FitKind
+from .combine import average_bias, averages
 from .controls import random_experts, shared_experts
 from .experts import Expert, grams
 from .grouping import Groups, groups_by_damage, groups_by_outputs, groups_by_router, groups_by_weights
@@ -63,9 +63,9 @@ class Shrinking(Rewriting[Grouped]):
             self.record["kept"] = [group[0] for group in self.groups]
         gate = self.source.gate.of(self.merge.experts)
         # The source gets no local name here, so that `fit_all` can free its experts.
-        self.result = replace(
-            self.source, experts=self.initial_experts(), router=self.average_rows(), gate=gate, bias=self.average_bias()
-        )
+        rows = averages(self.source.router, self.groups, self.mass)
+        bias = average_bias(self.source.bias, self.groups, self.mass)
+        self.result = replace(self.source, experts=self.initial_experts(), router=rows, gate=gate, bias=bias)
         if self.scores is not None:
             return self.result, self.target
         output = self.record_error("merged", self.output())
@@ -199,25 +199,6 @@ class Shrinking(Rewriting[Grouped]):
             result.set_expert(place, merged)
             self.record["games"] += [{"members": list(ranked), **game} for game in games]
         return result
-
-    def average_rows(self) -> torch.Tensor:
-        """A router row a group: the mean of its members' rows, weighted by their gate values."""
-        router = self.source.router
-        return torch.stack([share @ router[list(group)].float() for group, share in self.mass_shares()]).to(router)
-
-    def average_bias(self) -> torch.Tensor | None:
-        """An entry of the gate's correction bias a group: means as of the rows, ``[..., K]`` like the source's."""
-        bias = self.source.bias
-        if bias is None:
-            return None
-        entries = [share @ bias.flatten()[list(group)].float() for group, share in self.mass_shares()]
-        return torch.stack(entries).to(bias).view(*bias.shape[:-1], len(entries))
-
-    def mass_shares(self) -> Iterator[tuple[list[int], torch.Tensor]]:
-        """Every group, and the share of each member in its gate values, float32."""
-        for group in map(list, self.groups):
-            mass = self.mass[group]
-            yield group, (mass / mass.sum() if mass.sum() > 0 else torch.full_like(mass, 1 / len(mass))).float()
 
     def fit_rows(self) -> None:
         """Fit the router's rows to the target; the experts stay as they are."""

@@ -83,18 +83,18 @@ def merged_expert(experts: Experts, group: Group, merge: Grouped, device: str, f
     return each_projection(merged, experts)
 
 
-def average_rows(router: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Router rows ``[K, hidden]`` of the groups: means of their members' rows, in the router's dtype.
+def averages(values: torch.Tensor, groups: Groups, mass: torch.Tensor | None = None) -> torch.Tensor:
+    """Means ``[K, ...]`` of the groups' rows in ``values [N, ...]``, weighted by ``mass [N]`` where there is some.
 
     A softmax over K rows cannot be the sum of its members' probabilities, so this is a start, not an equivalent.
     """
-    rows = [
-        router[list(group)].float().mean(0).to(router.dtype) if len(group) > 1 else router[group[0]] for group in groups
-    ]
-    return torch.stack(rows)
+    means = []
+    for group in map(list, groups):
+        rows, own = values[group].float(), None if mass is None else mass[group]
+        means.append(rows.mean(0) if own is None or not own.sum() > 0 else (own / own.sum()).float() @ rows)
+    return torch.stack(means).to(values)
 
 
-def average_entries(bias: torch.Tensor, groups: Groups) -> torch.Tensor:
-    """Correction biases of the groups: means of their members', in the shape ``[..., K]`` and dtype of ``bias``."""
-    means = [bias.flatten()[list(group)].float().mean() for group in groups]
-    return torch.stack(means).to(bias.dtype).view(*bias.shape[:-1], len(groups))
+def average_bias(bias: torch.Tensor | None, groups: Groups, mass: torch.Tensor | None = None) -> torch.Tensor | None:
+    """`averages` of a gate's correction bias, in the shape ``[..., K]`` and dtype of ``bias``."""
+    return None if bias is None else averages(bias.flatten(), groups, mass).view(*bias.shape[:-1], len(groups))

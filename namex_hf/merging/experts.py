@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..bargaining import CHUNK_BYTES, domain_gram
+from ..bargaining.gram import chunks
 from ..errors import NamexError
 
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
@@ -162,16 +163,9 @@ def weighted_sum(
 
     Memory: one chunk of every matrix in float32 beyond the result.
     """
-    flat = [matrix.flatten() for matrix in matrices]
-    result = torch.empty_like(flat[0])
     shares = (weights * factor).to(device=device, dtype=torch.float32)[None]
-    width = max(1, CHUNK_BYTES // (4 * len(flat)))
-    buffer = torch.empty(len(flat), min(width, len(result)), device=device)
-    for start in range(0, len(result), width):
-        columns = slice(start, start + width)
-        chunk = buffer[:, : len(result[columns])]
-        for row, vector in zip(chunk, flat, strict=True):
-            row.copy_(vector[columns])
+    result = torch.empty_like(matrices[0].flatten())
+    for columns, chunk in chunks(matrices, None, torch.float32, device):
         result[columns] = torch.mm(shares, chunk)[0]
     return result.view_as(matrices[0])
 
@@ -193,26 +187,10 @@ def weighted_step(
 
     Memory: that buffer, a chunk of every expert, beyond the result.
     """
-    players = weights.nonzero().flatten().tolist()  # the others are not read
-    centre = base.flatten()
-    step = torch.zeros_like(centre)
-    if not players:
-        return step.view_as(base)
-    together = None
-    if isinstance(matrices, torch.Tensor) and len(players) == len(matrices):
-        together = matrices.flatten(1)  # one strided copy a chunk instead of one a player
-    flat = [matrices[player].flatten() for player in players]
-    shares = weights[players].to(device=device, dtype=base.dtype)
-    width = max(1, chunk_bytes // (base.element_size() * len(players)))
-    buffer = torch.empty(len(players), min(width, len(centre)), dtype=base.dtype, device=device)
-    for start in range(0, len(centre), width):
-        columns = slice(start, start + width)
-        tau = buffer[:, : len(centre[columns])]
-        if together is not None:
-            tau.copy_(together[:, columns])
-        else:
-            for row, vector in zip(tau, flat, strict=True):
-                row.copy_(vector[columns])
-        tau.sub_(centre[columns].to(device))
-        step[columns] = torch.mv(tau.T, shares).to(step.device)
+    step, players = torch.zeros_like(base.flatten()), weights.nonzero().flatten().tolist()  # the others are not read
+    if players:
+        taken = matrices if len(players) == len(matrices) else [matrices[player] for player in players]
+        shares = weights[players].to(device=device, dtype=base.dtype)
+        for columns, tau in chunks(taken, base, base.dtype, device, chunk_bytes):
+            step[columns] = torch.mv(tau.T, shares).to(step.device)
     return step.view_as(base)

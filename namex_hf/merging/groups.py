@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ..recipe import Grouped
-from .combine import Group, average_entries, average_rows, merged_expert, play
+from .combine import Group, average_bias, averages, merged_expert, play
 from .experts import Expert, Experts, grams
 from .grouping import groups_by_weights
 from .mass import expected_mass
@@ -38,7 +38,7 @@ def merge_layer(layer: MoELayer, norm: torch.Tensor, merge: Grouped, seed: int, 
 
     Args:
         layer: the original. Router rows are averaged within the groups.
-        norm: ``[hidden]``, the what the norm before the router multiplies by.
+        norm: ``[hidden]``, what the norm before the router multiplies by.
 
     Memory: that of the games; experts are merged on demand.
 
@@ -48,8 +48,7 @@ def merge_layer(layer: MoELayer, norm: torch.Tensor, merge: Grouped, seed: int, 
     gram = grams(layer.experts, layer.experts.zeros(), "expert", device)
     count = merge.experts
     groups = groups_by_weights(gram[0], count)
-    rows = average_rows(layer.router, groups)
-    bias = None if layer.bias is None else average_entries(layer.bias, groups)
+    rows, bias = averages(layer.router, groups), average_bias(layer.bias, groups)
     factor = 1.0
     if not layer.gate.renormalises and count < len(layer.router):
         before = expected_mass(layer.router, norm, layer.gate, seed, layer.bias)

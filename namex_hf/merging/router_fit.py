@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .gate import Gate
 from .moe_layer import MoELayer
 from .routing import expert_output, gate_values, on_tokens
@@ -44,15 +43,11 @@ def output_products(
     inputs: torch.Tensor,
     target: torch.Tensor,
     layer: MoELayer,
-    progress: ProgressCallback = no_progress,
     chunk_bytes: int = FitSettings.chunk_bytes,
 ) -> OutputProducts:
     """Run every expert of a layer on every token.
 
     Memory: beyond the result, ``chunk_bytes`` of outputs, one expert and its neurons.
-
-    Args:
-        progress: called after every chunk of tokens.
     """
     count, experts = len(inputs), layer.experts.count
     gram = inputs.new_empty(count, experts, experts)
@@ -65,7 +60,6 @@ def output_products(
         stacked = torch.stack(outputs, dim=1)
         torch.bmm(stacked, stacked.mT, out=gram[rows])
         cross[rows] = (stacked @ target[rows, :, None])[..., 0]
-        progress(ProgressEvent("outputs", amount=len(stacked), done=min(start + chunk, count), total=count))
     return OutputProducts(gram, cross, target.square().sum(-1))
 
 

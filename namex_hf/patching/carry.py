@@ -18,8 +18,6 @@ from ..progress import ProgressCallback, ProgressEvent
 from .plan import Plan
 from .state import State
 
-METADATA = {"format": "pt"}
-
 
 @contextmanager
 def carried_beside(
@@ -53,7 +51,7 @@ def carry_over(
                 if is_unchanged(plan, shard, items):
                     settled.append(copy_file(shard, target, settling, state.record_shard))
                 else:
-                    write_shard(target, items, reader, METADATA, state.record_shard)
+                    write_shard(target, items, reader, state.record_shard)
             progress(ProgressEvent("copying", amount=shard.stat().st_size, resumed=resumed))
         for future in settled:
             future.result()
@@ -91,7 +89,7 @@ def write_added(plan: Plan, folder: Path, state: State, packs: list[list[int | N
         for pack, name in zip(packs, names, strict=True):
             if not (folder / name).is_file():
                 items = [item for layer in pack for item in added_items(plan, state, layer)]
-                write_shard(folder / name, items, reader, METADATA, state.record_shard)
+                write_shard(folder / name, items, reader, state.record_shard)
 
 
 def added_items(plan: Plan, state: State, layer: int | None) -> list[Item]:

@@ -74,7 +74,7 @@ class MomentsFolder:
 
     def save(self, layer: int, number: int, moment: Tensor, peak: Tensor) -> None:
         file = _file(_layer_folder(self.folder, layer), number)
-        write_tensors(file, {"moment": moment.cpu(), "peak": peak.cpu()}, {}, self._written)
+        write_tensors(file, {"moment": moment.cpu(), "peak": peak.cpu()}, self._written)
 
     def finish(self, layer: int, record: dict[str, Any]) -> None:
         """Take down that all of a layer's are saved. Args: record, the layer's in the report."""

@@ -14,7 +14,6 @@ from ..checkpoint.header import TensorSpan
 from ..checkpoint.shard import Item, shard_names, write_shard
 from ..errors import FamilyError
 from ..progress import FINISHED, ProgressCallback, ProgressEvent
-from .carry import METADATA
 from .finite import is_finite
 from .plan import Plan, constant_items
 from .state import State
@@ -47,7 +46,7 @@ def write_packs(
             for layer in layers:
                 progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=True))
         else:
-            write_shard(target, items, reader, METADATA, state.record_shard)
+            write_shard(target, items, reader, state.record_shard)
     return names
 
 

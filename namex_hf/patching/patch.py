@@ -32,7 +32,6 @@ from ..recipe import AroundBase, Propagation, Recipe
 from ..record import Report
 from ..report.card import card
 from .budget import spend
-from .carry import METADATA
 from .checkpoint_sink import write_checkpoint
 from .checkpoint_source import check_finite, checkpoint_source
 from .effort import effort_of
@@ -266,7 +265,7 @@ def _write_companions(plan: Plan, out: Path, state: State, report: Report, weigh
         write_text(out / file.name, file.read_text("utf-8"))
     statistics = state.statistics()
     if statistics:
-        write_tensors(out / STATISTICS, statistics, METADATA)
+        write_tensors(out / STATISTICS, statistics)
     write_text(out / RECIPE, plan.recipe.to_yaml(stored=True))
     write_text(out / CARD, card(report, config, out, plan.checkpoint.folder))
 

@@ -147,7 +147,7 @@ def _log_decisions(record: dict[str, Any]) -> None:
 
 def _save(path: Path, tensors: dict[str, torch.Tensor], record: dict[str, Any]) -> None:
     text = json.dumps(record)
-    write_tensors(path, tensors, {"record": text, "format": FORMAT, HASH: _hash(text, tensors)})
+    write_tensors(path, tensors, metadata={"record": text, "format": FORMAT, HASH: _hash(text, tensors)})
 
 
 def _hash(record: str, tensors: dict[str, torch.Tensor]) -> str:

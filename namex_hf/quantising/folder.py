@@ -8,7 +8,6 @@ import torch
 from ..checkpoint.bytes import Reader
 from ..checkpoint.companions import carry
 from ..checkpoint.header import read_header
-from ..checkpoint.rewrite import METADATA
 from ..checkpoint.shard import Item, shard_names, write_index, write_shard, write_tensors
 from ..files import CONFIG, write_text
 from ..progress import ProgressCallback, no_progress
@@ -43,9 +42,9 @@ def write_quantised(
         if ids is not None:
             layers = gptq_layers(matrices, reader, bits, ids, device, progress)
         for name, tensors in zip(names, layers, strict=False):
-            write_tensors(out / name, tensors, METADATA)
+            write_tensors(out / name, tensors)
         rest = [Item.of(name, span) for name, span in matrices.spans.items() if name not in quantised]
-        write_shard(out / names[-1], rest, reader, METADATA)
+        write_shard(out / names[-1], rest, reader)
     spans = {tensor: name for name in names for tensor in read_header(out / name)}
     write_index(out, spans, sum(span.size for span in matrices.spans.values()))
     carry(matrices.checkpoint.folder, out)

@@ -62,7 +62,7 @@ def rebuild(path: Path) -> Report:
     if (path / SINGLE).is_file() and not (path / INDEX).exists():
         write_index(path, dict.fromkeys(checkpoint.spans, SINGLE), checkpoint.size)
     if cosines:
-        write_tensors(path / STATISTICS, cosines, {"format": "pt"})
+        write_tensors(path / STATISTICS, cosines)
     write_text(path / RECIPE, recipe.to_yaml(stored=True))
     if not (path / CARD).exists():
         write_text(path / CARD, card(report, checkpoint.config, path))

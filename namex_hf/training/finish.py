@@ -22,8 +22,6 @@ from ..report.card import card
 from .bargain import LayerBargain
 from .generation import carried_settings
 
-METADATA = {"format": "pt"}
-
 
 def layer_records(bargains: list[LayerBargain], seconds: float) -> list[dict[str, Any]]:
     """The entries of a report, one for each layer.
@@ -78,7 +76,7 @@ def save_trained(
         write_text(out / file.name, file.read_text("utf-8"))
     if bargains:
         cosines = {f"layers.{each.layer}.cosines": each.cosines.contiguous() for each in bargains}
-        write_tensors(out / STATISTICS, cosines, METADATA)
+        write_tensors(out / STATISTICS, cosines)
     write_text(out / RECIPE, Recipe.from_stored(report.run["recipe"]).to_yaml(stored=True))
     write_text(out / CARD, card(report, config, out, carried))
     text = json.dumps(config, indent=2) + "\n"

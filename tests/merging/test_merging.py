@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from namex_hf.merging.combine import average_rows, merged_expert, play
+from namex_hf.merging.combine import averages, merged_expert, play
 from namex_hf.merging.experts import PROJECTIONS, ExpertWeights, NotFiniteError, games_of, grams, weighted_step
 from namex_hf.merging.gate import Gate
 from namex_hf.merging.grouping import groups_by_weights
@@ -260,7 +260,7 @@ def test_reused_weights_move_by_index() -> None:
 def test_router_rows() -> None:
     """Means of the members' rows, in the router's dtype; a group of one keeps its row bit for bit."""
     router = torch.randn(5, HIDDEN, generator=torch.Generator().manual_seed(0)).bfloat16()
-    rows = average_rows(router, ((0, 3), (1,), (2, 4)))
+    rows = averages(router, ((0, 3), (1,), (2, 4)))
     assert rows.dtype == torch.bfloat16
     assert torch.equal(rows[1], router[1])
     wanted = (router[[0, 2]].float() + router[[3, 4]].float()) / 2

@@ -48,11 +48,8 @@ def error(router: torch.Tensor, wanted: torch.Tensor, held_out: torch.Tensor = H
 @pytest.mark.parametrize("chunk_bytes", [1, 70 * 4 * EXPERTS * HIDDEN, 1 << 20])
 def test_errors(chunk_bytes: int) -> None:
     """Those of the combined answers, for any gate values, some tokens twice; whatever the chunks."""
-    told: list[int] = []
     few, wanted = INPUTS[:100], output(rows(1))[:100]
-    data = output_products(few, wanted, LAYER, lambda event: told.append(event.amount), chunk_bytes)
-    assert sum(told) == 100
-    assert len(told) == {1: 100, 70 * 4 * EXPERTS * HIDDEN: 2}.get(chunk_bytes, 1)
+    data = output_products(few, wanted, LAYER, chunk_bytes)
     tokens, gate = torch.tensor([3, 99, 0, 3]), torch.randn(4, EXPERTS, generator=draws(0))
     combined = np.einsum("tn,tnh->th", double(gate), answers64(few[tokens], MODELS))
     direct = ((combined - double(wanted[tokens])) ** 2).sum(1)
