@@ -8,7 +8,7 @@ another way, by the original's activations on the same calibration text, beside 
 * `joint`: one H for the neurons of all experts of a layer, so that downs make up for other experts, too.
 * `joint-refit`: neurons are chosen as in `equal`, and only the downs are refitted so.
 * `joint-experts`, `joint-layers`: both.
-* `sweep`: from `equal`, every expert in turn is cut anew, so as to make up for what the cut of the others changed.
+* `sweep`: from `equal`, every expert in turn is cut anew for what the others leave over (`--sweeps 1`).
 * `merged`: a neuron that goes is merged into the one that stays whose activations are most like its own. `merged-alike`
   does so where the cosine is `ALIKE` or more; other neurons are dropped.
 * `fewer-12`, `fewer-14`: fewer experts (of 16 that many, pruned by REAP), which are then cut less.
@@ -46,7 +46,7 @@ from namex_hf.merging.experts import Expert
 from namex_hf.merging.moe_layer import MoELayer, Text
 from namex_hf.merging.moments import TextMoments
 from namex_hf.merging.narrow import Narrowing
-from namex_hf.merging.neurons import RIDGE, neurons_that_stay, refitted, ridged
+from namex_hf.merging.neurons import RIDGE, refitted, ridged
 from namex_hf.merging.routing import TokenRouting, neurons, on_tokens
 from namex_hf.patching.check import check_fit
 from namex_hf.patching.result import PipelineState
@@ -205,25 +205,6 @@ def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str, chose
     return model
 
 
-def swept(model: Any, layers: dict[int, Layer]) -> Any:
-    """A copy of the model whose experts are cut once more, one after another, against the error of the whole layer."""
-    model, kept = copy.deepcopy(model), remaining_neurons(layers, joint=False, span="expert")
-    for number, layer in layers.items():
-        down = torch.zeros_like(layer.down, dtype=torch.float64)
-        down[:, kept[number]] = refitted(layer.moment(joint=False), layer.down, kept[number])
-        for expert in range(layer.mixture.experts.count):
-            mine = (layer.expert == expert).nonzero().flatten()
-            down[:, mine] = 0
-            own = layer.together[mine][:, mine]
-            wanted = torch.linalg.solve(own, ((layer.down - down) @ layer.together[:, mine]).T).T
-            always = layer.always[mine].nonzero().flatten()
-            stay = neurons_that_stay(own, wanted, layer.width, "second_order", always)
-            down[:, mine[stay]] = refitted(own, wanted, stay)
-        of_each = down.float().unflatten(1, (layer.mixture.experts.count, -1)).permute(1, 0, 2)
-        set_expert_weights(model, number, "down_proj", of_each)
-    return model
-
-
 def merged(model: Any, layers: dict[int, Layer], alike: float) -> Any:
     """A copy of the model whose neurons that go are merged. Args: alike, the least cosine."""
     model, kept = copy.deepcopy(model), remaining_neurons(layers, joint=False, span="expert")
@@ -285,6 +266,7 @@ def fewer(model: Any, layers: dict[int, Layer], recipe: Recipe, tokenizer: Any, 
 def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[], Any]]:
     """What makes the model of each row. Text is read for the first one that needs it."""
     read: dict[int, Layer] = {}
+    swept = Recipe.from_dict({**recipe.to_dict(), "sweeps": 1, "device": recipe.device})
 
     def on_text(make: Callable[..., Any], *arguments: Any) -> Any:
         read.update({} if read else layers_on_text(model, recipe, tokenizer))
@@ -299,7 +281,7 @@ def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[]
         "joint-refit": partial(on_text, emulated, True, "expert", True),
         "joint-experts": partial(on_text, emulated, True, "layer"),
         "joint-layers": partial(on_text, emulated, True, "model"),
-        "sweep": partial(on_text, swept),
+        "sweep": lambda: patch_model(copy.deepcopy(model), swept, tokenizer),
         "merged": partial(on_text, merged, 0.0),
         "merged-alike": partial(on_text, merged, ALIKE),
         "fewer-12": partial(on_text, fewer, recipe, tokenizer, 12 / 16),

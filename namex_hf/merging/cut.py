@@ -61,10 +61,20 @@ class Cut:
             sizes = own.down.norm(dim=0) * own.up.norm(dim=1) * (1 if own.gate is None else own.gate.norm(dim=1))
             stay = sizes.index_fill(0, carry, math.inf).topk(self.width).indices.sort().values
             return stay, own.down[:, stay]
+        return self.choose(number, moment, own.down, carry)
+
+    def choose(self, number: int, moment: Tensor, down: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """The neurons that stay of an expert, and its down matrix for them.
+
+        Args:
+            moment: of its neurons, without a ridge, ``[all, all]``.
+            down: what all of them should give, ``[hidden, all]``.
+            carry: numbers of at most `width` neurons that stay in any case, ascending.
+        """
         moment, seed = ridged(moment), (self.seed * self.experts.count + number) % (1 << 63)
         scores = None if self.scores is None else self.scores[number].to(moment)
-        stay = neurons_that_stay(moment, own.down, self.width, self.neurons, carry, seed, scores)
-        return stay, refitted(moment, own.down, stay)
+        stay = neurons_that_stay(moment, down, self.width, self.neurons, carry, seed, scores)
+        return stay, refitted(moment, down, stay)
 
 
 def with_neurons(expert: Expert, stay: Tensor, down: Tensor) -> Expert:

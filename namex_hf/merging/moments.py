@@ -51,18 +51,24 @@ class TextMoments:
         return len(self.text.routing.of(number)[0])
 
     def of(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
-        token, gate = self.text.routing.of(number)
-        width, inputs = expert.down.shape[1], self.text.inputs
-        moment, peak = inputs.new_zeros(width, width), torch.empty(0, dtype=torch.int64, device=inputs.device)
-        if len(token):
-            activations = on_tokens(neurons, inputs[token], expert, self.activation)
-            if number in self.protected:
-                peak = of_peak(activations, expert.down.to(activations))
-            activations *= (gate * self.weight[token])[:, None]
-            moment = activations.T @ activations
+        activations, peak = self.activations(number, expert)
+        moment = activations.T @ activations
         if self.save is not None:
             self.save(number, moment, peak)
         return moment, peak
+
+    def activations(self, number: int, expert: Expert) -> tuple[Tensor, Tensor]:
+        """z of an expert's tokens, float32 ``[tokens, all]``, and neurons that stay, as `Moments.of`."""
+        token, gate = self.text.routing.of(number)
+        inputs = self.text.inputs
+        peak = torch.empty(0, dtype=torch.int64, device=inputs.device)
+        if not len(token):
+            return inputs.new_empty(0, expert.down.shape[1]), peak
+        activations = on_tokens(neurons, inputs[token], expert, self.activation)
+        if number in self.protected:
+            peak = of_peak(activations, expert.down.to(activations))
+        activations *= (gate * self.weight[token])[:, None]
+        return activations, peak
 
 
 def of_peak(activations: Tensor, down: Tensor) -> Tensor:

@@ -88,12 +88,14 @@ class Rewriting(ABC, Generic[M]):
         self.progress(ProgressEvent(stage))
         return output
 
-    def cut(self, moments: Moments, scores: Tensor | None = None) -> None:
-        """Take neurons out of the result's experts. Args: moments, of these; scores, as `Cut`."""
+    def cut(self, moments: Moments, scores: Tensor | None = None) -> Cut:
+        """Take neurons out of the result's experts; returns how. Args: moments, of these; scores, as `Cut`."""
         assert self.merge.width is not None
         choice = self.merge.width, self.merge.neurons, self.seed, self.progress, scores
-        experts, self.stay = Cut(self.result.experts, moments, *choice).run()
+        cut = Cut(self.result.experts, moments, *choice)
+        experts, self.stay = cut.run()
         self.result = replace(self.result, experts=experts)
+        return cut
 
     def fit_all(self) -> None:
         """Fit rows, experts and a copy of the shared expert together to the target; the source's experts are dropped

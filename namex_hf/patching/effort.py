@@ -62,7 +62,12 @@ def _of_cut(plan: Plan) -> Effort:
     answers = 2.0 * received * hidden * (FORWARD * (before + width) + 2 * before)
     moments = 2.0 * received * before**2
     chosen = 2.0 * before**2 * (hidden + 3 * (before - width)) if merge.neurons == "second_order" else 0.0
-    return Effort(answers + moments + shape.experts * (chosen + 2.0 * hidden * before * width), answers)
+    refitted = 2.0 * hidden * before * width
+    operations = answers + moments + shape.experts * (chosen + refitted)
+    swept = 2.0 * received * hidden * (FORWARD * width + 2 * before)  # outputs so far, and neurons again
+    missing = 2.0 * received * hidden * (2 * width + before)  # of the output, without an expert and with it
+    operations += merge.sweeps * (swept + missing + 2 * moments + shape.experts * (chosen + refitted))
+    return Effort(operations, answers + merge.sweeps * swept)
 
 
 @cache

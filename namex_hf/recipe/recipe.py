@@ -144,8 +144,8 @@ class Recipe(Part):
     def reads_moments_alone(self) -> bool:
         """Whether the moments of neurons that another run measured do in the place of the text."""
         before = self.calibration.when == "before" and self.routing.kind == "linear"
-        narrows = isinstance(self.merge, Narrow) and self.merge.fit.kind == "none" and not self.needs_gradients
-        return before and narrows
+        narrows = isinstance(self.merge, Narrow) and self.merge.fit.kind == "none" and not self.merge.sweeps
+        return before and narrows and not self.needs_gradients
 
     @property
     def needs_gradients(self) -> bool:

@@ -238,6 +238,12 @@ class Narrow(Smaller):
 
     kind: ClassVar[MergeKind] = "narrow"
     method: Method = leaf("smoe", "no merging")
+    sweeps: int = leaf(
+        0,
+        "narrow: how often the experts of a layer, one after another, are cut anew for what the others leave over of "
+        "the layer's output. It loses less; several shares are then a reading of the text each",
+        within=Range(lambda count: 0 <= count <= 100, "a whole number from 0 to 100"),
+    )
     rules: ClassVar[tuple[Rule, ...]] = (
         Rule(
             lambda merge: (merge.width is None) == (merge.keep is None),

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from other_cuts import elimination_order, emulated, layers_on_text, merged, remaining_neurons, swept
+from other_cuts import elimination_order, emulated, layers_on_text, merged, remaining_neurons
 
 from namex_hf import Recipe, patch_model
 from namex_hf.merging.neurons import neurons_that_stay
@@ -74,15 +74,6 @@ def test_a_joint_refit_is_nearer_to_the_output(model, layers):
     joint = emulated(model, {number: layer}, joint=True, span="expert")
     alone = emulated(model, {number: layer}, joint=False, span="expert")
     assert missed(joint, number, layer) < missed(alone, number, layer)
-
-
-@torch.no_grad()
-def test_a_sweep_lowers_the_error_of_the_layer_with_as_many_neurons(model, layers):
-    number, layer = next(iter(layers.items()))
-    made = swept(model, {number: layer})
-    alone = emulated(model, {number: layer}, joint=False, span="expert")
-    assert missed(made, number, layer) < missed(alone, number, layer)
-    assert (down_of(made, number).abs().sum(0).view(8, -1) > 0).sum(1).tolist() == [4] * 8
 
 
 def down_of(model, number):

@@ -177,6 +177,60 @@ def test_damage_names_the_expert(name: str, tokens: int) -> None:
     assert (error.value.expert, error.value.projection) == (2, name)
 
 
+@BOTH
+@pytest.mark.parametrize("error_weights", ["none", "sequence"])
+def test_a_sweep_leaves_less_of_the_error(neurons: str, error_weights: str) -> None:
+    """Of the whole layer, each sweep less; gates and ups stay those of the source, bit for bit."""
+    errors = []
+    for sweeps in (0, 1, 3):
+        of = mixture()
+        run = narrowing(of, neurons=neurons, sweeps=sweeps)
+        run.error_weights = error_weights
+        result, output = run.run()
+        errors.append(run.record["errors"][0]["error"])
+        for number, stay in enumerate(run.stay):
+            assert (stay.diff() > 0).all()
+            for name in ("gate_proj", "up_proj"):
+                assert torch.equal(result.experts[name][number], of.experts[name][number][stay])
+        inputs = run.text.inputs
+        found = output64(inputs, run.text.routing, dict(result.experts))
+        np.testing.assert_allclose(output.numpy(), found, rtol=1e-3, atol=1e-3)
+    assert errors[0] > 1.02 * errors[1]
+    assert errors[1] > errors[2]
+
+
+def test_after_many_sweeps_downs_are_the_least_squares_of_all() -> None:
+    """Together, under the ridge that holds them to the source's; for neurons that no longer change."""
+    of = mixture()
+    run = narrowing(of, neurons="random", sweeps=60)
+    result, _ = run.run()
+    routing, inputs = run.text.routing, run.text.inputs
+    blocks, held = [], []
+    for number, stay in enumerate(run.stay):
+        token, gate = routing.of(number)
+        z = np.zeros((len(inputs), WIDTH))
+        active = double(neurons_of(inputs[token], of.experts.expert(number), silu))
+        z[token.numpy()] = double(gate)[:, None] * active
+        blocks.append((z, stay.numpy()))
+        held.append(RIDGE * (z**2).sum(0).mean())
+    whole = np.concatenate([z for z, _ in blocks], axis=1)
+    kept = np.concatenate([stay + number * WIDTH for number, (_, stay) in enumerate(blocks)])
+    downs = np.concatenate([double(down) for down in of.experts["down_proj"]], axis=1)
+    ridge = np.repeat(held, WIDTH)
+    moment = whole.T @ whole + np.diag(ridge)
+    best = np.linalg.solve(moment[np.ix_(kept, kept)], moment[kept] @ downs.T).T
+    found = np.concatenate([double(down) for down in result.experts["down_proj"]], axis=1)
+    np.testing.assert_allclose(found, best, rtol=1e-3, atol=1e-3)
+
+
+def test_a_sweep_leaves_an_expert_with_few_tokens_alone() -> None:
+    of = mixture()
+    runs = [narrowing(of, routing=without_tokens(2, of, 2), sweeps=sweeps) for sweeps in (0, 1)]
+    before, after = (run.run()[0].experts for run in runs)
+    assert all(torch.equal(before[name][2], after[name][2]) for name in PROJECTIONS)
+    assert not torch.equal(before["down_proj"][0], after["down_proj"][0])
+
+
 def test_biases_of_neurons_go_with_them() -> None:
     """That of the output stays whole."""
     of, draw = mixture(), draws(9)

@@ -85,10 +85,11 @@ def test_room_for_the_shared_experts() -> None:
     assert space_needed(plan) - space_needed(plan_of(8, "router")) == stored > 0
 
 
+@pytest.mark.parametrize("sweeps", [0, 2])
 @pytest.mark.parametrize("neurons", ["second_order", "energy"])
-def test_operations_are_those_of_a_cut(neurons: str) -> None:
+def test_operations_are_those_of_a_cut(neurons: str, sweeps: int) -> None:
     """As torch counts them, but for the small products among neurons that go together, and for what is no product."""
-    recipe = Recipe(keep=0.5, neurons=neurons, calibration_tokens=4096)
+    recipe = Recipe(keep=0.5, neurons=neurons, sweeps=sweeps, calibration_tokens=4096)
     plan = make_plan(resolve("tiny"), recipe, "5GB", reads_text=False)
     shape, tokens = plan.shape, 4096
     router, inputs = torch.randn(shape.experts, shape.hidden), torch.randn(tokens, shape.hidden)
@@ -100,8 +101,9 @@ def test_operations_are_those_of_a_cut(neurons: str) -> None:
         Narrowing(layer, text, plan.recipe.merge).run()
     effort = effort_of(plan)
     assert effort is not None
-    assert effort.answers == pytest.approx(2 * tokens * shape.top_k * shape.hidden * (5 * 80 + 3 * 40))
-    assert counted.get_total_flops() == pytest.approx(effort.operations, rel=0.01)
+    each = 5 * 80 + 3 * 40 + sweeps * (2 * 80 + 3 * 40)
+    assert effort.answers == pytest.approx(2 * tokens * shape.top_k * shape.hidden * each)
+    assert counted.get_total_flops() == pytest.approx(effort.operations, rel=0.01 * (1 + sweeps))
 
 
 def test_nothing_where_no_layer_is_fitted() -> None:

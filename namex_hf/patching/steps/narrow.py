@@ -30,7 +30,7 @@ class NarrowExperts(Rewrite):
         assert isinstance(self.recipe.merge, Narrow)
         shape, width = sizes.shape, self.recipe.merge.width
         assert width is not None
-        held = cut_memory(sizes, shape.experts)
+        held = cut_memory(sizes, shape.experts) + (4 * sizes.tokens * shape.hidden if self.recipe.merge.sweeps else 0)
         if self.recipe.merge.fit.kind == "layer":
             sizes_of_fit = (shape.hidden, width, shape.shared_width, shape.experts, shape.top_k, sizes.tokens)
             held = max(held, fit_memory(*sizes_of_fit))
