@@ -1,14 +1,14 @@
 """Other ways to cut half of the routed parameters, without a fit: ``python benchmarks/other_cuts.py --out DIR``.
 
 ``merge: narrow`` leaves every expert with the same number of neurons and looks at one expert at a time. Each row is
-another way, by the original's activations on the same calibration text, beside that one (`equal`):
+another way, by the original's activations on the same calibration text, beside that one (`equal`, `--sweeps 0`):
 
 * `experts`: a common threshold on the loss says how many neurons each expert of a layer keeps.
 * `layers`: one threshold for all layers; losses are relative to the energy of the layer's routed output.
 * `joint`: one H for the neurons of all experts of a layer, so that downs make up for other experts, too.
 * `joint-refit`: neurons are chosen as in `equal`, and only the downs are refitted so.
 * `joint-experts`, `joint-layers`: both.
-* `sweep`: from `equal`, every expert in turn is cut anew for what the others leave over (`--sweeps 1`).
+* `sweep`: from `equal`, every expert in turn is cut anew for what the others leave over, the package's default.
 * `merged`: a neuron that goes is merged into the one that stays whose activations are most like its own. `merged-alike`
   does so where the cosine is `ALIKE` or more; other neurons are dropped.
 * `fewer-12`, `fewer-14`: fewer experts (of 16 that many, pruned by REAP), which are then cut less.
@@ -317,7 +317,7 @@ def main() -> None:
     folder = resolve(options.model).folder
     model, tokenizer = load(folder), tokenizer_of(folder)
     settings = Settings(held_out_texts(), problems=options.problems, kinds=(KIND,), problem_seed=SEED)
-    rows = rows_of(model, Recipe(keep=0.5, calibration_tokens=options.tokens, device="cpu"), tokenizer)
+    rows = rows_of(model, Recipe(keep=0.5, sweeps=0, calibration_tokens=options.tokens, device="cpu"), tokenizer)
     if unknown := {*(options.only or ())} - {*rows}:
         parser.error(f"no row {', '.join(unknown)}; accepted: {', '.join(rows)}")
     options.out.mkdir(parents=True, exist_ok=True)

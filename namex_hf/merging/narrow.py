@@ -40,7 +40,7 @@ class Narrowing(Rewriting[Narrow]):
         protected = self.record["super_experts"]
         moments = TextMoments(self.source.activation, text, self.weight, protected, self.save)
         cut = self.cut(moments, self.gradients)
-        for _ in range(self.merge.sweeps):
+        for _ in range(self.merge.sweeps or 0):
             self.sweep(cut, moments)
         del cut
         self.source = self.source.without_experts()  # which can be freed now, before a fit

@@ -66,8 +66,9 @@ def _of_cut(plan: Plan) -> Effort:
     operations = answers + moments + shape.experts * (chosen + refitted)
     swept = 2.0 * received * hidden * (FORWARD * width + 2 * before)  # outputs so far, and neurons again
     missing = 2.0 * received * hidden * (2 * width + before)  # of the output, without an expert and with it
-    operations += merge.sweeps * (swept + missing + 2 * moments + shape.experts * (chosen + refitted))
-    return Effort(operations, answers + merge.sweeps * swept)
+    sweeps = merge.sweeps or 0
+    operations += sweeps * (swept + missing + 2 * moments + shape.experts * (chosen + refitted))
+    return Effort(operations, answers + sweeps * swept)
 
 
 @cache

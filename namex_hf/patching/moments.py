@@ -91,10 +91,12 @@ def check_reads_moments(recipe: Recipe, option: str) -> None:
     RecipeError: the recipe needs more of the text than moments.
     """
     if not recipe.reads_moments_alone:
-        stated = ", ".join(f"{name}={recipe.to_dict()[name]}" for name in ("merge", "fit", "calibrate", "routing"))
+        stated = ", ".join(
+            f"{name}={recipe.to_dict()[name]}" for name in ("merge", "fit", "sweeps", "calibrate", "routing")
+        )
         raise RecipeError(
             f"{option} stands for the text where neurons are chosen by the original's activations alone: merge "
-            f"'narrow', calibrate 'before', fit 'none' and routing 'linear'; found {stated}"
+            f"'narrow', sweeps 0, calibrate 'before', fit 'none' and routing 'linear'; found {stated}"
         )
 
 

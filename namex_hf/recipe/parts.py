@@ -292,7 +292,7 @@ class Calibration(Part):
     when: Calibrate = leaf(
         None,
         "statistics of a layer taken after or before the layers below it are patched (default: after; narrow without a "
-        "fit: before, so that several shares need one reading)",
+        "fit: before)",
         name="calibrate",
     )
     error_weights: ErrorWeights = leaf(

@@ -20,7 +20,7 @@ from .part import Leaf, Part, Range, Rule, Spec, all_leaves, build, leaf, leaves
 from .parts import CCP_ITERATIONS, STORED, Calibration, Routing
 from .smaller import Grouped, Narrow
 
-VERSION = 3
+VERSION = 4
 """Of recipes that runs store; those of release 0.1.0 have none, those before `error_weights` have 2."""
 MERGES: dict[str, type[Residual] | type[Soft] | type[Grouped] | type[Narrow]] = {
     kind.kind: kind for kind in (Residual, Soft, Grouped, Narrow)
@@ -95,6 +95,8 @@ class Recipe(Part):
         version = values.pop("recipe_version", 1)
         if version not in range(1, VERSION + 1):
             raise RecipeError(f"recipe field 'recipe_version' is {version!r}; accepted: whole numbers to {VERSION}")
+        if version < 4 and values.get("merge") == "narrow":  # as before there were sweeps
+            values.setdefault("sweeps", 0)
         recipe = cls._from(values if version > 1 else from_version_1(values), registered=False)
         weighed = version < 3 and isinstance(recipe.merge, Grouped) and recipe.needs_text
         if weighed:  # as every fit did before there was a choice

@@ -238,10 +238,11 @@ class Narrow(Smaller):
 
     kind: ClassVar[MergeKind] = "narrow"
     method: Method = leaf("smoe", "no merging")
-    sweeps: int = leaf(
-        0,
+    sweeps: int | None = leaf(
+        None,
         "narrow: how often the experts of a layer, one after another, are cut anew for what the others leave over of "
-        "the layer's output. It loses less; several shares are then a reading of the text each",
+        "the layer's output. It loses less; without one, several shares are one reading of the text (default: 1 under "
+        "neurons second_order without a fit, else 0)",
         within=Range(lambda count: 0 <= count <= 100, "a whole number from 0 to 100"),
     )
     rules: ClassVar[tuple[Rule, ...]] = (
@@ -261,6 +262,9 @@ class Narrow(Smaller):
             ("merge", "fit"),
         ),
     )
+
+    def imply(self) -> None:
+        self._fill(sweeps=int(self.neurons == "second_order" and self.fit.kind == "none"))
 
     def steps(self, on_text: bool) -> Iterator[str]:
         yield "narrow"

@@ -15,7 +15,7 @@ IDS = torch.arange(64).view(2, 32)
 
 @pytest.fixture(scope="module")
 def recipe():
-    return Recipe(keep=0.5, calibration_tokens=4096, device="cpu")
+    return Recipe(keep=0.5, sweeps=0, calibration_tokens=4096, device="cpu")
 
 
 @pytest.fixture(scope="module")

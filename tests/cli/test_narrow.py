@@ -124,7 +124,7 @@ def test_a_dry_run_of_several_shares_says_the_room_for_all(tmp_path: Path, capsy
 def test_several_shares_from_one_reading(tmp_path: Path, capsys: Said) -> None:
     """Without the layers below being narrowed first, what the first share measured does for the others."""
     out, moments = tmp_path / "out", tmp_path / "moments"
-    flags = ("--keep", "0.75", "0.5", "--calibrate", "before", "--calibration-tokens", "4096", "--quiet")
+    flags = ("--keep", "0.75", "0.5", "--sweeps", "0", "--calibration-tokens", "4096", "--quiet")
     assert ran("tiny", "--out", out, *flags) == 0
     (out / ".moments").mkdir()
     (out / ".moments" / "mine.txt").write_text("not of this package")

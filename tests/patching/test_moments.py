@@ -31,7 +31,7 @@ TOKENS = 512
 
 
 def recipe_on(words: Path, width: int, **fields: Any) -> Recipe:
-    text = {"calibration_data": str(words), "calibration_tokens": TOKENS, "calibrate": "before"}
+    text = {"calibration_data": str(words), "calibration_tokens": TOKENS, "calibrate": "before", "sweeps": 0}
     return Recipe(merge="narrow", width=width, **{**text, **fields})
 
 
