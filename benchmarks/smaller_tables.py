@@ -21,6 +21,7 @@ FEWER = ("--recipes", RECIPES / "ours" / "namex-full.yaml", RECIPES / "peers" / 
 CHOICES = ("--problem-seed", "choices")  # problems that no other part has
 PARTS = {
     "half": ("--keep", 0.5, "--fit", "none", "layer", "--seed", 0, 1, 2),
+    "unswept": ("--keep", 0.5, "--sweeps", 0, "--seed", 0, 1, 2),
     "shares": ("--keep", 0.75, 0.25, "--fit", "none", "layer"),
     "half-fewer": (*FEWER, "--keep", 0.5, "--seed", 0, 1, 2),
     "shares-fewer": (*FEWER, "--keep", 0.75, 0.25),
@@ -41,6 +42,7 @@ ROWS = {
     "12 of 16 experts merged, `--fit layer`": ("shares-fewer", "namex-full, keep 0.75"),
     "12 of 16 experts pruned (REAP), `--fit layer`": ("shares-fewer", "reap, keep 0.75"),
     "half, `--keep 0.5`": ("half", f"default, fit none{SEEDS}"),
+    "half, `--sweeps 0`": ("unswept", f"default{SEEDS}"),
     "half, `--fit layer`": ("half", f"default, fit layer{SEEDS}"),
     "half, `--neurons energy`": ("controls", f"default, neurons energy{SEEDS}"),
     "half, `--neurons gradient`": ("controls", f"default, neurons gradient{SEEDS}"),

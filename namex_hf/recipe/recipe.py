@@ -269,18 +269,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 ORDER = (
-    *("merge", "method", "weighting", "operator", "experts", "width", "keep", "neurons", "budget", "fit", "fit_steps"),
-    *("grouping", "curvature", "rank", "ridge", "align", "down", "target", "metric", "power", "calibration_data"),
-    *(
-        "calibration_tokens",
-        "calibrate",
-        "error_weights",
-        "routing",
-        "temperature",
-        "disagreement",
-        "base",
-        "first_layer",
-    ),
+    *("merge", "method", "weighting", "operator", "experts", "width", "keep", "neurons", "sweeps", "budget"),
+    *("fit", "fit_steps", "grouping", "curvature", "rank", "ridge", "align", "down", "target", "metric", "power"),
+    *("calibration_data", "calibration_tokens", "calibrate", "error_weights", "routing", "temperature"),
+    *("disagreement", "base", "first_layer"),
     *("granularity", "scale", "gamma", "momentum", "beta", "solver", "ccp_iterations", "eta", "renormalise"),
     *("segment", "top_k", "routing_span", "every", "seed", "device"),
 )

@@ -66,6 +66,8 @@ VALUES = [
     ("experts", 60, {"merge": "grouped"}),
     ("width", 1, {"merge": "narrow"}),
     ("width", 1 << 20, {"merge": "narrow"}),
+    ("sweeps", 0, NARROW),
+    ("sweeps", 100, NARROW),
     ("keep", 0.5, {"merge": "narrow"}),
     ("keep", 0.5, {"merge": "grouped", "fit": "router"}),
     ("keep", 0.01, {}),
@@ -316,6 +318,7 @@ BROKEN: dict[str, dict[str, Any]] = {
     "'width' narrows experts": {**FITTED, "width": 8, "budget": "damage"},
     "neurons 'gradient' are those": {**FITTED, "width": 8, "neurons": "gradient"},
     "'neurons' belongs": {"neurons": "energy", **GROUPED},
+    "'sweeps' belongs": {"sweeps": 1, **GROUPED},
     "method 'smoe' merges nothing": {"method": "smoe", "merge": "grouped"},
     "method 'namex' reuses weights": {"method": "namex", **GROUPED},
     "method 'camex' weights experts by the input": {"method": "camex", **GROUPED},
@@ -810,6 +813,7 @@ SENSIBLE = st.fixed_dictionaries(
             "experts": st.integers(0, 70),
             "width": st.integers(0, 70),
             "keep": st.floats(0, 1),
+            "sweeps": st.integers(0, 9),
             "base": st.sampled_from(("shared", "first", "mean", "index:7")),
             "gamma": st.floats(0, 4),
             "every": st.integers(0, 30),
@@ -962,6 +966,26 @@ def test_stored_recipes_without_error_weights_let_all_sequences_count_alike(vers
     assert field_of(Recipe.from_dict({**GROUPED, "fit": "layer"}), "error_weights") == "none"
     for fields in (GROUPED, SOFT, {}):
         assert field_of(Recipe.from_dict({"recipe_version": version, **fields}), "error_weights") == "none"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sweeps"),
+    [
+        ({}, 1),
+        ({"fit": "layer"}, 0),
+        ({"neurons": "energy"}, 0),
+        ({"sweeps": 2}, 2),
+        ({"fit": "layer", "sweeps": 1}, 1),
+    ],
+)
+def test_a_sweep_is_what_keeps_more_without_a_fit(fields: dict[str, Any], sweeps: int):
+    """What was stored before there were sweeps made none. Moments alone do not do for one."""
+    recipe = Recipe(**NARROW, **fields)
+    assert field_of(recipe, "sweeps") == field_of(Recipe.from_dict(recipe.to_stored()), "sweeps") == sweeps
+    assert recipe.reads_moments_alone == (sweeps == 0 and "fit" not in fields)
+    earlier = {name: value for name, value in recipe.to_stored().items() if name != "sweeps"}
+    for version in (2, 3):
+        assert field_of(Recipe.from_dict({**earlier, "recipe_version": version}), "sweeps") == 0
 
 
 @pytest.mark.parametrize("fields", [GROUPED, {"method": "smoe"}, {}], ids=str)
