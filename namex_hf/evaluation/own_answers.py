@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -129,20 +130,26 @@ def write_answers(
 def own_answers(
     model: Any, tokenizer: Any, chats: Sequence[Turns], choices: AnswerChoices, start: int = 0
 ) -> list[Turns]:
-    """The chats with the model's own answers in the place of the assistant's, turn after turn.
+    """The chats with the model's own answers in the place of the assistant's, turn after turn. A chat ends where the
+    model's context has no room for another answer.
 
     Args:
         start: the number of the first chat, for the seed of what is drawn.
     """
     torch.manual_seed(choices.seed + start)
     found: list[Turns] = [[] for _ in chats]
+    going, room = list(zip(chats, found, strict=True)), context_of(model.config.to_dict()) - choices.answer_tokens
     for place in range(max(map(len, chats))):
         waits = []
-        for chat, own in zip(chats, found, strict=True):
-            if place < len(chat) and chat[place]["role"] == "assistant":
-                waits.append(own)
-            elif place < len(chat):
+        for chat, own in list(going):
+            if place >= len(chat):
+                continue
+            if chat[place]["role"] != "assistant":
                 own.append(chat[place])
+            elif _length(own, tokenizer) <= room:
+                waits.append(own)
+            else:
+                going.remove((chat, own))
         prompts = [as_chat(tokenizer, [(turn["role"], turn["content"]) for turn in own]) for own in waits]
         answers = generated_answers(
             model, tokenizer, prompts, choices.answer_tokens, choices.batch, chat=True, temperature=choices.temperature
@@ -150,6 +157,12 @@ def own_answers(
         for own, answer in zip(waits, answers, strict=True):
             own.append({"role": "assistant", "content": answer.text})
     return found
+
+
+def context_of(config: Mapping[str, Any]) -> float:
+    """Tokens that a model was made for. Args: config, raw."""
+    longest = config.get("max_position_embeddings")
+    return longest if isinstance(longest, int) else math.inf
 
 
 def _length(chat: Turns, tokenizer: Any) -> int:

@@ -104,6 +104,17 @@ def test_drawn_answers_follow_the_seed(model: Any, tokenizer: Any, tmp_path: Pat
     assert files[0][0] != files[0][1]
 
 
+def test_a_chat_ends_where_the_context_does(model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    user, assistant = {"role": "user", "content": "one two three"}, {"role": "assistant", "content": "four"}
+    chat, choices = [user, assistant] * 3, AnswerChoices("", "", 8, None, 0, 2)
+    whole, _ = own_answers.own_answers(model, tokenizer, [chat, [user, assistant]], choices)
+    second = len(tokenizer(as_chat(tokenizer, [(one["role"], one["content"]) for one in whole[:3]])).input_ids)
+    monkeypatch.setattr(model.config, "max_position_embeddings", second + 8 + 5)  # the third prompt is longer
+    cut, short = own_answers.own_answers(model, tokenizer, [chat, [user, assistant]], choices)
+    assert cut == whole[:5]
+    assert short == whole[:2]
+
+
 def test_they_are_calibration_text(written: Path, tokenizer: Any) -> None:
     text = calibration_text(str(written), tokenizer, tokens=64, length=16, seed=0)
     assert (text.name, text.tokens) == ("answers.jsonl", 64)
@@ -114,6 +125,7 @@ def test_they_are_calibration_text(written: Path, tokenizer: Any) -> None:
     [
         (("--tokens", 0), "--tokens 0: accepted: numbers from 1"),
         (("--answer-tokens", 20000), "--answer-tokens 20000: accepted: at most 16384"),
+        (("--answer-tokens", 1024), "--answer-tokens 1024: tiny was made for 1024 tokens"),
         (("--temperature", 0), "--temperature 0.0: accepted: numbers above 0"),
         (("--chats", "nowhere.jsonl"), "chats nowhere.jsonl: accepted: packaged, a .jsonl file"),
     ],
