@@ -71,8 +71,8 @@ def parser_of(prog: str = "namex patch") -> Parser:
         "--moments",
         type=Path,
         metavar="DIR",
-        help="narrow without a fit, --sweeps 0: what the text says of neurons is saved there, and used again for another "
-        "width of the same model and text (several shares do that by themselves)",
+        help="narrow without a fit, --sweeps 0: what the text says of neurons is saved there, and used again for "
+        "another width of the same model and text (several shares do that by themselves)",
     )
     parser.add_argument(
         "--like",
