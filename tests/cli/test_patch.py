@@ -130,7 +130,7 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     walking = "--merge soft --momentum complex --beta 0.9,0.25 --eta 0.5 --segment 8 --top-k 2 --quiet"
     walking += " --curvature calibrated --rank 2 --calibration-tokens 4096 --routing cosine --temperature norms"
     aiming = "--merge grouped --experts 4 --budget damage --down refit --target layer --calibration-tokens 4096 --quiet"
-    narrow = "--neurons energy --error-weights source --calibration-tokens 4096 --quiet"
+    narrow = "--neurons energy --sweeps 2 --error-weights source --calibration-tokens 4096 --quiet"
     by_width, by_share = f"--merge narrow --width 4 {narrow}", f"--keep 0.5 {narrow}"
     given = {flag for flag in f"{flags} {walking} {aiming} {by_width} {by_share}".split() if flag.startswith("--")}
     assert given - {"--quiet"} == {f"--{spec.name.replace('_', '-')}" for spec in FIELDS.values()}
@@ -146,7 +146,9 @@ def test_every_field_is_a_flag(toy: Path, tmp_path: Path):
     wanted = Recipe(merge="grouped", experts=4, budget="damage", down="refit", target="layer", calibration_tokens=4096)
     assert config["namex"] == wanted.to_stored()
     assert sum(config["layer_experts"]) == 4 * 3
-    wanted = Recipe(merge="narrow", width=4, neurons="energy", error_weights="source", calibration_tokens=4096)
+    wanted = Recipe(
+        merge="narrow", width=4, neurons="energy", sweeps=2, error_weights="source", calibration_tokens=4096
+    )
     for name, way in (("width", by_width), ("share", by_share)):
         assert ran(speaking, "--out", tmp_path / name, *way.split()) == 0
         config = json.loads((tmp_path / name / "config.json").read_text())
