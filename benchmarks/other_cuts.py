@@ -193,9 +193,9 @@ def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str, chose
         joint, span: as `remaining_neurons`.
         chosen_alone: only the refit is joint.
     """
-    model, kept = copy.deepcopy(model), remaining_neurons(layers, joint and not chosen_alone, span)
+    model, remaining = copy.deepcopy(model), remaining_neurons(layers, joint and not chosen_alone, span)
     for number, layer in layers.items():
-        down, stay = torch.zeros_like(layer.down), kept[number]
+        down, stay = torch.zeros_like(layer.down), remaining[number]
         down[:, stay] = refitted(layer.moment(joint), layer.down, stay).float()
         of_each = down.unflatten(1, (layer.mixture.experts.count, -1)).permute(1, 0, 2)
         set_expert_weights(model, number, "down_proj", of_each)
@@ -207,12 +207,12 @@ def emulated(model: Any, layers: dict[int, Layer], joint: bool, span: str, chose
 
 def merged(model: Any, layers: dict[int, Layer], alike: float) -> Any:
     """A copy of the model whose neurons that go are merged. Args: alike, the least cosine."""
-    model, kept = copy.deepcopy(model), remaining_neurons(layers, joint=False, span="expert")
+    model, remaining = copy.deepcopy(model), remaining_neurons(layers, joint=False, span="expert")
     for number, layer in layers.items():
         new = []
         for one in range(layer.mixture.experts.count):
             mine = (layer.expert == one).nonzero().flatten()
-            stays = torch.isin(mine, kept[number])
+            stays = torch.isin(mine, remaining[number])
             new.append(merged_expert(layer, one, layer.together[mine][:, mine], stays, alike))
         gate_up = torch.stack([torch.cat([expert["gate_proj"], expert.up]) for expert in new])
         set_expert_weights(model, number, "gate_up_proj", gate_up)

@@ -63,8 +63,7 @@ def first_table(out: Path, models: list[str]) -> Table:
     parts = {(part, model): _rows(out / f"{part}-{model}") for part, _ in ROWS.values() for model in models}
     table = Table(["", *(title for model in models for title in (f"`{model}`: mean", "worst", "exact"))], [])
     for name, (part, label) in ROWS.items():
-        found = [parts[part, model] for model in models]
-        table.rows.append([name, *(cell for rows in found for cell in _cells(rows, label))])
+        table.rows.append([name, *(cell for model in models for cell in _cells(parts[part, model], label))])
     return table
 
 

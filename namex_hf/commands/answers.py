@@ -73,12 +73,14 @@ def _answers(options: argparse.Namespace) -> int:
         from ..calibration.chats import read_chats
         from ..checkpoint.resolve import resolve
         from ..evaluation.loading import load, tokenizer_of
-        from ..evaluation.own_answers import AnswerChoices, AnswerFile, context_of, hash_of, write_answers
+        from ..evaluation.own_answers import AnswerChoices, AnswerFile, hash_of, write_answers
+        from ..families.family import context_of
         from ..patching.device import resolved
 
     checkpoint = resolve(options.model, options.revision)
     tokenizer = tokenizer_of(checkpoint.folder)
-    if options.answer_tokens >= (longest := context_of(checkpoint.config)):
+    longest = context_of(checkpoint.config)
+    if longest is not None and options.answer_tokens >= longest:
         raise UsageError(f"--answer-tokens {options.answer_tokens}: {checkpoint.name} was made for {longest} tokens")
     if not tokenizer.chat_template:
         raise UsageError(f"{checkpoint.name}: the tokenizer has no chat template, so the model answers no chats")

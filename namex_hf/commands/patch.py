@@ -163,7 +163,6 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
         from ..patching.device import ACCELERATORS, is_there
         from ..patching.patch import keep_apart, run_plan
         from ..patching.plan import make_plan
-        from ..patching.scores import check_reads_scores
         from .patch_warnings import width_line
 
     console = Console(stderr=True, quiet=options.quiet)
@@ -180,8 +179,6 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     how = {"reads_text": reads_text, "like": options.like}
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, **how)
     folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
-    if options.scores is not None:
-        check_reads_scores(plan.recipe)
     keep_apart(checkpoint, options.out)
     # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
     unknown = options.dry_run and (checkpoint.commit is not None or (plan.reads_text and plan.text is None))
@@ -223,9 +220,14 @@ def _of_size(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespa
 
 def _dry_run(plan: "Plan", options: argparse.Namespace, console: "Console") -> dict[str, Any]:
     from ..patching.patch import describe
+    from ..patching.scores import check_moments, check_reads_scores
     from .patch_screen import print_dry_run
     from .patch_warnings import text_lines, tokens_lines
 
+    if options.scores is not None:
+        check_reads_scores(plan.recipe)
+    if options.moments is not None:
+        check_moments(plan)
     what = describe(plan, options.out, saves_moments=options.moments is not None)
     if not options.json:
         print_dry_run(what, plan)

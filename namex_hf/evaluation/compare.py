@@ -13,6 +13,7 @@ from ..checkpoint.folder import OutputFolder, fault, read_run
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..defaults import SHARD_SIZE
 from ..errors import CalibrationError, CheckpointError, RecipeError
+from ..families.family import context_of
 from ..patching.patch import keep_apart
 from ..patching.plan import make_plan
 from ..patching.text import measures, text_of
@@ -181,7 +182,7 @@ def _check_texts(settings: Settings, tokenizer: Any) -> None:
 
 def _check_problems(settings: Settings, tokenizer: Any, checkpoint: Checkpoint) -> None:
     """Whether chats can be written, and the longest problem and its answer fit into what the model attends to."""
-    longest = checkpoint.config.get("max_position_embeddings")
+    longest = context_of(checkpoint.config)
     for kind, problems in settings.made().items():
         if problems[0].turns and not tokenizer.chat_template:
             raise CheckpointError(f"{checkpoint.name}: its tokenizer has no chat template; --kinds {kind} needs one")

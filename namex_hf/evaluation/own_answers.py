@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 
 from ..calibration.chats import Turns
 from ..errors import OutputError
+from ..families.family import context_of
 from ..files import LARGEST_TEXT, parse_json, read_bytes, write_bytes
 from ..progress import ProgressCallback, ProgressEvent, no_progress
 from .generation import as_chat, generated_answers
@@ -138,7 +138,7 @@ def own_answers(
     """
     torch.manual_seed(choices.seed + start)
     found: list[Turns] = [[] for _ in chats]
-    going, room = list(zip(chats, found, strict=True)), context_of(model.config.to_dict()) - choices.answer_tokens
+    going, longest = list(zip(chats, found, strict=True)), context_of(model.config.to_dict())
     for place in range(max(map(len, chats))):
         waits = []
         for chat, own in list(going):
@@ -146,7 +146,7 @@ def own_answers(
                 continue
             if chat[place]["role"] != "assistant":
                 own.append(chat[place])
-            elif _length(own, tokenizer) <= room:
+            elif longest is None or _length(own, tokenizer) + choices.answer_tokens <= longest:
                 waits.append(own)
             else:
                 going.remove((chat, own))
@@ -157,12 +157,6 @@ def own_answers(
         for own, answer in zip(waits, answers, strict=True):
             own.append({"role": "assistant", "content": answer.text})
     return found
-
-
-def context_of(config: Mapping[str, Any]) -> float:
-    """Tokens that a model was made for. Args: config, raw."""
-    longest = config.get("max_position_embeddings")
-    return longest if isinstance(longest, int) else math.inf
 
 
 def _length(chat: Turns, tokenizer: Any) -> int:

@@ -58,6 +58,12 @@ PREDICTION = ("num_nextn_predict_layers", "num_mtp_layers", "mtp_num_hidden_laye
 """Fields that count layers which predict further tokens."""
 
 
+def context_of(config: Config) -> int | None:
+    """Largest number of tokens in a sequence, if the configuration states it. Args: config, raw."""
+    longest = config.get("max_position_embeddings")
+    return longest if isinstance(longest, int) else None
+
+
 def without_prediction(config: Config) -> dict[str, Any]:
     """Fields that say that no layers predict further tokens: those layers are in no class, and are left out."""
     return dict.fromkeys((name for name in PREDICTION if config.get(name)), 0)

@@ -68,8 +68,8 @@ class Narrowing(Rewriting[Narrow]):
             z, carry = moments.activations(number, expert)
             carry = carry[: stay.shape[1]]
             left = missing[token] + z[:, stay[number].to(z.device)] @ old.down.to(z).T
-            wanted = refitted_down(expert.down.to(z), z, left, torch.ones_like(z[:, 0]), RIDGE)
-            chosen, down = cut.choose(number, z.T @ z, wanted, carry)
+            whole = refitted_down(expert.down.to(z), z, left, torch.ones_like(z[:, 0]), RIDGE)
+            chosen, down = cut.choose(number, z.T @ z, whole, carry)
             stay[number] = chosen.cpu()
             new = with_neurons(expert, stay[number], down)
             self.result.experts.set_expert(number, new)

@@ -24,7 +24,7 @@ from ..checkpoint.shard import write_index, write_tensors
 from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import carry_code, code_line, tokenizer_code
 from ..defaults import SHARD_SIZE
-from ..errors import CheckpointError, FamilyError, OutputError, RecipeError, UsageError
+from ..errors import CheckpointError, FamilyError, OutputError, RecipeError
 from ..files import CARD, CONFIG, HASH, RECIPE, REPORT, STATISTICS, locate, write_text
 from ..models import remote_code
 from ..progress import ProgressCallback, ProgressEvent, no_progress
@@ -115,8 +115,6 @@ def run_plan(
     folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
     keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
-    if moments is not None and plan.like is not None:
-        raise UsageError("--like reads what --moments has saved of another model: one of the two")
     known = None if scores is None else read_scores(Path(scores), plan)
     measured = plan.like if moments is None else open_moments(Path(moments), plan)
     if not overwrite and folder.complete:

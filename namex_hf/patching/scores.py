@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..checkpoint.identity import differing
-from ..errors import CheckpointError, OutputError, RecipeError
+from ..errors import CheckpointError, OutputError, RecipeError, UsageError
 from ..files import MOMENTS, REPORT, locate, read_json
 from ..merging.weightings import ExpertStatistics
 from ..recipe import Recipe
@@ -73,16 +73,28 @@ def _scores(record: dict[str, Any]) -> ExpertStatistics:
     return ExpertStatistics(usage, saliency, mass, peaks)
 
 
+def check_moments(plan: Plan) -> None:
+    """What can be said before a folder of moments is opened.
+
+    Raises:
+        UsageError: those of another model stand for the text already.
+        RecipeError: the recipe needs more of the text than moments.
+    """
+    if plan.like is not None:
+        raise UsageError("--like reads what --moments has saved of another model: one of the two")
+    check_reads_moments(plan.recipe, "--moments")
+
+
 def open_moments(folder: Path, plan: Plan) -> MomentsFolder:
     """The moments of a plan's source and text, or a folder where they can be saved.
 
     Raises:
-        RecipeError: the recipe needs more of the text than moments.
+        UsageError, RecipeError: as of `check_moments`.
         CheckpointError: these are of another source, text, or device.
         OutputError: the folder holds something else.
     """
+    check_moments(plan)
     recipe = plan.recipe
-    check_reads_moments(recipe, "--moments")
     run = {name: plan.run[name] for name in DEPENDS_ON} | {"shape": shape_record(plan.shape)}
     run |= {"error_weights": recipe.calibration.error_weights, "device": plan.device}
     if (folder / MOMENTS).is_file():

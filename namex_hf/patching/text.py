@@ -12,6 +12,7 @@ from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer_code import lack_of_tokenizer
 from ..errors import CalibrationError, RecipeError
 from ..families import Config
+from ..families.family import context_of
 from ..recipe import Narrow, Recipe
 
 LENGTH = 512  # tokens of a sequence, where the model reads so many
@@ -79,9 +80,8 @@ def text_for(recipe: Recipe, config: Config, tokenizer: Any = None, texts: Texts
     Raises:
         CalibrationError: the text cannot be had, or is too short for some of it to be held back.
     """
-    longest = config.get("max_position_embeddings")
     tokens = recipe.calibration.tokens
-    length = min(LENGTH, longest if isinstance(longest, int) else LENGTH, tokens)
+    length = min(LENGTH, context_of(config) or LENGTH, tokens)
     data, seed = recipe.calibration.data, recipe.seed
     if is_token_ids(data):
         text = text_of_ids(Path(data), _vocabulary(config), tokens, length, seed)

@@ -11,6 +11,7 @@ from ..calibration.decoder import Decoder
 from ..calibration.text import CalibrationText, calibration_text
 from ..checkpoint.bytes import Reader
 from ..errors import CalibrationError
+from ..families.family import context_of
 from ..merging.routing import TokenRouting, expert_output, on_tokens, routed_output
 from .folder import PatchedFolder
 
@@ -92,6 +93,5 @@ def _text(folder: PatchedFolder, tokens: int) -> CalibrationText:
         raise CalibrationError(
             f"{folder.path} has no tokenizer that transformers can open ({type(error).__name__}); accepted: --tokens 0"
         ) from error
-    longest = folder.checkpoint.config.get("max_position_embeddings")
-    length = min(LENGTH, longest if isinstance(longest, int) else LENGTH, tokens)
+    length = min(LENGTH, context_of(folder.checkpoint.config) or LENGTH, tokens)
     return calibration_text("packaged", tokenizer, tokens, length, folder.recipe.seed)

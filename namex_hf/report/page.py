@@ -18,22 +18,22 @@ POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 def summary(report: Report) -> dict[str, str]:
     """The run in a few numbers: what is left, what was lost, time and memory."""
     totals, recipe = report.totals, report.run["recipe"]
-    found = {}
+    numbers = {}
     if "bytes_in" in totals:  # not of a trained folder, nor of one whose report was rebuilt
-        found["bytes"] = f"{size_text(totals['bytes_in'])} to {size_text(totals['bytes_out'])}"
+        numbers["bytes"] = f"{size_text(totals['bytes_in'])} to {size_text(totals['bytes_out'])}"
     if recipe["merge"] == "grouped":
-        found["routed experts a layer"] = str(recipe["experts"])
+        numbers["routed experts a layer"] = str(recipe["experts"])
     if recipe.get("width") is not None:  # release 0.1.0 had no widths
-        found["neurons a routed expert"] = str(recipe["width"])
+        numbers["neurons a routed expert"] = str(recipe["width"])
     if mean := (report.perplexity or {}).get("mean"):
-        found["perplexity"] = f"{ratio(mean):.3f} times"
+        numbers["perplexity"] = f"{ratio(mean):.3f} times"
     if answers := report.answers:
-        found["exact answers"] = f"{answers['after']} of {answers['problems']}, before {answers['before']}"
+        numbers["exact answers"] = f"{answers['after']} of {answers['problems']}, before {answers['before']}"
     if totals["seconds"] is not None:
-        found["time"] = f"{totals['seconds']:.0f} s"
+        numbers["time"] = f"{totals['seconds']:.0f} s"
     if peak := totals.get("peak_resident_bytes"):
-        found["memory"] = size_text(peak)
-    return found
+        numbers["memory"] = size_text(peak)
+    return numbers
 
 
 def page(report: Report, recipe_text: str, pictures: Sequence["Picture"], drawn: bool = True) -> str:

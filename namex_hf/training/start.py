@@ -16,6 +16,7 @@ from ..checkpoint.source import Checkpoint
 from ..checkpoint.tokenizer import open_tokenizer
 from ..errors import TrainingError, UsageError
 from ..families import original_family
+from ..families.family import context_of
 from ..families.outline import outline_of
 from ..models import load_patched
 from ..models.loading import without_bar
@@ -52,8 +53,7 @@ class Start:
     @property
     def context(self) -> int | None:
         """Largest number of tokens in a sequence, if the configuration states it."""
-        longest = self.checkpoint.config.get("max_position_embeddings")
-        return longest if isinstance(longest, int) else None
+        return context_of(self.checkpoint.config)
 
     def tokenizer(self) -> Any:
         """Raises:

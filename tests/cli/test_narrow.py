@@ -121,6 +121,20 @@ def test_a_dry_run_of_several_shares_says_the_room_for_all(tmp_path: Path, capsy
     assert f"all 2: disk needed / free: {needed} / " in capsys.readouterr().out
 
 
+def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path, capsys: Said) -> None:
+    """Moments are of a cut without a sweep, and of one model."""
+    moments = ("--moments", tmp_path / "moments", "--dry-run")
+    flags = ("tiny", "--out", tmp_path / "out", "--keep", "0.5")
+    assert ran(*flags, *moments) == 2
+    assert "--moments stands for the text" in capsys.readouterr().err
+    assert ran(*flags, "--sweeps", "0", *moments) == 0
+    saved = ("--moments", tmp_path / "saved", "--sweeps", "0", "--calibration-tokens", "4096", "--quiet")
+    assert ran(*flags, *saved) == 0
+    capsys.readouterr()
+    assert ran("tiny", "--out", tmp_path / "new", "--keep", "0.5", *moments, "--sweeps", "0", "--like", saved[1]) == 2
+    assert "--like reads what --moments has saved of another model: one of the two" in capsys.readouterr().err
+
+
 def test_several_shares_from_one_reading(tmp_path: Path, capsys: Said) -> None:
     """Without the layers below being narrowed first, what the first share measured does for the others."""
     out, moments = tmp_path / "out", tmp_path / "moments"

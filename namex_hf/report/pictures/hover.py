@@ -28,14 +28,14 @@ class Spot(NamedTuple):
 
 def spots(figure: Figure) -> list[Spot]:
     """Of every mark, bar and cell in a figure that has its layout; none where there are more than a page can hold."""
-    found: list[Spot] = []
+    placed: list[Spot] = []
     for axes in figure.axes:
         if axes.get_visible() and axes.name == "rectilinear":
             for box, text in (*_marks(axes, REACH / 72 * figure.dpi), *_bars(axes), *_cells(axes)):
-                found.append(_spot(figure, np.asarray(box), text))
-                if len(found) > MOST:
+                placed.append(_spot(figure, np.asarray(box), text))
+                if len(placed) > MOST:
                     return []
-    return found
+    return placed
 
 
 def _spot(figure: Figure, box: np.ndarray, text: str) -> Spot:
