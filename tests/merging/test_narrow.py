@@ -199,28 +199,52 @@ def test_a_sweep_leaves_less_of_the_error(neurons: str, error_weights: str) -> N
     assert errors[1] > errors[2]
 
 
+def joint_moment(run: Narrowing, of: MoELayer) -> np.ndarray:
+    """H of the neurons of all experts together, each expert's with its own ridge, float64 ``[all, all]``."""
+    routing, inputs = run.text.routing, run.text.inputs
+    blocks, ridge = [], []
+    for number in range(EXPERTS):
+        token, gate = routing.of(number)
+        z = np.zeros((len(inputs), WIDTH))
+        z[token.numpy()] = double(gate)[:, None] * double(neurons_of(inputs[token], of.experts.expert(number), silu))
+        blocks.append(z)
+        ridge += [RIDGE * (z**2).sum(0).mean()] * WIDTH
+    whole = np.concatenate(blocks, axis=1)
+    return whole.T @ whole + np.diag(ridge)
+
+
+def side_by_side(downs: torch.Tensor) -> np.ndarray:
+    return np.concatenate([double(down) for down in downs], axis=1)
+
+
 def test_after_many_sweeps_downs_are_the_least_squares_of_all() -> None:
     """Together, under the ridge that holds them to the source's; for neurons that no longer change."""
     of = mixture()
     run = narrowing(of, neurons="random", sweeps=60)
     result, _ = run.run()
-    routing, inputs = run.text.routing, run.text.inputs
-    blocks, held = [], []
-    for number, stay in enumerate(run.stay):
-        token, gate = routing.of(number)
-        z = np.zeros((len(inputs), WIDTH))
-        active = double(neurons_of(inputs[token], of.experts.expert(number), silu))
-        z[token.numpy()] = double(gate)[:, None] * active
-        blocks.append((z, stay.numpy()))
-        held.append(RIDGE * (z**2).sum(0).mean())
-    whole = np.concatenate([z for z, _ in blocks], axis=1)
-    kept = np.concatenate([stay + number * WIDTH for number, (_, stay) in enumerate(blocks)])
-    downs = np.concatenate([double(down) for down in of.experts["down_proj"]], axis=1)
-    ridge = np.repeat(held, WIDTH)
-    moment = whole.T @ whole + np.diag(ridge)
-    best = np.linalg.solve(moment[np.ix_(kept, kept)], moment[kept] @ downs.T).T
-    found = np.concatenate([double(down) for down in result.experts["down_proj"]], axis=1)
-    np.testing.assert_allclose(found, best, rtol=1e-3, atol=1e-3)
+    moment = joint_moment(run, of)
+    stay = np.concatenate([one + number * WIDTH for number, one in enumerate(run.stay)])
+    downs = side_by_side(of.experts["down_proj"])
+    best = np.linalg.solve(moment[np.ix_(stay, stay)], moment[stay] @ downs.T).T
+    np.testing.assert_allclose(side_by_side(result.experts["down_proj"]), best, rtol=1e-3, atol=1e-3)
+
+
+def test_an_expert_sees_what_those_before_it_became() -> None:
+    """In one sweep, block by block from the first expert on, as in float64."""
+    of = mixture()
+    run = narrowing(of, neurons="random", sweeps=1)
+    after = side_by_side(run.run()[0].experts["down_proj"])
+    before = narrowing(of, neurons="random", sweeps=0).run()[0].experts["down_proj"]
+    moment, downs = joint_moment(run, of), side_by_side(of.experts["down_proj"])
+    current = np.zeros_like(downs)
+    places = [(one + number * WIDTH).numpy() for number, one in enumerate(run.stay)]
+    for place, down in zip(places, before, strict=True):
+        current[:, place] = double(down)
+    for place in places:
+        current[:, place] = 0
+        missing = (downs - current) @ moment[:, place]
+        current[:, place] = np.linalg.solve(moment[np.ix_(place, place)], missing.T).T
+    np.testing.assert_allclose(after, current[:, np.concatenate(places)], rtol=1e-3, atol=1e-3)
 
 
 def test_a_sweep_leaves_an_expert_with_few_tokens_alone() -> None:
