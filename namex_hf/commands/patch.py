@@ -5,13 +5,12 @@ from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
-from shutil import rmtree
 from sys import stderr
 from typing import TYPE_CHECKING, Any
 
 from ..defaults import SHARD_SIZE
 from ..errors import UsageError
-from ..files import MOMENTS, REPORT, locate, read_json
+from ..files import REPORT, locate, read_json
 from ..printable import marked
 from ..recipe import Recipe
 from .common import MODEL_HELP, Parser, command_parser, loading, print_json, run
@@ -21,12 +20,11 @@ from .recipe_options import add_recipe_options, recipe_of
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from ..checkpoint.folder import OutputFolder
     from ..checkpoint.source import Checkpoint
     from ..patching.plan import Plan
 
 BITS = (8, 4, 3, 2)
-SHARED = ".moments"
-"""Subfolder of several results, while they are made."""
 COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe", "size")
 """What ``--help`` shows; ``--help-all`` shows the rest too."""
 
@@ -72,7 +70,7 @@ def parser_of(prog: str = "namex patch") -> Parser:
         type=Path,
         metavar="DIR",
         help="narrow without a fit, --sweeps 0: what the text says of neurons is saved there, and used again for "
-        "another width of the same model and text (several shares do that by themselves)",
+        "another width of the same model and text",
     )
     parser.add_argument(
         "--like",
@@ -102,13 +100,15 @@ def parser_of(prog: str = "namex patch") -> Parser:
 def _patch(options: argparse.Namespace) -> int:
     """One result, or one in ``DIR/keep-SHARE`` for each of several shares."""
     shares = _shares(options)
-    each = [argparse.Namespace(**{**vars(options), "keep": share}) for share in shares]
+    folders = [options.out / f"keep-{share}" if len(shares) > 1 else options.out for share in shares]
+    stated = zip(shares, folders, strict=True)
+    each = [argparse.Namespace(**{**vars(options), "keep": share, "out": out}) for share, out in stated]
     recipes = [recipe_of(one) for one in each]  # which refuses a bad share before anything is done
-    results = _patch_one(each[0], recipes[0]) if len(shares) == 1 else _patch_each(each, recipes)
+    results = _results(each, recipes)
     if options.json:
-        print_json(results)
+        print_json(dict(zip(shares, results, strict=True)) if len(shares) > 1 else results[0])
     elif not (options.quiet or options.dry_run):
-        print_next(options, recipes[0], [one.out for one in each])
+        print_next(options, recipes[0], folders)
     return 0
 
 
@@ -128,48 +128,49 @@ def _shares(options: argparse.Namespace) -> list[str | None]:
     return shares
 
 
-def _patch_each(each: list[argparse.Namespace], recipes: list[Recipe]) -> dict[str, Any]:
-    """Several shares, from one reading of the text where the recipes allow it."""
-    out, moments = each[0].out, each[0].moments
-    is_own = recipes[0].reads_moments_alone and moments is None and each[0].like is None
-    if is_own:
-        moments = out / SHARED
-        if each[0].overwrite and (moments / MOMENTS).is_file() and not each[0].dry_run:
-            rmtree(moments)  # of another text, perhaps
-    for one in each:
-        one.out, one.moments = out / f"keep-{one.keep}", moments
-    results = {one.keep: _patch_one(one, recipe) for one, recipe in zip(each, recipes, strict=True)}
-    if is_own and not each[0].dry_run and (moments / MOMENTS).is_file():  # else it is not ours
-        rmtree(moments)
-    if each[0].dry_run and not each[0].json:
-        from .patch_screen import print_room
-
-        print_room([*results.values()])
-    return results
-
-
-def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
-    """Carry one recipe out, or say what it would do; returns that, or the report, as JSON values."""
+def _results(each: Sequence[argparse.Namespace], recipes: Sequence[Recipe]) -> list[Any]:
+    """Carry recipes out, or say what they would do; returns that, or the reports, as JSON values."""
     with loading():
         from huggingface_hub.utils import disable_progress_bars
         from rich.console import Console
 
-        from ..calibration.sources import is_own_text
-        from ..checkpoint.folder import OutputFolder
-        from ..checkpoint.layout import left_out_line
         from ..checkpoint.resolve import peek, resolve
-        from ..checkpoint.tokenizer_code import code_line
         from ..hub.publish import checked_target, publish
-        from ..patching.device import ACCELERATORS, is_there
-        from ..patching.patch import keep_apart, run_plan
-        from ..patching.plan import make_plan
-        from .patch_warnings import width_line
+        from ..patching.patch import share_reading
+        from .patch_screen import print_room
 
+    options = each[0]
     console = Console(stderr=True, quiet=options.quiet)
     if options.quiet:
         disable_progress_bars()  # of downloads
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
+    plans = [_checked(checkpoint, recipe, one, console) for recipe, one in zip(recipes, each, strict=True)]
+    together = options.scores is None and options.moments is None and share_reading(plans)
+    if options.dry_run:
+        said = [_dry_run(plan, one, console) for plan, one in zip(plans, each, strict=True)]
+        if len(plans) > 1 and not options.json:
+            print_room(said, together)
+        return said
+    runs = [(plan, one.out) for plan, one in zip(plans, each, strict=True)]
+    for group in [runs] if together else [[one] for one in runs]:
+        _carry_out(group, options, console)
+    if target is not None:
+        with redirect_stdout(stderr) if options.json else nullcontext():
+            publish(options.out, target, options.quiet)
+    return [read_json(locate(one.out, REPORT)) for one in each]
+
+
+def _checked(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespace, console: "Console") -> "Plan":
+    """The plan of a recipe, for a folder that it may write."""
+    from ..calibration.sources import is_own_text
+    from ..checkpoint.layout import left_out_line
+    from ..checkpoint.tokenizer_code import code_line
+    from ..patching.device import ACCELERATORS, is_there
+    from ..patching.patch import keep_apart
+    from ..patching.plan import make_plan
+    from .patch_warnings import width_line
+
     if options.dry_run and recipe.device.split(":")[0] in ACCELERATORS and not is_there(recipe.device):
         console.print(f"no device {marked(recipe.device)} here: checked for the CPU", soft_wrap=True)
         recipe = replace(recipe, device="cpu")
@@ -178,28 +179,19 @@ def _patch_one(options: argparse.Namespace, recipe: Recipe) -> Any:
     reads_text = not options.dry_run or (checkpoint.commit is None and is_own_text(recipe.calibration.data))
     how = {"reads_text": reads_text, "like": options.like}
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, **how)
-    folder = OutputFolder(options.out, plan.run, checkpoint.identity, options.verify, device=plan.device)
     keep_apart(checkpoint, options.out)
     # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
     unknown = options.dry_run and (checkpoint.commit is not None or (plan.reads_text and plan.text is None))
-    folder.check(options.overwrite or unknown)
+    _folder(plan, options.out, options.verify).check(options.overwrite or unknown)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
-    if options.dry_run:
-        return _dry_run(plan, options, console)
-    if not options.overwrite and folder.complete:
-        run_plan(plan, options.out)
-        line = f"{marked(options.out)} is complete: this model was patched with this recipe before"
-        console.print(line, soft_wrap=True)
-    else:
-        if not options.overwrite and folder.finished:
-            line = f"{marked(options.out)} is not complete: {marked(folder.fault)}; it is made anew"
-            console.print(line, soft_wrap=True)
-        _carry_out(plan, checkpoint, options, console)
-    if target is not None:
-        with redirect_stdout(stderr) if options.json else nullcontext():
-            publish(options.out, target, options.quiet)
-    return read_json(locate(options.out, REPORT))
+    return plan
+
+
+def _folder(plan: "Plan", out: Path, verify: bool) -> "OutputFolder":
+    from ..checkpoint.folder import OutputFolder
+
+    return OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
 
 
 def _of_size(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespace) -> Recipe:
@@ -236,18 +228,26 @@ def _dry_run(plan: "Plan", options: argparse.Namespace, console: "Console") -> d
     return what
 
 
-def _carry_out(plan: "Plan", checkpoint: "Checkpoint", options: argparse.Namespace, console: "Console") -> None:
-    """Patch; then score, print and draw, unless the run is quiet."""
+def _carry_out(runs: list[tuple["Plan", Path]], options: argparse.Namespace, console: "Console") -> None:
+    """Patch into folders that are not complete, in one go; then score, print and draw, unless the run is quiet."""
+    from ..patching.patch import run_plan
     from .patch_screen import draw, print_report, run_with_progress, score
 
-    report = run_with_progress(plan, options, console)
-    if options.quiet:
-        return
-    report = score(checkpoint, options.out, report, console)
-    if not options.json:
-        print_report(report, checkpoint, options.out)
-    recipe = plan.recipe
-    if recipe.merge.kind == "grouped" and not recipe.needs_text and plan.experts < plan.shape.experts:
-        hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
-        console.print(hint, soft_wrap=True)
-    draw(options.out, checkpoint.size, report, console)
+    for plan, out in [] if options.overwrite else list(runs):
+        folder = _folder(plan, out, options.verify)
+        if folder.complete:
+            run_plan(plan, out)
+            console.print(f"{marked(out)} is complete: this model was patched with this recipe before", soft_wrap=True)
+            runs.remove((plan, out))
+        elif folder.finished:
+            console.print(f"{marked(out)} is not complete: {marked(folder.fault)}; it is made anew", soft_wrap=True)
+    reports = run_with_progress(runs, options, console) if runs else []
+    for (plan, out), report in [] if options.quiet else zip(runs, reports, strict=True):
+        checkpoint, recipe = plan.checkpoint, plan.recipe
+        report = score(checkpoint, out, report, console)
+        if not options.json:
+            print_report(report, checkpoint, out)
+        if recipe.merge.kind == "grouped" and not recipe.needs_text and plan.experts < plan.shape.experts:
+            hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
+            console.print(hint, soft_wrap=True)
+        draw(out, checkpoint.size, report, console)

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from ..evaluation.verdict import answers_before_and_after, verdict
 from ..files import size_text
 from ..patching.effort import Effort, effort_of
 from ..patching.estimate import peak_bytes
-from ..patching.patch import rewrite_report, run_plan
+from ..patching.patch import rewrite_report, run_plans
 from ..patching.plan import Plan
 from ..patching.text_pass import streams_memory
 from ..printable import marked
@@ -48,16 +48,25 @@ FORECAST_SECONDS = 60  # of work to come, from which on it is announced
 LINE_SECONDS = 10  # between two lines of layers, at least: short runs print none
 
 
-def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console) -> Report:
-    """Carry the plan out: with a bar on a terminal, elsewhere with a line a layer where layers take their time."""
+def run_with_progress(
+    runs: Sequence[tuple[Plan, Path]], options: argparse.Namespace, console: Console
+) -> Sequence[Report]:
+    """Carry plans out: with a bar on a terminal, elsewhere with a line a layer where layers take their time.
+
+    Args:
+        runs: one, or several of one reading.
+    """
+    plan, layers = runs[0][0], sum(len(one.shape.layers) for one, _ in runs)
+    tokens = plan.text.tokens if plan.text else 0
     columns = (TextColumn("{task.description:>16}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), ToGo())
-    effort = effort_of(plan)
-    if effort and (effort.steps or effort.seconds(plan) * len(plan.shape.layers) >= FORECAST_SECONDS):
-        console.print(_effort_line(effort, plan), soft_wrap=True)
+    efforts = [(effort, one) for one, _ in runs if (effort := effort_of(one))]
+    seconds = sum(effort.seconds(one) * len(one.shape.layers) for effort, one in efforts if not effort.steps)
+    for effort, one in efforts if efforts and (efforts[0][0].steps or seconds >= FORECAST_SECONDS) else []:
+        console.print(_effort_line(effort, one), soft_wrap=True)
     hidden = options.quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("patching", total=None, end=None)
-        pace, warnings = Pace(len(plan.shape.layers), plan.text.tokens if plan.text else 0), list(text_lines(plan))
+        pace, warnings = Pace(layers, tokens), list(text_lines(plan))
 
         def show(event: ProgressEvent) -> None:
             pace.follow(event)
@@ -71,9 +80,8 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
                 console.print(warnings.pop(0), soft_wrap=True, markup=False)
 
         try:
-            report = run_plan(
-                plan,
-                options.out,
+            reports = run_plans(
+                runs,
                 scores=options.scores,
                 moments=options.moments,
                 overwrite=options.overwrite,
@@ -87,7 +95,7 @@ def run_with_progress(plan: Plan, options: argparse.Namespace, console: Console)
             raise
     for line in warnings:
         console.print(line, soft_wrap=True, markup=False)
-    return report
+    return reports
 
 
 class ToGo(ProgressColumn):
@@ -273,9 +281,10 @@ def print_dry_run(what: dict[str, Any], plan: Plan) -> None:
         )
 
 
-def print_room(each: list[dict[str, Any]]) -> None:
-    """What several results need on the disk, one after another."""
-    needed = sum(one["bytes_out"] for one in each) + max(one["space_needed"] - one["bytes_out"] for one in each)
+def print_room(each: list[dict[str, Any]], together: bool) -> None:
+    """What several results need on the disk: made together, their states too are there at once."""
+    states = [one["space_needed"] - one["bytes_out"] for one in each]
+    needed = sum(one["bytes_out"] for one in each) + (sum(states) if together else max(states))
     Console().print(f"all {len(each)}: disk needed / free: {size_text(needed)} / {size_text(each[0]['free'])}")
 
 

@@ -1,6 +1,7 @@
 """Results of the pipeline into the shards of a model folder."""
 
 import logging
+from collections.abc import Generator, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -35,14 +36,16 @@ def write_checkpoint(
     progress: ProgressCallback,
     scores: Scores | None = None,
     moments: MomentsFolder | None = None,
-) -> dict[str, str]:
+    shared: Passage | None = None,
+) -> Generator[int, None, dict[str, str]]:
     """Run the pipeline over a checkpoint and write all shards; returns the weight map (tensor name to file name).
 
-    A killed run goes on where its state is.
+    A killed run goes on where its state is. Where layers depend on each other, each is yielded before it is begun.
 
     Args:
         scores: of experts, by layer, in the place of the plan's text.
         moments: of neurons, likewise where they are complete; else they are saved.
+        shared: as of `Pipeline`.
 
     Raises:
         CheckpointError: a tensor holds NaN or infinity.
@@ -60,15 +63,16 @@ def write_checkpoint(
             gradients_of(plan),
             counts=plan.counts,
             progress=progress,
+            shared=shared,
         )
         write = _write_smaller if plan.recipe.merge.rewrites else _write_carried
-        names = write(plan, folder, pipeline, reader, state, progress)
+        names = yield from write(plan, folder, pipeline, reader, state, progress)
     return {tensor: name for name in names for tensor in read_header(folder / name)}
 
 
 def _write_carried(
     plan: Plan, folder: Path, pipeline: Pipeline, reader: Reader, state: State, progress: ProgressCallback
-) -> list[str]:
+) -> Generator[int, None, list[str]]:
     """The source's shards, and others with what the layers have more."""
     packs, count = packs_of_added(plan), len(plan.shards)
     names = shard_names(count + len(packs))
@@ -76,7 +80,7 @@ def _write_carried(
     with carried_beside(*carried) if plan.text is None else nullcontext():
         check_finite(plan, progress)
         if pipeline.steps:
-            save(plan, pipeline, state, progress)
+            yield from save(plan, pipeline, state, progress)
     if plan.text is not None:  # now the processor is free, and it is known in which order experts' neurons are
         carry_over(*carried)
     write_added(plan, folder, state, packs, names[count:])
@@ -85,29 +89,31 @@ def _write_carried(
 
 def _write_smaller(
     plan: Plan, folder: Path, pipeline: Pipeline, reader: Reader, state: State, progress: ProgressCallback
-) -> list[str]:
+) -> Generator[int, None, list[str]]:
     """Shards with other experts: with text all layers come first, as each depends on those below it."""
     check_finite(plan, progress)
     if not plan.recipe.needs_text:
         layers = LazyLayers(plan, pipeline, state, progress)
         return write_packs(plan, folder, reader, layers.items, state, progress)
-    save(plan, pipeline, state, progress)
+    yield from save(plan, pipeline, state, progress)
     return write_packs(plan, folder, reader, partial(_saved_items, plan, state), state, no_progress)
 
 
-def save(plan: Plan, pipeline: Pipeline, state: State, progress: ProgressCallback) -> None:
+def save(plan: Plan, pipeline: Pipeline, state: State, progress: ProgressCallback) -> Iterator[int]:
     """Leave every layer's result in the state folder, and go on there after a kill."""
     arrived = state.load()
     if arrived.layer:
         logger.info("continues at layer %d", arrived.layer)
+    results = pipeline.run(arrived)
     for layer in plan.shape.layers:
-        if layer < arrived.layer:
-            progress(ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=True))
-    for result in pipeline.run(arrived):
-        state.save_layer(result, plan.layer_bytes(result.layer))
-        state.save(result.state)
-        progress(ProgressEvent(FINISHED, result.layer, amount=plan.layer_bytes(result.layer)))
-        del result  # before the next layer is read
+        finished = ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=layer < arrived.layer)
+        if not finished.resumed:
+            yield layer
+            result = next(results)
+            state.save_layer(result, finished.amount)
+            state.save(result.state)
+            del result  # before the next layer is read
+        progress(finished)
 
 
 def _saved_items(plan: Plan, state: State, layer: int) -> list[Item]:

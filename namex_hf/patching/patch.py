@@ -6,8 +6,9 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,9 @@ from .checkpoint_sink import write_checkpoint
 from .checkpoint_source import check_finite, checkpoint_source
 from .effort import effort_of
 from .estimate import peak_bytes, space_needed
+from .pipeline import Passage
 from .plan import Plan, make_plan
-from .scores import open_moments, read_scores
+from .scores import DEPENDS_ON, open_moments, read_scores
 from .state import State
 from .threads import shared_out
 
@@ -112,6 +114,74 @@ def run_plan(
     progress: ProgressCallback = no_progress,
 ) -> Report:
     """Carry out a checked plan. See `patch_checkpoint`."""
+    [report] = run_plans(
+        [(plan, out)], scores=scores, moments=moments, overwrite=overwrite, verify=verify, progress=progress
+    )
+    return report
+
+
+def share_reading(plans: Sequence[Plan]) -> bool:
+    """Whether one reading of the text does for all: it is the same text, and layers see it as the original's do."""
+    texts = [(plan.tokens, *map(plan.run.get, DEPENDS_ON)) for plan in plans]
+    reads = all(plan.reads_text and plan.recipe.reads_original for plan in plans)
+    return reads and all(text == texts[0] for text in texts)
+
+
+def run_plans(
+    runs: Sequence[tuple[Plan, Path]],
+    *,
+    scores: str | Path | None = None,
+    moments: str | Path | None = None,
+    overwrite: bool = False,
+    verify: bool = False,
+    progress: ProgressCallback = no_progress,
+) -> list[Report]:
+    """Carry out plans that `share_reading`, or one: all results of a layer are made before the text goes on.
+
+    Memory: as of one plan. The states of all are on the disk at once.
+    """
+    progress, shared = _counting([plan for plan, _ in runs], progress), Passage()
+    needed = [max(0, space_needed(plan) - _present(out)) for plan, out in runs]
+    return _in_step(
+        [
+            _running(plan, out, scores, moments, overwrite, verify, progress, shared, sum(needed) - own)
+            for (plan, out), own in zip(runs, needed, strict=True)
+        ]
+    )
+
+
+def _in_step(runs: Sequence[Generator[int, None, Report]]) -> list[Report]:
+    """Let the run go on that is at the lowest layer, until all have ended. What ends one early ends all."""
+    reports: dict[int, Report] = {}
+    layers = dict.fromkeys(range(len(runs)), -1)
+    try:
+        while layers:
+            number = min(layers, key=layers.__getitem__)
+            try:
+                layers[number] = next(runs[number])
+            except StopIteration as end:
+                reports[number] = end.value
+                del layers[number]
+    except BaseException as error:
+        for run in runs:
+            with suppress(type(error)):
+                run.throw(error)
+        raise
+    return [reports[number] for number in range(len(runs))]
+
+
+def _running(
+    plan: Plan,
+    out: Path,
+    scores: str | Path | None,
+    moments: str | Path | None,
+    overwrite: bool,
+    verify: bool,
+    progress: ProgressCallback,
+    shared: Passage,
+    beside: int,
+) -> Generator[int, None, Report]:
+    """The run of a plan, as `write_checkpoint`. Args: beside, bytes that the others need."""
     folder = OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
     keep_apart(plan.checkpoint, out)
     folder.check(overwrite)
@@ -122,7 +192,7 @@ def run_plan(
         shutil.rmtree(out / STATE, ignore_errors=True)
         return Report.from_file(locate(out, REPORT))
     saves_moments = measured is not None and not measured.is_complete
-    folder.check_space(max(0, space_needed(plan, saves_moments) - _present(out)))
+    folder.check_space(max(0, space_needed(plan, saves_moments) - _present(out) + beside))
     start = time.perf_counter()
     with folder.claimed(overwrite):
         state = State(out / STATE, plan.checkpoint.identity)
@@ -135,11 +205,10 @@ def run_plan(
         if measured is not None and saves_moments:
             measured.begin()
         try:
-            progress = _counting(plan, progress)
             if plan.spends_budget:
                 plan = with_counts(plan, state, progress)
             with nullcontext() if plan.recipe.needs_text else shared_out():
-                weight_map = write_checkpoint(plan, out, state, progress, known, measured)
+                weight_map = yield from write_checkpoint(plan, out, state, progress, known, measured, shared)
             plan.checkpoint.identity.settle()
             if measured is not None and saves_moments:
                 measured.end()
@@ -196,10 +265,10 @@ def keep_apart(checkpoint: Checkpoint, out: Path) -> None:
         raise OutputError(f"--out {out} is the model's own folder, or inside it or around it; another folder is needed")
 
 
-def _counting(plan: Plan, progress: ProgressCallback) -> ProgressCallback:
-    """A callback, for several threads, that adds how many bytes of the whole run are done."""
+def _counting(plans: Sequence[Plan], progress: ProgressCallback) -> ProgressCallback:
+    """A callback, for several threads, that adds how many bytes of all runs are done."""
     # Looked at or merged once; where shards are carried over as they are, copied as well.
-    total = plan.checkpoint.size * (1 if plan.recipe.merge.rewrites else 2)
+    total = sum(plan.checkpoint.size * (1 if plan.recipe.merge.rewrites else 2) for plan in plans)
     done, lock = 0, threading.Lock()
 
     def count(event: ProgressEvent) -> None:

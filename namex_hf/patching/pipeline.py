@@ -51,6 +51,7 @@ class Pipeline:
     gradients: Mapping[int, torch.Tensor] | None = None  # by layer, scores of neurons ``[N, width]``
     counts: Sequence[int] | None = None  # of experts that each MoE layer keeps; None: all keep the recipe's number
     progress: ProgressCallback = no_progress
+    shared: Passage | None = None  # with other results from the same reading, which are at the same layer or above
 
     @cached_property
     def steps(self) -> list[Step]:
@@ -64,9 +65,10 @@ class Pipeline:
             RecipeError: the result would.
         """
         state = state or PipelineState()
-        passage = Passage(state.base)
+        passage = self.shared or Passage()
+        passage.base = state.base
         known = self.scores is not None or (self.moments is not None and self.moments.is_complete)
-        if self.text is not None and not known:
+        if self.text is not None and not known and passage.text is None:
             passage.text = TextPass(self.source, self.recipe, self.text, state)
         for layer in self.source.shape.layers:
             if layer >= state.layer:

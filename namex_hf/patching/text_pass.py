@@ -21,6 +21,9 @@ def aims_at_model(recipe: Recipe) -> bool:
 class TextPass:
     """The one owner of hidden states: it takes them to a MoE layer, and on with what the layer answers.
 
+    Several results may be made of each layer, where all pass on the same answer: what was done for the first is not
+    done again.
+
     Memory: one decoder layer without its experts in float32, and twice ``[tokens, hidden]`` in float32: hidden states,
     and the mixture's inputs. Four times under ``target: model``: the hidden states of the model that is patched, and
     the target of the mixture.
@@ -37,9 +40,13 @@ class TextPass:
             self.original = self.hidden.clone()
         self._tapped: Tapped | None = None
         self._aim: Tapped | None = None
+        self._received: Text | None = None  # by the tapped layer
+        self._passed = state.layer  # layers that have passed their answers on
 
     def tap(self, layer: int) -> None:
         """Take the text through the dense layers below a MoE layer, and through that without its routed experts."""
+        if self._next <= layer:
+            self._received = None  # the next layer needs the memory
         for number in range(self._next, layer + 1):
             with self._decoder.layer(number) as module:
                 if module.is_mixture:
@@ -48,11 +55,13 @@ class TextPass:
                 else:
                     self.hidden = module.forward(self.hidden)
                     self.original = None if self.original is None else module.forward(self.original)
-        assert self._tapped is not None
-        self._next, self.hidden = layer + 1, self._tapped.rest
+        if self._tapped is not None:
+            self._next, self.hidden = layer + 1, self._tapped.rest
 
     def activations(self, mixture: MoELayer) -> Text:
         """What the tapped layer receives, and its target."""
+        if self._received is not None:
+            return self._received
         tapped, aim, device = self._tapped, self._aim, self._recipe.device
         assert tapped is not None
         self._tapped = self._aim = target = None
@@ -63,11 +72,14 @@ class TextPass:
         held_out = torch.zeros(len(self.text.ids), dtype=torch.bool)
         if measures(self._recipe):
             held_out = self.text.held_out
-        return Text(tapped.inputs.to(device), routing, self.text.sources, held_out.to(device), target)
+        self._received = Text(tapped.inputs.to(device), routing, self.text.sources, held_out.to(device), target)
+        return self._received
 
     def pass_on(self, output: torch.Tensor) -> None:
         """Add the layer's routed output ``[tokens, hidden]``: that is what the next layer receives."""
-        self._decoder.pass_on(self._next - 1, self.hidden, output)
+        if self._passed < self._next:
+            self._decoder.pass_on(self._next - 1, self.hidden, output)
+            self._passed = self._next
 
 
 def unpatched(decoder: Decoder, layer: int, mixture: MoELayer, tapped: Tapped, device: str) -> torch.Tensor:

@@ -143,6 +143,11 @@ class Recipe(Part):
         return before and isinstance(self.merge, Grouped) and self.merge.weighs_alone
 
     @property
+    def reads_original(self) -> bool:
+        """Whether each layer sees the text as the original's does, however many experts or neurons stay."""
+        return self.needs_text and self.calibration.when == "before" and self.merge.rewrites
+
+    @property
     def reads_moments_alone(self) -> bool:
         """Whether the moments of neurons that another run measured do in the place of the text."""
         before = self.calibration.when == "before" and self.routing.kind == "linear"

@@ -241,8 +241,7 @@ class Narrow(Smaller):
     sweeps: int | None = leaf(
         None,
         "narrow: how often the experts of a layer, one after another, are cut anew for what the others leave over of "
-        "the layer's output. It loses less; without one, several shares are one reading of the text (default: 1 under "
-        "neurons second_order without a fit, else 0)",
+        "the layer's output, so that less is lost (default: 1 under neurons second_order without a fit, else 0)",
         within=Range(lambda count: 0 <= count <= 100, "a whole number from 0 to 100"),
     )
     rules: ClassVar[tuple[Rule, ...]] = (

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -111,11 +112,14 @@ def test_several_shares_are_a_folder_each(tmp_path: Path, capsys: Said) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_a_dry_run_of_several_shares_says_the_room_for_all(tmp_path: Path, capsys: Said) -> None:
-    flags = ("tiny", "--out", tmp_path / "out", "--keep", "0.75", "0.5", "--dry-run")
+@pytest.mark.parametrize(("fit", "states"), [("none", sum), ("layer", max)])  # at once, and one after another
+def test_a_dry_run_of_several_shares_says_the_room_for_all(
+    tmp_path: Path, capsys: Said, fit: str, states: Callable[[Iterable[int]], int]
+) -> None:
+    flags = ("tiny", "--out", tmp_path / "out", "--keep", "0.75", "0.5", "--fit", fit, "--dry-run")
     assert ran(*flags, "--json") == 0
     each = json.loads(capsys.readouterr().out).values()
-    state = max(one["space_needed"] - one["bytes_out"] for one in each)
+    state = states(one["space_needed"] - one["bytes_out"] for one in each)
     assert ran(*flags) == 0
     needed = size_text(state + sum(one["bytes_out"] for one in each))
     assert f"all 2: disk needed / free: {needed} / " in capsys.readouterr().out
@@ -135,29 +139,15 @@ def test_a_dry_run_refuses_what_the_run_would(tmp_path: Path, capsys: Said) -> N
     assert "--like reads what --moments has saved of another model: one of the two" in capsys.readouterr().err
 
 
-def test_several_shares_from_one_reading(tmp_path: Path, capsys: Said) -> None:
-    """Without the layers below being narrowed first, what the first share measured does for the others."""
+def test_several_shares_by_what_the_first_measured(tmp_path: Path) -> None:
     out, moments = tmp_path / "out", tmp_path / "moments"
-    flags = ("--keep", "0.75", "0.5", "--sweeps", "0", "--calibration-tokens", "4096", "--quiet")
-    assert ran("tiny", "--out", out, *flags) == 0
-    (out / ".moments").mkdir()
-    (out / ".moments" / "mine.txt").write_text("not of this package")
-    assert ran("tiny", "--out", out, *flags) == 0
-    assert (out / ".moments" / "mine.txt").is_file()
-    shutil.rmtree(out / ".moments")
-    assert ran("tiny", "--out", tmp_path / "again", *flags, "--moments", moments) == 0
-    assert sorted(path.name for path in out.iterdir()) == ["keep-0.5", "keep-0.75"]
+    flags = ("--sweeps", "0", "--calibration-tokens", "4096", "--quiet", "--keep")
+    assert ran("tiny", "--out", out, *flags, "0.75", "0.5", "--moments", moments) == 0
+    assert ran("tiny", "--out", tmp_path / "alone", *flags, "0.5") == 0
     assert (moments / "complete").is_file()
-    shutil.copytree(moments, tmp_path / "killed" / ".moments")
-    flags = tuple("2048" if flag == "4096" else flag for flag in flags)
-    assert ran("tiny", "--out", tmp_path / "killed", *flags) == 2  # of another text
-    assert ran("tiny", "--out", tmp_path / "killed", *flags, "--overwrite") == 0
-    flags = tuple("4096" if flag == "2048" else flag for flag in flags if flag != "0.75")
-    assert ran("tiny", "--out", tmp_path / "alone", *flags) == 0
-    for folder in (out, tmp_path / "again"):
-        assert settled_files(folder / "keep-0.5") == settled_files(tmp_path / "alone")
-        first, second = (read_json(folder / f"keep-{share}" / "namex" / "report.json") for share in (0.75, 0.5))
-        assert [len(layer["errors"]) for report in (first, second) for layer in report["layers"]] == [1] * 5 + [0] * 5
+    assert settled_files(out / "keep-0.5") == settled_files(tmp_path / "alone")
+    first, second = (read_json(out / f"keep-{share}" / "namex" / "report.json") for share in (0.75, 0.5))
+    assert [len(layer["errors"]) for report in (first, second) for layer in report["layers"]] == [1] * 5 + [0] * 5
 
 
 def test_a_size_is_the_largest_width_below_it(tmp_path: Path, capsys: Said) -> None:
