@@ -230,17 +230,9 @@ def _dry_run(plan: "Plan", options: argparse.Namespace, console: "Console") -> d
 
 def _carry_out(runs: list[tuple["Plan", Path]], options: argparse.Namespace, console: "Console") -> None:
     """Patch into folders that are not complete, in one go; then score, print and draw, unless the run is quiet."""
-    from ..patching.patch import run_plan
     from .patch_screen import draw, print_report, run_with_progress, score
 
-    for plan, out in [] if options.overwrite else list(runs):
-        folder = _folder(plan, out, options.verify)
-        if folder.complete:
-            run_plan(plan, out)
-            console.print(f"{marked(out)} is complete: this model was patched with this recipe before", soft_wrap=True)
-            runs.remove((plan, out))
-        elif folder.finished:
-            console.print(f"{marked(out)} is not complete: {marked(folder.fault)}; it is made anew", soft_wrap=True)
+    runs = [run for run in runs if options.overwrite or not _is_complete(*run, options.verify, console)]
     reports = run_with_progress(runs, options, console) if runs else []
     for (plan, out), report in [] if options.quiet else zip(runs, reports, strict=True):
         checkpoint, recipe = plan.checkpoint, plan.recipe
@@ -251,3 +243,16 @@ def _carry_out(runs: list[tuple["Plan", Path]], options: argparse.Namespace, con
             hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
             console.print(hint, soft_wrap=True)
         draw(out, checkpoint.size, report, console)
+
+
+def _is_complete(plan: "Plan", out: Path, verify: bool, console: "Console") -> bool:
+    """Whether a folder needs no run; says so, or what is wrong with one that was finished."""
+    from ..patching.patch import run_plan
+
+    folder = _folder(plan, out, verify)
+    if folder.complete:
+        run_plan(plan, out)  # which clears up after a run that was killed at its end
+        console.print(f"{marked(out)} is complete: this model was patched with this recipe before", soft_wrap=True)
+    elif folder.finished:
+        console.print(f"{marked(out)} is not complete: {marked(folder.fault)}; it is made anew", soft_wrap=True)
+    return folder.complete
