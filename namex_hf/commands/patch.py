@@ -20,9 +20,9 @@ from .recipe_options import add_recipe_options, recipe_of
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from ..checkpoint.folder import OutputFolder
     from ..checkpoint.source import Checkpoint
     from ..patching.plan import Plan
+    from ..patching.run import Run
 
 BITS = (8, 4, 3, 2)
 COMMON_OPTIONS = ("model", "out", "dry_run", "json", "quiet", "push_to_hub", "recipe", "size")
@@ -136,7 +136,7 @@ def _results(each: Sequence[argparse.Namespace], recipes: Sequence[Recipe]) -> l
 
         from ..checkpoint.resolve import peek, resolve
         from ..hub.publish import checked_target, publish
-        from ..patching.patch import share_reading
+        from ..patching.together import share_reading
         from .patch_screen import print_room
 
     options = each[0]
@@ -145,14 +145,13 @@ def _results(each: Sequence[argparse.Namespace], recipes: Sequence[Recipe]) -> l
         disable_progress_bars()  # of downloads
     target = checked_target(options.push_to_hub, options.public, asks=not options.dry_run)
     checkpoint = (peek if options.dry_run else resolve)(options.model, options.revision)
-    plans = [_checked(checkpoint, recipe, one, console) for recipe, one in zip(recipes, each, strict=True)]
-    together = options.scores is None and options.moments is None and share_reading(plans)
+    runs = [_checked(checkpoint, recipe, one, console) for recipe, one in zip(recipes, each, strict=True)]
+    together = share_reading(runs)
     if options.dry_run:
-        said = [_dry_run(plan, one, console) for plan, one in zip(plans, each, strict=True)]
-        if len(plans) > 1 and not options.json:
+        said = [_dry_run(run, console, options.json) for run in runs]
+        if len(runs) > 1 and not options.json:
             print_room(said, together)
         return said
-    runs = [(plan, one.out) for plan, one in zip(plans, each, strict=True)]
     for group in [runs] if together else [[one] for one in runs]:
         _carry_out(group, options, console)
     if target is not None:
@@ -161,14 +160,14 @@ def _results(each: Sequence[argparse.Namespace], recipes: Sequence[Recipe]) -> l
     return [read_json(locate(one.out, REPORT)) for one in each]
 
 
-def _checked(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespace, console: "Console") -> "Plan":
-    """The plan of a recipe, for a folder that it may write."""
+def _checked(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespace, console: "Console") -> "Run":
+    """The run of a recipe, for a folder that it may write."""
     from ..calibration.sources import is_own_text
     from ..checkpoint.layout import left_out_line
     from ..checkpoint.tokenizer_code import code_line
     from ..patching.device import ACCELERATORS, is_there
-    from ..patching.patch import keep_apart
     from ..patching.plan import make_plan
+    from ..patching.run import Run, keep_apart
     from .patch_warnings import width_line
 
     if options.dry_run and recipe.device.split(":")[0] in ACCELERATORS and not is_there(recipe.device):
@@ -182,16 +181,11 @@ def _checked(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespa
     keep_apart(checkpoint, options.out)
     # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
     unknown = options.dry_run and (checkpoint.commit is not None or (plan.reads_text and plan.text is None))
-    _folder(plan, options.out, options.verify).check(options.overwrite or unknown)
+    run = Run(plan, options.out, options.scores, options.moments, options.overwrite, options.verify)
+    run.folder.check(options.overwrite or unknown)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
-    return plan
-
-
-def _folder(plan: "Plan", out: Path, verify: bool) -> "OutputFolder":
-    from ..checkpoint.folder import OutputFolder
-
-    return OutputFolder(out, plan.run, plan.checkpoint.identity, verify, device=plan.device)
+    return run
 
 
 def _of_size(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespace) -> Recipe:
@@ -210,49 +204,52 @@ def _of_size(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespa
     return of_size(checkpoint, recipe, options.size, quantised, step=GROUPS[0])
 
 
-def _dry_run(plan: "Plan", options: argparse.Namespace, console: "Console") -> dict[str, Any]:
+def _dry_run(run: "Run", console: "Console", json: bool) -> dict[str, Any]:
     from ..patching.patch import describe
     from ..patching.scores import check_moments, check_reads_scores
     from .patch_screen import print_dry_run
     from .patch_warnings import text_lines, tokens_lines
 
-    if options.scores is not None:
+    plan = run.plan
+    if run.scores is not None:
         check_reads_scores(plan.recipe)
-    if options.moments is not None:
+    if run.moments is not None:
         check_moments(plan)
-    what = describe(plan, options.out, saves_moments=options.moments is not None)
-    if not options.json:
+    what = describe(plan, run.out, saves_moments=run.moments is not None)
+    if not json:
         print_dry_run(what, plan)
     for line in (*tokens_lines(plan), *text_lines(plan)):
         console.print(line, soft_wrap=True, markup=False)
     return what
 
 
-def _carry_out(runs: list[tuple["Plan", Path]], options: argparse.Namespace, console: "Console") -> None:
+def _carry_out(runs: list["Run"], options: argparse.Namespace, console: "Console") -> None:
     """Patch into folders that are not complete, in one go; then score, print and draw, unless the run is quiet."""
     from .patch_screen import draw, print_report, run_with_progress, score
 
-    runs = [run for run in runs if options.overwrite or not _is_complete(*run, options.verify, console)]
-    reports = run_with_progress(runs, options, console) if runs else []
-    for (plan, out), report in [] if options.quiet else zip(runs, reports, strict=True):
-        checkpoint, recipe = plan.checkpoint, plan.recipe
-        report = score(checkpoint, out, report, console)
+    runs = [one for one in runs if not _is_complete(one, console)]
+    reports = run_with_progress(runs, options.quiet, console) if runs else []
+    for one, report in [] if options.quiet else zip(runs, reports, strict=True):
+        plan, checkpoint, recipe = one.plan, one.plan.checkpoint, one.plan.recipe
+        report = score(checkpoint, one.out, report, console)
         if not options.json:
-            print_report(report, checkpoint, out)
+            print_report(report, checkpoint, one.out)
         if recipe.merge.kind == "grouped" and not recipe.needs_text and plan.experts < plan.shape.experts:
             hint = "merged without calibration text; --fit router reads some, and keeps far more of the model"
             console.print(hint, soft_wrap=True)
-        draw(out, checkpoint.size, report, console)
+        draw(one.out, checkpoint.size, report, console)
 
 
-def _is_complete(plan: "Plan", out: Path, verify: bool, console: "Console") -> bool:
+def _is_complete(run: "Run", console: "Console") -> bool:
     """Whether a folder needs no run; says so, or what is wrong with one that was finished."""
-    from ..patching.patch import run_plan
+    from ..patching.together import run_all
 
-    folder = _folder(plan, out, verify)
-    if folder.complete:
-        run_plan(plan, out)  # which clears up after a run that was killed at its end
-        console.print(f"{marked(out)} is complete: this model was patched with this recipe before", soft_wrap=True)
-    elif folder.finished:
-        console.print(f"{marked(out)} is not complete: {marked(folder.fault)}; it is made anew", soft_wrap=True)
-    return folder.complete
+    folder, out = run.folder, marked(run.out)
+    if run.overwrite or not folder.finished:
+        return False
+    if folder.fault:
+        console.print(f"{out} is not complete: {marked(folder.fault)}; it is made anew", soft_wrap=True)
+        return False
+    run_all([run])  # which clears up after a run that was killed at its end
+    console.print(f"{out} is complete: this model was patched with this recipe before", soft_wrap=True)
+    return True

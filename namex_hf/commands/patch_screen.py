@@ -1,6 +1,5 @@
 """What ``namex-patch`` shows: progress, forecast, scores and tables."""
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -30,9 +29,11 @@ from ..evaluation.verdict import answers_before_and_after, verdict
 from ..files import size_text
 from ..patching.effort import Effort, effort_of
 from ..patching.estimate import peak_bytes
-from ..patching.patch import rewrite_report, run_plans
+from ..patching.patch import rewrite_report
 from ..patching.plan import Plan
+from ..patching.run import Run
 from ..patching.text_pass import streams_memory
+from ..patching.together import run_all
 from ..printable import marked
 from ..progress import FINISHED, ProgressEvent
 from ..record import Report, choices
@@ -48,22 +49,17 @@ FORECAST_SECONDS = 60  # of work to come, from which on it is announced
 LINE_SECONDS = 10  # between two lines of layers, at least: short runs print none
 
 
-def run_with_progress(
-    runs: Sequence[tuple[Plan, Path]], options: argparse.Namespace, console: Console
-) -> Sequence[Report]:
-    """Carry plans out: with a bar on a terminal, elsewhere with a line a layer where layers take their time.
-
-    Args:
-        runs: one, or several of one reading.
-    """
-    plan, layers = runs[0][0], sum(len(one.shape.layers) for one, _ in runs)
+def run_with_progress(runs: Sequence[Run], quiet: bool, console: Console) -> Sequence[Report]:
+    """As `run_all`, with a bar on a terminal, elsewhere with a line a layer where layers take their time."""
+    plan, layers = runs[0].plan, sum(len(run.plan.shape.layers) for run in runs)
     tokens = plan.text.tokens if plan.text else 0
     columns = (TextColumn("{task.description:>16}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), ToGo())
-    efforts = [(effort, one) for one, _ in runs if (effort := effort_of(one))]
+    efforts = [(effort, run.plan) for run in runs if (effort := effort_of(run.plan))]
     seconds = sum(effort.seconds(one) * len(one.shape.layers) for effort, one in efforts if not effort.steps)
-    for effort, one in efforts if efforts and (efforts[0][0].steps or seconds >= FORECAST_SECONDS) else []:
-        console.print(_effort_line(effort, one), soft_wrap=True)
-    hidden = options.quiet or not console.is_terminal
+    for effort, one in efforts:
+        if effort.steps or seconds >= FORECAST_SECONDS:
+            console.print(_effort_line(effort, one), soft_wrap=True)
+    hidden = quiet or not console.is_terminal
     with Progress(*columns, console=console, disable=hidden, transient=True) as bar:
         task = bar.add_task("patching", total=None, end=None)
         pace, warnings = Pace(layers, tokens), list(text_lines(plan))
@@ -80,14 +76,7 @@ def run_with_progress(
                 console.print(warnings.pop(0), soft_wrap=True, markup=False)
 
         try:
-            reports = run_plans(
-                runs,
-                scores=options.scores,
-                moments=options.moments,
-                overwrite=options.overwrite,
-                verify=options.verify,
-                progress=show,
-            )
+            reports = run_all(runs, show)
         except Exception as error:
             if reason := of_memory(error):
                 needed = f"this run needs about {size_text(peak_bytes(plan))} beside the libraries"

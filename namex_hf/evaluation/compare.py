@@ -14,8 +14,8 @@ from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..defaults import SHARD_SIZE
 from ..errors import CalibrationError, CheckpointError, RecipeError
 from ..families.family import context_of
-from ..patching.patch import keep_apart
 from ..patching.plan import make_plan
+from ..patching.run import keep_apart
 from ..patching.text import measures, text_of
 from ..progress import ProgressCallback, ProgressEvent
 from ..recipe import Recipe

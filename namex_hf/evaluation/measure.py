@@ -11,9 +11,10 @@ import torch
 from ..checkpoint.source import Checkpoint, open_checkpoint
 from ..defaults import SHARD_SIZE
 from ..errors import CheckpointError
-from ..patching.patch import run_plan
 from ..patching.plan import make_plan
+from ..patching.run import Run
 from ..patching.text import text_of
+from ..patching.together import run_all
 from ..progress import ProgressCallback, ProgressEvent
 from ..quantising.folder import write_quantised
 from ..quantising.matrices import Storage, matrices_of
@@ -73,7 +74,8 @@ def measure(task: CellTask, progress: ProgressCallback) -> dict[str, Any]:
     if task.recipe is not None:
         assert task.out is not None
         plan = make_plan(task.checkpoint, task.recipe, SHARD_SIZE)
-        totals = run_plan(plan, task.out, progress=progress).totals
+        [report] = run_all([Run(plan, task.out)], progress)
+        totals = report.totals
         seconds, peak, scored = totals["seconds"], totals["peak_resident_bytes"], open_checkpoint(task.out)
     stored = {}
     if task.quantising is not None:

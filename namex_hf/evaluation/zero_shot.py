@@ -15,7 +15,8 @@ from accelerate.utils import InitProcessGroupKwargs
 
 from ..errors import OutputError
 from ..files import check_name
-from ..patching.patch import run_plan
+from ..patching.run import Run
+from ..patching.together import run_all
 from ..progress import ProgressCallback
 from ..record import versions
 from .candidates import Candidate
@@ -149,7 +150,7 @@ class ZeroShotRun:
         out = self.options.out / MODELS / row.label
         if is_first():
             with self.bar(f"{row.label}, patching") as progress:
-                run_plan(row.plan, out, overwrite=self.options.overwrite, progress=progress)
+                run_all([Run(row.plan, out, overwrite=self.options.overwrite)], progress)
         _wait_for_all()
         return out
 

@@ -198,6 +198,6 @@ def test_an_interrupt_is_no_traceback(
     def stop(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(patch_screen, "run_plans", stop)
+    monkeypatch.setattr(patch_screen, "run_all", stop)
     assert patch.main([str(toy), "--out", str(tmp_path / "out")]) == 130
     assert "the same command goes on from here" in capsys.readouterr().err
