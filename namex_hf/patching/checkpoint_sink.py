@@ -101,14 +101,14 @@ def _write_smaller(
 
 def save(plan: Plan, pipeline: Pipeline, state: State, progress: ProgressCallback) -> Iterator[int]:
     """Leave every layer's result in the state folder, and go on there after a kill."""
-    arrived = state.load()
-    if arrived.layer:
-        logger.info("continues at layer %d", arrived.layer)
-    results = pipeline.run(arrived)
+    arrived, results = state.arrived(), None
+    if arrived:
+        logger.info("continues at layer %d", arrived)
     for layer in plan.shape.layers:
-        finished = ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=layer < arrived.layer)
+        finished = ProgressEvent(FINISHED, layer, amount=plan.layer_bytes(layer), resumed=layer < arrived)
         if not finished.resumed:
             yield layer
+            results = results or pipeline.run(state.load())  # not before: others may have the text still below
             result = next(results)
             state.save_layer(result, finished.amount)
             state.save(result.state)

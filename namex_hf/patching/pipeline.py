@@ -70,8 +70,10 @@ class Pipeline:
         known = self.scores is not None or (self.moments is not None and self.moments.is_complete)
         if self.text is not None and not known and passage.text is None:
             passage.text = TextPass(self.source, self.recipe, self.text, state)
+        first = state.layer
+        del state  # the text's hidden states have one owner
         for layer in self.source.shape.layers:
-            if layer >= state.layer:
+            if layer >= first:
                 yield self.layer(layer, passage)  # no reference stays here: the next layer needs the memory
 
     def layer(self, layer: int, passage: Passage) -> LayerResult:

@@ -60,8 +60,7 @@ class State:
 
     def _passed(self, layers: tuple[int, ...]) -> tuple[int, ...]:
         """The MoE layers that the base expert or the text has passed through."""
-        path = self.folder / ARRIVED
-        arrived = _record(path)["layer"] if path.exists() else 0
+        arrived = self.arrived()
         return tuple(layer for layer in layers if layer < arrived)
 
     def _differs(self, name: str, listed: dict[str, Any]) -> bool:
@@ -113,7 +112,12 @@ class State:
         if not path.is_file():
             return PipelineState()
         tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
-        return PipelineState.of(_record(path)["layer"], tensors)
+        return PipelineState.of(self.arrived(), tensors)
+
+    def arrived(self) -> int:
+        """The decoder layer where the next work is."""
+        path = self.folder / ARRIVED
+        return int(_record(path)["layer"]) if path.is_file() else 0
 
     def save_budget(self, record: list[dict[str, Any]]) -> None:
         """What was measured of each MoE layer, and how many experts it keeps."""
