@@ -12,10 +12,11 @@ another way, by the original's activations on the same calibration text, beside 
 * `merged`: a neuron that goes is merged into the one that stays whose activations are most like its own. `merged-alike`
   does so where the cosine is `ALIKE` or more; other neurons are dropped.
 * `fewer-12`, `fewer-14`: fewer experts (of 16 that many, pruned by REAP), which are then cut less.
+* `halves-8`, `halves-6`, `halves-4`: every expert is split in two, of which half stay, and a token goes to so many.
 
-Rows of unequal experts have the full width, with columns of zeros for what is gone: scores are those of a true cut.
-Problems are those of the seed `choices`, which no published figure has. A run that was killed is continued by the same
-command.
+Rows of unequal experts and of halves have the full width, with columns of zeros for what is gone: scores are those of a
+true cut. Problems are those of the seed `choices`, which no published figure has. A run that was killed is continued by
+the same command.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import copy
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from statistics import fmean
@@ -41,12 +42,14 @@ from namex_hf.evaluation.settings import Settings
 from namex_hf.evaluation.statistics import changes, paired, standard_error, value
 from namex_hf.evaluation.table import Table
 from namex_hf.families.outline import outline_of
+from namex_hf.merging.cut import with_neurons
 from namex_hf.merging.error_weights import TINY
 from namex_hf.merging.experts import Expert
 from namex_hf.merging.moe_layer import MoELayer, Text
 from namex_hf.merging.moments import TextMoments
 from namex_hf.merging.narrow import Narrowing
 from namex_hf.merging.neurons import RIDGE, refitted, ridged
+from namex_hf.merging.refit import refit_downs
 from namex_hf.merging.routing import TokenRouting, neurons, on_tokens
 from namex_hf.patching.check import check_fit
 from namex_hf.patching.result import PipelineState
@@ -263,6 +266,52 @@ def fewer(model: Any, layers: dict[int, Layer], recipe: Recipe, tokenizer: Any, 
     return patch_model(copy.deepcopy(model), smaller, tokenizer)
 
 
+def halved(layer: Layer, top_k: int, count: int) -> tuple[MoELayer, Tensor, Tensor]:
+    """A layer of halves of experts: an expert's neurons of most energy, and those of least.
+
+    Each has the expert's router row and its downs doubled, so that all of them, with the doubled top-k, are the layer.
+    Returned with it are the expert of each half, ``[count]``, and the neurons that it has of that, ``[count, half]``.
+
+    Args:
+        top_k: halves of a token.
+        count: halves that stay, those of most energy.
+    """
+    source = layer.mixture
+    energy = (layer.together.diagonal() * layer.down.double().square().sum(0)).view(source.experts.count, 2, -1)
+    of_expert = energy.flatten(1).sort(descending=True)
+    best = of_expert.values.view_as(energy).sum(2).flatten().topk(count).indices.sort().values
+    expert, kept = best // 2, of_expert.indices.view_as(energy).flatten(0, 1)[best].sort(1).values
+    halves = []
+    for number, stay in zip(expert.tolist(), kept, strict=True):
+        whole = source.expert(number, layer.text.inputs)
+        halves.append(with_neurons(whole, stay, 2 * whole.down[:, stay]))
+    experts = halves[0].of(lambda name: torch.stack([half[name] for half in halves]), halves[0])
+    gate = replace(source.gate, top_k=top_k)
+    return replace(source, experts=experts, router=source.router[expert], gate=gate), expert, kept
+
+
+def of_halves(model: Any, layers: dict[int, Layer], top_k: int) -> Any:
+    """A copy of the model whose experts are half of the halves; their downs are refitted under the new gates."""
+    model, outline = copy.deepcopy(model), outline_of(model.config.to_dict())
+    for module in model.modules():
+        if hasattr(module, "top_k"):
+            module.top_k = top_k
+    for number, layer in layers.items():
+        source, inputs = layer.mixture, layer.text.inputs
+        new, expert, kept = halved(layer, top_k, source.experts.count)
+        routing, target = new.route(inputs), source.output(inputs, layer.text.routing)
+        output, even = new.output(inputs, routing), torch.ones(len(inputs))
+        refit_downs(new, inputs, routing, output, target, even, RIDGE, sweeps=2)
+        whole = [source.expert(one, inputs) for one in expert.tolist()]
+        down = torch.zeros_like(torch.stack([one.down for one in whole]))
+        down.scatter_(2, kept[:, None].expand(-1, down.shape[1], -1), torch.stack([*new.experts.down]))
+        set_expert_weights(model, number, "down_proj", down)
+        gate_up = torch.stack([torch.cat([one["gate_proj"], one.up]) for one in whole])
+        set_expert_weights(model, number, "gate_up_proj", gate_up)
+        model.get_parameter(outline.router(number)).copy_(new.router)
+    return model
+
+
 def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[], Any]]:
     """What makes the model of each row. Text is read for the first one that needs it."""
     read: dict[int, Layer] = {}
@@ -286,6 +335,7 @@ def rows_of(model: Any, recipe: Recipe, tokenizer: Any) -> dict[str, Callable[[]
         "merged-alike": partial(on_text, merged, ALIKE),
         "fewer-12": partial(on_text, fewer, recipe, tokenizer, 12 / 16),
         "fewer-14": partial(on_text, fewer, recipe, tokenizer, 14 / 16),
+        **{f"halves-{top_k}": partial(on_text, of_halves, top_k) for top_k in (8, 6, 4)},
     }
 
 

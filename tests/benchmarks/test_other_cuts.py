@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from other_cuts import elimination_order, emulated, layers_on_text, merged, remaining_neurons
+from other_cuts import elimination_order, emulated, halved, layers_on_text, merged, of_halves, remaining_neurons
 
 from namex_hf import Recipe, patch_model
 from namex_hf.merging.neurons import neurons_that_stay
@@ -45,6 +45,34 @@ def test_equal_numbers_are_the_cut_of_the_package(model, recipe, layers):
 def test_nothing_merged_is_a_cut(model, layers):
     cut = logits(emulated(model, layers, joint=False, span="expert"))
     assert torch.allclose(logits(merged(model, layers, alike=1.0)), cut, atol=1e-4)
+
+
+@torch.no_grad()
+def test_all_halves_are_the_layer(model, layers):
+    for layer in layers.values():
+        source, inputs = layer.mixture, layer.text.inputs
+        target = source.output(inputs, layer.text.routing)
+        whole, expert, kept = halved(layer, 2 * source.gate.top_k, 2 * source.experts.count)
+        assert torch.allclose(whole.output(inputs, whole.route(inputs)), target, atol=1e-5)
+        assert expert.tolist() == [one // 2 for one in range(2 * source.experts.count)]
+        assert (kept.view(source.experts.count, -1).sort(1).values == torch.arange(8)).all()
+
+
+@torch.no_grad()
+def test_half_of_the_halves(model, layers):
+    """The same function as the refitted layer, in the model; the refit brings it nearer to the source's."""
+    number, layer = next(iter(layers.items()))
+    source, inputs = layer.mixture, layer.text.inputs
+    target = source.output(inputs, layer.text.routing)
+    new = of_halves(model, {number: layer}, 4)
+    block = new.get_submodule(f"model.layers.{number}.mlp")
+    _, value, index = block.gate(inputs)
+    output = block.experts(inputs, index, value)
+    before, _, _ = halved(layer, 4, source.experts.count)
+    missed_before = (before.output(inputs, before.route(inputs)) - target).square().sum()
+    assert (output - target).square().sum() < missed_before
+    assert (down_of(new, number).view(-1, 8, 8).count_nonzero(2) == 4).all()
+    assert index.shape[1] == 4
 
 
 def test_an_expert_alone_chooses_as_in_the_package(layers):
