@@ -167,7 +167,7 @@ def _checked(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespa
     from ..checkpoint.tokenizer_code import code_line
     from ..patching.device import ACCELERATORS, is_there
     from ..patching.plan import make_plan
-    from ..patching.run import Run, keep_apart
+    from ..patching.run import Run
     from .patch_warnings import width_line
 
     if options.dry_run and recipe.device.split(":")[0] in ACCELERATORS and not is_there(recipe.device):
@@ -178,11 +178,10 @@ def _checked(checkpoint: "Checkpoint", recipe: Recipe, options: argparse.Namespa
     reads_text = not options.dry_run or (checkpoint.commit is None and is_own_text(recipe.calibration.data))
     how = {"reads_text": reads_text, "like": options.like}
     plan = make_plan(checkpoint, recipe, options.shard_size, options.export_as, **how)
-    keep_apart(checkpoint, options.out)
     # A Hub id's headers alone do not say whose run a folder is, nor does a recipe whose text was not read.
     unknown = options.dry_run and (checkpoint.commit is not None or (plan.reads_text and plan.text is None))
     run = Run(plan, options.out, options.scores, options.moments, options.overwrite, options.verify)
-    run.folder.check(options.overwrite or unknown)
+    run.check(of_any=unknown)
     for line in filter(None, (left_out_line(plan.left_out), code_line(checkpoint.folder), width_line(plan))):
         console.print(line, soft_wrap=True, markup=False)
     return run

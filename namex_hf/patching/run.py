@@ -72,13 +72,23 @@ class Run:
     def state(self) -> State:
         return State(self.out / STATE, self.plan.checkpoint.identity)
 
+    def check(self, of_any: bool = False) -> None:
+        """Refuse a folder that this run must not write. Args: of_any, it may be of any run of ours.
+
+        Raises:
+            OutputError: saying why.
+        """
+        folder = self.folder
+        keep_apart(self.plan.checkpoint, self.out)
+        folder.check(self.overwrite or of_any)
+
     def room(self, saves_moments: bool = False) -> int:
         """Bytes that are still to be written, at most."""
         present = sum(path.stat().st_size for path in self.out.rglob("*") if path.is_file()) if self.out.is_dir() else 0
         return max(0, space_needed(self.plan, saves_moments) - present)
 
     def go(self, progress: ProgressCallback, shared: Passage, beside: int) -> Generator[int, None, Report]:
-        """Carry the plan out. Where layers depend on each other, the number of each is yielded before it is begun.
+        """Carry the plan out, once it is checked. Where layers depend on each other, each is yielded before it begins.
 
         Args:
             shared: with runs that go in step with this one.
@@ -88,8 +98,6 @@ class Run:
             As `patch_checkpoint`.
         """
         plan, folder = self.plan, self.folder
-        keep_apart(plan.checkpoint, self.out)
-        folder.check(self.overwrite)
         known = None if self.scores is None else read_scores(self.scores, plan)
         measured = plan.like if self.moments is None else open_moments(self.moments, plan)
         if not self.overwrite and folder.complete:

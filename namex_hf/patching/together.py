@@ -29,6 +29,8 @@ def run_all(runs: Sequence[Run], progress: ProgressCallback = no_progress) -> li
     Raises:
         As `patch_checkpoint`. What ends one run ends all.
     """
+    for run in runs:
+        run.check()
     progress, shared, room = _counting([run.plan for run in runs], progress), Passage(), [run.room() for run in runs]
     return _in_step([run.go(progress, shared, sum(room) - own) for run, own in zip(runs, room, strict=True)])
 
