@@ -15,6 +15,8 @@ from .statistics import SHARE, difference
 
 PROBLEMS, BATCH = 200, 100  # that are answered, and answered together
 SHOWN = 2  # answers that are shown
+MOST_TOKENS = 262_144
+"""Of text, up to which a fit was seen to lose less by more of it."""
 
 
 def answers_before_and_after(before: Path, after: Path) -> dict[str, Any]:
@@ -56,16 +58,21 @@ def verdict(report: Report, original: Checkpoint, result: Checkpoint) -> Iterato
         )
         for one in answers["examples"]:
             yield from (one["prompt"], f"original: {_line(one['before'])}", f"result: {_line(one['after'])}")
-    if hint := better(report.run["recipe"]):
+    if hint := better(report.run):
         yield hint
 
 
-def better(recipe: dict[str, Any]) -> str | None:
+def better(run: dict[str, Any]) -> str | None:
     """A command that loses less at the same size, as far as measured (docs/merging.md)."""
+    recipe, text = run["recipe"], run.get("calibration")
     if recipe["merge"] == "grouped":
         return "Fewer experts lose more than narrower ones of the same size: --keep SHARE in place of --merge grouped."
     if recipe["merge"] == "narrow" and recipe["fit"] == "none":
         return "A fit of whole layers loses less, in more time and with enough text: --fit layer."
+    if recipe["merge"] == "narrow" and text and text["tokens"] < MOST_TOKENS:
+        return (
+            f"More text loses less, where there is more: --calibration-tokens {min(4 * text['tokens'], MOST_TOKENS)}."
+        )
     return None
 
 

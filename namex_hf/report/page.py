@@ -54,7 +54,7 @@ def page(report: Report, recipe_text: str, pictures: Sequence["Picture"], drawn:
         pictures=pictures,
         drawn=drawn,
         summary=summary(report),
-        hint=better(report.run["recipe"]),
+        hint=better(report.run),
         layers=layer_table(report),
         recipe_text=recipe_text,
         versions=report.versions,
