@@ -16,7 +16,7 @@ from .statistics import SHARE, difference
 PROBLEMS, BATCH = 200, 100  # that are answered, and answered together
 SHOWN = 2  # answers that are shown
 MOST_TOKENS = 262_144
-"""Of text, up to which a fit was seen to lose less by more of it."""
+"""Of text, up to which it was seen that a fit loses less by more of it (docs/merging.md, How much text)."""
 
 
 def answers_before_and_after(before: Path, after: Path) -> dict[str, Any]:
