@@ -48,9 +48,9 @@ def _in_step(runs: Sequence[Generator[int, None, Report]]) -> list[Report]:
                 reports[number] = end.value
                 del layers[number]
     except BaseException as error:
-        for run in runs:
+        for other in layers.keys() - {number}:
             with suppress(type(error)):
-                run.throw(error)
+                runs[other].throw(error)
         raise
     return [reports[number] for number in range(len(runs))]
 
