@@ -280,14 +280,14 @@ def halved(layer: Layer, top_k: int, count: int) -> tuple[MoELayer, Tensor, Tens
     energy = (layer.together.diagonal() * layer.down.double().square().sum(0)).view(source.experts.count, 2, -1)
     of_expert = energy.flatten(1).sort(descending=True)
     best = of_expert.values.view_as(energy).sum(2).flatten().topk(count).indices.sort().values
-    expert, kept = best // 2, of_expert.indices.view_as(energy).flatten(0, 1)[best].sort(1).values
+    expert, remaining = best // 2, of_expert.indices.view_as(energy).flatten(0, 1)[best].sort(1).values
     halves = []
-    for number, stay in zip(expert.tolist(), kept, strict=True):
+    for number, stay in zip(expert.tolist(), remaining, strict=True):
         whole = source.expert(number, layer.text.inputs)
         halves.append(with_neurons(whole, stay, 2 * whole.down[:, stay]))
     experts = halves[0].of(lambda name: torch.stack([half[name] for half in halves]), halves[0])
     gate = replace(source.gate, top_k=top_k)
-    return replace(source, experts=experts, router=source.router[expert], gate=gate), expert, kept
+    return replace(source, experts=experts, router=source.router[expert], gate=gate), expert, remaining
 
 
 def of_halves(model: Any, layers: dict[int, Layer], top_k: int) -> Any:
@@ -298,13 +298,13 @@ def of_halves(model: Any, layers: dict[int, Layer], top_k: int) -> Any:
             module.top_k = top_k
     for number, layer in layers.items():
         source, inputs = layer.mixture, layer.text.inputs
-        new, expert, kept = halved(layer, top_k, source.experts.count)
+        new, expert, remaining = halved(layer, top_k, source.experts.count)
         routing, target = new.route(inputs), source.output(inputs, layer.text.routing)
         output, even = new.output(inputs, routing), torch.ones(len(inputs))
         refit_downs(new, inputs, routing, output, target, even, RIDGE, sweeps=2)
         whole = [source.expert(one, inputs) for one in expert.tolist()]
         down = torch.zeros_like(torch.stack([one.down for one in whole]))
-        down.scatter_(2, kept[:, None].expand(-1, down.shape[1], -1), torch.stack([*new.experts.down]))
+        down.scatter_(2, remaining[:, None].expand(-1, down.shape[1], -1), torch.stack([*new.experts.down]))
         set_expert_weights(model, number, "down_proj", down)
         gate_up = torch.stack([torch.cat([one["gate_proj"], one.up]) for one in whole])
         set_expert_weights(model, number, "gate_up_proj", gate_up)

@@ -148,10 +148,10 @@ def _results(each: Sequence[argparse.Namespace], recipes: Sequence[Recipe]) -> l
     runs = [_checked(checkpoint, recipe, one, console) for recipe, one in zip(recipes, each, strict=True)]
     together = share_reading(runs)
     if options.dry_run:
-        said = [_dry_run(run, console, options.json) for run in runs]
+        forecasts = [_dry_run(run, console, options.json) for run in runs]
         if len(runs) > 1 and not options.json:
-            print_room(said, together)
-        return said
+            print_room(forecasts, together)
+        return forecasts
     for group in [runs] if together else [[one] for one in runs]:
         _carry_out(group, options, console)
     if target is not None:

@@ -52,10 +52,10 @@ def test_all_halves_are_the_layer(model, layers):
     for layer in layers.values():
         source, inputs = layer.mixture, layer.text.inputs
         target = source.output(inputs, layer.text.routing)
-        whole, expert, kept = halved(layer, 2 * source.gate.top_k, 2 * source.experts.count)
+        whole, expert, remaining = halved(layer, 2 * source.gate.top_k, 2 * source.experts.count)
         assert torch.allclose(whole.output(inputs, whole.route(inputs)), target, atol=1e-5)
         assert expert.tolist() == [one // 2 for one in range(2 * source.experts.count)]
-        assert (kept.view(source.experts.count, -1).sort(1).values == torch.arange(8)).all()
+        assert (remaining.view(source.experts.count, -1).sort(1).values == torch.arange(8)).all()
 
 
 @torch.no_grad()

@@ -25,9 +25,9 @@ def run(tokens: int | None = 65536, **fields: Any) -> dict[str, Any]:
     ],
 )
 def test_a_command_that_loses_less(made: dict[str, Any], named: str) -> None:
-    said = better(made)
-    assert said is not None
-    assert named in said
+    hint = better(made)
+    assert hint is not None
+    assert named in hint
 
 
 @pytest.mark.parametrize("made", [run(262144, keep=0.5, fit="layer"), run(None)])

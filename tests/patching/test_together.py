@@ -88,9 +88,9 @@ def test_killed_runs_go_on_from_where_each_was(long_checkpoint: Path, words: Pat
     first, second, third = runs_of(plans_of(long_checkpoint, words, *fields), tmp_path)
     killed(long_checkpoint, tmp_path, words, fields[:1], "layer 6", 1)
     killed(long_checkpoint, tmp_path, words, fields[:2], "layer 3", 2)  # of the first it is said to be there already
-    told: list[str] = []
-    run_all([first, second, third], progress=lambda event: told.append(str(event)))
-    assert told.count("layer 2: narrowed") < told.count("layer 12: narrowed")
+    stages: list[str] = []
+    run_all([first, second, third], progress=lambda event: stages.append(str(event)))
+    assert stages.count("layer 2: narrowed") < told.count("layer 12: narrowed")
     for run in (first, second, third):
         is_as_if_made_alone(run, tmp_path)
 
