@@ -90,7 +90,7 @@ def test_killed_runs_go_on_from_where_each_was(long_checkpoint: Path, words: Pat
     killed(long_checkpoint, tmp_path, words, fields[:2], "layer 3", 2)  # of the first it is said to be there already
     stages: list[str] = []
     run_all([first, second, third], progress=lambda event: stages.append(str(event)))
-    assert stages.count("layer 2: narrowed") < told.count("layer 12: narrowed")
+    assert stages.count("layer 2: narrowed") < stages.count("layer 12: narrowed")
     for run in (first, second, third):
         is_as_if_made_alone(run, tmp_path)
 
